@@ -1,0 +1,249 @@
+"""The command line: `dollar <command> [--flags]`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+
+FLAGS = flags.FlagValues()
+DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
+
+
+class Command(NamedTuple):
+    """`define` declares the flags, `run` does the work once they are parsed."""
+
+    summary: str
+    define: Callable[[], None]
+    run: Callable[[], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; 0 when it did its work, 2 when it was asked for something impossible."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"dollar: there is no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    for flag in list(FLAGS):
+        delattr(FLAGS, flag)
+    command.define()
+    if any(argument in ("-h", "--help", "-help") for argument in rest):
+        print(f"dollar {name}: {command.summary}\n\n{FLAGS.get_help()}")
+        return 0
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        extra = FLAGS([f"dollar {name}", *rest])[1:]
+        if extra:
+            raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
+        command.run()
+    except (flags.Error, ValueError, FileNotFoundError, FloatingPointError) as error:
+        if os.environ.get("DOLLAR_TRACEBACK"):
+            raise
+        print(f"dollar {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ndollar {name}: interrupted; run it again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _overview() -> str:
+    lines = ["dollar: few-step text-to-video distillation by VSD, consistency and latent reward", ""]
+    lines += [f"  dollar {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "dollar <command> --help lists a command's flags."])
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+def _define_workdir(default: str | None = None) -> None:
+    flags.DEFINE_string("workdir", default, "Folder of the run.", flag_values=FLAGS)
+    if default is None:
+        flags.mark_flag_as_required("workdir", FLAGS)
+
+
+def _define_config() -> None:
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file(
+        "config", None, "Experiment, such as configs/demo.py or configs/demo.py:vsd; single settings "
+        "change with --config.student.optimiser.learning_rate=1e-4.", flag_values=FLAGS,
+    )  # fmt: skip
+    flags.mark_flag_as_required("config", FLAGS)
+
+
+def _define_demo() -> None:
+    _define_workdir("runs/demo")
+    flags.DEFINE_integer("seed", 0, "Seed of everything.", flag_values=FLAGS)
+    flags.DEFINE_bool("quick", False, "A short run that only shows the way.", flag_values=FLAGS)
+
+
+def _define_train() -> None:
+    _define_config()
+    _define_workdir()
+
+
+def _define_sample() -> None:
+    _define_workdir()
+    flags.DEFINE_multi_string("prompt", None, "What to show; may be given more than once.", flag_values=FLAGS)
+    flags.mark_flag_as_required("prompt", FLAGS)
+    flags.DEFINE_integer("steps", 4, "Sampling steps.", 1, flag_values=FLAGS)
+    flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=FLAGS)
+    flags.DEFINE_integer("num", 4, "Videos per prompt.", 1, flag_values=FLAGS)
+    flags.DEFINE_bool(
+        "teacher", False, "Sample the teacher, in its own number of steps unless --steps is given.",
+        flag_values=FLAGS,
+    )  # fmt: skip
+    flags.DEFINE_bool("ema", True, "The student's moving average rather than its raw weights.", flag_values=FLAGS)
+    flags.DEFINE_integer("scale", 8, "Enlargement of every pixel.", 1, flag_values=FLAGS)
+    flags.DEFINE_string("out", "samples.mp4", "The .mp4 or .gif: a row per prompt.", flag_values=FLAGS)
+
+
+def _define_evaluate() -> None:
+    _define_workdir()
+    flags.DEFINE_string("out", None, "The JSON of measures; WORKDIR/metrics.json by default.", flag_values=FLAGS)
+    flags.DEFINE_bool("quick", False, "Fewer videos.", flag_values=FLAGS)
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def _load_demo_config() -> Any:
+    from ml_collections import ConfigDict
+
+    if not DEMO_CONFIG.is_file():
+        raise FileNotFoundError(
+            f"{DEMO_CONFIG} is missing: install from a checkout with pip install -e ."
+        )
+    scope: dict[str, Any] = {"__name__": "configs.demo"}
+    exec(compile(DEMO_CONFIG.read_text(), str(DEMO_CONFIG), "exec"), scope)
+    config = scope["get_config"]()
+    assert isinstance(config, ConfigDict)
+    return config
+
+
+def _distill_config(config: Any) -> Any:
+    from dollar_jax.config import DistillConfig, from_config
+
+    return from_config(DistillConfig, config)
+
+
+def _prepare_jax() -> None:
+    """The compile cache, so that a second run starts at once."""
+    import jax
+
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "dollar_jax"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def _demo() -> None:
+    from dollar_jax.demo import demo
+
+    _prepare_jax()
+    config = dataclasses.replace(_distill_config(_load_demo_config()), seed=FLAGS.seed)
+    if FLAGS.quick:
+        config = dataclasses.replace(
+            config, steps=20, data=dataclasses.replace(config.data, train_videos=128)
+        )
+    workdir = Path(FLAGS.workdir)
+    page = demo(config, workdir, FLAGS.quick)
+    print_table(workdir / "metrics.json")
+    print(f"\nLook at {page} in a browser; the videos are in {workdir / 'videos'}.")
+
+
+def _train() -> None:
+    from dollar_jax.data.latents import load_data
+    from dollar_jax.demo import make_generator
+    from dollar_jax.train import train
+
+    _prepare_jax()
+    config, workdir = _distill_config(FLAGS.config), Path(FLAGS.workdir)
+    generator = make_generator(config)
+    train(config, workdir, generator, load_data(config, generator, workdir))
+    print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
+
+
+def _pretrain() -> None:
+    from dollar_jax.pretrain import pretrain
+
+    _prepare_jax()
+    config = _distill_config(FLAGS.config).pretrain
+    if config is None:
+        raise ValueError("this configuration has no pretrain settings; configs/demo.py has")
+    print(f"The teacher is in {pretrain(config, Path(FLAGS.workdir))}.")
+
+
+def _sample() -> None:
+    import numpy as np
+
+    from dollar_jax.demo import make_generator
+    from dollar_jax.evaluate.video import grid, write_video
+    from dollar_jax.generate import subset, video_keys
+    from dollar_jax.train import read_config, restore_student
+
+    _prepare_jax()
+    workdir = Path(FLAGS.workdir)
+    config = read_config(workdir)
+    out = Path(FLAGS.out)
+    if out.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"--out={out} must end in .mp4 or .gif")
+    if not FLAGS.teacher:
+        timesteps = subset(config.student.timesteps, FLAGS.steps)
+    generator = make_generator(config)
+    if FLAGS.teacher:
+        steps = FLAGS.steps if FLAGS["steps"].present else config.sampling.num_steps
+        draw = generator.teacher_sampler(steps, config.sampling.guidance_weight)
+        params = generator.pipeline.transformer.params
+    else:
+        draw = generator.student_sampler(timesteps)
+        params = restore_student(workdir, generator, FLAGS.ema)
+    prompts = [prompt for prompt in FLAGS.prompt for _ in range(FLAGS.num)]
+    latent = draw(params, video_keys(FLAGS.seed, len(prompts)), generator.text(prompts))
+    frames = np.round(255 * generator.decode(latent)).astype(np.uint8)
+    write_video(out, grid(frames, columns=FLAGS.num), scale=FLAGS.scale)
+    print(out)
+
+
+def _evaluate() -> None:
+    from dollar_jax.demo import evaluate, make_generator
+    from dollar_jax.train import read_config
+
+    _prepare_jax()
+    workdir = Path(FLAGS.workdir)
+    out = Path(FLAGS.out or workdir / "metrics.json")
+    evaluate(workdir, make_generator(read_config(workdir)), out, FLAGS.quick)
+    print_table(out)
+
+
+def print_table(path: Path) -> None:
+    """The rows of a metrics.json on the terminal."""
+    import json
+
+    metrics = json.loads(path.read_text())
+    columns = ("alignment", "reward", "vendi", "flicker", "nfe", "diffusion_seconds")
+    print("\n" + f"{'':16}" + "".join(f"{name:>18}" for name in columns))
+    for name, row in metrics.items():
+        if isinstance(row, dict) and "alignment" in row:
+            cells = (f"{row[c]:>18.4g}" if c in row else f"{'–':>18}" for c in columns)
+            print(f"{name:16}" + "".join(cells))
+    faster = [f"{k[8:]} steps ×{v:.1f}" for k, v in metrics.items() if k.startswith("speedup_")]
+    print(f"faster than the teacher: {', '.join(faster)}; {metrics['seconds']:.0f} s in all")
+
+
+COMMANDS = {
+    "demo": Command("distil the default teacher, sample, measure, report", _define_demo, _demo),
+    "train": Command("distil a teacher; resumes what it finds in the workdir", _define_train, _train),
+    "sample": Command("draw videos from a run's student, or from its teacher", _define_sample, _sample),
+    "evaluate": Command("sample and measure a run again", _define_evaluate, _evaluate),
+    "pretrain": Command("train the default domain's teacher from nothing", _define_train, _pretrain),
+}

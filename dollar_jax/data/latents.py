@@ -1,0 +1,70 @@
+"""Videos and captions as latents and text states, encoded once by the teacher's own VAE and encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dollar_jax.config import DistillConfig
+from dollar_jax.data.moving_shapes import load_moving_shapes
+from dollar_jax.generate import Generator
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedVideos:
+    """Normalised latents [n t h w c], text states [n l d] and the captions they came from."""
+
+    latent: np.ndarray
+    text: np.ndarray
+    captions: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.latent)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"latent": self.latent[index], "text": self.text[index], "index": np.int32(index)}
+
+    def batches(self, config: DistillConfig) -> grain.DatasetIterator:
+        """This process's share of shuffled batches without end; its position can be checkpointed.
+
+        Raises ValueError when there are fewer videos than a batch needs.
+        """
+        if len(self) < config.batch_size:
+            raise ValueError(
+                f"there are {len(self)} training videos, fewer than config.batch_size {config.batch_size}"
+            )
+        share = slice(jax.process_index(), None, jax.process_count())
+        dataset = grain.MapDataset.source(self).seed(config.seed).shuffle().repeat()[share]
+        dataset = dataset.batch(config.batch_size // jax.process_count(), drop_remainder=True)
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> EncodedVideos:
+    """The training split of config.data, encoded; rendered and encoded into `workdir/data` the first time."""
+    folder = workdir / "data"
+    cache = folder / f"latents_{config.data.train_videos}.npz"
+    if not cache.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        sizes = {"train": config.data.train_videos}
+        records = load_moving_shapes(folder, "train", sizes)
+        latents, captions = [], []
+        for start in tqdm(range(0, len(records), 32), "encoding", unit_scale=32, unit="video"):
+            part = [records[i] for i in range(start, min(start + 32, len(records)))]
+            latents.append(generator.encode(np.stack([record["video"] for record in part])))
+            captions += [_decoded(record["caption"]) for record in part]
+        partial = cache.with_suffix(".partial.npz")
+        np.savez(partial, latent=np.concatenate(latents), text=generator.text(captions), captions=captions)
+        partial.replace(cache)
+    with np.load(cache) as stored:
+        return EncodedVideos(stored["latent"], stored["text"], stored["captions"].tolist())
+
+
+def _decoded(text: Any) -> str:
+    return text.decode() if isinstance(text, bytes) else str(text)

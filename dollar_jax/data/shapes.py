@@ -1,0 +1,275 @@
+"""The default domain: captioned videos of one shape moving over a patterned background.
+
+A caption names five attributes, "a small red circle moving left slowly". Everything else varies without
+a caption and is what diversity measures: position, exact radius, speed and colour, the background's grey
+and tint, and the stripes on it. `verify` reads the five attributes back off every frame of a video.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+FRAMES = 17
+SIZE = 32
+
+SIZES = ("small", "large")
+COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = ("left", "right", "up", "down")
+SPEEDS = ("slowly", "quickly")
+ATTRIBUTES = {
+    "size": SIZES, "colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "speed": SPEEDS,
+}  # fmt: skip
+VOCABULARY = ("a", "moving", *itertools.chain.from_iterable(ATTRIBUTES.values()))
+
+# Radius of the disc of equal area, in pixels; speed in pixels per frame.
+RADII = {"small": (3.2, 4.0), "large": (5.0, 6.0)}
+RADIUS_THRESHOLD = 4.5
+PACES = {"slowly": (0.30, 0.45), "quickly": (0.90, 1.15)}
+PACE_THRESHOLD = 0.675
+HUES = {colour: 60.0 * i for i, colour in enumerate(COLOURS)}  # degrees
+STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y points down
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """The five captioned attributes of a video."""
+
+    size: str
+    colour: str
+    shape: str
+    direction: str
+    speed: str
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.colour} {self.shape} moving {self.direction} {self.speed}"
+
+    @staticmethod
+    def parse(text: str) -> Caption:
+        """The caption a prompt spells; raises ValueError naming the first attribute it lacks."""
+        words = text.lower().split()
+        found = {}
+        for name, values in ATTRIBUTES.items():
+            hits = [word for word in words if word in values]
+            if len(hits) != 1:
+                raise ValueError(
+                    f"the prompt {text!r} must name exactly one {name} out of {', '.join(values)}"
+                )
+            found[name] = hits[0]
+        return Caption(**found)
+
+    @property
+    def held_out(self) -> bool:
+        """True for the 24 of 288 captions whose (colour, shape, direction) is never trained on."""
+        colour, shape = COLOURS.index(self.colour), SHAPES.index(self.shape)
+        return (colour * 5 + shape * 7 + DIRECTIONS.index(self.direction) * 3) % 12 == 0
+
+
+def all_captions() -> list[Caption]:
+    """All 288 captions, in a fixed order."""
+    return [Caption(*values) for values in itertools.product(*ATTRIBUTES.values())]
+
+
+def covering_captions() -> list[Caption]:
+    """72 captions: every (colour, shape, direction) once, with the four (size, speed) pairs in balance."""
+    captions = []
+    for (c, colour), (s, shape), (d, direction) in itertools.product(
+        enumerate(COLOURS), enumerate(SHAPES), enumerate(DIRECTIONS)
+    ):
+        size, speed = divmod((c + s + d) % 4, 2)
+        captions.append(Caption(SIZES[size], colour, shape, direction, SPEEDS[speed]))
+    return captions
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Signed distance in pixels to the outline of `shape` centred at 0 (negative inside).
+
+    `radius` is that of the disc of equal area, so that size and shape are independent.
+    """
+    if shape == "circle":
+        return np.hypot(x, y) - radius
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - np.sqrt(np.pi) / 2 * radius
+    if shape == "triangle":  # equilateral, pointing up, the centroid at 0
+        inradius = np.sqrt(np.pi / np.sqrt(27.0)) * radius
+        slanted = np.sqrt(0.75) * np.abs(x) - 0.5 * y
+        return np.maximum(slanted, y) - inradius
+    raise ValueError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}")
+
+
+_GRID_Y, _GRID_X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
+
+
+def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Anti-aliased mask [..., SIZE, SIZE] in [0, 1] of the shape centred at pixel (x, y), arrays [...]."""
+    x, y, radius = (np.asarray(a, np.float32)[..., None, None] for a in (x, y, radius))
+    return np.clip(0.5 - signed_distance(shape, _GRID_X - x, _GRID_Y - y, radius), 0, 1)
+
+
+def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
+    """HSV to RGB; hue in degrees."""
+    k = (np.array([5.0, 3.0, 1.0]) + hue / 60) % 6
+    return value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
+
+
+def render(caption: Caption, rng: np.random.Generator) -> np.ndarray:
+    """One video of the caption, uint8 [17, 32, 32, 3]; what the caption leaves open is drawn from `rng`."""
+    radius = rng.uniform(*RADII[caption.size])
+    pace = rng.uniform(*PACES[caption.speed])
+    time = np.arange(FRAMES)
+    tracks = []
+    for step in STEPS[caption.direction]:
+        travel = step * pace * (FRAMES - 1)
+        low, high = radius - min(travel, 0), SIZE - radius - max(travel, 0)
+        tracks.append(rng.uniform(low, high) + step * pace * time)
+    mask = coverage(caption.shape, *tracks, np.full(FRAMES, radius))[..., None]
+
+    colour = _rgb(
+        HUES[caption.colour] + rng.uniform(-10, 10), rng.uniform(0.65, 1), rng.uniform(0.7, 1)
+    )
+    angle, period = rng.uniform(0, np.pi), rng.uniform(10, 20)
+    wave = np.sin(
+        2 * np.pi / period * (np.cos(angle) * _GRID_X + np.sin(angle) * _GRID_Y)
+        + rng.uniform(0, 2 * np.pi)
+    )
+    tint = rng.normal(size=3)
+    tint = 0.05 * rng.uniform() * (tint - tint.mean()) / np.linalg.norm(tint - tint.mean())
+    grey = rng.uniform(0.25, 0.75) + rng.uniform(0, 0.15) * wave
+    background = grey[..., None] + tint
+    video = background * (1 - mask) + colour * mask
+    return np.round(255 * np.clip(video, 0, 1)).astype(np.uint8)
+
+
+def stream(seed: int, split: str = "train") -> Iterator[tuple[np.ndarray, Caption]]:
+    """Endless (video, caption) pairs of a split: "train", "validation" or "held_out"."""
+    for index in itertools.count():
+        yield example(seed, split, index)
+
+
+SPLITS = ("train", "validation", "held_out")
+
+
+def example(seed: int, split: str, index: int) -> tuple[np.ndarray, Caption]:
+    """The `index`-th (video, caption) of a split; depends on nothing else."""
+    held_out = split == "held_out"
+    captions = [caption for caption in all_captions() if caption.held_out == held_out]
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    caption = captions[rng.integers(len(captions))]
+    return render(caption, rng), caption
+
+
+# --- the verifier ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the verifier reads off one video, each [t]; an index into ATTRIBUTES' values, -1 where no object."""
+
+    size: np.ndarray
+    colour: np.ndarray
+    shape: np.ndarray
+    direction: np.ndarray
+    speed: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    radius: np.ndarray
+    overlap: np.ndarray  # intersection over union of the object and the ideal shape of its kind
+
+    def correct(self, caption: Caption) -> np.ndarray:
+        """Bool [t, 5]: whether each frame shows each captioned attribute, in ATTRIBUTES' order."""
+        wanted = [values.index(getattr(caption, n)) for n, values in ATTRIBUTES.items()]
+        seen = np.stack([getattr(self, name) for name in ATTRIBUTES], -1)
+        return seen == np.array(wanted)
+
+
+MINIMUM_CHROMA = 0.12  # an object's distance from the background in colour, of at most 0.82
+MINIMUM_OVERLAP = 0.6  # below it a blob is no shape at all
+
+
+def verify(video: np.ndarray) -> Reading:
+    """Reads the attributes off every frame of a video [t, 32, 32, 3], uint8 or float in [0, 1].
+
+    The object is what differs in chroma from the background (its stripes differ only in luma). Each
+    frame's soft mask is fitted with every shape over position and radius; the best overlap names the
+    shape. Direction and speed come from the fitted positions up to two frames to either side.
+    """
+    frames = np.asarray(video, np.float32) / (255 if video.dtype == np.uint8 else 1)
+    chroma = frames - frames.mean(-1, keepdims=True)
+    chroma = chroma - np.median(chroma, (0, 1, 2))
+    distance = np.linalg.norm(chroma, axis=-1)
+    # The object's chroma: the mean over the frame's most coloured pixels (the smallest object has 32).
+    flat = chroma.reshape(len(frames), -1, 3)
+    order = np.argsort(-distance.reshape(len(frames), -1), axis=1)[:, :20]
+    colour = np.take_along_axis(flat, order[..., None], 1).mean(1)  # [t, 3]
+    strength = np.linalg.norm(colour, axis=-1)
+    mask = np.einsum("thwc,tc->thw", chroma, colour) / np.maximum(strength, 1e-6)[:, None, None] ** 2
+    mask = np.clip(2 * mask - 0.5, 0, 1)  # keeps the area of an edge, drops the noise of flat parts
+
+    fits = [_fit(shape, mask) for shape in SHAPES]
+    overlaps = np.stack([fit[3] for fit in fits])  # [shapes, t]
+    shape = overlaps.argmax(0)
+    x, y, radius, overlap = (
+        np.take_along_axis(np.stack(column), shape[None], 0)[0] for column in zip(*fits, strict=True)
+    )
+
+    hue = np.degrees(np.arctan2(np.sqrt(3) * (colour[:, 1] - colour[:, 2]),
+                                2 * colour[:, 0] - colour[:, 1] - colour[:, 2]))  # fmt: skip
+    step = np.arange(len(frames))
+    before, after = np.maximum(step - 2, 0), np.minimum(step + 2, len(frames) - 1)
+    dx, dy = ((a[after] - a[before]) / np.maximum(after - before, 1) for a in (x, y))
+    sideways = np.abs(dx) >= np.abs(dy)
+    direction = np.where(sideways, (dx > 0).astype(int), 2 + (dy > 0).astype(int))
+    pace = np.maximum(np.abs(dx), np.abs(dy))
+
+    present = (strength > MINIMUM_CHROMA) & (overlap > MINIMUM_OVERLAP)
+    return Reading(
+        size=np.where(present, radius > RADIUS_THRESHOLD, -1),
+        colour=np.where(present, np.round(hue / 60).astype(int) % 6, -1),
+        shape=np.where(present, shape, -1),
+        direction=np.where(present, direction, -1),
+        speed=np.where(present, pace > PACE_THRESHOLD, -1),
+        x=x, y=y, radius=radius, overlap=overlap,
+    )  # fmt: skip
+
+
+def _fit(shape: str, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Centre x, y, radius and soft intersection over union, each [t], of the best `shape` for masks [t, h, w]."""
+    area = np.maximum(mask.sum((1, 2)), 1e-6)
+    x = (mask * _GRID_X).sum((1, 2)) / area
+    y = (mask * _GRID_Y).sum((1, 2)) / area
+    radius = np.maximum(np.sqrt(area / np.pi), 1.0)
+    best = np.zeros(len(mask), np.float32)
+    # The moments are off where the object leaves the frame: search around them, ever finer.
+    for reach in (1.0, 0.4):
+        offsets = np.array(list(itertools.product((-1, 0, 1), repeat=3)), np.float32) * reach
+        xs, ys = x[:, None] + offsets[:, 0], y[:, None] + offsets[:, 1]
+        radii = np.maximum(radius[:, None] + 0.7 * offsets[:, 2], 0.5)
+        ideal = coverage(shape, xs, ys, radii)  # [t, candidates, h, w]
+        # min(a, b) = (a + b - |a - b|) / 2, and likewise max: the soft intersection and union.
+        total = ideal.sum((2, 3)) + area[:, None]
+        apart = np.abs(ideal - mask[:, None]).sum((2, 3))
+        overlap = (total - apart) / (total + apart)
+        pick = overlap.argmax(1)[:, None]
+        x, y, radius, best = (
+            np.take_along_axis(a, pick, 1)[:, 0] for a in (xs, ys, radii, overlap)
+        )
+    return x, y, radius, best
+
+
+def alignment(videos: np.ndarray, captions: list[Caption]) -> dict[str, float]:
+    """Mean per-frame attribute accuracy of videos [n, t, 32, 32, 3] against their captions.
+
+    Returns `alignment` (over frames and attributes), `alignment_strict` (frames in which all five
+    are right) and one accuracy per attribute.
+    """
+    correct = np.stack([verify(v).correct(c) for v, c in zip(videos, captions, strict=True)])
+    means = dict(zip(ATTRIBUTES, correct.mean((0, 1)).tolist(), strict=True))
+    return {
+        "alignment": float(correct.mean()),
+        "alignment_strict": float(correct.all(-1).mean()),
+        **{f"alignment_{name}": value for name, value in means.items()},
+    }

@@ -1,0 +1,146 @@
+"""Samples and measures every way of drawing a video: teacher, student, and the teacher left undistilled."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dollar_jax.data import shapes
+from dollar_jax.evaluate.quality import temporal_flicker
+from dollar_jax.evaluate.vendi import pixel_features, vendi_per_prompt
+from dollar_jax.generate import Generator, Sampler, subset, video_keys
+from dollar_jax.rewards import Reward
+from dollar_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """One way to draw: a jitted sampler, its parameters, and its network evaluations per video."""
+
+    draw: Sampler
+    params: Params
+    nfe: int
+
+
+def samplers(
+    generator: Generator, student: Params | None, timesteps: Sequence[float]
+) -> dict[str, Drawn]:
+    """The table's rows. `teacher_n`: n guided ODE steps. `undistilled_n`: the teacher in the student's place."""
+    teacher = generator.pipeline.transformer.params
+    weight = generator.sampling.guidance_weight
+    passes = 2 if weight else 1
+    rows = {}
+    for steps in (generator.sampling.num_steps, 4, 1):
+        rows[f"teacher_{steps}"] = Drawn(
+            generator.teacher_sampler(steps, weight), teacher, passes * steps
+        )
+    for prefix, params in (("student", student), ("undistilled", teacher)):
+        for steps in (4, 2, 1):
+            if params is None or steps > len(timesteps) or (prefix, steps) == ("undistilled", 2):
+                continue
+            sampler = generator.student_sampler(subset(timesteps, steps))
+            rows[f"{prefix}_{steps}"] = Drawn(sampler, params, steps)
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which videos are drawn: one per caption, and `samples` more of each of the `diverse` captions."""
+
+    captions: Sequence[shapes.Caption]
+    diverse: Sequence[shapes.Caption]
+    samples: int
+    batch: int
+    seed: int
+
+    @property
+    def prompts(self) -> list[str]:
+        repeated = [caption for caption in self.diverse for _ in range(self.samples)]
+        return [str(caption) for caption in (*self.captions, *repeated)]
+
+
+def default_plan(seed: int, quick: bool = False) -> Plan:
+    """72 captions that cover every colour, shape and direction, and 6 captions drawn 8 times; a third if quick."""
+    captions = shapes.covering_captions()
+    return Plan(captions[::3] if quick else captions, captions[5::12], 4 if quick else 8, 24, seed)
+
+
+def measure(
+    generator: Generator, rows: dict[str, Drawn], plan: Plan, reward: Reward | None
+) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
+    """Per row: alignment, reward, vendi, flicker, nfe and seconds per video; and its videos, uint8 [n t h w 3].
+
+    Every row draws from the same noise. Timings are medians over batches, compilation excluded.
+    """
+    prompts, batch = plan.prompts, plan.batch
+    padded = prompts + prompts[: -len(prompts) % batch]
+    keys = video_keys(plan.seed, len(padded))
+    bar = tqdm(total=len(rows) * len(padded), desc="sampling and measuring", unit="video")
+    metrics, videos = {}, {}
+    for name, row in rows.items():
+        compiled: Any = row.draw.lower(  # type: ignore[attr-defined]
+            row.params, keys[:batch], generator.text(padded[:batch])
+        ).compile()
+        generator.decode(np.zeros((batch, *generator.latent_shape), np.float32))
+        frames, clock = [], {"text": [], "diffusion": [], "decode": []}
+        for start in range(0, len(padded), batch):
+            part = slice(start, start + batch)
+            text = _timed(clock["text"], lambda part=part: generator.text(padded[part]))
+            latent = _timed(
+                clock["diffusion"],
+                lambda part=part, text=text: jax.block_until_ready(
+                    compiled(row.params, keys[part], text)
+                ),
+            )
+            frames.append(_timed(clock["decode"], lambda latent=latent: generator.decode(latent)))
+            bar.update(batch)
+        drawn = np.concatenate(frames)[: len(prompts)]
+        seconds = {stage: statistics.median(times) / batch for stage, times in clock.items()}
+        metrics[name] = {
+            **quality(drawn, plan, reward),
+            "nfe": row.nfe,
+            "diffusion_seconds": seconds["diffusion"],
+            "total_seconds": sum(seconds.values()),
+        }
+        videos[name] = np.round(255 * np.clip(drawn, 0, 1)).astype(np.uint8)
+    bar.close()
+    return metrics, videos
+
+
+def quality(drawn: np.ndarray, plan: Plan, reward: Reward | None) -> dict[str, float]:
+    """The measures of a plan's videos, floats in [0, 1] in the order of its prompts."""
+    count = len(plan.captions)
+    groups = drawn[count:].reshape(len(plan.diverse), plan.samples, *drawn.shape[1:])
+    vendi, spread = vendi_per_prompt(pixel_features(groups))
+    scores = {} if reward is None else {"reward": float(reward(drawn, plan.prompts).mean())}
+    return {
+        **shapes.alignment(drawn[:count], list(plan.captions)),
+        **scores,
+        "vendi": vendi,
+        "vendi_std": spread,
+        "flicker": float(temporal_flicker(drawn).mean()),
+    }
+
+
+def _timed(times: list[float], call: Callable[[], Any]) -> Any:
+    start = time.perf_counter()
+    result = call()
+    times.append(time.perf_counter() - start)
+    return result
+
+
+def speedups(metrics: dict[str, dict[str, float]], teacher: str) -> dict[str, float]:
+    """`speedup_n` in diffusion time of each student against the teacher, by DOLLAR table 8.4."""
+    base = metrics[teacher]["diffusion_seconds"]
+    return {
+        name.replace("student", "speedup"): base / row["diffusion_seconds"]
+        for name, row in metrics.items()
+        if name.startswith("student")
+    }

@@ -1,0 +1,160 @@
+"""Video files, and many videos in one picture. Frames are uint8 [t, h, w, 3] throughout."""
+
+import io
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image
+
+SUFFIXES = (".mp4", ".gif")
+_BT709 = 1  # FFmpeg's number for it among colour spaces, primaries and transfer curves alike
+_LIMITED = 1  # luma in [16, 235]
+
+
+def write_video(
+    path: str | os.PathLike[str], frames: np.ndarray, fps: float = 8, scale: int = 1
+) -> None:
+    """Writes frames uint8 [t, h, w, 3] to `path`: H.264 for .mp4, an endless loop for .gif.
+
+    Args:
+        fps: frames per second; a .gif rounds the time of a frame to 10 ms.
+        scale: how many pixels wide and high each pixel becomes (nearest neighbour). H.264 keeps
+            colour at half the resolution: use at least 2 for small videos, or their colours bleed.
+
+    Raises:
+        ValueError: another suffix, frames of another kind.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        kinds = " or ".join(SUFFIXES)
+        raise ValueError(f"cannot write {str(path)!r}: a video's name must end in {kinds}")
+    if scale < 1:
+        raise ValueError(f"scale must be a whole number of at least 1, not {scale}")
+    frames = _checked(frames).repeat(scale, 1).repeat(scale, 2)
+    encode = encode_mp4 if path.suffix.lower() == ".mp4" else encode_gif
+    replace_file(path, encode(frames, fps))
+
+
+def encode_mp4(frames: np.ndarray, fps: float = 8, crf: int = 18) -> bytes:
+    """frames uint8 [t, h, w, 3] as an H.264 .mp4, yuv420p and BT.709, which every player knows.
+
+    Odd sizes are padded to even ones by repeating the last row or column. `crf` is x264's quality:
+    18 looks lossless, 51 is worst.
+    """
+    frames = _checked(frames)
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        stream.pix_fmt = "yuv420p"
+        stream.width, stream.height = frames.shape[2], frames.shape[1]
+        # Untagged, players guess the colours by the size of the picture.
+        stream.codec_context.colorspace = _BT709
+        stream.codec_context.color_range = _LIMITED
+        stream.codec_context.color_primaries = _BT709
+        stream.codec_context.color_trc = _BT709
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture = picture.reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+            )
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def encode_gif(frames: np.ndarray, fps: float = 8) -> bytes:
+    """frames uint8 [t, h, w, 3] as a looping GIF with a palette of 256 colours for each frame."""
+    return _encode_images(frames, fps, "GIF", optimize=False)
+
+
+def encode_webp(frames: np.ndarray, fps: float = 8) -> bytes:
+    """frames uint8 [t, h, w, 3] as a looping, lossless WebP."""
+    return _encode_images(frames, fps, "WEBP", lossless=True, quality=80, method=4)
+
+
+def _encode_images(frames: np.ndarray, fps: float, kind: str, **options: object) -> bytes:
+    first, *rest = (Image.fromarray(frame) for frame in _checked(frames))
+    buffer = io.BytesIO()
+    first.save(
+        buffer,
+        kind,
+        save_all=True,
+        append_images=rest,
+        duration=round(1000 / fps),
+        loop=0,
+        **options,
+    )
+    return buffer.getvalue()
+
+
+def grid(videos: np.ndarray, columns: int, gap: int = 2, background: int = 255) -> np.ndarray:
+    """Videos uint8 [n, t, h, w, 3] as one, [t, H, W, 3], row by row.
+
+    `gap` pixels of grey value `background` lie between them.
+    """
+    videos = np.asarray(videos)
+    if videos.ndim != 5 or not len(videos) or columns < 1:
+        raise ValueError(
+            f"a grid needs videos [n, t, h, w, 3] and columns >= 1, not {videos.shape}, {columns}"
+        )
+    n, t, h, w, c = videos.shape
+    height = -(-n // columns) * (h + gap) - gap
+    width = columns * (w + gap) - gap
+    out = np.full((t, height, width, c), background, videos.dtype)
+    for i, video in enumerate(videos):
+        y, x = i // columns * (h + gap), i % columns * (w + gap)
+        out[:, y : y + h, x : x + w] = video
+    return out
+
+
+def side_by_side(videos: Sequence[np.ndarray], gap: int = 2, background: int = 255) -> np.ndarray:
+    """Videos uint8 [t, h, w, 3] of one shape in a row, [t, h, W, 3]."""
+    if len({np.shape(video) for video in videos}) != 1:
+        shapes = ", ".join(str(np.shape(video)) for video in videos)
+        raise ValueError(f"videos side by side must have one shape, not {shapes or 'none at all'}")
+    return grid(np.stack(videos), len(videos), gap, background)
+
+
+def contact_sheet(
+    videos: np.ndarray, every: int = 4, gap: int = 2, background: int = 255
+) -> np.ndarray:
+    """One picture [H, W, 3] of videos [n, t, h, w, 3]: for each a row of its frames 0, every, …"""
+    videos = np.asarray(videos)
+    if videos.ndim != 5 or every < 1:
+        raise ValueError(
+            f"a contact sheet needs videos [n, t, h, w, 3] and every >= 1, not {videos.shape}"
+        )
+    frames = videos[:, ::every]
+    n, t = frames.shape[:2]
+    return grid(frames.reshape(n * t, 1, *frames.shape[2:]), t, gap, background)[0]
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file whole or not at all: whoever reads it meets the old content or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(data)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _checked(frames: np.ndarray) -> np.ndarray:
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+        raise ValueError(
+            f"a video must be uint8 [t, h, w, 3], not {frames.dtype} of shape {frames.shape}"
+        )
+    return frames

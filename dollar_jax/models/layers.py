@@ -1,0 +1,109 @@
+"""What the transformers share: dense layers, norms, and a stack of equal layers run by a scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Remat = Literal["none", "full", "dots", "attention"]
+Initializer = Callable[..., Array]
+Block = TypeVar("Block", bound=nnx.Module)
+
+xavier = nnx.initializers.xavier_uniform()
+
+
+class Linear(nnx.Module):
+    """x W + b in `dtype`, with W [in, out] held in `param_dtype`."""
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        *,
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        kernel_init: Initializer = xavier,
+        dtype: DTypeLike = "float32",
+        param_dtype: DTypeLike = "float32",
+        precision: jax.lax.PrecisionLike = None,
+    ) -> None:
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (dim_in, dim_out), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((dim_out,), param_dtype)) if bias else None
+        self.dtype, self.precision = dtype, precision
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        kernel = self.kernel[...].astype(self.dtype)
+        out = jnp.matmul(x.astype(self.dtype), kernel, precision=self.precision)
+        return out if self.bias is None else out + self.bias[...].astype(self.dtype)
+
+
+def layer_norm(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
+    """Zero mean and unit variance over the last axis, computed and returned in fp32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+    """`layer_norm` with a learned scale and bias; fp32."""
+
+    def __init__(self, dim: int, eps: float, *, param_dtype: DTypeLike = "float32") -> None:
+        self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((dim,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return layer_norm(x, self.eps) * self.scale[...] + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean x² + eps) · scale over the last axis: no mean is subtracted; fp32."""
+
+    def __init__(self, dim: int, eps: float, *, param_dtype: DTypeLike = "float32") -> None:
+        self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        x = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return x * inverse * self.scale[...]
+
+
+def stack_blocks(build: Callable[[nnx.Rngs], Block], length: int, rngs: nnx.Rngs) -> Block:
+    """`length` blocks as one module whose parameters have a leading axis of that length."""
+    return nnx.vmap(build)(rngs.split(length))
+
+
+def run_blocks(
+    blocks: nnx.Module, x: Array, *args: Any, length: int, remat: Remat = "none", scan: bool = True
+) -> Array:
+    """x ← block(x, *args) for each of the stacked `blocks` in turn.
+
+    `scan` compiles one block whatever their number; without it the loop is unrolled. `remat` says
+    what the backward pass keeps of a block: everything ("none"), its input only ("full"), its input
+    and the outputs of the dense layers ("dots") or of attention ("attention").
+    """
+    graphdef, params = nnx.split(blocks)
+
+    def body(x: Array, layer: nnx.State) -> tuple[Array, None]:
+        return nnx.merge(graphdef, layer)(x, *args), None
+
+    if remat != "none":
+        policy = {
+            "full": None,
+            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+        }[remat]
+        # Inside a scan nothing can be merged across the checkpoint, so no barrier is needed.
+        body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
+    if scan:
+        return jax.lax.scan(body, x, params)[0]
+    for i in range(length):
+        x, _ = body(x, jax.tree.map(lambda p, i=i: p[i], params))
+    return x

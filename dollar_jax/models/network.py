@@ -1,0 +1,59 @@
+"""From an NNX module to pure functions: the only door between `models` and the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import PRNGKeyArray, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A module as pure functions over a nested dict of arrays.
+
+    `shapes` holds the parameters' shapes and dtypes and takes no memory. `apply` calls the module;
+    `method` names one of its methods instead, such as a VAE's `decode`.
+    """
+
+    graphdef: nnx.GraphDef
+    build: Callable[[nnx.Rngs], nnx.Module]
+    shapes: PyTree
+
+    def init(self, key: PRNGKeyArray) -> PyTree:
+        return _split(self.build, key)[1]
+
+    def apply(self, params: PyTree, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
+        module = nnx.merge(self.graphdef, _rename(params, lambda k: int(k) if k.isdigit() else k))
+        return (getattr(module, method) if method else module)(*args, **kwargs)
+
+
+def make_network(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
+    """Splits the module that `build` makes, once and without allocating it."""
+    graphdef = None
+
+    def abstract(key: PRNGKeyArray) -> PyTree:
+        nonlocal graphdef
+        graphdef, params = _split(build, key)
+        return params
+
+    shapes = jax.eval_shape(abstract, jax.random.key(0))
+    assert graphdef is not None
+    return Network(graphdef, build, shapes)
+
+
+def _split(
+    build: Callable[[nnx.Rngs], nnx.Module], key: PRNGKeyArray
+) -> tuple[nnx.GraphDef, PyTree]:
+    graphdef, state = nnx.split(build(nnx.Rngs(params=key)), nnx.Param)
+    return graphdef, _rename(nnx.to_pure_dict(state), str)
+
+
+def _rename(tree: PyTree, name: Callable[[Any], Any]) -> PyTree:
+    """The tree with every key replaced: NNX numbers a list's modules, files and we name them."""
+    if not isinstance(tree, dict):
+        return tree
+    return {name(key): _rename(value, name) for key, value in tree.items()}

@@ -1,0 +1,118 @@
+"""DOLLAR's latent reward model: a small network that predicts a pixel reward from the latent.
+
+Architecture after DOLLAR tables 8.10 (image) and 8.11 (text and image); eqs. (8.10) and (8.11)
+train and use it. Every latent frame is scored alone and the scores are averaged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dollar_jax.models.attention import attention
+from dollar_jax.models.layers import Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardHeadConfig:
+    """`text_dim` None scores the latent alone; otherwise its agreement with text of that width.
+
+    With 12 channels and the published kernels the image model has 189,441 parameters, those of the
+    group norms (512) included, and the text-image model (text_dim 4096) 763,009, group norms not
+    included: the two tables of the paper count differently. The number of groups is not published.
+    """
+
+    channels: int = 16
+    width: int = 128
+    text_dim: int | None = None
+    stem_kernel: int = 4
+    stem_stride: int = 4
+    stem_padding: int = 1
+    second_kernel: int = 3
+    second_stride: int = 2
+    second_padding: int = 1
+    group_norm: bool = True
+    groups: int = 32
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.group_norm and self.width % self.groups:
+            raise ValueError(f"width {self.width} does not divide into {self.groups} groups")
+
+
+class RewardHead(nnx.Module):
+    """One score per video, fp32.
+
+    The paper's table averages the text before the attention: a softmax over a single key is 1
+    whatever the query, the score then ignores the latent and its gradient vanishes. Here the image
+    feature attends over the text's tokens and is added to what it finds.
+    """
+
+    def __init__(self, config: RewardHeadConfig, rngs: nnx.Rngs) -> None:
+        c = self.config = config
+        types = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype), "rngs": rngs}
+
+        def conv(channels: int, kernel: int, stride: int, padding: int) -> nnx.Conv:
+            pads = ((padding, padding),) * 2
+            return nnx.Conv(
+                channels, c.width, (kernel, kernel), strides=(stride, stride), padding=pads, **types
+            )
+
+        def norm() -> nnx.GroupNorm | None:
+            # Statistics in fp32, as everywhere.
+            fp32 = {**types, "dtype": jnp.float32}
+            return nnx.GroupNorm(c.width, num_groups=c.groups, **fp32) if c.group_norm else None
+
+        self.conv1 = conv(c.channels, c.stem_kernel, c.stem_stride, c.stem_padding)
+        self.norm1 = norm()
+        self.conv2 = conv(c.width, c.second_kernel, c.second_stride, c.second_padding)
+        self.norm2 = norm()
+        # A 1×1 convolution of a pooled feature is a dense layer.
+        self.feature = Linear(c.width, c.width, **types)
+        self.score = Linear(c.width, 1, **types)
+        if c.text_dim is None:
+            return
+        self.text_proj = Linear(c.text_dim, c.width, **types)
+        # A token that is always there, so that an empty prompt is defined. The table counts 524,544
+        # parameters for the text projection, which are these and the 4096 → 128 layer's 524,416.
+        self.null_token = nnx.Param(jnp.zeros((c.width,), c.param_dtype))
+        self.to_q = Linear(c.width, c.width, **types)
+        self.to_k = Linear(c.width, c.width, **types)
+        self.to_v = Linear(c.width, c.width, **types)
+
+    def __call__(
+        self, latent: Float[Array, "b t h w c"], text: Float[Array, "b l d"] | None = None
+    ) -> Float[Array, " b"]:
+        """Rows of `text` that are all zero are padding and do not count."""
+        if (text is None) != (self.config.text_dim is None):
+            given = "no text" if text is None else "text"
+            raise ValueError(f"the reward head got {given}; text_dim is {self.config.text_dim}")
+        features = self._frames(latent)
+        if text is not None:
+            features = features + self._attend(features, text)
+        return self.score(features)[..., 0].astype(jnp.float32).mean(axis=1)
+
+    def _frames(self, latent: Float[Array, "b t h w c"]) -> Float[Array, "b t width"]:
+        x = latent.reshape(-1, *latent.shape[2:])
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            x = conv(x)
+            x = jax.nn.silu(x if norm is None else norm(x)).astype(self.config.dtype)
+        if not x.size:
+            raise ValueError(f"a latent of h, w = {latent.shape[2:4]} is too small for this stem")
+        return self.feature(x.mean(axis=(1, 2))).reshape(*latent.shape[:2], -1)
+
+    def _attend(
+        self, features: Float[Array, "b t width"], text: Float[Array, "b l d"]
+    ) -> Float[Array, "b t width"]:
+        tokens = self.text_proj(text)
+        null = jnp.broadcast_to(self.null_token[...], (*tokens.shape[:1], 1, tokens.shape[-1]))
+        tokens = jnp.concatenate([null.astype(tokens.dtype), tokens], axis=1)
+        real = jnp.pad(jnp.any(text != 0, axis=-1), ((0, 0), (1, 0)), constant_values=True)
+        q, k, v = self.to_q(features), self.to_k(tokens), self.to_v(tokens)
+        out = attention(*(a[:, :, None] for a in (q, k, v)), mask=real[:, None, None, :])
+        return out[:, :, 0]

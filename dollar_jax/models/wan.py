@@ -1,0 +1,288 @@
+"""The text-to-video diffusion transformer of Wan 2.1, named as diffusers' `WanTransformer3DModel`.
+
+The parts that condition on an image are left out. What the reference keeps in fp32 is fp32 here
+whatever `dtype` is: norms, modulation, rotary embedding, timestep embedding and the residual sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, cast, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dollar_jax.models.attention import attention
+from dollar_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    Remat,
+    RMSNorm,
+    layer_norm,
+    run_blocks,
+    stack_blocks,
+)
+
+_small = nnx.initializers.normal(0.02)
+Rotary = tuple[Float[Array, "n half"], Float[Array, "n half"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """Fields and defaults as in diffusers' `WanTransformer3DModel`; those after the blank are ours.
+
+    `out_channels` None means `in_channels`. The defaults are the 14B model.
+    """
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int | None = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024
+
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: Remat = "none"
+    scan_layers: bool = True
+
+    def __post_init__(self) -> None:
+        if self.qk_norm != "rms_norm_across_heads":
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; Wan has only 'rms_norm_across_heads'")
+        if self.remat not in get_args(Remat):
+            raise ValueError(f"remat is {self.remat!r}; it can be one of {get_args(Remat)}")
+        if self.attention_head_dim % 2 or self.freq_dim % 2:
+            raise ValueError(
+                f"attention_head_dim {self.attention_head_dim} and freq_dim {self.freq_dim} "
+                "must be even, for rotations and for sine and cosine pairs"
+            )
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class MLP(nnx.Module):
+    """Two dense layers named as in diffusers' embedders, `linear_1` and `linear_2`."""
+
+    def __init__(self, dim_in: int, dim: int, act: Callable[[Array], Array], **dense: Any) -> None:
+        self.linear_1 = Linear(dim_in, dim, kernel_init=_small, **dense)
+        self.linear_2 = Linear(dim, dim, kernel_init=_small, **dense)
+        self.act = act
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+class ConditionEmbedder(nnx.Module):
+    def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:
+        # The highest precision keeps fp32 products exact on accelerators, whose default is lower;
+        # these layers see one row per sample.
+        exact = {"rngs": rngs, "param_dtype": c.param_dtype, "precision": "highest"}
+        self.time_embedder = MLP(c.freq_dim, c.dim, jax.nn.silu, **exact)
+        self.time_proj = Linear(c.dim, 6 * c.dim, **exact)
+        self.text_embedder = MLP(
+            c.text_dim, c.dim, jax.nn.gelu, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype
+        )
+        self.freq_dim = c.freq_dim
+
+    def __call__(
+        self, t: Float[Array, " b"], text: Float[Array, "b l d"]
+    ) -> tuple[Float[Array, "b dim"], Float[Array, "b 6 dim"], Float[Array, "b l dim"]]:
+        """The embedded time, the six modulations every block starts from, and the text."""
+        time = self.time_embedder(timestep_embedding(t, self.freq_dim))
+        modulation = self.time_proj(jax.nn.silu(time))
+        return time, modulation.reshape(t.shape[0], 6, -1), self.text_embedder(text)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention whose queries and keys are normalised over all heads together."""
+
+    def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:
+        dense = {"rngs": rngs, "dtype": c.dtype, "param_dtype": c.param_dtype}
+        self.to_q = Linear(c.dim, c.dim, **dense)
+        self.to_k = Linear(c.dim, c.dim, **dense)
+        self.to_v = Linear(c.dim, c.dim, **dense)
+        self.to_out = Linear(c.dim, c.dim, **dense)
+        self.norm_q = RMSNorm(c.dim, c.eps, param_dtype=c.param_dtype)
+        self.norm_k = RMSNorm(c.dim, c.eps, param_dtype=c.param_dtype)
+        self.heads, self.dtype = c.num_attention_heads, c.dtype
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        context: Float[Array, "b m d"],
+        rotary: Rotary | None = None,
+    ) -> Float[Array, "b n d"]:
+        def split(y: Array) -> Array:
+            return y.reshape(*y.shape[:2], self.heads, -1)
+
+        q = split(self.norm_q(self.to_q(x)))
+        k = split(self.norm_k(self.to_k(context)))
+        v = split(self.to_v(context))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        out = attention(q.astype(self.dtype), k.astype(self.dtype), v)
+        return self.to_out(out.reshape(x.shape))
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:
+        dense = {"rngs": rngs, "dtype": c.dtype, "param_dtype": c.param_dtype}
+        self.proj_in = Linear(c.dim, c.ffn_dim, **dense)
+        self.proj_out = Linear(c.ffn_dim, c.dim, **dense)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.proj_out(jax.nn.gelu(self.proj_in(x)))
+
+
+class WanBlock(nnx.Module):
+    def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:
+        self.attn1 = Attention(c, rngs)
+        self.attn2 = Attention(c, rngs)
+        self.norm2 = (
+            LayerNorm(c.dim, c.eps, param_dtype=c.param_dtype) if c.cross_attn_norm else None
+        )
+        self.ffn = FeedForward(c, rngs)
+        self.scale_shift_table = nnx.Param(_table(rngs, (6, c.dim), c.param_dtype))
+        self.eps, self.dtype = c.eps, c.dtype
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        text: Float[Array, "b l d"],
+        modulation: Float[Array, "b 6 d"],
+        rotary: Rotary,
+    ) -> Float[Array, "b n d"]:
+        table = self.scale_shift_table[...] + modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
+
+        y = self._modulate(x, shift1, scale1)
+        x = (x + self.attn1(y, y, rotary) * gate1).astype(self.dtype)
+        y = x if self.norm2 is None else self.norm2(x).astype(self.dtype)
+        x = x + self.attn2(y, text)
+        y = self._modulate(x, shift2, scale2)
+        return (x + self.ffn(y) * gate2).astype(self.dtype)
+
+    def _modulate(self, x: Array, shift: Array, scale: Array) -> Array:
+        return (layer_norm(x, self.eps) * (1 + scale) + shift).astype(self.dtype)
+
+
+class WanTransformer(nnx.Module):
+    """Velocity ε - x0 of a noisy latent, given the time and the text (Wan's sign)."""
+
+    def __init__(self, config: WanConfig, rngs: nnx.Rngs) -> None:
+        c = self.config = config
+        patch = math.prod(c.patch_size)
+        dense = {"rngs": rngs, "dtype": c.dtype, "param_dtype": c.param_dtype}
+        self.patch_embedding = Linear(patch * c.in_channels, c.dim, **dense)
+        self.condition_embedder = ConditionEmbedder(c, rngs)
+        self.blocks = stack_blocks(lambda rngs: WanBlock(c, rngs), c.num_layers, rngs)
+        self.proj_out = Linear(
+            c.dim,
+            patch * (c.out_channels or c.in_channels),
+            kernel_init=nnx.initializers.zeros,
+            **dense,
+        )
+        self.scale_shift_table = nnx.Param(_table(rngs, (2, c.dim), c.param_dtype))
+
+    def __call__(
+        self,
+        x: Float[Array, "b t h w c"],
+        t: Float[Array, " b"],
+        text: Float[Array, "b l d"],
+    ) -> Float[Array, "b t h w out"]:
+        """`t` in [0, 1000]; `text` comes with padded rows zeroed and, as in Wan, not masked."""
+        c = self.config
+        grid = self._grid(x.shape[1:])
+        rotary = rotary_tables(grid, c.attention_head_dim)
+        time, modulation, text = self.condition_embedder(t, text)
+
+        y = self.patch_embedding(patchify(x, c.patch_size))
+        y = run_blocks(
+            self.blocks, y, text, modulation, rotary,
+            length=c.num_layers, remat=c.remat, scan=c.scan_layers,
+        )  # fmt: skip
+        shift, scale = jnp.split(self.scale_shift_table[...] + time[:, None], 2, axis=1)
+        y = self.proj_out(layer_norm(y, c.eps) * (1 + scale) + shift)
+        return unpatchify(y, grid, c.patch_size)
+
+    def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        c, (*size, channels) = self.config, shape
+        if channels != c.in_channels:
+            raise ValueError(f"the latent has {channels} channels; in_channels is {c.in_channels}")
+        if any(s % p for s, p in zip(size, c.patch_size, strict=True)):
+            raise ValueError(f"a latent of t, h, w = {size} does not divide by {c.patch_size=}")
+        grid = tuple(s // p for s, p in zip(size, c.patch_size, strict=True))
+        if max(grid) > c.rope_max_seq_len:
+            raise ValueError(f"a grid of {grid} patches is longer than {c.rope_max_seq_len=}")
+        return cast(tuple[int, int, int], grid)
+
+
+def patchify(x: Float[Array, "b t h w c"], patch: tuple[int, int, int]) -> Float[Array, "b n p"]:
+    """One row per patch, in the order t, h, w; inside it pt, ph, pw, c."""
+    b, t, h, w, c = x.shape
+    pt, ph, pw = patch
+    x = x.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
+
+
+def unpatchify(
+    x: Float[Array, "b n p"], grid: tuple[int, int, int], patch: tuple[int, int, int]
+) -> Float[Array, "b t h w c"]:
+    """Undoes `patchify` for a grid of so many patches in t, h and w."""
+    x = x.reshape(x.shape[0], *grid, *patch, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(x.shape[0], *(g * p for g, p in zip(grid, patch, strict=True)), -1)
+
+
+def timestep_embedding(t: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:
+    """Cosines, then sines, of t at dim/2 frequencies from 1 down to almost 1/10,000; fp32."""
+    frequencies = np.exp(-math.log(10_000) * np.arange(dim // 2) / (dim // 2))
+    angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> Rotary:
+    """Cosine and sine of every token's rotation angles: channels first of t, then of h, then of w.
+
+    Height and width get 2⌊head_dim / 6⌋ channels each and time the rest.
+    """
+    space = 2 * (head_dim // 6)
+    angles = []
+    for axis, dim in enumerate((head_dim - 2 * space, space, space)):
+        # fp64 on the host as in the reference, one small table per axis: a table of all tokens
+        # would be a constant of many megabytes in the compiled program.
+        frequencies = 10_000.0 ** -(np.arange(0, dim, 2) / dim)
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = grid[axis]
+        angles.append(np.outer(np.arange(grid[axis]), frequencies).reshape(shape))
+
+    def table(f: np.ufunc) -> Array:
+        parts = [jnp.broadcast_to(f(a).astype(np.float32), (*grid, a.shape[-1])) for a in angles]
+        return jnp.concatenate(parts, axis=-1).reshape(-1, head_dim // 2)
+
+    return table(np.cos), table(np.sin)
+
+
+def rotate(x: Float[Array, "b n heads d"], rotary: Rotary) -> Float[Array, "b n heads d"]:
+    """Turns each pair of neighbouring channels by the token's angle; fp32."""
+    cos, sin = (a[None, :, None, :] for a in rotary)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def _table(rngs: nnx.Rngs, shape: tuple[int, int], dtype: str) -> Array:
+    return jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(shape[-1])

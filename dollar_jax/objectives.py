@@ -1,0 +1,219 @@
+"""What each network is trained on: rng + schedule + networks + losses → (scalar, auxiliaries).
+
+Networks come in as apply functions. One function per network trained: `student`, `fake_score`,
+`reward_head`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dollar_jax import losses, sample, schedule as schedules
+from dollar_jax.config import ConsistencyConfig, DistillConfig, VSDConfig
+from dollar_jax.schedule import Schedule
+from dollar_jax.types import Apply, Key, Latent, Params, PerSample, TextStates, Time
+
+Aux = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The apply functions of the step: one diffusion transformer for all roles, and the reward head."""
+
+    denoiser: Apply
+    reward_head: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What the step reads and never changes; an argument of the step, in no checkpoint."""
+
+    teacher: Params
+    null_text: Float[Array, "1 l d"]
+
+
+def student_input(
+    config: DistillConfig, networks: Networks, schedule: Schedule, params: Params,
+    x0: Latent, text: TextStates, key: Key,
+) -> tuple[Latent, Time, Array]:  # fmt: skip
+    """x_t at one of the student's own timesteps per sample, that time, and its index.
+
+    "forward": the real latent, noised. "backward": where the student itself gets to from noise.
+    """
+    times = config.student.timesteps
+    keys = jax.random.split(key, 3)
+    index = jax.random.randint(keys[0], (x0.shape[0],), 0, len(times))
+    noise = jax.random.normal(keys[1], x0.shape)
+    if config.student.input == "forward":
+        t = jnp.asarray(times, jnp.float32)[index]
+        return schedules.add_noise(schedule, x0, noise, t), t, index
+    x_t, t, _ = sample.simulate_backward(
+        networks.denoiser, params, schedule, times, noise, text, index, keys[2]
+    )
+    return x_t, t, index
+
+
+def student(
+    params: Params, ema: Params, fake_score: Params, reward_head: Params, frozen: Frozen,
+    x0: Latent, text: TextStates, reward_weight: Float[Array, ""], key: Key,
+    *, config: DistillConfig, networks: Networks, schedule: Schedule,
+) -> tuple[Float[Array, ""], tuple[Aux, Latent]]:  # fmt: skip
+    """L_VSD + β_CD L_CD + β_FT L_FT, DOLLAR eq. (8.12); also the metrics and the generated latents.
+
+    One forward of the student serves all three where consistency is asked at the student's own,
+    forward-noised timesteps. `reward_weight` is β_FT as of this step.
+    """
+    c = config.consistency
+    keys = dict(zip(("input", "vsd", "consistency"), jax.random.split(key, 3), strict=True))
+    x_t, t, index = student_input(config, networks, schedule, params, x0, text, keys["input"])
+    generated = sample.student_prediction(networks.denoiser, params, schedule, x_t, t, text)
+
+    total, metrics = jnp.zeros(()), {}
+    if config.vsd.weight:
+        value = vsd(
+            config.vsd, networks, schedule, frozen, fake_score, generated, text, keys["vsd"]
+        ).mean()  # fmt: skip
+        total, metrics["vsd"] = total + config.vsd.weight * value, value
+    if c.weight:
+        if c.times == "student" and config.student.input == "forward":
+            times = student_segments(config, schedule)[:, index]
+            prediction = generated
+        else:
+            if c.times == "student":
+                noise_key, index_key = jax.random.split(keys["consistency"])
+                index = jax.random.randint(index_key, t.shape, 0, len(config.student.timesteps))
+                times = student_segments(config, schedule)[:, index]
+            else:
+                noise_key, index_key = jax.random.split(keys["consistency"])
+                times = grid_segments(c, schedule, index_key, len(t))
+            x_t, t = (
+                schedules.add_noise(schedule, x0, jax.random.normal(noise_key, x0.shape), times[0]),
+                times[0],
+            )
+            prediction = sample.student_prediction(
+                networks.denoiser, params, schedule, x_t, t, text
+            )
+        value = consistency(c, networks, schedule, frozen, ema, prediction, x_t, times, text).mean()
+        total, metrics["consistency"] = total + c.weight * value, value
+    if config.reward.name is not None:
+        score = networks.reward_head(reward_head, generated, text)
+        value = losses.latent_reward(score).mean()
+        total, metrics["latent_reward"] = total + reward_weight * value, score.mean()
+    # Drift against the data's mean 0 and deviation 1 is the first sign of collapse.
+    metrics |= {"student_loss": total, "latent_mean": generated.mean(), "latent_std": generated.std()}
+    return total, (metrics, jax.lax.stop_gradient(generated))
+
+
+def score_times(config: VSDConfig, schedule: Schedule, key: Key, batch: int) -> tuple[Schedule, Time]:
+    """Random times at which scores are compared, spread evenly over the batch's share of the range."""
+    low, high = config.score_range
+    u = low + (high - low) * jax.random.uniform(key, (batch,))
+    shifted = dataclasses.replace(schedule, shift=config.score_shift)
+    return schedule, schedules.time_from_uniform(shifted, u)
+
+
+def vsd(
+    config: VSDConfig, networks: Networks, schedule: Schedule, frozen: Frozen, fake_score: Params,
+    generated: Latent, text: TextStates, key: Key,
+) -> PerSample:  # fmt: skip
+    """L_VSD of generated latents, DOLLAR eq. (8.7-8.9): guided teacher against fake score."""
+    keys = jax.random.split(key)
+    x = jax.lax.stop_gradient(generated)
+    _, t = score_times(config, schedule, keys[0], len(x))
+    x_t = schedules.add_noise(schedule, x, jax.random.normal(keys[1], x.shape), t)
+    real = sample.guided_prediction(
+        networks.denoiser, frozen.teacher, x_t, t, text, frozen.null_text, config.guidance_weight
+    )
+    fake = networks.denoiser(jax.lax.stop_gradient(fake_score), x_t, t, text)
+    return losses.vsd(
+        generated, schedules.to_x0(schedule, real, x_t, t), schedules.to_x0(schedule, fake, x_t, t),
+        config.normalisation, config.floor, nan_to_zero=config.nan_to_zero,
+    )  # fmt: skip
+
+
+def student_segments(config: DistillConfig, schedule: Schedule) -> Float[Array, "m n"]:
+    """Column k: the `skip` + 1 times from the student's k-th timestep down to its next, or to clean."""
+    times = config.student.timesteps
+    end = schedules.timestep_grid(schedule, 1)[-1]
+    skip = config.consistency.skip
+    columns = [np.linspace(a, b, skip + 1) for a, b in zip(times, (*times[1:], end), strict=True)]
+    grid = np.stack(columns, 1)
+    return jnp.asarray(np.round(grid) if schedule.path == "ddpm" else grid, jnp.float32)
+
+
+def grid_segments(c: ConsistencyConfig, schedule: Schedule, key: Key, batch: int) -> Float[Array, "m b"]:
+    """t_{n+m}, ..., t_n on the teacher's grid with a random n per sample."""
+    grid = jnp.asarray(schedules.timestep_grid(schedule, c.num_steps))
+    first = jax.random.randint(key, (batch,), 0, c.num_steps - c.skip + 1)
+    return grid[first + jnp.arange(c.skip + 1)[:, None]]
+
+
+def consistency(
+    c: ConsistencyConfig, networks: Networks, schedule: Schedule, frozen: Frozen, ema: Params,
+    prediction: Latent, x_t: Latent, times: Float[Array, "m b"], text: TextStates,
+) -> PerSample:  # fmt: skip
+    """L_CD, DOLLAR eq. (8.4-8.6): f_θ(x_t) against f_θ⁻ after the guided teacher's steps through `times`.
+
+    `prediction` is the student's x̂0 at x_t, times[0].
+    """
+
+    def f(x: Latent, t: Time, x0: Latent) -> Latent:
+        skip, out = losses.boundary_scalings(t, c.boundary, c.sigma_data, c.timestep_scaling)
+        return skip[:, None, None, None, None] * x + out[:, None, None, None, None] * x0
+
+    earlier = sample.ode_solve(
+        networks.denoiser, frozen.teacher, schedule, jax.lax.stop_gradient(x_t), times, text,
+        frozen.null_text, c.guidance_weight,
+    )  # fmt: skip
+    end = times[-1]
+    target = sample.student_prediction(networks.denoiser, ema, schedule, earlier, end, text)
+    # At the clean end f is the identity whatever the boundary scalings.
+    clean = (end <= schedules.timestep_grid(schedule, 1)[-1])[:, None, None, None, None]
+    target = jnp.where(clean, earlier, f(earlier, end, target))
+    return losses.consistency(f(x_t, times[0], prediction), target, c.distance, c.huber_c)
+
+
+def fake_score(
+    params: Params, student_params: Params, x0: Latent, text: TextStates, key: Key,
+    *, config: DistillConfig, networks: Networks, schedule: Schedule,
+) -> tuple[Float[Array, ""], Aux]:  # fmt: skip
+    """The denoising loss (8.13) of the fake-score network on fresh samples of the student."""
+    keys = jax.random.split(key, 3)
+    student_params = jax.lax.stop_gradient(student_params)
+    x_t, t, _ = student_input(config, networks, schedule, student_params, x0, text, keys[0])
+    generated = sample.student_prediction(networks.denoiser, student_params, schedule, x_t, t, text)
+    _, t = score_times(config.vsd, schedule, keys[1], len(generated))
+    eps = jax.random.normal(keys[2], generated.shape)
+    x_t = schedules.add_noise(schedule, generated, eps, t)
+    prediction = networks.denoiser(params, x_t, t, text)
+    if config.fake_score.loss == "x0":
+        prediction = schedules.to_x0(schedule, prediction, x_t, t)
+        goal = generated
+    else:
+        goal = schedules.target(schedule, generated, eps, t)
+    value = losses.denoising(prediction, goal).mean()
+    return value, {"fake_score": value}
+
+
+def reward_head(
+    params: Params, latent: Latent, text: TextStates, reward: PerSample, weight: PerSample,
+    *, networks: Networks,
+) -> tuple[Float[Array, ""], Aux]:  # fmt: skip
+    """The regression of the latent reward model, DOLLAR eq. (8.10), over the rows with a weight."""
+    predicted = networks.reward_head(params, latent, text)
+    count = jnp.maximum(weight.sum(), 1.0)
+    value = losses.reward_regression(predicted, reward, weight).sum() / count
+
+    def centred(x: PerSample) -> PerSample:
+        return jnp.where(weight > 0, x - jnp.sum(x * weight) / count, 0.0)
+
+    a, b = centred(predicted), centred(reward)
+    correlation = jnp.sum(a * b) * jax.lax.rsqrt(jnp.sum(a * a) * jnp.sum(b * b) + 1e-12)
+    return value, {"reward_regression": value, "reward_correlation": correlation}

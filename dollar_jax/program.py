@@ -1,0 +1,115 @@
+"""The compiled programs of distillation: the one train step and the state's initialisation, over a mesh.
+
+Training and ahead-of-time planning both build from here, so what is planned is what runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dollar_jax import sharding
+from dollar_jax.config import DistillConfig
+from dollar_jax.models.network import Network, make_network
+from dollar_jax.models.reward_head import RewardHead, RewardHeadConfig
+from dollar_jax.objectives import Frozen, Networks
+from dollar_jax.optim import make_optimiser
+from dollar_jax.schedule import Schedule
+from dollar_jax.state import Optimisers, TrainState, init_state
+from dollar_jax.step import make_step
+from dollar_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """`step` donates the state. `batch_shapes` and `state_shapes` are what it takes."""
+
+    mesh: Mesh
+    step: Any
+    state_shapes: TrainState
+    state_sharding: TrainState
+    frozen_sharding: Frozen
+    batch_shapes: dict[str, jax.ShapeDtypeStruct]
+    batch_sharding: dict[str, Any]
+    init: Any
+
+
+def build_program(
+    config: DistillConfig,
+    transformer: Network,
+    schedule: Schedule,
+    latent_shape: tuple[int, ...],
+    text_shape: tuple[int, int],
+    devices: Sequence[jax.Device] | None = None,
+) -> Program:
+    """Everything but the weights; raises ValueError, before any compilation, for a mesh that does not fit."""
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_batch(mesh, "batch_size / accumulation", config.batch_size // config.accumulation)
+    head = reward_head_network(config, latent_shape[-1], text_shape[-1])
+    optimisers = Optimisers(
+        make_optimiser(config.student.optimiser, config.steps),
+        make_optimiser(config.fake_score.optimiser, config.steps * config.fake_score.updates),
+        make_optimiser(config.reward.optimiser, config.steps * config.reward.updates),
+    )
+    use_text = config.reward.head.use_text
+    networks = Networks(
+        transformer.apply,
+        lambda params, latent, text: head.apply(params, latent, text if use_text else None),
+    )
+
+    def init(key: jax.Array, teacher: Params) -> TrainState:
+        state_key, head_key = jax.random.split(key)
+        return init_state(state_key, teacher, head.init(head_key), optimisers)
+
+    state_shapes = jax.eval_shape(init, jax.random.key(0), transformer.shapes)
+    state_sharding = sharding.shard(mesh, state_shapes)
+    frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), sharding.replicated(mesh))
+    batch_shapes = _batch_shapes(config, latent_shape, text_shape)
+    batch_sharding = {
+        name: sharding.batch_sharding(mesh, leading=int(name.startswith("scored")))
+        for name in batch_shapes
+    }
+    if config.reward.name is not None:
+        sharding.check_batch(mesh, "reward.batch_size", config.reward.batch_size)
+    step = jax.jit(
+        make_step(config, networks, schedule, optimisers),
+        in_shardings=(state_sharding, frozen_sharding, batch_sharding),
+        out_shardings=(state_sharding, sharding.replicated(mesh), sharding.batch_sharding(mesh)),
+        donate_argnums=0,
+    )
+    return Program(
+        mesh, step, state_shapes, state_sharding, frozen_sharding, batch_shapes, batch_sharding,
+        jax.jit(init, out_shardings=state_sharding),
+    )  # fmt: skip
+
+
+def reward_head_network(config: DistillConfig, channels: int, text_dim: int) -> Network:
+    """The latent reward model for latents of so many channels and text states of that width."""
+    fields = dataclasses.asdict(config.reward.head)
+    use_text = fields.pop("use_text")
+    head = RewardHeadConfig(channels=channels, text_dim=text_dim if use_text else None, **fields)
+    return make_network(functools.partial(RewardHead, head))
+
+
+def _batch_shapes(
+    config: DistillConfig, latent: tuple[int, ...], text: tuple[int, int]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    def rows(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    shapes = {"latent": rows(config.batch_size, *latent), "text": rows(config.batch_size, *text)}
+    if config.reward.name is not None:
+        scored = config.reward.updates, config.reward.batch_size
+        shapes |= {
+            "scored_latent": rows(*scored, *latent),
+            "scored_text": rows(*scored, *text),
+            "scored_reward": rows(*scored),
+            "scored_weight": rows(*scored),
+        }
+    return shapes

@@ -1,0 +1,219 @@
+"""Samplers over apply functions: the teacher's ODE, the student's few steps.
+
+All are pure and take `apply(params, x_t, t, text)`; each loop is one `lax.scan`, so the network is
+compiled once whatever the number of steps. Latents are fp32; a network casts inside.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dollar_jax import schedule as schedules
+from dollar_jax.schedule import Schedule
+from dollar_jax.types import (
+    Apply,
+    Key,
+    Latent,
+    LatentSteps,
+    NullText,
+    Params,
+    StepIndex,
+    TextStates,
+    Time,
+    TimeSteps,
+    Weight,
+)
+
+
+def guided_prediction(
+    apply: Apply,
+    params: Params,
+    x_t: Latent,
+    t: Time,
+    text: TextStates,
+    null_text: NullText | None,
+    weight: Weight | None,
+    batched: bool = True,
+) -> Latent:
+    """Prediction with classifier-free guidance weight w (DOLLAR eq. (8.6)).
+
+    The two passes are one call on a batch of 2b, or two calls in turn (`batched=False`, half the
+    activation memory); a weight of None or the Python number 0 is a single pass.
+
+    Raises:
+        ValueError: guidance without null_text.
+    """
+    if weight is None or (isinstance(weight, int | float) and weight == 0):
+        return apply(params, x_t, t, text)
+    if null_text is None:
+        raise ValueError(f"guidance weight {weight!r} needs null_text; pass it, or use None.")
+    null_text = jnp.broadcast_to(null_text, text.shape).astype(text.dtype)
+    if not batched:
+        both = lax.map(lambda y: apply(params, x_t, t, y), jnp.stack([text, null_text]))
+        return schedules.guide(both[0], both[1], weight)
+
+    def interleave(first: jax.Array, second: jax.Array) -> jax.Array:
+        # Neighbours, not halves: a batch sharded over devices then stays where it is.
+        return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+
+    both = apply(params, interleave(x_t, x_t), interleave(t, t), interleave(text, null_text))
+    both = both.reshape(x_t.shape[0], 2, *both.shape[1:])
+    return schedules.guide(both[:, 0], both[:, 1], weight)
+
+
+def ode_solve(
+    apply: Apply,
+    params: Params,
+    schedule: Schedule,
+    x_t: Latent,
+    times: TimeSteps,
+    text: TextStates,
+    null_text: NullText | None,
+    guidance_weight: Weight | None,
+    eta: float = 0.0,
+    key: Key | None = None,
+    batched: bool = True,
+) -> Latent:
+    """Takes x_t from times[0] to times[-1] in DDIM steps (DOLLAR eq. (8.14)).
+
+    `times` is [steps + 1, b], descending, and may differ between samples: with m + 1 rows this is
+    the Denoise^m of the consistency loss (DOLLAR eq. (8.5)).
+
+    Raises:
+        ValueError: eta > 0 without a key.
+    """
+    if eta != 0 and key is None:
+        raise ValueError(f"sampling with eta={eta!r} needs a key; pass one, or use eta=0.")
+    keys = None if key is None else jax.random.split(key, times.shape[0] - 1)
+
+    def step(x: Latent, inputs):
+        t, t_next, step_key = inputs
+        prediction = guided_prediction(
+            apply, params, x, t, text, null_text, guidance_weight, batched
+        )
+        x0 = schedules.to_x0(schedule, prediction, x, t)
+        noise = None if eta == 0 else jax.random.normal(step_key, x.shape, x.dtype)
+        return schedules.ddim_step(schedule, x, x0, t, t_next, eta, noise), None
+
+    return lax.scan(step, x_t.astype(jnp.float32), (times[:-1], times[1:], keys))[0]
+
+
+def ode_sample(
+    apply: Apply,
+    params: Params,
+    schedule: Schedule,
+    noise: Latent,
+    text: TextStates,
+    null_text: NullText | None,
+    guidance_weight: Weight | None,
+    num_steps: int,
+    eta: float = 0.0,
+    key: Key | None = None,
+    batched: bool = True,
+) -> Latent:
+    """The teacher's sample from pure noise: `ode_solve` over `timestep_grid(num_steps)`."""
+    grid = jnp.asarray(schedules.timestep_grid(schedule, num_steps))
+    times = jnp.broadcast_to(grid[:, None], (num_steps + 1, noise.shape[0]))
+    return ode_solve(
+        apply, params, schedule, noise, times, text, null_text, guidance_weight, eta, key, batched
+    )
+
+
+def student_prediction(
+    apply: Apply, params: Params, schedule: Schedule, x_t: Latent, t: Time, text: TextStates
+) -> Latent:
+    """The student's clean prediction, without guidance."""
+    return schedules.to_x0(schedule, apply(params, x_t, t, text), x_t, t)
+
+
+def few_step_sample(
+    apply: Apply,
+    params: Params,
+    schedule: Schedule,
+    timesteps: Sequence[float],
+    noise: Latent,
+    text: TextStates,
+    key: Key,
+) -> Latent:
+    """The student's sample: predict x0, re-noise to the next timestep, repeat.
+
+    `timesteps` is static and descending, (999, 749, 499, 249) in the paper; `noise` is taken to be
+    the state at the first.
+
+    Raises:
+        ValueError: timesteps are not strictly descending or out of range.
+    """
+    times = _student_times(schedule, timesteps)
+    keys = jax.random.split(key, len(timesteps))
+
+    def step(x: Latent, inputs):
+        t, t_next, step_key = inputs
+        return _student_step(apply, params, schedule, x, t, t_next, step_key, text), None
+
+    # The step to the clean end re-noises with b = 0, so the last state is the last prediction.
+    return lax.scan(step, noise.astype(jnp.float32), (times[:-1], times[1:], keys))[0]
+
+
+def simulate_backward(
+    apply: Apply,
+    params: Params,
+    schedule: Schedule,
+    timesteps: Sequence[float],
+    noise: Latent,
+    text: TextStates,
+    k: StepIndex,
+    key: Key,
+) -> tuple[Latent, Time, LatentSteps]:
+    """The student's own input at its k-th timestep, without gradient (backward simulation, DMD2).
+
+    `k` counts from 0 (pure noise at timesteps[0]); it may be traced, one for the batch or [b].
+    Given the same key the states are those of `few_step_sample`.
+
+    Returns:
+        x_t [b t h w c] at t = timesteps[k], that t [b], and the states [n b t h w c] at every
+        timestep; a sample's state stays at x_t after its k-th, and no network runs past max(k).
+
+    Raises:
+        ValueError: timesteps are not strictly descending or out of range.
+    """
+    times = _student_times(schedule, timesteps)
+    last = len(timesteps) - 1
+    k = jnp.broadcast_to(jnp.clip(jnp.asarray(k), 0, last), noise.shape[:1])
+    # At the inputs rather than the result: nothing inside the loop is then differentiated at all.
+    params, noise, text = lax.stop_gradient((params, noise, text))
+    keys = jax.random.split(key, len(timesteps))[:last]
+
+    def step(x: Latent, inputs):
+        index, t, t_next, step_key = inputs
+        running = (index < k).reshape(-1, *(1,) * (x.ndim - 1))
+
+        def advance(x: Latent) -> Latent:
+            x_next = _student_step(apply, params, schedule, x, t, t_next, step_key, text)
+            return jnp.where(running, x_next, x)
+
+        return lax.cond(index < jnp.max(k), advance, lambda x: x, x), x
+
+    inputs = (jnp.arange(last), times[:last], times[1 : last + 1], keys)
+    x_t, states = lax.scan(step, noise.astype(jnp.float32), inputs)
+    return x_t, times[k], jnp.concatenate([states, x_t[None]])
+
+
+def _student_times(schedule: Schedule, timesteps: Sequence[float]) -> jax.Array:
+    """[n + 1]: the timesteps, then the clean end."""
+    steps = list(timesteps)
+    top = schedule.num_train_timesteps - (schedule.path == "ddpm")
+    descending = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+    if not (steps and descending and steps[-1] >= 0 and steps[0] <= top):
+        raise ValueError(
+            f"student timesteps must be strictly descending within 0..{top}, such as "
+            f"(999, 749, 499, 249), not {steps}."
+        )
+    return jnp.asarray([*steps, schedules.CLEAN], jnp.float32)
+
+
+def _student_step(apply, params, schedule, x, t, t_next, key, text) -> Latent:
+    t, t_next = (jnp.full(x.shape[:1], time, jnp.float32) for time in (t, t_next))
+    x0 = student_prediction(apply, params, schedule, x, t, text)
+    return schedules.add_noise(schedule, x0, jax.random.normal(key, x.shape, x.dtype), t_next)

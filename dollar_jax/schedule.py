@@ -1,0 +1,275 @@
+"""Diffusion paths and the conversions between everything a network may predict.
+
+A path is `x_t = a_t x0 + b_t eps` (DOLLAR eq. (8.1)). Time `t` is always what the network is given,
+in [0, num_train_timesteps]: on the rectified-flow path `b_t = sigma = t / num_train_timesteps`; on
+the DDPM path `t` is the index 0..num_train_timesteps - 1, and any `t < 0` is the clean end, a = 1,
+b = 0. Keep `t` in fp32: bf16 cannot tell 999 from 1000.
+
+Each prediction is a linear mix `m x0 + n eps`, so with x_t it makes a 2x2 system for (x0, eps);
+every conversion below is a row of its inverse. Results are fp32 whatever the input precision.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dollar_jax.types import Latent, Time, Weight
+
+Path = Literal["ddpm", "rf"]
+Prediction = Literal["v", "eps", "x0", "velocity", "conjugate_velocity"]
+BetaSchedule = Literal["linear", "scaled_linear"]
+
+CLEAN = -1.0
+"""The time of a clean sample, valid on every path."""
+
+_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A path and what the network predicts on it; hashable, so it can be a static argument.
+
+    Predictions: `v` = a eps - b x0 (CogVideoX), `eps`, `x0`, `velocity` = eps - x0 (Wan),
+    `conjugate_velocity` = x0 - eps (DOLLAR eq. (8.13)). `shift` bends the rectified-flow time,
+    u -> shift u / (1 + (shift - 1) u). The `beta` fields, `snr_shift_scale` (CogVideoX divides the
+    signal-to-noise ratio by it) and `rescale_zero_snr` (pure noise at the last index; applied
+    after the shift) shape the DDPM path only. DOLLAR does not publish its betas.
+
+    Raises:
+        ValueError: a field is out of range, or belongs to the other path.
+    """
+
+    path: Path
+    prediction: Prediction
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+    beta_schedule: BetaSchedule = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    rescale_zero_snr: bool = False
+    snr_shift_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        choices = {"path": Path, "prediction": Prediction, "beta_schedule": BetaSchedule}
+        for name, kind in choices.items():
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}."
+                )
+        count = self.num_train_timesteps
+        if not (isinstance(count, int) and count > 1):
+            raise ValueError(f"num_train_timesteps must be an integer above 1, not {count!r}.")
+        for name in ("shift", "snr_shift_scale"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, not {value!r}.")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, "
+                f"not {self.beta_start!r} and {self.beta_end!r}."
+            )
+        if self.path == "ddpm" and self.shift != 1:
+            raise ValueError(f"shift={self.shift!r} needs path='rf'; leave it at 1 for 'ddpm'.")
+        if self.path == "rf" and (self.rescale_zero_snr or self.snr_shift_scale != 1):
+            raise ValueError("rescale_zero_snr and snr_shift_scale need path='ddpm', not 'rf'.")
+        if self.rescale_zero_snr and self.prediction == "eps":
+            raise ValueError(
+                "prediction='eps' cannot be used with rescale_zero_snr: the noise says nothing "
+                "about x0 at zero signal; use 'v'."
+            )
+
+
+def coefficients(schedule: Schedule, t: Time) -> tuple[Time, Time]:
+    """(a_t, b_t) of DOLLAR eq. (8.1), fp32; DDPM times are rounded to the nearest index."""
+    t = jnp.asarray(t, jnp.float32)
+    if schedule.path == "rf":
+        sigma = jnp.clip(t / schedule.num_train_timesteps, 0.0, 1.0)
+        return 1.0 - sigma, sigma
+    last = schedule.num_train_timesteps - 1
+    row = jnp.where(t < 0, 0, jnp.clip(jnp.round(t), 0, last).astype(jnp.int32) + 1)
+    a, b = _ddpm_table(schedule)
+    return jnp.asarray(a)[row], jnp.asarray(b)[row]
+
+
+def add_noise(schedule: Schedule, x0: Latent, eps: Latent, t: Time) -> Latent:
+    """x_t = a_t x0 + b_t eps (DOLLAR eq. (8.1))."""
+    a, b = _coefficients_like(schedule, t, x0)
+    return a * x0 + b * eps
+
+
+def target(schedule: Schedule, x0: Latent, eps: Latent, t: Time) -> Latent:
+    """What the network is trained to predict at `add_noise(x0, eps, t)` (DOLLAR eq. (8.13))."""
+    m, n = _mix(schedule, *_coefficients_like(schedule, t, x0))
+    return m * x0 + n * eps
+
+
+def to_x0(schedule: Schedule, prediction: Latent, x_t: Latent, t: Time) -> Latent:
+    """The clean latent a prediction implies; DOLLAR eq. (8.15) for `conjugate_velocity`."""
+    if schedule.prediction == "x0":
+        return _at_least_fp32(prediction)
+    a, b = _coefficients_like(schedule, t, x_t)
+    m, n = _mix(schedule, a, b)
+    return (n * x_t - b * prediction) / _away_from_zero(a * n - b * m)
+
+
+def to_eps(schedule: Schedule, prediction: Latent, x_t: Latent, t: Time) -> Latent:
+    """The noise a prediction implies; finite but meaningless where b_t = 0 and x0 is predicted."""
+    if schedule.prediction == "eps":
+        return _at_least_fp32(prediction)
+    a, b = _coefficients_like(schedule, t, x_t)
+    m, n = _mix(schedule, a, b)
+    return (a * prediction - m * x_t) / _away_from_zero(a * n - b * m)
+
+
+def from_x0(schedule: Schedule, x0: Latent, x_t: Latent, t: Time) -> Latent:
+    """The network prediction that means `x0` at x_t: the inverse of `to_x0`, for b_t > 0."""
+    a, b = _coefficients_like(schedule, t, x_t)
+    m, n = _mix(schedule, a, b)
+    return m * x0 + n * (x_t - a * x0) / _away_from_zero(b)
+
+
+def score(schedule: Schedule, prediction: Latent, x_t: Latent, t: Time) -> Latent:
+    """grad log p_t(x_t) = -eps / b_t, the s of DOLLAR eq. (8.7)."""
+    _, b = _coefficients_like(schedule, t, x_t)
+    return -to_eps(schedule, prediction, x_t, t) / _away_from_zero(b)
+
+
+def conjugate_point(schedule: Schedule, x_t: Latent, t: Time) -> tuple[Latent, Time]:
+    """The rectified-flow point on x_t's ray, and its time (DOLLAR eq. (8.20)-(8.23)).
+
+    y = x_t / (a + b) = (1 - tau) x0 + tau eps with tau = b / (a + b); the time is returned in
+    timestep units, tau * num_train_timesteps.
+    """
+    a, b = coefficients(schedule, t)
+    return x_t / _like(a + b, x_t), schedule.num_train_timesteps * b / (a + b)
+
+
+def guide(cond: Latent, uncond: Latent, weight: Weight) -> Latent:
+    """Classifier-free guidance, v_c + w (v_c - v_0) (DOLLAR eq. (8.6)).
+
+    `weight` is the paper's w, a number or [b]: diffusers' `guidance_scale` is w + 1, and w = 0 is
+    no guidance. See `guidance_weight_from_scale`.
+    """
+    cond, uncond = _at_least_fp32(cond), _at_least_fp32(uncond)
+    return cond + _like(jnp.asarray(weight, jnp.float32), cond) * (cond - uncond)
+
+
+def guidance_weight_from_scale(scale: float) -> float:
+    """The paper's w for a `guidance_scale` in the convention v_0 + s (v_c - v_0): w = s - 1."""
+    return scale - 1.0
+
+
+def ddim_step(
+    schedule: Schedule,
+    x_t: Latent,
+    x0_hat: Latent,
+    t: Time,
+    t_next: Time,
+    eta: float = 0.0,
+    noise: Latent | None = None,
+) -> Latent:
+    """One step from t to the earlier t_next (DOLLAR eq. (8.14), with its sigma scaled by eta).
+
+    eta = 0 is deterministic DDIM, which on the rectified-flow path is exactly the Euler step
+    x + (sigma_next - sigma) velocity; eta = 1 draws from the posterior q(x_next | x_t, x0_hat).
+
+    Raises:
+        ValueError: eta > 0 without noise.
+    """
+    a, b = _coefficients_like(schedule, t, x_t)
+    a_next, b_next = _coefficients_like(schedule, t_next, x_t)
+    eps = (x_t - a * x0_hat) / _away_from_zero(b)
+    if eta == 0:
+        return a_next * x0_hat + b_next * eps
+    if noise is None:
+        raise ValueError(f"ddim_step with eta={eta!r} needs noise; pass it, or use eta=0.")
+    # Written without a^2 + b^2 = 1, so that it holds off the variance-preserving path too.
+    correlation = (a * b_next) / _away_from_zero(a_next * b)
+    sigma = eta * b_next * jnp.sqrt(jnp.clip(1.0 - correlation**2, 0.0, 1.0))
+    direction = jnp.sqrt(jnp.maximum(b_next**2 - sigma**2, 0.0))
+    return a_next * x0_hat + direction * eps + sigma * noise
+
+
+def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
+    """[num_steps + 1] descending fp32 times: the inputs of each step, then the clean end.
+
+    DDPM: "trailing" spacing, 999, 979, ..., 19, -1 for 50 steps, as in DOLLAR. Rectified flow:
+    `shift` applied to an even grid from 1 to 0, as in Wan.
+
+    Raises:
+        ValueError: num_steps is not in 1..num_train_timesteps.
+    """
+    total = schedule.num_train_timesteps
+    if not 1 <= num_steps <= total:
+        raise ValueError(f"num_steps must be between 1 and {total}, not {num_steps!r}.")
+    if schedule.path == "rf":
+        u = np.linspace(1.0, 0.0, num_steps + 1)
+        return (total * _shift(schedule, u)).astype(np.float32)
+    times = np.round(total - np.arange(num_steps) * (total / num_steps)) - 1
+    return np.append(times, CLEAN).astype(np.float32)
+
+
+def time_from_uniform(schedule: Schedule, u: Time) -> Time:
+    """Maps uniform u in [0, 1) to a training time: shifted for rectified flow, else an index."""
+    total = schedule.num_train_timesteps
+    if schedule.path == "rf":
+        return total * _shift(schedule, u)
+    return jnp.clip(jnp.floor(total * u), 0, total - 1)
+
+
+@functools.lru_cache
+def _ddpm_table(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+    """fp32 (a, b) for t = -1, 0, ..., computed in fp64."""
+    count = schedule.num_train_timesteps
+    if schedule.beta_schedule == "linear":
+        betas = np.linspace(schedule.beta_start, schedule.beta_end, count)
+    else:
+        betas = np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, count) ** 2
+    alphas = np.cumprod(1.0 - betas)
+    scale = schedule.snr_shift_scale
+    alphas = alphas / (scale + (1.0 - scale) * alphas)
+    a = np.sqrt(alphas)
+    if schedule.rescale_zero_snr:
+        a = (a - a[-1]) * a[0] / (a[0] - a[-1])
+    a = np.append(1.0, a)
+    return a.astype(np.float32), np.sqrt(1.0 - a**2).astype(np.float32)
+
+
+def _mix(schedule: Schedule, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(m, n) with prediction = m x0 + n eps."""
+    zero, one = jnp.zeros_like(a), jnp.ones_like(a)
+    return {
+        "v": (-b, a),
+        "eps": (zero, one),
+        "x0": (one, zero),
+        "velocity": (-one, one),
+        "conjugate_velocity": (one, -one),
+    }[schedule.prediction]
+
+
+def _shift(schedule: Schedule, u):
+    return schedule.shift * u / (1.0 + (schedule.shift - 1.0) * u)
+
+
+def _coefficients_like(schedule: Schedule, t: Time, x: Latent) -> tuple[jax.Array, jax.Array]:
+    a, b = coefficients(schedule, t)
+    return _like(a, x), _like(b, x)
+
+
+def _like(value: jax.Array, x: jax.Array) -> jax.Array:
+    """Appends axes, so that [b] broadcasts against [b t h w c]."""
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
+
+
+def _away_from_zero(value: jax.Array) -> jax.Array:
+    return jnp.copysign(jnp.maximum(jnp.abs(value), _FLOOR), value)
+
+
+def _at_least_fp32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

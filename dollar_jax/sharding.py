@@ -1,0 +1,103 @@
+"""Where every array of the step lives: a mesh, and one ordered table of (regex, PartitionSpec).
+
+The table serves parameters and optimiser state alike, whose paths end in the same names. The first row
+that matches a whole path wins; a path that no row matches is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dollar_jax.config import MeshConfig
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH = P(("data", "fsdp"))
+
+RULES: tuple[tuple[str, P], ...] = (
+    # The reward head is small.
+    (r"(.*/)?reward_head.*", P()),
+    (r"reward_statistics/.*", P()),
+    # Stacked blocks: [layer, in, out].
+    (r"(.*/)?blocks/.*/(to_q|to_k|to_v|proj_in)/kernel", P(None, "fsdp", "tensor")),
+    (r"(.*/)?blocks/.*/(to_out|proj_out)/kernel", P(None, "tensor", "fsdp")),
+    (r"(.*/)?blocks/.*/(to_q|to_k|to_v|proj_in)/bias", P(None, "tensor")),
+    (r"(.*/)?blocks/.*(bias|scale|scale_shift_table)", P()),
+    # The rest of the transformer: [in, out].
+    (r"(.*/)?(patch_embedding|linear_1|time_proj)/kernel", P("fsdp", "tensor")),
+    (r"(.*/)?(proj_out|linear_2)/kernel", P("tensor", "fsdp")),
+    (r"(.*/)?(bias|scale_shift_table)", P()),
+    # Counters and keys.
+    (r"(.*/)?(step|key|count)", P()),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over AXES; raises ValueError when the devices do not fill it exactly."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in AXES]
+    if sizes.count(-1) == 1:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = len(devices) // max(rest, 1)
+    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"the mesh {named} needs {math.prod(sizes)} devices, but there are {len(devices)}: "
+            "set config.mesh so that the product of its axes is the number of devices"
+        )
+    if sizes[2] != 1:
+        raise ValueError("config.mesh.context must be 1: sequence parallelism is not there yet")
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_batch(mesh: Mesh, name: str, size: int) -> None:
+    """Raises ValueError unless `size` rows divide over the data and fsdp axes."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if size % shards:
+        raise ValueError(
+            f"{name} is {size}, which does not divide over data × fsdp = {shards} shards of the mesh"
+        )
+
+
+def shard(mesh: Mesh, tree: Any) -> Any:
+    """A NamedSharding for every leaf of a tree of arrays or shapes, by RULES.
+
+    Raises ValueError naming the path that no rule matches, or whose shape its spec does not divide.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = "/".join(_name(entry) for entry in path)
+        spec = next((spec for rule, spec in RULES if re.fullmatch(rule, name)), None)
+        if spec is None:
+            raise ValueError(f"no sharding rule matches {name!r} of shape {leaf.shape}")
+        for size, axes in zip(leaf.shape, spec, strict=False):
+            shards = mesh.shape[axes] if axes else 1
+            if size % shards:
+                raise ValueError(
+                    f"{name!r} of shape {leaf.shape} does not divide by mesh axis {axes} = {shards}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Rows over data × fsdp, after `leading` axes that are whole everywhere."""
+    return NamedSharding(mesh, P(*[None] * leading, *BATCH))
+
+
+def _name(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)

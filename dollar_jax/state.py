@@ -1,0 +1,94 @@
+"""The train state: a plain pytree, made already sharded."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from dollar_jax.types import Key, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RewardStatistics:
+    """Running mean and mean square of the raw reward; `count` is the total decayed weight."""
+
+    mean: Float[Array, ""]
+    square: Float[Array, ""]
+    count: Float[Array, ""]
+
+    @property
+    def std(self) -> Float[Array, ""]:
+        return jnp.sqrt(jnp.maximum(self.square - self.mean**2, 1e-12))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a step changes. The teacher is not in it."""
+
+    step: Int[Array, ""]
+    key: Key
+    student: Params
+    ema: Params  # θ⁻: the consistency target, and what is sampled from
+    fake_score: Params
+    reward_head: Params
+    reward_statistics: RewardStatistics
+    student_optimiser: Any
+    fake_score_optimiser: Any
+    reward_head_optimiser: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimisers:
+    student: optax.GradientTransformation
+    fake_score: optax.GradientTransformation
+    reward_head: optax.GradientTransformation
+
+
+def init_state(key: Key, teacher: Params, reward_head: Params, optimisers: Optimisers) -> TrainState:
+    """Student, its average and the fake score start as copies of the teacher, in fp32."""
+    master = jax.tree.map(lambda x: x.astype(jnp.float32), teacher)
+    zero = jnp.zeros(())
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+        student=master,
+        ema=jax.tree.map(jnp.copy, master),
+        fake_score=jax.tree.map(jnp.copy, master),
+        reward_head=reward_head,
+        reward_statistics=RewardStatistics(zero, zero, zero),
+        student_optimiser=optimisers.student.init(master),
+        fake_score_optimiser=optimisers.fake_score.init(master),
+        reward_head_optimiser=optimisers.reward_head.init(reward_head),
+    )
+
+
+# The items of a checkpoint, and the fields of the state each holds.
+ITEMS = {
+    "student": ("student",),
+    "ema": ("ema",),
+    "fake_score": ("fake_score",),
+    "reward_head": ("reward_head", "reward_statistics"),
+    "optimisers": ("student_optimiser", "fake_score_optimiser", "reward_head_optimiser"),
+    "progress": ("step", "key"),
+}
+
+
+def to_items(state: TrainState) -> dict[str, dict[str, Any]]:
+    """The state as checkpoint items; the key as its raw data."""
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    fields["key"] = jax.random.key_data(state.key)
+    return {item: {name: fields[name] for name in names} for item, names in ITEMS.items()}
+
+
+def from_items(items: dict[str, dict[str, Any]]) -> TrainState:
+    """Undoes `to_items`."""
+    fields = {name: value for item in items.values() for name, value in item.items()}
+    fields["key"] = jax.random.wrap_key_data(fields["key"])
+    return TrainState(**fields)

@@ -1,0 +1,282 @@
+"""`dollar train`: the host's loop around the one compiled step.
+
+While the devices run a step, the host decodes and scores the previous step's latents; the rewards reach
+the latent reward model one step later. What was scored is flushed before a checkpoint, so that a
+resumed run repeats an uninterrupted one to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from dollar_jax import sharding
+from dollar_jax.checkpoint import Checkpoints
+from dollar_jax.config import DistillConfig, from_config
+from dollar_jax.data.latents import EncodedVideos
+from dollar_jax.generate import Generator
+from dollar_jax.objectives import Frozen
+from dollar_jax.program import Program, build_program
+from dollar_jax.rewards import Reward, get_reward
+from dollar_jax.rewards.replay import Replay
+from dollar_jax.state import TrainState, from_items, to_items
+
+HISTORY = "history.jsonl"
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+# Settings that may change between a run and its resumption.
+_CHANGEABLE = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "pretrain"}
+
+
+def train(
+    config: DistillConfig, workdir: Path, generator: Generator, data: EncodedVideos
+) -> TrainState:
+    """Distils for `config.steps` steps, from the newest checkpoint in `workdir` if there is one.
+
+    Leaves checkpoints, history.jsonl, TensorBoard events and config.json. Raises ValueError when the
+    workdir holds a run with other settings, FloatingPointError when the loss stops being finite.
+    """
+    remember_config(config, workdir)
+    pipeline = generator.pipeline
+    text_shape = generator.null_text.shape[1:]
+    program = build_program(
+        config, pipeline.transformer.network, pipeline.schedule, generator.latent_shape, text_shape
+    )
+    frozen = jax.device_put(
+        Frozen(pipeline.transformer.params, generator.null_text), program.frozen_sharding
+    )
+    reward = None if config.reward.name is None else get_reward(config.reward.name)
+    scorer = None if reward is None else Scorer(config, generator, reward, text_shape)
+    batches = data.batches(config)
+
+    with Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
+        first = checkpoints.latest() or 0
+        if first:
+            state = _restore(checkpoints, program, scorer, batches)
+        else:
+            state = program.init(jax.random.key(config.seed), frozen.teacher)
+        with Log(workdir, first, config) as log:
+            for step in range(first, config.steps):
+                rows = next(batches)
+                captions = [data.captions[i] for i in rows["index"]]
+                batch = {"latent": rows["latent"], "text": rows["text"]}
+                if scorer is not None:
+                    batch |= scorer.scored(step)
+                state, metrics, generated = program.step(state, frozen, _put(program, batch))
+                if scorer is not None:
+                    scorer.score_pending()
+                    scorer.pend(generated, batch, captions)
+                last = step + 1 == config.steps
+                if last or (step + 1) % config.checkpoint_every == 0:
+                    if scorer is not None:
+                        scorer.score_pending()
+                    items = {**to_items(state), "data": batches}
+                    if scorer is not None:
+                        items["replay"] = scorer.replay.state
+                    checkpoints.save(step + 1, items)
+                log.step(step + 1, metrics, {} if scorer is None else scorer.latest, last)
+    return state
+
+
+def _restore(
+    checkpoints: Checkpoints, program: Program, scorer: Scorer | None, batches: grain.DatasetIterator
+) -> TrainState:
+    shapes = jax.eval_shape(to_items, program.state_shapes)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes, sharding.shard(program.mesh, shapes),
+    )  # fmt: skip
+    like = {**abstract, "data": batches}
+    if scorer is not None:
+        like["replay"] = scorer.replay.state
+    items = checkpoints.restore(like)
+    if scorer is not None:
+        scorer.replay.state = {k: np.array(v) for k, v in items.pop("replay").items()}
+    items.pop("data")
+    return from_items(items)
+
+
+def _put(program: Program, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Each process's rows as the global arrays of the step."""
+    return {
+        name: jax.make_array_from_process_local_data(program.batch_sharding[name], value)
+        for name, value in batch.items()
+    }
+
+
+class Scorer:
+    """Scores this process's share of the latents with the pixel-space reward, one step behind the devices."""
+
+    def __init__(
+        self, config: DistillConfig, generator: Generator, reward: Reward, text_shape: tuple[int, ...]
+    ):
+        c = self.config = config.reward
+        self.seed = config.seed
+        self.count = max(1, c.samples // jax.process_count())
+        self.stride = config.accumulation
+        self.generator, self.reward = generator, reward
+        self.replay = Replay(c.replay, generator.latent_shape, text_shape)
+        self.latest: dict[str, float] = {}
+        self._pending: tuple[jax.Array, np.ndarray, np.ndarray, list[str]] | None = None
+
+    def scored(self, step: int) -> dict[str, np.ndarray]:
+        """This process's rows of the latent reward model's batches for a step."""
+        rows = self.config.batch_size // jax.process_count()
+        return self.replay.sample(self.config.updates, rows, [self.seed, step, jax.process_index()])
+
+    def pend(self, generated: jax.Array, batch: Mapping[str, np.ndarray], captions: list[str]) -> None:
+        """Leaves a step's generated latents, and as many real ones, to be scored later."""
+        # `generated` is the last micro-batch: every stride-th row of the batch.
+        rows = slice(self.stride - 1, None, self.stride)
+        latent, text = (np.asarray(batch[k])[rows][: self.count] for k in ("latent", "text"))
+        self._pending = (generated, latent, text, captions[rows][: self.count])
+
+    def score_pending(self) -> None:
+        if self._pending is None:
+            return
+        generated, real, text, prompts = self._pending
+        self._pending = None
+        latents = np.concatenate([_local_rows(generated)[: self.count], real])
+        rewards = self.reward(self.generator.decode(latents), prompts * 2)
+        self.replay.add(latents, np.concatenate([text, text]), rewards)
+        means = rewards.reshape(2, -1).mean(1)
+        self.latest = {"reward_generated": float(means[0]), "reward_real": float(means[1])}
+
+
+def _local_rows(x: jax.Array) -> np.ndarray:
+    """The rows of a batch-sharded array that this process holds, in order, each once."""
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+class Log:
+    """history.jsonl, TensorBoard events and a progress bar; written by process 0 only.
+
+    Metrics are fetched one logging interval late, so that logging never waits for the devices.
+    """
+
+    def __init__(self, workdir: Path, first: int, config: DistillConfig):
+        self.every = config.log_every
+        self.main = jax.process_index() == 0
+        self.bar = tqdm(
+            total=config.steps, initial=first, desc="distilling", disable=not self.main, unit="step"
+        )
+        self._held: tuple[int, Mapping[str, jax.Array], dict[str, float]] | None = None
+        self._clock = (first, time.perf_counter())
+        if self.main:
+            self.path = workdir / HISTORY
+            _truncate(self.path, first)
+            self.file = self.path.open("a")
+            self.events = SummaryWriter(str(workdir / "events"), purge_step=first or None)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write()
+        self.bar.close()
+        if self.main:
+            self.file.close()
+            self.events.close()
+
+    def step(
+        self, step: int, metrics: Mapping[str, jax.Array], host: dict[str, float], last: bool
+    ) -> None:
+        self.bar.update()
+        if last or step % self.every == 0:
+            self._write()
+            self._held = (step, metrics, dict(host))
+
+    def _write(self) -> None:
+        if self._held is None:
+            return
+        step, metrics, host = self._held
+        self._held = None
+        values = {name: float(value) for name, value in metrics.items()} | host
+        before, then = self._clock
+        self._clock = (step, now := time.perf_counter())
+        values["seconds_per_step"] = (now - then) / max(step - before, 1)
+        if not math.isfinite(values["student_loss"]):
+            raise FloatingPointError(
+                f"the student's loss is {values['student_loss']} at step {step}: lower its learning "
+                "rate or clip its gradients; the last checkpoint is from before or at this step"
+            )
+        if self.main:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+            shown = {"loss": values["student_loss"]}
+            shown |= {k[7:]: host[k] for k in ("reward_generated", "reward_real") if k in host}
+            self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+
+
+def read_history(workdir: Path) -> list[dict[str, float]]:
+    """The logged metrics of a run, one mapping per logged step."""
+    path = workdir / HISTORY
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drops lines after `step`, and a last line that a kill cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    path.write_text("".join(kept))
+
+
+def remember_config(config: DistillConfig, workdir: Path) -> None:
+    """Writes the run's settings into its workdir, or compares them with those it was started with."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / CONFIG
+    if path.exists():
+        before, now = _flat(dataclasses.asdict(read_config(workdir))), _flat(dataclasses.asdict(config))
+        for name in sorted(before.keys() | now.keys()):
+            changeable = name.split(".")[0] in _CHANGEABLE
+            if not changeable and before.get(name) != now.get(name):
+                raise ValueError(
+                    f"{workdir} holds a run with config.{name} = {before.get(name)!r}, not "
+                    f"{now.get(name)!r}: choose another workdir, or the run's own settings to resume it"
+                )
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def read_config(workdir: Path) -> DistillConfig:
+    """The settings of the run in a workdir; raises FileNotFoundError when there is none."""
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG} in it")
+    return from_config(DistillConfig, json.loads(path.read_text()))
+
+
+def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> Any:
+    """The newest student's parameters, and nothing else of the checkpoint; the average unless `ema` is False."""
+    name = "ema" if ema else "student"
+    shapes = generator.pipeline.transformer.network.shapes
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=here), shapes)}
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        return checkpoints.restore({name: like})[name][name]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: list(tree) if isinstance(tree, tuple) else tree}
+    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}

@@ -1,0 +1,21 @@
+"""Shape vocabulary shared by every module: `b` batch, `t h w c` latent video, `l d` text tokens."""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+Latent = Float[Array, "b t h w c"]
+LatentSteps = Float[Array, "n b t h w c"]
+TextStates = Float[Array, "b l d"]
+# The empty prompt may be given once for the whole batch.
+NullText = Float[Array, "#b l d"]
+# Network timesteps, in [0, num_train_timesteps]; negative is the clean end.
+Time = Float[Array, " b"]
+TimeSteps = Float[Array, "n b"]
+PerSample = Float[Array, " b"]
+# One number for the batch, or one per sample.
+Weight = int | float | Float[Array, "..."]
+StepIndex = int | Int[Array, "..."]
+Key = PRNGKeyArray
+Params = PyTree
+Apply = Callable[[Params, Latent, Time, TextStates], Latent]

@@ -1,0 +1,127 @@
+"""Reads and writes a component folder of diffusers or transformers: config.json and safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+TRANSFORMERS_FILE = "model.safetensors"
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The folder's config.json; raises FileNotFoundError or ValueError naming the file."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; it describes the weights beside it")
+    return _read_json(path)
+
+
+def tensor_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a folder: the one file, or the shards its index names.
+
+    Raises FileNotFoundError when there are none or a shard is missing; pickles (`.bin`, `.pt`,
+    `.ckpt`) are never opened.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    single = [p for p in (folder / DIFFUSERS_FILE, folder / TRANSFORMERS_FILE) if p.is_file()]
+    if single:
+        return single[:1]
+    if indices:
+        return _shards(indices[0])
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others
+    if others:
+        raise FileNotFoundError(
+            f"{folder} holds {len(others)} safetensors files and no *.safetensors.index.json that "
+            "says which belong together"
+        )
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise FileNotFoundError(
+            f"{folder} holds {pickles[0]}, a pickle, which is never opened; save the model again "
+            "with safe_serialization=True"
+        )
+    raise FileNotFoundError(f"{folder} holds no safetensors file")
+
+
+def read_tensors(folder: str | Path) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) for each tensor of the folder, one at a time; bf16 as ml_dtypes' bfloat16.
+
+    Raises ValueError naming the file when it is not a whole safetensors file.
+    """
+    for path in tensor_files(folder):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def write_component(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    file_name: str = DIFFUSERS_FILE,
+    dtype: str = "float32",
+) -> None:
+    """Writes config.json and one safetensors file, with floating tensors in `dtype`.
+
+    The file appears under its name only when it is complete.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; weights can be written as one of {sorted(_DTYPES)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: _cast(array, _DTYPES[dtype]) for name, array in tensors.items()}
+    partial = folder / f".{file_name}.partial"
+    # Both libraries refuse a file that does not say "pt", although the bytes are the same.
+    save_file(arrays, partial, metadata={"format": "pt"})
+    partial.replace(folder / file_name)
+    text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text)
+
+
+def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    floating = array.dtype in _DTYPES.values() or array.dtype == np.float64
+    return np.asarray(array, dtype=dtype if floating else None, order="C")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index} names the shard {name!r}, which is not in its folder")
+    return [index.parent / name for name in names]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content

@@ -1,0 +1,150 @@
+"""Maps the tensors of a weight file to a nested dict of parameters and back, by a table of rows.
+
+    Row("blocks.{i}.{a}.to_q.weight", "blocks/{a:attn1|attn2}/to_q/kernel", TRANSPOSE)
+
+A field `{name:regex}` of the path is repeated as `{name}` in the source. The field `{i}`, in the
+source only, is the position on the parameter's leading axis. The first row whose path matches a
+parameter is its row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+Params = dict[str, Any]
+Pairs = Iterable[tuple[str, np.ndarray]]
+_FIELD = re.compile(r"\{(\w+):([^{}]+)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """From a file's tensor to one unstacked parameter, and the inverse."""
+
+    forward: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Transform(lambda x: x, lambda x: x)
+# Dense kernels: [out, in] ↔ [in, out].
+TRANSPOSE = Transform(np.transpose, np.transpose)
+# Convolution kernels of any rank: [out, in, *kernel] ↔ [*kernel, in, out].
+CONV = Transform(
+    lambda x: x.transpose(*range(2, x.ndim), 1, 0),
+    lambda x: x.transpose(x.ndim - 1, x.ndim - 2, *range(x.ndim - 2)),
+)
+# Tables the file holds with a leading batch axis of 1.
+BATCHED = Transform(lambda x: x[0], lambda x: x[None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Template of tensor names ↔ template of parameter paths; a path of None skips the tensors."""
+
+    source: str
+    path: str | None
+    transform: Transform = SAME
+
+
+class _Place(NamedTuple):
+    path: str
+    layer: int | None
+    transform: Transform
+
+    def of(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        return arrays[self.path] if self.layer is None else arrays[self.path][self.layer]
+
+
+def import_params(
+    table: Sequence[Row],
+    tensors: Mapping[str, np.ndarray] | Pairs,
+    shapes: Params,
+) -> Params:
+    """Parameters as numpy arrays with the shapes and dtypes of `shapes` (see `Network.shapes`).
+
+    Raises ValueError, naming the tensor, when one has no place, comes twice, is missing or has
+    another shape. Tensors are taken one at a time: with an iterator no model is held twice.
+    """
+    expected = flatten(shapes)
+    places = _places(table, expected)
+    skips = [re.escape(r.source).replace(r"\{i\}", r"\d+") for r in table if r.path is None]
+    arrays = {path: np.empty(s.shape, s.dtype) for path, s in expected.items()}
+    seen: set[str] = set()
+    pairs = cast(Pairs, tensors.items() if isinstance(tensors, Mapping) else tensors)
+    for key, tensor in pairs:
+        if key in seen:
+            raise ValueError(f"tensor {key!r} comes twice")
+        seen.add(key)
+        if (place := places.get(key)) is None:
+            if any(re.fullmatch(skip, key) for skip in skips):
+                continue
+            raise ValueError(f"tensor {key!r} of shape {tensor.shape} has no place in this model")
+        target = place.of(arrays)
+        needed = place.transform.inverse(target).shape
+        if tensor.shape != needed:
+            wanted = f"this model's {place.path!r} needs {needed}"
+            raise ValueError(f"tensor {key!r} has shape {tensor.shape}, but {wanted}")
+        target[...] = place.transform.forward(tensor)
+    if missing := [key for key in places if key not in seen]:
+        rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(f"the weights lack {', '.join(map(repr, missing[:5]))}{rest}")
+    return unflatten(arrays)
+
+
+def export_params(table: Sequence[Row], params: Params) -> dict[str, np.ndarray]:
+    """A weight file's tensors, contiguous, in the parameters' dtypes: undoes `import_params`."""
+    arrays = {path: np.asarray(value) for path, value in flatten(params).items()}
+    return {
+        key: np.asarray(place.transform.inverse(place.of(arrays)), order="C")
+        for key, place in _places(table, arrays).items()
+    }
+
+
+def _places(table: Sequence[Row], arrays: Mapping[str, Any]) -> dict[str, _Place]:
+    """Where each tensor goes, for parameters with these paths and shapes."""
+    rows = [(_path_pattern(row.path), row) for row in table if row.path]
+    places: dict[str, _Place] = {}
+    for path, array in arrays.items():
+        found = ((pattern.fullmatch(path), row) for pattern, row in rows)
+        match, row = next(((m, row) for m, row in found if m), (None, None))
+        if match is None or row is None:
+            raise ValueError(f"parameter {path!r} of shape {array.shape} has no row in the table")
+        for i in range(array.shape[0]) if "{i}" in row.source else (None,):
+            key = row.source.format(**match.groupdict(), i=i)
+            if key in places:
+                raise ValueError(f"parameters {path!r} and {places[key].path!r} are both {key!r}")
+            places[key] = _Place(path, i, row.transform)
+    return places
+
+
+def _path_pattern(path: str) -> re.Pattern[str]:
+    literals = _FIELD.split(path)
+    parts = [re.escape(literals[0])]
+    for name, regex, literal in zip(literals[1::3], literals[2::3], literals[3::3], strict=True):
+        parts += [f"(?P<{name}>{regex})", re.escape(literal)]
+    return re.compile("".join(parts))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": x}} as {"a/b": x}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat |= flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """Undoes `flatten`."""
+    tree: Params = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = value
+    return tree

@@ -1,0 +1,82 @@
+"""diffusers' `WanTransformer3DModel` ↔ `WanTransformer`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dollar_jax.models.wan import WanConfig
+from dollar_jax.weights.table import BATCHED, SAME, TRANSPOSE, Row, Transform
+
+CLASS_NAME = "WanTransformer3DModel"
+# Fields of config.json that condition on an image, with the values a text-to-video model has.
+_IMAGE_FIELDS = {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
+# Fields of WanConfig that are no part of config.json.
+_OURS = ("dtype", "param_dtype", "remat", "scan_layers")
+
+
+def wan_table(config: WanConfig) -> list[Row]:
+    """Rows for a transformer of this configuration (the patch embedding depends on the patch)."""
+    dense = {"weight": "kernel", "bias": "bias"}
+    norm = {"weight": "scale", "bias": "bias"}
+    attn, embed = "{a:attn1|attn2}", "condition_embedder/{e:time_embedder|text_embedder}"
+    modules = [
+        ("condition_embedder.{e}.{p}", embed + "/{p:linear_1|linear_2}", dense),
+        ("condition_embedder.time_proj", "condition_embedder/time_proj", dense),
+        ("blocks.{i}.{a}.{p}", f"blocks/{attn}/{{p:to_q|to_k|to_v}}", dense),
+        ("blocks.{i}.{a}.to_out.0", f"blocks/{attn}/to_out", dense),
+        ("blocks.{i}.{a}.{p}", f"blocks/{attn}/{{p:norm_q|norm_k}}", norm),
+        ("blocks.{i}.norm2", "blocks/norm2", norm),
+        ("blocks.{i}.ffn.net.0.proj", "blocks/ffn/proj_in", dense),
+        ("blocks.{i}.ffn.net.2", "blocks/ffn/proj_out", dense),
+        ("proj_out", "proj_out", dense),
+    ]
+    return [
+        Row("patch_embedding.weight", "patch_embedding/kernel", _patch_kernel(config)),
+        Row("patch_embedding.bias", "patch_embedding/bias"),
+        Row("scale_shift_table", "scale_shift_table", BATCHED),
+        Row("blocks.{i}.scale_shift_table", "blocks/scale_shift_table", BATCHED),
+        *(
+            Row(f"{source}.{torch}", f"{path}/{leaf}", TRANSPOSE if leaf == "kernel" else SAME)
+            for source, path, leaves in modules
+            for torch, leaf in leaves.items()
+        ),
+    ]
+
+
+def _patch_kernel(config: WanConfig) -> Transform:
+    """Conv3d kernel [dim, c, pt, ph, pw] ↔ the dense [(pt ph pw c), dim] of `patchify`."""
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        return x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0])
+
+    def inverse(x: np.ndarray) -> np.ndarray:
+        shape = (*config.patch_size, config.in_channels, x.shape[-1])
+        return x.reshape(shape).transpose(4, 3, 0, 1, 2)
+
+    return Transform(forward, inverse)
+
+
+def wan_config(fields: Mapping[str, Any], **ours: Any) -> WanConfig:
+    """From a component's config.json; `ours` are dtype, param_dtype, remat and scan_layers."""
+    for name, value in _IMAGE_FIELDS.items():
+        if fields.get(name) != value:
+            raise ValueError(
+                f"config.json has {name} = {fields[name]!r}: this is an image-to-video model, "
+                "and only text-to-video ones are supported"
+            )
+    names = {f.name for f in dataclasses.fields(WanConfig)} - set(_OURS)
+    if missing := sorted(names - fields.keys()):
+        raise ValueError(f"config.json lacks {', '.join(missing)}: it is not a {CLASS_NAME}'s")
+    # JSON has no tuples.
+    values = {name: fields[name] for name in names} | {"patch_size": tuple(fields["patch_size"])}
+    return WanConfig(**values, **ours)
+
+
+def wan_config_json(config: WanConfig) -> dict[str, Any]:
+    """The fields of config.json with which diffusers builds the same model."""
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OURS}
+    return {"_class_name": CLASS_NAME, **fields, **_IMAGE_FIELDS}
