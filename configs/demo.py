@@ -73,7 +73,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "optimiser": {**adam, "learning_rate": 6e-4},
         },
         "reward": {
-            "name": "compressibility" if "lrm" in losses else None,
+            "name": "vivid" if "lrm" in losses else None,
             "weight": 0.05,
             "start_step": 40,
             "samples": 4,
@@ -122,6 +122,8 @@ def pretrain() -> ConfigDict:
             {"frames": 1, "batch_size": 64, "steps": 5000, "learning_rate": 3e-3, "kl_weight": 1e-5},
             {"frames": 9, "batch_size": 4, "steps": 4500, "learning_rate": 2e-3, "kl_weight": 1e-5},
             {"frames": 17, "batch_size": 4, "steps": 1000, "learning_rate": 5e-4, "kl_weight": 1e-5},
+            {"frames": 9, "batch_size": 4, "steps": 2600, "learning_rate": 1.5e-3, "kl_weight": 5e-4},
+            {"frames": 17, "batch_size": 4, "steps": 500, "learning_rate": 5e-4, "kl_weight": 5e-4},
         ),
         "text_encoder": {
             "vocab_size": 24,
@@ -145,10 +147,10 @@ def pretrain() -> ConfigDict:
             "rope_max_seq_len": 64,
         },
         "teacher": {
-            "videos": 16384,
+            "videos": 10240,
             "batch_size": 64,
-            "steps": 8000,
-            "learning_rate": 1e-3,
+            "steps": 6000,
+            "learning_rate": 1.2e-3,
             "ema_decay": 0.999,
             "caption_dropout": 0.1,
             "shift": 3.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +17,10 @@ DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
 
 
 class Command(NamedTuple):
-    """`define` declares the flags, `run` does the work once they are parsed."""
+    """`define` declares the flags of a list of arguments, `run` does the work once they are parsed."""
 
     summary: str
-    define: Callable[[], None]
+    define: Callable[[list[str]], None]
     run: Callable[[], None]
 
 
@@ -31,25 +32,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"dollar: there is no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"dollar: there is no command {name!r}; there are {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         return 2
     command = COMMANDS[name]
     for flag in list(FLAGS):
         delattr(FLAGS, flag)
-    command.define()
+    command.define(rest)
     if any(argument in ("-h", "--help", "-help") for argument in rest):
         print(f"dollar {name}: {command.summary}\n\n{FLAGS.get_help()}")
         return 0
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        extra = FLAGS([f"dollar {name}", *rest])[1:]
+        try:
+            extra = FLAGS([f"dollar {name}", *rest])[1:]
+        except (AttributeError, KeyError) as error:
+            raise ValueError(f"the configuration has no field {error.args[0]}") from error
         if extra:
-            raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
+            raise ValueError(
+                f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags"
+            )
         command.run()
-    except (flags.Error, ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (flags.Error, ValueError, OSError, SyntaxError, FloatingPointError) as error:
         if os.environ.get("DOLLAR_TRACEBACK"):
             raise
-        print(f"dollar {name}: {error}", file=sys.stderr)
+        print(f"dollar {name}: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ndollar {name}: interrupted; run it again to go on", file=sys.stderr)
@@ -57,8 +66,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _sentence(error: Exception) -> str:
+    """The error in one line: absl lists every missing flag, and reports a config's error by its traceback."""
+    text = str(error)
+    if missing := re.findall(r"^flag (--\w+)=None: Flag ", text, re.MULTILINE):
+        return f"{' and '.join(missing)} must be given"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if "Traceback (most recent call last)" in text or text.startswith("Configuration is not available"):
+        lines = [re.sub(r"^\w+Error: ", "", lines[-1])]
+        lines[0] = lines[0].rpartition("earlier failure to load: ")[2]
+    text = re.sub(r"\[Errno \d+\] ", "", " ".join(lines))
+    text = re.sub(r"invalid literal for int\(\) with base 10: .*", "it must be a whole number", text)
+    return text or type(error).__name__
+
+
 def _overview() -> str:
-    lines = ["dollar: few-step text-to-video distillation by VSD, consistency and latent reward", ""]
+    lines = [
+        "dollar: few-step text-to-video distillation by VSD, consistency and latent reward",
+        "",
+    ]
     lines += [f"  dollar {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "dollar <command> --help lists a command's flags."])
 
@@ -72,30 +98,33 @@ def _define_workdir(default: str | None = None) -> None:
         flags.mark_flag_as_required("workdir", FLAGS)
 
 
-def _define_config() -> None:
+def _define_config(arguments: list[str]) -> None:
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file(
         "config", None, "Experiment, such as configs/demo.py or configs/demo.py:vsd; single settings "
         "change with --config.student.optimiser.learning_rate=1e-4.", flag_values=FLAGS,
+        sys_argv=arguments,
     )  # fmt: skip
     flags.mark_flag_as_required("config", FLAGS)
 
 
-def _define_demo() -> None:
+def _define_demo(_: list[str]) -> None:
     _define_workdir("runs/demo")
     flags.DEFINE_integer("seed", 0, "Seed of everything.", flag_values=FLAGS)
     flags.DEFINE_bool("quick", False, "A short run that only shows the way.", flag_values=FLAGS)
 
 
-def _define_train() -> None:
-    _define_config()
+def _define_train(arguments: list[str]) -> None:
+    _define_config(arguments)
     _define_workdir()
 
 
-def _define_sample() -> None:
+def _define_sample(_: list[str]) -> None:
     _define_workdir()
-    flags.DEFINE_multi_string("prompt", None, "What to show; may be given more than once.", flag_values=FLAGS)
+    flags.DEFINE_multi_string(
+        "prompt", None, "What to show; may be given more than once.", flag_values=FLAGS
+    )
     flags.mark_flag_as_required("prompt", FLAGS)
     flags.DEFINE_integer("steps", 4, "Sampling steps.", 1, flag_values=FLAGS)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=FLAGS)
@@ -104,14 +133,20 @@ def _define_sample() -> None:
         "teacher", False, "Sample the teacher, in its own number of steps unless --steps is given.",
         flag_values=FLAGS,
     )  # fmt: skip
-    flags.DEFINE_bool("ema", True, "The student's moving average rather than its raw weights.", flag_values=FLAGS)
+    flags.DEFINE_bool(
+        "ema", True, "The student's moving average rather than its raw weights.", flag_values=FLAGS
+    )
     flags.DEFINE_integer("scale", 8, "Enlargement of every pixel.", 1, flag_values=FLAGS)
-    flags.DEFINE_string("out", "samples.mp4", "The .mp4 or .gif: a row per prompt.", flag_values=FLAGS)
+    flags.DEFINE_string(
+        "out", "samples.mp4", "The .mp4 or .gif: a row per prompt.", flag_values=FLAGS
+    )
 
 
-def _define_evaluate() -> None:
+def _define_evaluate(_: list[str]) -> None:
     _define_workdir()
-    flags.DEFINE_string("out", None, "The JSON of measures; WORKDIR/metrics.json by default.", flag_values=FLAGS)
+    flags.DEFINE_string(
+        "out", None, "The JSON of measures; WORKDIR/metrics.json by default.", flag_values=FLAGS
+    )
     flags.DEFINE_bool("quick", False, "Fewer videos.", flag_values=FLAGS)
 
 
@@ -170,7 +205,9 @@ def _train() -> None:
     config, workdir = _distill_config(FLAGS.config), Path(FLAGS.workdir)
     generator = make_generator(config)
     train(config, workdir, generator, load_data(config, generator, workdir))
-    print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
+    print(
+        f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…"
+    )
 
 
 def _pretrain() -> None:
@@ -242,8 +279,14 @@ def print_table(path: Path) -> None:
 
 COMMANDS = {
     "demo": Command("distil the default teacher, sample, measure, report", _define_demo, _demo),
-    "train": Command("distil a teacher; resumes what it finds in the workdir", _define_train, _train),
-    "sample": Command("draw videos from a run's student, or from its teacher", _define_sample, _sample),
+    "train": Command(
+        "distil a teacher; resumes what it finds in the workdir", _define_train, _train
+    ),
+    "sample": Command(
+        "draw videos from a run's student, or from its teacher", _define_sample, _sample
+    ),
     "evaluate": Command("sample and measure a run again", _define_evaluate, _evaluate),
-    "pretrain": Command("train the default domain's teacher from nothing", _define_train, _pretrain),
+    "pretrain": Command(
+        "train the default domain's teacher from nothing", _define_train, _pretrain
+    ),
 }

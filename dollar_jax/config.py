@@ -24,7 +24,9 @@ def from_config(cls: type[T], config: Mapping[str, Any], where: str = "config") 
     names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in config:
         if key not in names:
-            raise ValueError(f"{where} has no field {key!r}; its fields are {', '.join(sorted(names))}")
+            raise ValueError(
+                f"{where} has no field {key!r}; its fields are {', '.join(sorted(names))}"
+            )
     missing = names - set(config)
     if missing:
         raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
@@ -40,7 +42,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(hint, value, where)
     if origin is typing.Literal:
         if value not in args:
-            raise ValueError(f"{where} is {value!r}, but must be one of {', '.join(map(repr, args))}")
+            raise ValueError(
+                f"{where} is {value!r}, but must be one of {', '.join(map(repr, args))}"
+            )
         return value
     if origin is Mapping or origin is collections.abc.Mapping:
         return dict(value.items())
@@ -55,7 +59,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if len(kinds) != len(value):
             raise ValueError(f"{where} needs {len(kinds)} values, not {len(value)}")
         return tuple(
-            _convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True))
+            _convert(kind, v, f"{where}[{i}]")
+            for i, (kind, v) in enumerate(zip(kinds, value, strict=True))
         )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -141,7 +146,9 @@ class StudentConfig:
 
     timesteps: tuple[float, ...]
     input: Literal["forward", "backward"]
-    ema_decay: float  # of the target θ⁻ and of the weights that are sampled from; unknown in the paper
+    ema_decay: (
+        float  # of the target θ⁻ and of the weights that are sampled from; unknown in the paper
+    )
     optimiser: OptimiserConfig
 
 
@@ -281,7 +288,10 @@ class DistillConfig:
         times = self.student.timesteps
         if not times or any(a <= b for a, b in zip(times, times[1:], strict=False)):
             raise ValueError(f"config.student.timesteps must descend, not {times}")
-        if self.reward.name is not None and self.reward.samples > self.batch_size // self.accumulation:
+        if (
+            self.reward.name is not None
+            and self.reward.samples > self.batch_size // self.accumulation
+        ):
             raise ValueError(
                 f"config.reward.samples {self.reward.samples} is more than a micro-batch of "
                 f"{self.batch_size // self.accumulation}"

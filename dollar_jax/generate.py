@@ -20,7 +20,7 @@ from dollar_jax.types import Params
 from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
 
 SHIPPED_TEACHERS = {"moving_shapes": Path(__file__).parent / "assets" / "moving_shapes"}
-Sampler = Callable[[Params, jax.Array, jax.Array], jax.Array]  # params, key per video, text → latent
+Sampler = Callable[[Params, jax.Array, Any], jax.Array]  # params, key per video, text → latent
 
 
 def load_teacher(name: str) -> Pipeline:
@@ -90,13 +90,13 @@ class Generator:
     @functools.cache  # noqa: B019 (a generator lives as long as its program)
     def teacher_sampler(self, num_steps: int, guidance_weight: float) -> Sampler:
         """The ODE in `num_steps` steps with guidance: 2 evaluations each, 1 when the weight is 0."""
-        pipeline = self.pipeline
+        pipeline, null_text = self.pipeline, jnp.asarray(self.null_text)
 
         @jax.jit
         def draw(params: Params, keys: jax.Array, text: jax.Array) -> jax.Array:
             return sample.ode_sample(
                 pipeline.transformer.network.apply, params, pipeline.schedule, self.noise(keys), text,
-                jnp.asarray(self.null_text), guidance_weight, num_steps, self.sampling.eta,
+                null_text, guidance_weight, num_steps, self.sampling.eta,
                 keys[0] if self.sampling.eta else None,
             )  # fmt: skip
 

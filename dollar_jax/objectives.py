@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dollar_jax import losses, sample, schedule as schedules
+from dollar_jax import losses, sample
+from dollar_jax import schedule as schedules
 from dollar_jax.config import ConsistencyConfig, DistillConfig, VSDConfig
 from dollar_jax.schedule import Schedule
 from dollar_jax.types import Apply, Key, Latent, Params, PerSample, TextStates, Time
@@ -36,7 +37,7 @@ class Frozen:
     """What the step reads and never changes; an argument of the step, in no checkpoint."""
 
     teacher: Params
-    null_text: Float[Array, "1 l d"]
+    null_text: Any  # Float[Array, "1 l d"], or while jit is set up its sharding
 
 
 def student_input(
@@ -103,20 +104,24 @@ def student(
         value = consistency(c, networks, schedule, frozen, ema, prediction, x_t, times, text).mean()
         total, metrics["consistency"] = total + c.weight * value, value
     if config.reward.name is not None:
-        score = networks.reward_head(reward_head, generated, text)
+        score = networks.reward_head(jax.lax.stop_gradient(reward_head), generated, text)
         value = losses.latent_reward(score).mean()
         total, metrics["latent_reward"] = total + reward_weight * value, score.mean()
     # Drift against the data's mean 0 and deviation 1 is the first sign of collapse.
-    metrics |= {"student_loss": total, "latent_mean": generated.mean(), "latent_std": generated.std()}
+    metrics |= {
+        "student_loss": total,
+        "latent_mean": generated.mean(),
+        "latent_std": generated.std(),
+    }
     return total, (metrics, jax.lax.stop_gradient(generated))
 
 
-def score_times(config: VSDConfig, schedule: Schedule, key: Key, batch: int) -> tuple[Schedule, Time]:
-    """Random times at which scores are compared, spread evenly over the batch's share of the range."""
+def score_times(config: VSDConfig, schedule: Schedule, key: Key, batch: int) -> Time:
+    """Random times at which scores are compared: uniform over `score_range`, then shifted."""
     low, high = config.score_range
     u = low + (high - low) * jax.random.uniform(key, (batch,))
     shifted = dataclasses.replace(schedule, shift=config.score_shift)
-    return schedule, schedules.time_from_uniform(shifted, u)
+    return schedules.time_from_uniform(shifted, u)
 
 
 def vsd(
@@ -126,7 +131,7 @@ def vsd(
     """L_VSD of generated latents, DOLLAR eq. (8.7-8.9): guided teacher against fake score."""
     keys = jax.random.split(key)
     x = jax.lax.stop_gradient(generated)
-    _, t = score_times(config, schedule, keys[0], len(x))
+    t = score_times(config, schedule, keys[0], len(x))
     x_t = schedules.add_noise(schedule, x, jax.random.normal(keys[1], x.shape), t)
     real = sample.guided_prediction(
         networks.denoiser, frozen.teacher, x_t, t, text, frozen.null_text, config.guidance_weight
@@ -148,7 +153,9 @@ def student_segments(config: DistillConfig, schedule: Schedule) -> Float[Array, 
     return jnp.asarray(np.round(grid) if schedule.path == "ddpm" else grid, jnp.float32)
 
 
-def grid_segments(c: ConsistencyConfig, schedule: Schedule, key: Key, batch: int) -> Float[Array, "m b"]:
+def grid_segments(
+    c: ConsistencyConfig, schedule: Schedule, key: Key, batch: int
+) -> Float[Array, "m b"]:
     """t_{n+m}, ..., t_n on the teacher's grid with a random n per sample."""
     grid = jnp.asarray(schedules.timestep_grid(schedule, c.num_steps))
     first = jax.random.randint(key, (batch,), 0, c.num_steps - c.skip + 1)
@@ -189,7 +196,7 @@ def fake_score(
     student_params = jax.lax.stop_gradient(student_params)
     x_t, t, _ = student_input(config, networks, schedule, student_params, x0, text, keys[0])
     generated = sample.student_prediction(networks.denoiser, student_params, schedule, x_t, t, text)
-    _, t = score_times(config.vsd, schedule, keys[1], len(generated))
+    t = score_times(config.vsd, schedule, keys[1], len(generated))
     eps = jax.random.normal(keys[2], generated.shape)
     x_t = schedules.add_noise(schedule, generated, eps, t)
     prediction = networks.denoiser(params, x_t, t, text)
@@ -206,7 +213,12 @@ def reward_head(
     params: Params, latent: Latent, text: TextStates, reward: PerSample, weight: PerSample,
     *, networks: Networks,
 ) -> tuple[Float[Array, ""], Aux]:  # fmt: skip
-    """The regression of the latent reward model, DOLLAR eq. (8.10), over the rows with a weight."""
+    """The regression of the latent reward model, DOLLAR eq. (8.10).
+
+    Rows without a weight or a finite reward are left out.
+    """
+    good = jnp.isfinite(reward)
+    reward, weight = jnp.where(good, reward, 0.0), jnp.where(good, weight, 0.0)
     predicted = networks.reward_head(params, latent, text)
     count = jnp.maximum(weight.sum(), 1.0)
     value = losses.reward_regression(predicted, reward, weight).sum() / count

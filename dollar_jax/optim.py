@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
 
 from dollar_jax.config import OptimiserConfig
+from dollar_jax.types import Params
 
 
 def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW for a network that is updated `steps` times; weight decay on matrices only."""
+    """AdamW for a network that is updated `steps` times; weight decay on kernels and embeddings only."""
     peak = config.learning_rate
     if config.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(
-            0.0, peak, config.warmup_steps, max(steps, config.warmup_steps + 1), config.final_ratio * peak
+            0.0,
+            peak,
+            config.warmup_steps,
+            max(steps, config.warmup_steps + 1),
+            config.final_ratio * peak,
         )
-    else:
+    elif config.warmup_steps:
         rate = optax.warmup_constant_schedule(0.0, peak, config.warmup_steps)
+    else:  # optax's warm-up of no steps never leaves its start, 0
+        rate = optax.constant_schedule(peak)
     adamw = optax.adamw(
         rate,
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        mask=_decayed,
     )
     if config.clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def _decayed(params: Params) -> Any:
+    """By name, for stacked layers give their biases and scales a second axis."""
+
+    def decayed(path: tuple[Any, ...], _: Any) -> bool:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return name in ("kernel", "embedding")
+
+    return jax.tree_util.tree_map_with_path(decayed, params)

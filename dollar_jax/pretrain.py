@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dollar_jax import losses
 from dollar_jax.checkpoint import Checkpoints
-from dollar_jax.config import PretrainConfig, VAEPhase
+from dollar_jax.config import PretrainConfig
 from dollar_jax.data import shapes
 from dollar_jax.data.vocabulary import build_tokenizer
 from dollar_jax.models.network import Network
@@ -85,7 +85,11 @@ def fit(
         ema = optax.incremental_update(params, state["ema"], 1 - ema_decay)
         return {"params": params, "ema": ema, "optimiser": optimiser_state}, metrics
 
-    state = {"params": params, "ema": jax.tree.map(jnp.copy, params), "optimiser": optimiser.init(params)}
+    state = {
+        "params": params,
+        "ema": jax.tree.map(jnp.copy, params),
+        "optimiser": optimiser.init(params),
+    }
     with Checkpoints(folder, keep=1) as checkpoints:
         first = checkpoints.latest() or 0
         if first:
@@ -100,7 +104,7 @@ def fit(
     return state["ema"]
 
 
-def to_unit(video: np.ndarray) -> jax.Array:
+def to_unit(video: np.ndarray | jax.Array) -> jax.Array:
     """uint8 frames to float32 in [-1, 1]."""
     return jnp.asarray(video, jnp.float32) / 127.5 - 1
 
@@ -149,7 +153,9 @@ def train_vae(config: PretrainConfig, folder: Path) -> Component:
     videos, _ = rendered(config.seed, "train", config.vae_videos)
     for number, phase in enumerate(config.vae_phases):
 
-        def cut(video: np.ndarray, rng: np.random.Generator, frames: int = phase.frames) -> np.ndarray:
+        def cut(
+            video: np.ndarray, rng: np.random.Generator, frames: int = phase.frames
+        ) -> np.ndarray:
             start = rng.integers(len(video) - frames + 1)
             return video[start : start + frames]
 
@@ -168,7 +174,9 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(4 / np.mean((np.asarray(a) - np.asarray(b)) ** 2)))
 
 
-def encode_all(vae: Component, videos: np.ndarray, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def encode_all(
+    vae: Component, videos: np.ndarray, batch: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
     """Posterior mean and standard deviation of the raw latents of uint8 videos."""
 
     @jax.jit
@@ -211,7 +219,9 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     ids, mask = tokenize(tokenizer, captions, config.max_text_length)
     null_ids, null_mask = tokenize(tokenizer, [""], config.max_text_length)
 
-    def loss(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(
+        params: Params, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
         keys = jax.random.split(key, 3)
         x0 = batch["latent"]
         drop = jax.random.bernoulli(keys[0], c.caption_dropout, (len(x0), 1))
@@ -259,12 +269,16 @@ def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
         return vae.network.apply(vae.params, latent, method="decode")
 
     mean, _ = encode_all(vae, videos)
-    rebuilt = np.concatenate([np.asarray(decode(mean[i : i + 64])) for i in range(0, len(mean), 64)])
+    rebuilt = np.concatenate(
+        [np.asarray(decode(mean[i : i + 64])) for i in range(0, len(mean), 64)]
+    )
     unit = np.asarray(to_unit(videos))
     report: dict[str, Any] = {
         "vae": {
             "psnr": psnr(rebuilt, unit),
-            "psnr_per_video": float(np.mean([psnr(a, b) for a, b in zip(rebuilt, unit, strict=True)])),
+            "psnr_per_video": float(
+                np.mean([psnr(a, b) for a, b in zip(rebuilt, unit, strict=True)])
+            ),
             **shapes.alignment((rebuilt + 1) / 2, captions),
         }
     }
@@ -292,7 +306,11 @@ def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
 
     samples = []
     for i in tqdm(range(0, len(everything), 48), "sampling"):
-        samples.append(np.asarray(sample(jax.random.fold_in(jax.random.key(config.seed), i), states[i : i + 48])))
+        samples.append(
+            np.asarray(
+                sample(jax.random.fold_in(jax.random.key(config.seed), i), states[i : i + 48])
+            )
+        )
     drawn = (np.concatenate(samples) + 1) / 2
     held = np.array([caption.held_out for caption in everything])
     for name, chosen in {"all_captions": held | True, "trained": ~held, "held_out": held}.items():
@@ -304,7 +322,9 @@ def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
 def write_provenance(config: PretrainConfig, metrics: dict[str, Any], folder: Path) -> None:
     """provenance.json beside the weights: command, config, commit, metrics."""
     commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
     ).stdout.strip()
     import dataclasses
 

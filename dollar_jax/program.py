@@ -46,11 +46,13 @@ def build_program(
     schedule: Schedule,
     latent_shape: tuple[int, ...],
     text_shape: tuple[int, int],
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Program:
     """Everything but the weights; raises ValueError, before any compilation, for a mesh that does not fit."""
     mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_batch(mesh, "batch_size / accumulation", config.batch_size // config.accumulation)
+    sharding.check_batch(
+        mesh, "batch_size / accumulation", config.batch_size // config.accumulation
+    )
     head = reward_head_network(config, latent_shape[-1], text_shape[-1])
     optimisers = Optimisers(
         make_optimiser(config.student.optimiser, config.steps),

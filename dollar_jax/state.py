@@ -51,7 +51,9 @@ class Optimisers:
     reward_head: optax.GradientTransformation
 
 
-def init_state(key: Key, teacher: Params, reward_head: Params, optimisers: Optimisers) -> TrainState:
+def init_state(
+    key: Key, teacher: Params, reward_head: Params, optimisers: Optimisers
+) -> TrainState:
     """Student, its average and the fake score start as copies of the teacher, in fp32."""
     master = jax.tree.map(lambda x: x.astype(jnp.float32), teacher)
     zero = jnp.zeros(())

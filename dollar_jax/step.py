@@ -43,7 +43,9 @@ def make_step(
     """
     parts: dict[str, Any] = {"config": config, "networks": networks, "schedule": schedule}
 
-    def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics, jax.Array]:
+    def step(
+        state: TrainState, frozen: Frozen, batch: Batch
+    ) -> tuple[TrainState, Metrics, jax.Array]:
         key = jax.random.fold_in(state.key, state.step)
         student_key, fake_key = jax.random.split(key)
         micro = jax.tree.map(
@@ -66,7 +68,10 @@ def make_step(
         def fake_update(carry, key):
             params, optimiser = carry
             grads, aux = _accumulated(
-                lambda p, *rest: objectives.fake_score(p, student, *rest, **parts), params, micro, key
+                lambda p, *rest: objectives.fake_score(p, student, *rest, **parts),
+                params,
+                micro,
+                key,
             )
             params, optimiser, norm = _apply(optimisers.fake_score, grads, optimiser, params)
             return (params, optimiser), aux | {"fake_score_gradient": norm}
@@ -118,7 +123,7 @@ def _apply(
     optimiser: optax.GradientTransformation, grads: Params, state: Any, params: Params
 ) -> tuple[Params, Any, jax.Array]:
     updates, state = optimiser.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, optax.global_norm(grads)
+    return optax.apply_updates(params, updates), state, optax.tree.norm(grads)
 
 
 def _micro_batches(x: jax.Array, count: int) -> jax.Array:
@@ -126,7 +131,9 @@ def _micro_batches(x: jax.Array, count: int) -> jax.Array:
     return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
 
-def _accumulated(loss: Callable[..., Any], params: Params, micro: Any, key: jax.Array) -> tuple[Params, Any]:
+def _accumulated(
+    loss: Callable[..., Any], params: Params, micro: Any, key: jax.Array
+) -> tuple[Params, Any]:
     """Gradients and auxiliaries of `loss(params, *micro_batch, key)`, averaged over the micro-batches.
 
     An auxiliary array of the batch's latents is the last micro-batch's.

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def train(
         with Log(workdir, first, config) as log:
             for step in range(first, config.steps):
                 rows = next(batches)
-                captions = [data.captions[i] for i in rows["index"]]
+                captions = [str(data.captions[i]) for i in rows["index"]]
                 batch = {"latent": rows["latent"], "text": rows["text"]}
                 if scorer is not None:
                     batch |= scorer.scored(step)
@@ -77,20 +77,23 @@ def train(
                 if scorer is not None:
                     scorer.score_pending()
                     scorer.pend(generated, batch, captions)
-                last = step + 1 == config.steps
-                if last or (step + 1) % config.checkpoint_every == 0:
-                    if scorer is not None:
-                        scorer.score_pending()
+                saving = step + 1 == config.steps or (step + 1) % config.checkpoint_every == 0
+                if saving and scorer is not None:
+                    scorer.score_pending()
+                log.step(step + 1, metrics, {} if scorer is None else scorer.latest, saving)
+                if saving:
                     items = {**to_items(state), "data": batches}
                     if scorer is not None:
                         items["replay"] = scorer.replay.state
                     checkpoints.save(step + 1, items)
-                log.step(step + 1, metrics, {} if scorer is None else scorer.latest, last)
     return state
 
 
 def _restore(
-    checkpoints: Checkpoints, program: Program, scorer: Scorer | None, batches: grain.DatasetIterator
+    checkpoints: Checkpoints,
+    program: Program,
+    scorer: Scorer | None,
+    batches: grain.DatasetIterator,
 ) -> TrainState:
     shapes = jax.eval_shape(to_items, program.state_shapes)
     abstract = jax.tree.map(
@@ -119,7 +122,11 @@ class Scorer:
     """Scores this process's share of the latents with the pixel-space reward, one step behind the devices."""
 
     def __init__(
-        self, config: DistillConfig, generator: Generator, reward: Reward, text_shape: tuple[int, ...]
+        self,
+        config: DistillConfig,
+        generator: Generator,
+        reward: Reward,
+        text_shape: tuple[int, ...],
     ):
         c = self.config = config.reward
         self.seed = config.seed
@@ -135,23 +142,30 @@ class Scorer:
         rows = self.config.batch_size // jax.process_count()
         return self.replay.sample(self.config.updates, rows, [self.seed, step, jax.process_index()])
 
-    def pend(self, generated: jax.Array, batch: Mapping[str, np.ndarray], captions: list[str]) -> None:
+    def pend(
+        self, generated: jax.Array, batch: Mapping[str, np.ndarray], captions: Sequence[str]
+    ) -> None:
         """Leaves a step's generated latents, and as many real ones, to be scored later."""
         # `generated` is the last micro-batch: every stride-th row of the batch.
         rows = slice(self.stride - 1, None, self.stride)
         latent, text = (np.asarray(batch[k])[rows][: self.count] for k in ("latent", "text"))
-        self._pending = (generated, latent, text, captions[rows][: self.count])
+        self._pending = (generated, latent, text, list(captions[rows][: self.count]))
 
     def score_pending(self) -> None:
+        self.latest = {}
         if self._pending is None:
             return
         generated, real, text, prompts = self._pending
         self._pending = None
         latents = np.concatenate([_local_rows(generated)[: self.count], real])
-        rewards = self.reward(self.generator.decode(latents), prompts * 2)
+        # A reward may give a finite number to anything, so what is not finite never counts.
+        finite = np.isfinite(latents).all(axis=(1, 2, 3, 4))
+        frames = self.generator.decode(np.where(finite[:, None, None, None, None], latents, 0.0))
+        rewards = np.where(finite, self.reward(frames, prompts * 2), np.nan)
         self.replay.add(latents, np.concatenate([text, text]), rewards)
-        means = rewards.reshape(2, -1).mean(1)
-        self.latest = {"reward_generated": float(means[0]), "reward_real": float(means[1])}
+        for name, row in zip(("generated", "real"), rewards.reshape(2, -1), strict=True):
+            if np.isfinite(row).any():
+                self.latest[f"reward_{name}"] = float(row[np.isfinite(row)].mean())
 
 
 def _local_rows(x: jax.Array) -> np.ndarray:
@@ -163,7 +177,8 @@ def _local_rows(x: jax.Array) -> np.ndarray:
 class Log:
     """history.jsonl, TensorBoard events and a progress bar; written by process 0 only.
 
-    Metrics are fetched one logging interval late, so that logging never waits for the devices.
+    Metrics are fetched one logging interval late, so that logging does not wait for the devices; but
+    at a checkpoint at once, so that no state is saved whose metrics are not finite or not on disk.
     """
 
     def __init__(self, workdir: Path, first: int, config: DistillConfig):
@@ -184,19 +199,23 @@ class Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._write()
-        self.bar.close()
-        if self.main:
-            self.file.close()
-            self.events.close()
+        try:
+            self._write()
+        finally:
+            self.bar.close()
+            if self.main:
+                self.file.close()
+                self.events.close()
 
     def step(
-        self, step: int, metrics: Mapping[str, jax.Array], host: dict[str, float], last: bool
+        self, step: int, metrics: Mapping[str, jax.Array], host: dict[str, float], now: bool
     ) -> None:
         self.bar.update()
-        if last or step % self.every == 0:
+        if now or step % self.every == 0:
             self._write()
             self._held = (step, metrics, dict(host))
+        if now:
+            self._write()
 
     def _write(self) -> None:
         if self._held is None:
@@ -207,11 +226,12 @@ class Log:
         before, then = self._clock
         self._clock = (step, now := time.perf_counter())
         values["seconds_per_step"] = (now - then) / max(step - before, 1)
-        if not math.isfinite(values["student_loss"]):
-            raise FloatingPointError(
-                f"the student's loss is {values['student_loss']} at step {step}: lower its learning "
-                "rate or clip its gradients; the last checkpoint is from before or at this step"
-            )
+        for name in metrics:
+            if not math.isfinite(values[name]):
+                raise FloatingPointError(
+                    f"{name} is {values[name]} at step {step}: lower the learning rates or clip the "
+                    "gradients; the last checkpoint is from before this step"
+                )
         if self.main:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
@@ -247,7 +267,10 @@ def remember_config(config: DistillConfig, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / CONFIG
     if path.exists():
-        before, now = _flat(dataclasses.asdict(read_config(workdir))), _flat(dataclasses.asdict(config))
+        before, now = (
+            _flat(dataclasses.asdict(read_config(workdir))),
+            _flat(dataclasses.asdict(config)),
+        )
         for name in sorted(before.keys() | now.keys()):
             changeable = name.split(".")[0] in _CHANGEABLE
             if not changeable and before.get(name) != now.get(name):
@@ -271,7 +294,11 @@ def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> An
     name = "ema" if ema else "student"
     shapes = generator.pipeline.transformer.network.shapes
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=here), shapes)}
+    like = {
+        name: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=here), shapes
+        )
+    }
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         return checkpoints.restore({name: like})[name][name]
 
@@ -279,4 +306,6 @@ def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> An
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix[:-1]: list(tree) if isinstance(tree, tuple) else tree}
-    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
+    return {
+        k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()
+    }

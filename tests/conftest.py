@@ -4,12 +4,19 @@ A test that passes a wrong value to see our own error is named `test_bad_...` an
 """
 
 import os
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jaxtyping
 import pytest
+from ml_collections import ConfigDict
+
+from dollar_jax.config import DistillConfig, from_config
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_debug_key_reuse", True)
@@ -30,3 +37,37 @@ def pytest_configure(config: pytest.Config) -> None:
 def _types_are_checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     unchecked = request.node.name.startswith("test_bad_")
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", unchecked)
+
+
+TINY = {
+    "batch_size": 8, "steps": 20, "log_every": 1, "mesh.data": 1, "consistency.skip": 2,
+    "student.timesteps": (1000.0, 700.0, 400.0),
+    "reward.name": "compressibility", "reward.samples": 2, "reward.replay": 12, "reward.batch_size": 8,
+    "reward.updates": 2, "reward.start_step": 0, "reward.head.width": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def get_config() -> Callable[..., ConfigDict]:
+    """`get_config` of configs/demo.py."""
+    return runpy.run_path(str(Path(__file__).parents[1] / "configs" / "demo.py"))["get_config"]
+
+
+@pytest.fixture(scope="session")
+def make_config(get_config: Callable[..., ConfigDict]) -> Callable[..., DistillConfig]:
+    """configs/demo.py made tiny, with settings changed by their dotted names: `{"vsd.weight": 0.0}`."""
+
+    def make(changes: dict[str, Any] | None = None) -> DistillConfig:
+        config = get_config()
+        config.update_from_flattened_dict({**TINY, **(changes or {})})
+        return from_config(DistillConfig, config)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Halves the compile time of the whole step; its few runs are slower."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -43,7 +43,9 @@ class EncodedVideos:
         share = slice(jax.process_index(), None, jax.process_count())
         dataset = grain.MapDataset.source(self).seed(config.seed).shuffle().repeat()[share]
         dataset = dataset.batch(config.batch_size // jax.process_count(), drop_remainder=True)
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+        return iter(
+            dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        )
 
 
 def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> EncodedVideos:
@@ -60,7 +62,12 @@ def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> Enc
             latents.append(generator.encode(np.stack([record["video"] for record in part])))
             captions += [_decoded(record["caption"]) for record in part]
         partial = cache.with_suffix(".partial.npz")
-        np.savez(partial, latent=np.concatenate(latents), text=generator.text(captions), captions=captions)
+        np.savez(
+            partial,
+            latent=np.concatenate(latents),
+            text=generator.text(captions),
+            captions=captions,
+        )
         partial.replace(cache)
     with np.load(cache) as stored:
         return EncodedVideos(stored["latent"], stored["text"], stored["captions"].tolist())

@@ -56,4 +56,4 @@ def load_moving_shapes(folder: Path, split: str, sizes: dict[str, int]) -> Any:
     name = "_".join(f"{split}{size}" for split, size in sorted(sizes.items()))
     builder = MovingShapes(sizes=sizes, data_dir=folder / name)
     builder.download_and_prepare()
-    return builder.as_data_source(split=split)
+    return builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]

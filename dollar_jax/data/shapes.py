@@ -1,8 +1,8 @@
-"""The default domain: captioned videos of one shape moving over a patterned background.
+"""The default domain: captioned videos of one shape moving over a shaded background.
 
 A caption names five attributes, "a small red circle moving left slowly". Everything else varies without
-a caption and is what diversity measures: position, exact radius, speed and colour, the background's grey
-and tint, and the stripes on it. `verify` reads the five attributes back off every frame of a video.
+a caption and is what diversity measures: position, exact radius, speed and colour, the background's grey,
+its tint and its slope from light to dark. `verify` reads the five attributes back off every frame of a video.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ ATTRIBUTES = {
 VOCABULARY = ("a", "moving", *itertools.chain.from_iterable(ATTRIBUTES.values()))
 
 # Radius of the disc of equal area, in pixels; speed in pixels per frame.
-RADII = {"small": (3.2, 4.0), "large": (5.0, 6.0)}
-RADIUS_THRESHOLD = 4.5
-PACES = {"slowly": (0.30, 0.45), "quickly": (0.90, 1.15)}
-PACE_THRESHOLD = 0.675
+RADII = {"small": (3.8, 4.5), "large": (6.0, 6.8)}
+RADIUS_THRESHOLD = 5.2
+PACES = {"slowly": (0.25, 0.40), "quickly": (0.85, 1.05)}
+PACE_THRESHOLD = 0.62
 HUES = {colour: 60.0 * i for i, colour in enumerate(COLOURS)}  # degrees
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y points down
 
@@ -126,19 +126,16 @@ def render(caption: Caption, rng: np.random.Generator) -> np.ndarray:
         travel = step * pace * (FRAMES - 1)
         low, high = radius - min(travel, 0), SIZE - radius - max(travel, 0)
         tracks.append(rng.uniform(low, high) + step * pace * time)
-    mask = coverage(caption.shape, *tracks, np.full(FRAMES, radius))[..., None]
+    x, y = tracks
+    mask = coverage(caption.shape, x, y, np.full(FRAMES, radius))[..., None]
 
-    colour = _rgb(
-        HUES[caption.colour] + rng.uniform(-10, 10), rng.uniform(0.65, 1), rng.uniform(0.7, 1)
-    )
-    angle, period = rng.uniform(0, np.pi), rng.uniform(10, 20)
-    wave = np.sin(
-        2 * np.pi / period * (np.cos(angle) * _GRID_X + np.sin(angle) * _GRID_Y)
-        + rng.uniform(0, 2 * np.pi)
-    )
+    hue = HUES[caption.colour] + rng.uniform(-10, 10)
+    colour = _rgb(hue, saturation=rng.uniform(0.5, 1), value=rng.uniform(0.6, 1))
+    angle = rng.uniform(0, 2 * np.pi)
+    slope = (np.cos(angle) * (_GRID_X - SIZE / 2) + np.sin(angle) * (_GRID_Y - SIZE / 2)) / SIZE
+    grey = rng.uniform(0.2, 0.8) + rng.uniform(0, 0.3) * slope
     tint = rng.normal(size=3)
     tint = 0.05 * rng.uniform() * (tint - tint.mean()) / np.linalg.norm(tint - tint.mean())
-    grey = rng.uniform(0.25, 0.75) + rng.uniform(0, 0.15) * wave
     background = grey[..., None] + tint
     video = background * (1 - mask) + colour * mask
     return np.round(255 * np.clip(video, 0, 1)).astype(np.uint8)
@@ -167,7 +164,7 @@ def example(seed: int, split: str, index: int) -> tuple[np.ndarray, Caption]:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What the verifier reads off one video, each [t]; an index into ATTRIBUTES' values, -1 where no object."""
+    """What the verifier reads off one video, each [t]; an index into ATTRIBUTES' values, -1 for none."""
 
     size: np.ndarray
     colour: np.ndarray
@@ -188,14 +185,16 @@ class Reading:
 
 MINIMUM_CHROMA = 0.12  # an object's distance from the background in colour, of at most 0.82
 MINIMUM_OVERLAP = 0.6  # below it a blob is no shape at all
+MINIMUM_PACE = 0.1  # pixels per frame; below it an object stands still
 
 
 def verify(video: np.ndarray) -> Reading:
     """Reads the attributes off every frame of a video [t, 32, 32, 3], uint8 or float in [0, 1].
 
-    The object is what differs in chroma from the background (its stripes differ only in luma). Each
+    The object is what differs in chroma from the background (which varies in luma only). Each
     frame's soft mask is fitted with every shape over position and radius; the best overlap names the
-    shape. Direction and speed come from the fitted positions up to two frames to either side.
+    shape. Direction and speed come from the fitted positions up to two frames to either side; an object
+    that stands still has neither.
     """
     frames = np.asarray(video, np.float32) / (255 if video.dtype == np.uint8 else 1)
     chroma = frames - frames.mean(-1, keepdims=True)
@@ -206,14 +205,17 @@ def verify(video: np.ndarray) -> Reading:
     order = np.argsort(-distance.reshape(len(frames), -1), axis=1)[:, :20]
     colour = np.take_along_axis(flat, order[..., None], 1).mean(1)  # [t, 3]
     strength = np.linalg.norm(colour, axis=-1)
-    mask = np.einsum("thwc,tc->thw", chroma, colour) / np.maximum(strength, 1e-6)[:, None, None] ** 2
+    mask = (
+        np.einsum("thwc,tc->thw", chroma, colour) / np.maximum(strength, 1e-6)[:, None, None] ** 2
+    )
     mask = np.clip(2 * mask - 0.5, 0, 1)  # keeps the area of an edge, drops the noise of flat parts
 
     fits = [_fit(shape, mask) for shape in SHAPES]
     overlaps = np.stack([fit[3] for fit in fits])  # [shapes, t]
     shape = overlaps.argmax(0)
     x, y, radius, overlap = (
-        np.take_along_axis(np.stack(column), shape[None], 0)[0] for column in zip(*fits, strict=True)
+        np.take_along_axis(np.stack(column), shape[None], 0)[0]
+        for column in zip(*fits, strict=True)
     )
 
     hue = np.degrees(np.arctan2(np.sqrt(3) * (colour[:, 1] - colour[:, 2]),
@@ -226,12 +228,13 @@ def verify(video: np.ndarray) -> Reading:
     pace = np.maximum(np.abs(dx), np.abs(dy))
 
     present = (strength > MINIMUM_CHROMA) & (overlap > MINIMUM_OVERLAP)
+    moving = present & (pace > MINIMUM_PACE)
     return Reading(
         size=np.where(present, radius > RADIUS_THRESHOLD, -1),
         colour=np.where(present, np.round(hue / 60).astype(int) % 6, -1),
         shape=np.where(present, shape, -1),
-        direction=np.where(present, direction, -1),
-        speed=np.where(present, pace > PACE_THRESHOLD, -1),
+        direction=np.where(moving, direction, -1),
+        speed=np.where(moving, pace > PACE_THRESHOLD, -1),
         x=x, y=y, radius=radius, overlap=overlap,
     )  # fmt: skip
 

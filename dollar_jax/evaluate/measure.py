@@ -92,14 +92,9 @@ def measure(
         frames, clock = [], {"text": [], "diffusion": [], "decode": []}
         for start in range(0, len(padded), batch):
             part = slice(start, start + batch)
-            text = _timed(clock["text"], lambda part=part: generator.text(padded[part]))
-            latent = _timed(
-                clock["diffusion"],
-                lambda part=part, text=text: jax.block_until_ready(
-                    compiled(row.params, keys[part], text)
-                ),
-            )
-            frames.append(_timed(clock["decode"], lambda latent=latent: generator.decode(latent)))
+            text = _timed(clock["text"], generator.text, padded[part])
+            latent = _timed(clock["diffusion"], compiled, row.params, keys[part], text)
+            frames.append(_timed(clock["decode"], generator.decode, latent))
             bar.update(batch)
         drawn = np.concatenate(frames)[: len(prompts)]
         seconds = {stage: statistics.median(times) / batch for stage, times in clock.items()}
@@ -129,9 +124,9 @@ def quality(drawn: np.ndarray, plan: Plan, reward: Reward | None) -> dict[str, f
     }
 
 
-def _timed(times: list[float], call: Callable[[], Any]) -> Any:
+def _timed(times: list[float], function: Callable[..., Any], *arguments: Any) -> Any:
     start = time.perf_counter()
-    result = call()
+    result = jax.block_until_ready(function(*arguments))
     times.append(time.perf_counter() - start)
     return result
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from dollar_jax.rewards.colour import vividness
 from dollar_jax.rewards.jpeg import compressibility
+from dollar_jax.rewards.vivid import vivid
 
-RewardFunction = Callable[[np.ndarray, Sequence[str]], np.ndarray]
+RewardFunction = Callable[[np.ndarray, Sequence[str]], np.ndarray | jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Reward:
 
 
 REWARDS = {
+    "vivid": Reward(vivid, False, "the share of coloured pixels that are bright and saturated"),
     "compressibility": Reward(
         compressibility, False, "how few bits per pixel JPEG needs: plain, calm backgrounds"
     ),

@@ -79,13 +79,13 @@ def load_pipeline(folder: str | Path, **transformer_options: Any) -> Pipeline:
 
 def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> None:
     """Writes a folder that `load_pipeline` and diffusers' `WanPipeline.from_pretrained` read."""
+    if pipeline.schedule.path != "rf":
+        raise ValueError("only rectified-flow pipelines can be written")
     folder = Path(folder)
     save_component(folder, "transformer", pipeline.transformer, dtype)
     save_component(folder, "vae", pipeline.vae, dtype)
     save_component(folder, "text_encoder", pipeline.text_encoder, dtype)
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
-    if pipeline.schedule.path != "rf":
-        raise ValueError("only rectified-flow pipelines can be written")
     _write(folder / "scheduler" / "scheduler_config.json", {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": pipeline.schedule.num_train_timesteps,
@@ -120,7 +120,10 @@ def load_tokenizer(folder: Path) -> Any:
 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing: the pipeline has no tokenizer")
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that transformers can read") from error
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +147,7 @@ def _schedule(folder: Path) -> Schedule:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it says how the teacher is sampled")
-    fields = json.loads(path.read_text())
+    fields = files.read_json(path)
     shifts = {"FlowMatchEulerDiscreteScheduler": "shift", "UniPCMultistepScheduler": "flow_shift"}
     name = fields.get("_class_name")
     if name not in shifts:

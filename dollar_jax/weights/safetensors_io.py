@@ -27,7 +27,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it describes the weights beside it")
-    return _read_json(path)
+    return read_json(path)
 
 
 def tensor_files(folder: str | Path) -> list[Path]:
@@ -107,7 +107,7 @@ def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map")
     names = sorted(set(weight_map.values()))
@@ -117,7 +117,8 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object a JSON file holds; raises ValueError naming the file when it holds none."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:

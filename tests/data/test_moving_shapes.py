@@ -1,0 +1,180 @@
+"""The dataset's builder, the tokenizer, and the shuffled batches that training reads."""
+
+import dataclasses
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import grain
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from dollar_jax.data import shapes
+from dollar_jax.data.latents import EncodedVideos
+from dollar_jax.data.moving_shapes import SEED, MovingShapes, load_moving_shapes
+from dollar_jax.data.vocabulary import SPECIAL, build_tokenizer
+from dollar_jax.weights.pipeline import load_tokenizer, tokenize
+
+SIZES = {"train": 6, "validation": 3, "held_out": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("shapes")
+
+
+# --- the builder ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_records_are_the_rendered_examples(folder, split):
+    records = load_moving_shapes(folder, split, SIZES)
+    assert len(records) == SIZES[split]
+    # The order of the files is the dataset's own; the records are told apart by their pixels.
+    wanted = {}
+    for index in range(SIZES[split]):
+        video, caption = shapes.example(SEED, split, index)
+        wanted[video.tobytes()] = caption
+    for i in range(len(records)):
+        record = records[i]
+        assert record["video"].dtype == np.uint8
+        assert record["video"].shape == (shapes.FRAMES, shapes.SIZE, shapes.SIZE, 3)
+        caption = wanted.pop(record["video"].tobytes())
+        text = record["caption"]
+        assert (text.decode() if isinstance(text, bytes) else text) == str(caption)
+        for name, values in shapes.ATTRIBUTES.items():
+            assert values[record[name]] == getattr(caption, name)
+        assert caption.held_out == (split == "held_out")
+    assert not wanted
+
+
+def test_records_are_rendered_once(folder, monkeypatch):
+    before = load_moving_shapes(folder, "train", SIZES)[0]
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("rendered again")
+
+    monkeypatch.setattr(shapes, "example", never)
+    np.testing.assert_array_equal(load_moving_shapes(folder, "train", SIZES)[0]["video"], before["video"])
+    with pytest.raises(AssertionError, match="rendered again"):
+        load_moving_shapes(folder, "train", {**SIZES, "train": 5})
+
+
+def test_labels_have_their_words(folder):
+    info = MovingShapes(sizes=SIZES, data_dir=folder).info
+    for name, values in shapes.ATTRIBUTES.items():
+        feature = info.features[name]
+        assert isinstance(feature, tfds.features.ClassLabel)
+        assert feature.names == list(values)
+
+
+def test_tensorflow_is_not_needed(folder):
+    load_moving_shapes(folder, "train", SIZES)[0]
+    assert "tensorflow" not in sys.modules
+
+
+# --- the tokenizer --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(shapes.VOCABULARY)
+
+
+def test_captions_survive_tokenizer_and_file(tokenizer, tmp_path):
+    captions = [str(c) for c in shapes.all_captions()]
+    ids, mask = tokenize(tokenizer, captions, 12)
+    assert ids.dtype == mask.dtype == np.int32
+    assert ids.shape == mask.shape == (288, 12)
+    np.testing.assert_array_equal(mask, [[1] * 8 + [0] * 4] * 288)  # seven words and </s>
+    np.testing.assert_array_equal(ids[:, 7], SPECIAL.index("</s>"))
+    np.testing.assert_array_equal(ids[:, 8:], SPECIAL.index("<pad>"))
+    assert len(np.unique(ids, axis=0)) == 288
+    assert ids[:, :7].min() >= len(SPECIAL)
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == captions
+
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert type(again) is type(tokenizer)
+    for prompts in (captions, ["", "a GREEN dog"]):
+        for ours, theirs in zip(tokenize(again, prompts, 12), tokenize(tokenizer, prompts, 12), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_unknown_words_capitals_padding_and_cuts(tokenizer):
+    unknown, end = SPECIAL.index("<unk>"), SPECIAL.index("</s>")
+    red = len(SPECIAL) + shapes.VOCABULARY.index("red")
+    ids, mask = tokenize(tokenizer, ["RED dog", "", "red red red red"], 4)
+    np.testing.assert_array_equal(ids[0], [red, unknown, end, 0])
+    np.testing.assert_array_equal(ids[1], [end, 0, 0, 0])
+    np.testing.assert_array_equal(ids[2], [red, red, red, end])
+    np.testing.assert_array_equal(mask.sum(1), [3, 1, 4])
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def videos(count):
+    index = np.arange(count, dtype=np.float32)
+    latent = np.broadcast_to(index[:, None, None, None, None], (count, 1, 2, 2, 3)).copy()
+    text = np.broadcast_to(-index[:, None, None], (count, 2, 5)).copy()
+    return EncodedVideos(latent, text, [f"caption {i}" for i in range(count)])
+
+
+def config(batch_size=4, seed=0) -> Any:
+    return SimpleNamespace(batch_size=batch_size, seed=seed)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def indices(batches):
+    return np.stack([batch["index"] for batch in batches])
+
+
+def test_batches_hold_matching_rows_and_every_video_once_per_epoch():
+    data = videos(12)
+    batches = take(data.batches(config()), 6)
+    for batch in batches:
+        assert batch["latent"].shape == (4, 1, 2, 2, 3)
+        assert batch["text"].shape == (4, 2, 5)
+        np.testing.assert_array_equal(batch["latent"][:, 0, 0, 0, 0], batch["index"])
+        np.testing.assert_array_equal(batch["text"][:, 0, 0], -batch["index"].astype(np.float32))
+    first, second = indices(batches).reshape(2, 12)
+    np.testing.assert_array_equal(np.sort(first), np.arange(12))
+    np.testing.assert_array_equal(np.sort(second), np.arange(12))
+    assert np.any(first != np.arange(12)), "not shuffled"
+    assert np.any(first != second), "every epoch has the same order"
+
+
+def test_batches_depend_on_the_seed_alone():
+    one, again, other = (indices(take(videos(12).batches(config(seed=seed)), 5)) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(one, again)
+    assert np.any(one != other)
+
+
+def test_batches_go_on_from_a_saved_position():
+    data = videos(10)  # an epoch ends within a batch
+    iterator = data.batches(config())
+    assert isinstance(iterator, grain.DatasetIterator)
+    take(iterator, 4)
+    state = iterator.get_state()
+    rest = indices(take(iterator, 5))
+    resumed = data.batches(config())
+    resumed.set_state(state)
+    np.testing.assert_array_equal(indices(take(resumed, 5)), rest)
+
+
+def test_fewer_videos_than_a_batch_are_refused():
+    with pytest.raises(ValueError, match=r"3 training videos, fewer than config.batch_size 4"):
+        videos(3).batches(config())
+
+
+def test_encoded_videos_are_immutable_rows():
+    data = videos(3)
+    assert len(data) == 3
+    assert data[1].keys() == {"latent", "text", "index"}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        data.latent = data.text  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,193 @@
+"""Pixel rewards against numbers worked out here, and the ring that keeps what they scored."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dollar_jax.rewards import REWARDS, Reward, get_reward
+from dollar_jax.rewards.colour import SHARE, vividness
+from dollar_jax.rewards.jpeg import QUALITY, compressibility
+from dollar_jax.rewards.replay import Replay
+from dollar_jax.rewards.vivid import vivid
+
+
+def frames(*shape, seed=0):
+    return np.random.default_rng(seed).uniform(0, 1, shape).astype(np.float32)
+
+
+# --- compressibility ------------------------------------------------------------------------------
+
+
+def test_plain_clips_compress_better_than_noise():
+    flat = np.full((1, 3, 16, 16, 3), 0.5, np.float32)
+    both = np.concatenate([flat, frames(1, 3, 16, 16, 3)])
+    plain, noise = get_reward("compressibility")(both, ["", ""])
+    assert noise < -8 < plain < 0
+
+
+def test_fainter_stripes_compress_better():
+    wave = np.sin(2 * np.pi * np.arange(32) / 7)[:, None, None]
+    clips = [np.broadcast_to(0.5 + a * wave, (2, 32, 32, 3)) for a in (0.0, 0.02, 0.05, 0.1, 0.3)]
+    rewards = compressibility(np.stack(clips), [""] * len(clips))
+    assert np.all(np.diff(rewards) < 0), rewards
+
+
+def test_bits_per_pixel_are_those_of_one_jpeg_per_clip():
+    clips = frames(2, 3, 8, 16, 3)
+    for clip, reward in zip(clips, compressibility(clips, ["", ""]), strict=True):
+        picture = np.hstack(np.uint8(np.rint(clip * 255)))
+        assert picture.shape == (8, 3 * 16, 3)
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, format="JPEG", quality=95, subsampling="4:4:4")
+        bits = 8 * len(file.getvalue())
+        np.testing.assert_allclose(reward, -bits / (3 * 8 * 16), rtol=1e-6)
+    assert QUALITY == 95
+
+
+def test_values_out_of_range_are_clipped():
+    clips = np.array([-0.5, 1.5], np.float32).reshape(2, 1, 1, 1, 1) * np.ones((2, 2, 8, 8, 3), np.float32)
+    inside = np.clip(clips, 0, 1)
+    np.testing.assert_array_equal(compressibility(clips, ["", ""]), compressibility(inside, ["", ""]))
+
+
+# --- vividness ------------------------------------------------------------------------------------
+
+
+def test_vividness_is_the_chroma_of_the_most_coloured_pixels():
+    clip = np.full((1, 2, 10, 10, 3), 0.4, np.float32)  # 3% of 100 pixels are 3
+    assert round(SHARE * 100) == 3
+    clip[0, 0, 0, :4] = [[0.9, 0.1, 0.3], [0.5, 0.5, 0.2], [0.1, 0.6, 0.2], [0.4, 0.4, 0.3]]
+    clip[0, 1, 5, 5] = [1.0, 0.0, 0.0]
+    by_hand = ((0.8 + 0.5 + 0.3) / 3 + (1.0 + 0 + 0) / 3) / 2
+    np.testing.assert_allclose(get_reward("vividness")(clip, [""]), [by_hand], rtol=1e-6)
+
+
+def test_vividness_has_the_gradient_of_its_definition():
+    clip = jnp.asarray(frames(2, 2, 5, 5, 3))
+    assert REWARDS["vividness"].differentiable
+    gradient = np.asarray(jax.grad(lambda x: vividness(x, ["", ""]).sum())(clip))
+    assert np.isfinite(gradient).all()
+    # One pixel per frame: +1/2 on its largest channel, -1/2 on its smallest, for two frames.
+    np.testing.assert_allclose(
+        np.sort(gradient.reshape(4, -1), axis=1)[:, [0, 1, -2, -1]], [[-0.5, 0, 0, 0.5]] * 4
+    )
+
+
+# --- vivid ----------------------------------------------------------------------------------------
+
+
+def test_vivid_is_the_share_of_coloured_pixels_that_are_bright_and_saturated():
+    clip = np.full((2, 2, 4, 4, 3), 0.5, np.float32)  # grey counts for nothing
+    clip[0, 0, 0, 0] = [0.95, 0.05, 0.05]  # vivid
+    clip[0, 1, 2] = [[0.05, 0.05, 0.9], [0.6, 0.05, 0.05], [0.95, 0.5, 0.5], [0.5, 0.45, 0.45]]
+    # That is vivid; dark; pale; and too pale to be coloured: two of four.
+    np.testing.assert_array_equal(vivid(clip, ["", ""]), [0.5, 0.0])
+
+
+# --- the protocol ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_reward_gives_one_number_per_clip(name):
+    clips = frames(3, 2, 16, 8, 3) * np.array([1, 0.5, 0.2]).reshape(3, 1, 1, 1, 1)
+    rewards = get_reward(name)(clips, ["a", "b", "c"])
+    assert rewards.dtype == np.float32
+    assert rewards.shape == (3,)
+    assert len(set(rewards.tolist())) > 1
+    assert get_reward(name).meaning
+
+
+def test_bad_answers_are_refused():
+    for answer in (0.0, np.zeros((2, 1)), np.zeros(3)):
+        reward = Reward(lambda frames, prompts, answer=answer: answer, False, "")
+        with pytest.raises(ValueError, match=r"gave shape .* for 2 videos; it must give one number per"):
+            reward(frames(2, 1, 8, 8, 3), ["", ""])
+
+
+def test_rewards_get_frames_and_prompts_as_they_are():
+    reward = Reward(
+        lambda frames, prompts: [float(p) + f.sum() for f, p in zip(frames, prompts, strict=True)], False, ""
+    )
+    np.testing.assert_array_equal(reward(np.ones((2, 1, 2, 2, 3)), ["1", "2"]), [13.0, 14.0])
+
+
+def test_unknown_rewards_are_refused():
+    with pytest.raises(ValueError, match="there is no reward 'beauty'; there are .*compressibility, vividness"):
+        get_reward("beauty")
+
+
+# --- replay ---------------------------------------------------------------------------------------
+
+
+def rows(values):
+    values = np.asarray(values, np.float32)
+    latent = np.broadcast_to(values[:, None, None], (len(values), 2, 3))
+    return latent, -latent[:, 0, :1], 10 * values
+
+
+def kept(replay):
+    return set(replay.state["reward"][replay.state["weight"] > 0].tolist())
+
+
+def test_replay_overwrites_the_oldest_rows():
+    replay = Replay(4, (2, 3), (1,))
+    replay.add(*rows([1, 2, 3]))
+    assert kept(replay) == {10, 20, 30}
+    replay.add(*rows([4, 5]))
+    assert kept(replay) == {20, 30, 40, 50}
+    replay.add(*rows([6, 7, 8]))
+    assert kept(replay) == {50, 60, 70, 80}
+    assert replay.state["added"] == 8
+    drawn = replay.sample(3, 50, [0])
+    assert drawn["scored_latent"].shape == (3, 50, 2, 3)
+    assert set(np.unique(drawn["scored_reward"])) == {50, 60, 70, 80}
+    # A row's parts stay together.
+    np.testing.assert_array_equal(10 * drawn["scored_latent"][..., 0, 0], drawn["scored_reward"])
+    np.testing.assert_array_equal(-drawn["scored_text"][..., 0], drawn["scored_latent"][..., 1, 2])
+    assert (drawn["scored_weight"] == 1).all()
+
+
+def test_a_batch_larger_than_the_ring_leaves_its_end():
+    replay = Replay(4, (2, 3), (1,))
+    replay.add(*rows(range(10)))
+    assert kept(replay) == {60, 70, 80, 90}
+
+
+def test_an_empty_replay_has_no_weight():
+    drawn = Replay(4, (2, 3), (1,)).sample(2, 3, [0])
+    assert drawn["scored_weight"].shape == (2, 3)
+    assert not drawn["scored_weight"].any()
+    assert np.isfinite(drawn["scored_latent"]).all()
+
+
+def test_a_half_full_replay_draws_only_what_it_has():
+    replay = Replay(100, (2, 3), (1,))
+    replay.add(*rows([1, 2]))
+    drawn = replay.sample(4, 8, [0])
+    assert set(np.unique(drawn["scored_reward"])) == {10, 20}
+    assert drawn["scored_weight"].all()
+
+
+def test_rewards_that_are_not_finite_are_left_out():
+    replay = Replay(4, (2, 3), (1,))
+    latent, text, reward = rows([1, 2, 3, 4])
+    replay.add(latent, text, np.array([10, np.nan, np.inf, 40], np.float32))
+    assert kept(replay) == {10, 40}
+    assert replay.state["added"] == 2
+    replay.add(latent[:1], text[:1], np.array([np.nan], np.float32))
+    assert replay.state["added"] == 2
+
+
+def test_draws_depend_on_the_seed_and_the_content():
+    one, two = Replay(8, (2, 3), (1,)), Replay(8, (2, 3), (1,))
+    one.add(*rows([1, 2, 3, 4]))
+    two.add(*rows([1, 2]))
+    two.add(*rows([3, 4]))
+    a, b, other = one.sample(2, 16, [0, 5]), two.sample(2, 16, [0, 5]), one.sample(2, 16, [0, 6])
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+    assert np.any(a["scored_reward"] != other["scored_reward"])

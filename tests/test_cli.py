@@ -1,0 +1,181 @@
+"""The command line: what is impossible gets one sentence and exit code 2, before any work."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dollar_jax import cli
+
+# ml_collections loads the configuration in an old way.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+DEMO = str(Path(__file__).parents[1] / "configs" / "demo.py")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch):
+    monkeypatch.setattr(cli, "_prepare_jax", lambda: None)  # leave the tests' compilation cache alone
+
+
+def refused(capsys, *arguments):
+    """What follows "dollar command: " in the one line on stderr."""
+    assert cli.main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert "Traceback" not in err
+    assert err.endswith("\n") and err.count("\n") == 1, err
+    start = f"dollar {arguments[0]}: "
+    assert err.startswith(start)
+    return err.removeprefix(start).strip()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"]])
+def test_help_lists_the_commands(capsys, arguments):
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    for name, command in cli.COMMANDS.items():
+        assert f"dollar {name} " in out
+        assert command.summary in out
+
+
+def test_nothing_asked_for_is_help_and_a_failure(capsys):
+    assert cli.main([]) == 2
+    assert "dollar demo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(capsys, name):
+    assert cli.main([name, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    assert out.startswith(f"dollar {name}: ")
+    assert "--workdir" in out
+
+
+def test_an_unknown_command(capsys):
+    assert cli.main(["dance"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.count("\n") == 1
+    assert "'dance'" in err and all(name in err for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train"], "--config and --workdir must be given"),
+        (["train", f"--config={DEMO}"], "--workdir must be given"),
+        (["pretrain", "--workdir=x"], "--config must be given"),
+        (["sample", "--workdir=x"], "--prompt must be given"),
+        (["evaluate"], "--workdir must be given"),
+    ],
+)
+def test_missing_flags(capsys, arguments, message):
+    assert refused(capsys, *arguments) == message
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["demo", "--wrkdir=x"], ["wrkdir", "Did you mean: workdir"]),
+        (["demo", "more"], ["unexpected argument 'more'", "dollar demo --help"]),
+        (["demo", "--seed=one"], ["--seed=one", "a whole number"]),
+        (["sample", "--workdir=x", "--prompt=a", "--steps=0"], ["--steps=0", "positive"]),
+        (["evaluate", "--workdir"], ["Missing value", "--workdir"]),
+    ],
+)
+def test_wrong_flags(capsys, arguments, parts):
+    message = refused(capsys, *arguments)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--config=/no/such/file.py"], ["/no/such/file.py"]),
+        ([f"--config={DEMO}:everything"], [":everything is unknown", "vsd+cd+lrm"]),
+        ([f"--config={DEMO}", "--config.stepz=3"], ["no field", "stepz"]),
+        ([f"--config={DEMO}", "--config.student.stepz.x=3"], ["no field", "stepz"]),
+        ([f"--config={DEMO}", "--config.steps=many"], ["--config.steps=many", "a whole number"]),
+        (
+            [f"--config={DEMO}", "--config.student.input=sideways"],
+            ["config.student.input", "'forward', 'backward'"],
+        ),
+        ([f"--config={DEMO}", "--config.accumulation=7"], ["config.batch_size", "7 micro-batches"]),
+    ],
+)
+def test_wrong_configurations(capsys, tmp_path, command, flags, parts):
+    workdir = tmp_path / "run"
+    message = refused(capsys, command, *flags, f"--workdir={workdir}")
+    for part in parts:
+        assert part in message
+    assert not workdir.exists()
+
+
+def test_a_configuration_with_a_syntax_error(capsys, tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("def get_config(:\n")
+    assert "broken.py, line 1" in refused(capsys, "train", f"--config={path}", f"--workdir={tmp_path}")
+
+
+def test_a_teacher_that_is_not_there(capsys, tmp_path):
+    teacher = tmp_path / "teacher"
+    flags = [f"--config={DEMO}", f"--config.teacher={teacher}", f"--workdir={tmp_path / 'run'}"]
+    assert f"{teacher} is no diffusers pipeline" in refused(capsys, "train", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command, more", [("sample", ["--prompt=a small red circle"]), ("evaluate", [])])
+def test_a_workdir_without_a_run(capsys, tmp_path, command, more):
+    for workdir in (tmp_path, tmp_path / "nowhere"):
+        message = refused(capsys, command, f"--workdir={workdir}", *more)
+        assert message.startswith(f"{workdir} holds no run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_with_a_damaged_configuration(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert "config lacks" in refused(capsys, "evaluate", f"--workdir={tmp_path}")
+
+
+def test_a_traceback_can_be_had(monkeypatch, tmp_path):
+    monkeypatch.setenv("DOLLAR_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        cli.main(["evaluate", f"--workdir={tmp_path}"])
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    stopped = cli.COMMANDS["demo"]._replace(run=interrupted)
+    monkeypatch.setitem(cli.COMMANDS, "demo", stopped)
+    assert cli.main(["demo"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_settings_on_the_command_line_reach_the_run(monkeypatch):
+    seen = {}
+
+    def look():
+        seen.update(steps=cli.FLAGS.config.steps, rate=cli.FLAGS.config.student.optimiser.learning_rate)
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.COMMANDS["train"]._replace(run=look))
+    flags = ["--config.steps=7", "--config.student.optimiser.learning_rate=0.5", "--workdir=x"]
+    assert cli.main(["train", f"--config={DEMO}:vsd", *flags]) == 0
+    assert seen == {"steps": 7, "rate": 0.5}
+
+
+@pytest.mark.multiprocess
+def test_the_module_is_the_command():
+    run = [sys.executable, "-m", "dollar_jax"]
+    helped = subprocess.run([*run, "--help"], capture_output=True, text=True)
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert "dollar demo" in helped.stdout
+    failed = subprocess.run([*run, "evaluate", "--workdir=/no/such/run"], capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert failed.stderr == "dollar evaluate: /no/such/run holds no run: there is no config.json in it\n"

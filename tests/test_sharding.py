@@ -1,0 +1,102 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dollar_jax import sharding
+from dollar_jax.config import MeshConfig
+from dollar_jax.models.wan import WanConfig
+from dollar_jax.program import build_program
+from dollar_jax.schedule import Schedule
+from dollar_jax.state import to_items
+from dollar_jax.weights.pipeline import wan_transformer
+
+WAN_1_3B = WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+LATENT, TEXT = (21, 60, 104, 16), (512, 4096)
+
+
+def mesh(data=1, fsdp=1, context=1, tensor=1):
+    return sharding.make_mesh(MeshConfig(data, fsdp, context, tensor))
+
+
+def leaves(tree):
+    return {
+        "/".join(sharding._name(entry) for entry in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@pytest.fixture(scope="module")
+def program(make_config):
+    """Shapes and shardings of distilling Wan 2.1 1.3B over fsdp=4, tensor=2; nothing is allocated."""
+    config = make_config({"mesh.fsdp": 4, "mesh.tensor": 2, "reward.head.use_text": True})
+    schedule = Schedule("rf", "velocity", shift=3.0)
+    return build_program(config, wan_transformer(WAN_1_3B), schedule, LATENT, TEXT)
+
+
+def test_every_kernel_and_its_optimiser_state_is_split_by_fsdp(program):
+    shapes, shardings = leaves(program.state_shapes), leaves(program.state_sharding)
+    assert shapes.keys() == shardings.keys()
+    split = 0
+    for name, leaf in shapes.items():
+        here = math.prod(shardings[name].shard_shape(leaf.shape))
+        if "reward" in name or not name.endswith("/kernel"):
+            assert here >= leaf.size / 2 and leaf.size < 5e7, name
+            continue
+        assert here == leaf.size // 8, name  # fsdp and tensor both
+        split += leaf.size
+    # Student, average, fake score and two Adam moments of student and fake score: 7 copies of the weights.
+    assert split > 0.99 * 7 * 1.41e9
+    whole = sum(math.prod(leaf.shape) for name, leaf in shapes.items() if name.startswith("student/"))
+    assert 1.40e9 < whole < 1.43e9
+
+
+def test_the_teacher_lies_as_the_student_does(program):
+    teacher, student = leaves(program.frozen_sharding.teacher), leaves(program.state_sharding.student)
+    assert {k: v.spec for k, v in teacher.items()} == {k: v.spec for k, v in student.items()}
+
+
+def test_checkpoint_items_are_sharded_as_the_state(program):
+    items = jax.eval_shape(to_items, program.state_shapes)
+    placed = leaves(sharding.shard(program.mesh, items))
+    for name, where in leaves(program.state_sharding.student_optimiser).items():
+        assert placed[f"optimisers/student_optimiser/{name}"].spec == where.spec
+
+
+def test_rows_are_split_over_data_and_fsdp_together():
+    m = mesh(data=2, fsdp=4)
+    assert sharding.batch_sharding(m).shard_shape((8, 3)) == (1, 3)
+    assert sharding.batch_sharding(m, leading=1).shard_shape((2, 8, 3)) == (2, 1, 3)
+
+
+def test_bad_trees_are_refused_by_path():
+    m = mesh(fsdp=8)
+    with pytest.raises(ValueError, match=r"no sharding rule matches 'student/mystery/weights' .*\(8, 8\)"):
+        sharding.shard(m, {"student": {"mystery": {"weights": jnp.zeros((8, 8))}}})
+    with pytest.raises(
+        ValueError, match=r"'ema/linear_1/kernel' of shape \(12, 8\).*axis fsdp = 8"
+    ):
+        sharding.shard(m, {"ema": {"linear_1": {"kernel": jnp.zeros((12, 8))}}})
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1, 1), (16, 1, 1, 1), (-1, 3, 1, 1), (-1, -1, 1, 1), (0, 8, 1, 1)])
+def test_bad_mesh_is_one_sentence(sizes):
+    with pytest.raises(ValueError, match=r"the mesh data=.*there are 8.*config\.mesh"):
+        sharding.make_mesh(MeshConfig(*sizes))
+
+
+def test_minus_one_takes_what_is_left():
+    assert dict(mesh(data=-1, tensor=2).shape) == {"data": 4, "fsdp": 1, "context": 1, "tensor": 2}
+
+
+def test_bad_batch_is_refused_before_any_compilation(make_config):
+    network = wan_transformer(dataclasses.replace(WAN_1_3B, num_layers=1))
+    for changes, name in [
+        ({"batch_size": 12, "mesh.data": 8}, "batch_size / accumulation is 12"),
+        ({"batch_size": 16, "accumulation": 4, "mesh.data": 8}, "batch_size / accumulation is 4"),
+        ({"reward.batch_size": 12, "mesh.data": 8}, r"reward\.batch_size is 12"),
+    ]:
+        with pytest.raises(ValueError, match=name + r".* data × fsdp = 8"):
+            build_program(make_config(changes), network, Schedule("rf", "velocity"), LATENT, TEXT)

@@ -1,0 +1,358 @@
+"""The one compiled step, over real networks of toy size."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dollar_jax import step as step_module
+from dollar_jax.config import OptimiserConfig
+from dollar_jax.models.wan import WanConfig
+from dollar_jax.objectives import Frozen
+from dollar_jax.optim import make_optimiser
+from dollar_jax.program import build_program, reward_head_network
+from dollar_jax.schedule import Schedule
+from dollar_jax.state import from_items, to_items
+from dollar_jax.weights.pipeline import wan_transformer
+
+LATENT, TEXT, ROWS = (2, 4, 4, 4), (3, 8), 8
+NETWORK = wan_transformer(
+    WanConfig(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, text_dim=8,
+        freq_dim=16, ffn_dim=32, num_layers=2,
+    )
+)  # fmt: skip
+# Adam divides by √v: with the usual eps a gradient that is rounding noise alone moves its weight as
+# far as any other. An eps near the gradients' own size keeps an update proportional to its gradient.
+OPTIMISER = {
+    "schedule": "constant", "warmup_steps": 0, "learning_rate": 3e-3, "eps": 1e-3, "weight_decay": 0.01,
+    "clip_norm": 1.0,
+}  # fmt: skip
+BASE = {
+    "student.ema_decay": 0.9, "fake_score.updates": 3, "reward.updates": 2, "reward.batch_size": ROWS,
+    "reward.weight": 0.3, "reward.start_step": 2, "reward.statistics_decay": 0.5, "reward.head.use_text": True,
+    "consistency.boundary": "lcm",
+    **{f"{part}.optimiser.{k}": v for part in ("student", "fake_score", "reward") for k, v in OPTIMISER.items()},
+}  # fmt: skip
+
+
+@functools.cache
+def teacher():
+    """Random everywhere: a fresh Wan's last layer is zero, and most gradients with it."""
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        # Scales around 1, kernels for signals of about unit size, the rest small.
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        size = leaf.shape[-2] ** -0.5 if name == "kernel" else 0.2
+        return ((name == "scale") + size * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, NETWORK.shapes)
+
+
+def make_batch(seed, updates=2):
+    rng = np.random.default_rng(seed)
+
+    def rows(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    return {
+        "latent": rows(ROWS, *LATENT), "text": rows(ROWS, *TEXT),
+        "scored_latent": rows(updates, ROWS, *LATENT), "scored_text": rows(updates, ROWS, *TEXT),
+        "scored_reward": 5 + 2 * rows(updates, ROWS), "scored_weight": np.ones((updates, ROWS), np.float32),
+    }  # fmt: skip
+
+
+class Runner:
+    """A program with its frozen part; every `start` is a fresh copy of one state."""
+
+    def __init__(self, config):
+        self.program = p = build_program(
+            config, NETWORK, Schedule("rf", "velocity", shift=3.0), LATENT, TEXT, jax.devices()[: devices(config)]
+        )
+        null = 0.1 * jax.random.normal(jax.random.key(3), (1, *TEXT))
+        self.frozen = jax.device_put(Frozen(teacher(), null), p.frozen_sharding, may_alias=False)
+
+    def start(self, items):
+        return jax.device_put(from_items(items), self.program.state_sharding, may_alias=False)
+
+    def step(self, state, batch):
+        return self.program.step(state, self.frozen, jax.device_put(batch, self.program.batch_sharding))
+
+    def run(self, items, count):
+        """State and metrics after `count` steps, on the host."""
+        state, history = self.start(items), []
+        for seed in range(count):
+            state, metrics, generated = self.step(state, make_batch(seed))
+            history.append({**metrics, "generated": generated})
+        return host(to_items(state)), host(history)
+
+
+def devices(config):
+    m = config.mesh
+    return m.data * m.fsdp * m.context * m.tensor
+
+
+def host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+@pytest.fixture(scope="module")
+def runner(make_config, quick_compilation):
+    return functools.cache(lambda *changes: Runner(make_config({**BASE, **dict(changes)})))
+
+
+@pytest.fixture(scope="module")
+def base(runner):
+    return runner()
+
+
+@pytest.fixture(scope="module")
+def initial(base):
+    return host(to_items(base.program.init(jax.random.key(0), base.frozen.teacher)))
+
+
+# The same numbers on every mesh
+
+BACKWARD = (("student.input", "backward"), ("accumulation", 2), ("consistency.times", "grid"))
+
+
+@pytest.fixture(scope="module")
+def alone(runner, initial):
+    """Three steps on one device."""
+    return functools.cache(lambda changes: runner(*changes).run(initial, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh"),
+    [
+        ((), {"data": 8}),
+        ((), {"data": 2, "fsdp": 4}),
+        ((), {"data": 2, "fsdp": 2, "tensor": 2}),
+        (BACKWARD, {"data": 2, "fsdp": 2, "tensor": 2}),
+    ],
+    ids=["data", "fsdp", "tensor", "backward-accumulated"],
+)
+def test_step_is_the_same_on_eight_devices(runner, alone, initial, changes, mesh):
+    """A sum missing over an axis, a row on the wrong device or a different random draw fails here."""
+    spread = runner(*changes, *((f"mesh.{k}", v) for k, v in mesh.items()))
+    (state, metrics), (state8, metrics8) = alone(changes), spread.run(initial, 3)
+    for one, eight in zip(metrics, metrics8, strict=True):
+        assert one.keys() == eight.keys()
+        for name in one:
+            scale = np.abs(one[name]).max()
+            np.testing.assert_allclose(eight[name], one[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(state8), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if "reward_head" in name and name.endswith("to_k/bias"):
+            # A constant on all of an attention's keys changes nothing: these gradients are rounding alone.
+            assert max(np.abs(a).max(), np.abs(b).max()) < 1e-6
+            continue
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * np.abs(a).max(), err_msg=name)
+
+
+def test_initial_state_is_the_same_on_eight_devices(runner, base, initial):
+    spread = runner(("mesh.data", 2), ("mesh.fsdp", 4)).program
+    frozen = jax.device_put(teacher(), spread.frozen_sharding.teacher)
+    state = spread.init(jax.random.key(0), frozen)
+    jax.tree.map(np.testing.assert_array_equal, host(to_items(state)), initial)
+    for name in ("student", "ema", "fake_score"):
+        jax.tree.map(np.testing.assert_array_equal, initial[name][name], host(teacher()))
+    kernel = state.student_optimiser[1][0].mu["blocks"]["attn1"]["to_q"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 4, 16)
+
+
+# One program
+
+
+def test_one_compilation_and_donated_state(base, initial):
+    """Twenty steps with changing batches: the state goes round in its own shardings, in its own memory.
+
+    A warning that a donated buffer was not usable would be an error.
+    """
+    state = base.start(initial)
+    for seed in range(20):
+        old = state
+        state, _, _ = base.step(state, make_batch(seed))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    assert base.program.step._cache_size() == 1
+    assert int(state.step) == 20
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(base.frozen))
+    assert jax.tree.map(lambda x: x.sharding, state) == base.program.state_sharding
+    jax.tree.map(np.testing.assert_array_equal, host(base.frozen.teacher), host(teacher()))
+
+
+# What a step does
+
+
+def counts(items):
+    return {
+        name: {
+            int(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(optimiser)
+            if jax.tree_util.keystr(path[-1:], simple=True) == "count"
+        }
+        for name, optimiser in items["optimisers"].items()
+    }
+
+
+def test_each_network_is_updated_as_often_as_configured(alone, initial):
+    state, _ = alone(())
+    assert counts(initial) == {f"{n}_optimiser": {0} for n in ("student", "fake_score", "reward_head")}
+    assert counts(state) == {
+        "student_optimiser": {3}, "fake_score_optimiser": {9}, "reward_head_optimiser": {6},
+    }  # fmt: skip
+    for name in ("student", "ema", "fake_score", "reward_head"):
+        changed = jax.tree.map(lambda a, b: (a != b).any(), state[name], initial[name])
+        assert all(jax.tree.leaves(changed)), name
+    np.testing.assert_array_equal(state["progress"]["key"], initial["progress"]["key"])
+
+
+def test_average_is_exact(base, initial):
+    state, _ = base.run(initial, 1)
+    expected = jax.tree.map(
+        lambda old, new: (0.9 * old.astype(np.float64) + 0.1 * new),
+        initial["ema"]["ema"], state["student"]["student"],
+    )  # fmt: skip
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7, atol=1e-8), state["ema"]["ema"], expected
+    )
+
+
+def test_reward_counts_from_its_start_step(alone):
+    _, metrics = alone(())
+    for i, m in enumerate(metrics):
+        expected = m["vsd"] + 0.5 * m["consistency"] - (i >= 2) * 0.3 * m["latent_reward"]
+        assert abs(0.3 * m["latent_reward"]) > 1e-3
+        np.testing.assert_allclose(m["student_loss"], expected, rtol=1e-5)
+
+
+def test_reward_statistics_are_decayed_moments(alone):
+    _, metrics = alone(())
+    rewards = [make_batch(seed)["scored_reward"].astype(np.float64) for seed in range(3)]
+    for last, m in enumerate(metrics):
+        shares = np.concatenate([np.full(r.size, 0.5 ** (last - i)) for i, r in enumerate(rewards[: last + 1])])
+        values = np.concatenate([r.ravel() for r in rewards[: last + 1]])
+        mean = np.average(values, weights=shares)
+        np.testing.assert_allclose(m["reward_mean"], mean, rtol=1e-6)
+        std = np.sqrt(np.average((values - mean) ** 2, weights=shares))
+        np.testing.assert_allclose(m["reward_std"], std, rtol=1e-5)
+
+
+def test_failed_rewards_are_as_if_never_scored(base, initial):
+    failed, absent = make_batch(0), make_batch(0)
+    for batch, value in ((failed, np.nan), (absent, 7.0)):
+        batch["scored_reward"][:, 2:5] = value
+    failed["scored_reward"][1, 3] = np.inf
+    absent["scored_weight"][:, 2:5] = 0
+    states = []
+    for batch in (failed, absent):
+        state, metrics, _ = base.step(base.start(initial), batch)
+        assert all(np.isfinite(value) for value in metrics.values())
+        states.append(host(to_items(state)))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_no_reward_at_all_leaves_statistics_and_no_nan(base, initial):
+    """The first step of a run, before anything was scored."""
+    batch = make_batch(0)
+    for name in ("scored_latent", "scored_text", "scored_reward", "scored_weight"):
+        batch[name][...] = 0
+    state, metrics, _ = base.step(base.start(initial), batch)
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert float(state.reward_statistics.count) == 0
+    # Nothing but decay: 3e-3 · 0.01 per update, on kernels.
+    before, after = initial["reward_head"]["reward_head"], host(state.reward_head)
+    np.testing.assert_allclose(after["conv1"]["kernel"], before["conv1"]["kernel"] * (1 - 3e-5) ** 2, rtol=1e-6)
+    np.testing.assert_array_equal(after["conv1"]["bias"], before["conv1"]["bias"])
+
+
+# Accumulation
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch():
+    x, y = (jax.random.normal(jax.random.key(i), (12, 3)) for i in range(2))
+    params = {"w": jax.random.normal(jax.random.key(2), (3, 3))}
+
+    def loss(params, x, y, key):
+        value = jnp.square(x @ params["w"] - y).mean()
+        return value, ({"loss": value, "noise": jax.random.uniform(key)}, x)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def split(count):
+        micro = jax.tree.map(lambda v: step_module._micro_batches(v, count), (x, y))
+        return step_module._accumulated(loss, params, micro, jax.random.key(9))
+
+    whole, (metrics, _) = split(1)
+    for count in (2, 3):
+        parts, (part_metrics, last) = split(count)
+        np.testing.assert_allclose(parts["w"], whole["w"], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(part_metrics["loss"], metrics["loss"], rtol=1e-6)
+        np.testing.assert_array_equal(last, x[count - 1 :: count])  # the host scores these rows' captions
+        keys = jax.random.split(jax.random.key(9), count)
+        draws = [float(jax.random.uniform(keys[i])) for i in range(count)]
+        np.testing.assert_allclose(part_metrics["noise"], np.mean(draws), rtol=1e-6)
+
+
+# Optimisers
+
+
+def optimiser(**changes):
+    settings = {
+        "learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "final_ratio": 0.1, "b1": 0.9,
+        "b2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": None,
+    }  # fmt: skip
+    return make_optimiser(OptimiserConfig(**{**settings, **changes}), 10)
+
+
+@pytest.mark.parametrize("trained", ["transformer", "reward_head"])
+def test_weight_decay_is_for_kernels(make_config, trained):
+    """Stacked layers give biases, scales and modulations a second axis; they are not to shrink for that."""
+    network = NETWORK if trained == "transformer" else reward_head_network(make_config(BASE), 4, 8)
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), network.shapes)
+    tx = optimiser(weight_decay=0.1)
+
+    @jax.jit
+    def update(params):
+        return tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0]
+
+    updates = update(params)
+    kinds = {}
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        kinds.setdefault(jax.tree_util.keystr(path[-1:], simple=True), set()).update(np.unique(update).tolist())
+    assert kinds.pop("kernel") == {np.float32(-0.1)}
+    assert kinds and all(values == {0.0} for values in kinds.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [1.0, 1.0, 1.0, 1.0]),
+        ({"warmup_steps": 2}, [0.0, 0.5, 1.0, 1.0]),
+        ({"schedule": "cosine"}, [1.0] + [0.1 + 0.45 * (1 + np.cos(np.pi * i / 10)) for i in (1, 2, 3)]),
+        (
+            {"schedule": "cosine", "warmup_steps": 2},
+            [0.0, 0.5, 1.0, 0.1 + 0.45 * (1 + np.cos(np.pi / 8))],
+        ),
+    ],
+    ids=["constant", "warmup", "cosine", "warmup-cosine"],
+)
+def test_learning_rates(changes, expected):
+    """Adam's first steps on a constant gradient have the length of the learning rate."""
+    tx, params = optimiser(**changes), {"kernel": jnp.zeros(())}
+    state, lengths = tx.init(params), []
+    for _ in expected:
+        updates, state = tx.update({"kernel": jnp.float32(-0.3)}, state, params)
+        lengths.append(float(updates["kernel"]))
+    np.testing.assert_allclose(lengths, expected, rtol=1e-4)
+
+
+def test_clipping_bounds_the_global_norm():
+    tx = optimiser(clip_norm=1.0, b1=0.0, b2=0.0, eps=1e6)  # so that an update is the gradient / eps
+    params = {"kernel": jnp.zeros(3), "bias": jnp.zeros(())}
+    grads = {"kernel": jnp.array([3.0, 0.0, 0.0]), "bias": jnp.array(-4.0)}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"] * -1e6, [0.6, 0.0, 0.0], rtol=1e-4)
+    np.testing.assert_allclose(updates["bias"] * -1e6, -0.8, rtol=1e-4)
