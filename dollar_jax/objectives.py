@@ -84,22 +84,19 @@ def student(
         total, metrics["vsd"] = total + config.vsd.weight * value, value
     if c.weight:
         if c.times == "student" and config.student.input == "forward":
-            times = student_segments(config, schedule)[:, index]
-            prediction = generated
+            times, prediction = student_segments(config, schedule)[:, index], generated
         else:
-            if c.times == "student":
-                noise_key, index_key = jax.random.split(keys["consistency"])
+            noise_key, index_key = jax.random.split(keys["consistency"])
+            if c.times == "grid":
+                times = grid_segments(c, schedule, index_key, len(x0))
+            else:
                 index = jax.random.randint(index_key, t.shape, 0, len(config.student.timesteps))
                 times = student_segments(config, schedule)[:, index]
-            else:
-                noise_key, index_key = jax.random.split(keys["consistency"])
-                times = grid_segments(c, schedule, index_key, len(t))
-            x_t, t = (
-                schedules.add_noise(schedule, x0, jax.random.normal(noise_key, x0.shape), times[0]),
-                times[0],
+            x_t = schedules.add_noise(
+                schedule, x0, jax.random.normal(noise_key, x0.shape), times[0]
             )
             prediction = sample.student_prediction(
-                networks.denoiser, params, schedule, x_t, t, text
+                networks.denoiser, params, schedule, x_t, times[0], text
             )
         value = consistency(c, networks, schedule, frozen, ema, prediction, x_t, times, text).mean()
         total, metrics["consistency"] = total + c.weight * value, value

@@ -159,9 +159,9 @@ class Scorer:
         self._pending = None
         latents = np.concatenate([_local_rows(generated)[: self.count], real])
         # A reward may give a finite number to anything, so what is not finite never counts.
-        finite = np.isfinite(latents).all(axis=(1, 2, 3, 4))
-        frames = self.generator.decode(np.where(finite[:, None, None, None, None], latents, 0.0))
-        rewards = np.where(finite, self.reward(frames, prompts * 2), np.nan)
+        finite = np.isfinite(latents).all(axis=(1, 2, 3, 4), keepdims=True)
+        frames = self.generator.decode(np.where(finite, latents, 0.0))
+        rewards = np.where(np.ravel(finite), self.reward(frames, prompts * 2), np.nan)
         self.replay.add(latents, np.concatenate([text, text]), rewards)
         for name, row in zip(("generated", "real"), rewards.reshape(2, -1), strict=True):
             if np.isfinite(row).any():

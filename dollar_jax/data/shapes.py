@@ -185,7 +185,7 @@ class Reading:
 
 MINIMUM_CHROMA = 0.12  # an object's distance from the background in colour, of at most 0.82
 MINIMUM_OVERLAP = 0.6  # below it a blob is no shape at all
-MINIMUM_PACE = 0.1  # pixels per frame; below it an object stands still
+MINIMUM_PACE = 0.05  # pixels per frame; below it an object stands still
 
 
 def verify(video: np.ndarray) -> Reading:
