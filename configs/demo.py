@@ -104,6 +104,7 @@ def pretrain() -> ConfigDict:
     """The teacher that ships with the package: `dollar pretrain --config=configs/demo.py`."""
     return ConfigDict({
         "seed": 0,
+        "init": None,
         "vae": {
             "base_dim": 16,
             "decoder_base_dim": 20,

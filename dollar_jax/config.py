@@ -46,11 +46,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
                 f"{where} is {value!r}, but must be one of {', '.join(map(repr, args))}"
             )
         return value
-    if origin is Mapping or origin is collections.abc.Mapping:
-        return dict(value.items())
+    group = origin is collections.abc.Mapping
+    if (group or dataclasses.is_dataclass(hint)) and not hasattr(value, "items"):
+        raise ValueError(f"{where} must be a group of settings, not {value!r}")
+    if group:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping) and not hasattr(value, "items"):
-            raise ValueError(f"{where} must be a group of settings, not {value!r}")
         return from_config(typing.cast(type, hint), value, where)
     if origin is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
@@ -95,9 +96,13 @@ class TeacherTraining:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """`dollar pretrain`. `vae`, `text_encoder` and `transformer` are the components' own settings."""
+    """`dollar pretrain`. `vae`, `text_encoder` and `transformer` are the components' own settings.
+
+    `init` is a pipeline folder whose weights training goes on from, or None for fresh ones.
+    """
 
     seed: int
+    init: str | None
     vae: Mapping[str, Any]
     vae_phases: tuple[VAEPhase, ...]
     vae_videos: int
@@ -285,6 +290,9 @@ class DistillConfig:
             raise ValueError(
                 f"config.batch_size {self.batch_size} does not divide into {self.accumulation} micro-batches"
             )
+        for name in ("fake_score", "reward"):
+            if getattr(self, name).updates < 1:
+                raise ValueError(f"config.{name}.updates must be at least 1")
         times = self.student.timesteps
         if not times or any(a <= b for a, b in zip(times, times[1:], strict=False)):
             raise ValueError(f"config.student.timesteps must descend, not {times}")

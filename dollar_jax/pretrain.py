@@ -5,6 +5,7 @@ Progress is checkpointed, so a killed run goes on where it was; a finished stage
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -149,7 +150,7 @@ def train_vae(config: PretrainConfig, folder: Path) -> Component:
     vae = WanVAEConfig(**config.vae)
     network = wan_vae(vae)
     key = jax.random.key(config.seed)
-    params = jax.jit(network.init)(key)
+    params = load_pipeline(config.init).vae.params if config.init else jax.jit(network.init)(key)
     videos, _ = rendered(config.seed, "train", config.vae_videos)
     for number, phase in enumerate(config.vae_phases):
 
@@ -238,7 +239,12 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
         return value, {"loss": value}
 
     keys = jax.random.split(jax.random.key(config.seed), 2)
-    params = {"text_encoder": text.init(keys[0]), "transformer": dit.init(keys[1])}
+    if config.init:
+        start = load_pipeline(config.init)
+        params = {name: getattr(start, name).params for name in ("text_encoder", "transformer")}
+        params = jax.tree.map(jnp.asarray, params)
+    else:
+        params = {"text_encoder": text.init(keys[0]), "transformer": dit.init(keys[1])}
     records = [
         {"latent": z, "ids": i, "mask": m} for z, i, m in zip(latents, ids, mask, strict=True)
     ]
@@ -326,8 +332,6 @@ def write_provenance(config: PretrainConfig, metrics: dict[str, Any], folder: Pa
         capture_output=True,
         text=True,
     ).stdout.strip()
-    import dataclasses
-
     fields = {
         "command": "dollar pretrain --config=configs/demo.py",
         "commit": commit or "unknown: not a git checkout",

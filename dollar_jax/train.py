@@ -259,7 +259,7 @@ def _truncate(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             break
-    path.write_text("".join(kept))
+    _replace(path, "".join(kept))
 
 
 def remember_config(config: DistillConfig, workdir: Path) -> None:
@@ -278,7 +278,7 @@ def remember_config(config: DistillConfig, workdir: Path) -> None:
                     f"{workdir} holds a run with config.{name} = {before.get(name)!r}, not "
                     f"{now.get(name)!r}: choose another workdir, or the run's own settings to resume it"
                 )
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    _replace(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def read_config(workdir: Path) -> DistillConfig:
@@ -301,6 +301,13 @@ def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> An
     }
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         return checkpoints.restore({name: like})[name][name]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file so that a kill leaves the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
