@@ -6,6 +6,17 @@
     dollar pretrain --config=configs/demo.py --workdir=runs/teacher   # how the teacher was made (hours)
 
 Guidance weights are the paper's w in v_c + w (v_c - v_∅); diffusers' guidance scale is w + 1.
+
+What was learnt on the way to these values, on two CPU cores:
+
+* VAE: clips alone reached 17 dB in 400 steps of 4; single frames reached 29 dB in the same time, 34 dB after
+  5,000 steps, and clips went on from there. A KL weight of 1e-5 leaves 4 nats per latent value, 5e-4 leaves 1.5
+  at the same 33 dB.
+* Teacher: random stripes on the background took most of the latent and of the teacher's effort; after 4,000
+  steps objects still fell apart and nothing moved as it was told (alignment 0.4). Hence the plain backgrounds.
+* Teacher: 12 heads of 16 learn faster than 4 of 48 at the same width (mean loss of steps 1,000-1,500: 0.582
+  against 0.622). Rotary embeddings are all that tells this network where a token is, and on a grid of 5 × 2 × 2
+  a head can look in few directions at once.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +41,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
     return ConfigDict({
         "seed": 0,
         "teacher": "moving_shapes",
-        "steps": 200,
+        "steps": 120,
         "batch_size": 32,
         "accumulation": 1,
         "checkpoint_every": 100,
@@ -137,8 +148,8 @@ def pretrain() -> ConfigDict:
         "max_text_length": 12,
         "transformer": {
             "patch_size": (1, 2, 2),
-            "num_attention_heads": 4,
-            "attention_head_dim": 48,
+            "num_attention_heads": 12,
+            "attention_head_dim": 16,
             "in_channels": 16,
             "out_channels": 16,
             "text_dim": 64,
@@ -150,7 +161,7 @@ def pretrain() -> ConfigDict:
         "teacher": {
             "videos": 10240,
             "batch_size": 64,
-            "steps": 6000,
+            "steps": 3800,
             "learning_rate": 1.2e-3,
             "ema_decay": 0.999,
             "caption_dropout": 0.1,

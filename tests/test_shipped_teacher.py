@@ -3,19 +3,19 @@
 import json
 import re
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from dollar_jax.config import SamplingConfig
 from dollar_jax.data import shapes
 from dollar_jax.generate import SHIPPED_TEACHERS, Generator, load_teacher, video_keys
 from dollar_jax.weights.pipeline import tokenize
 
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
 
 FOLDER = SHIPPED_TEACHERS["moving_shapes"]
 SEED = 2024  # of videos and noise that the teacher was not measured on
