@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 from dollar_jax import losses
 from dollar_jax.checkpoint import Checkpoints
-from dollar_jax.config import PretrainConfig
+from dollar_jax.config import PretrainConfig, SamplingConfig
 from dollar_jax.data import shapes
 from dollar_jax.data.vocabulary import build_tokenizer
+from dollar_jax.generate import Generator, video_keys
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import UMT5Config, zero_padding
 from dollar_jax.models.wan import WanConfig
-from dollar_jax.models.wan_vae import WanVAEConfig, denormalise, normalise
-from dollar_jax.sample import ode_sample
+from dollar_jax.models.wan_vae import WanVAEConfig, normalise
 from dollar_jax.schedule import Schedule, add_noise, target, time_from_uniform
 from dollar_jax.weights.pipeline import (
     Component,
@@ -171,8 +171,8 @@ def train_vae(config: PretrainConfig, folder: Path) -> Component:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of frames in [-1, 1]."""
-    return float(10 * np.log10(4 / np.mean((np.asarray(a) - np.asarray(b)) ** 2)))
+    """Peak signal-to-noise ratio in dB of frames in [0, 1]."""
+    return float(-10 * np.log10(np.mean((a - b) ** 2)))
 
 
 def encode_all(
@@ -267,57 +267,26 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
 
 def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
     """Reconstruction of validation videos, and per-frame accuracy of samples for every caption."""
-    vae = pipeline.vae
+    sampling = SamplingConfig(config.num_steps, config.guidance_weight, eta=0.0)
+    clip = (shapes.FRAMES, shapes.SIZE, shapes.SIZE)
+    generator = Generator(pipeline, config.max_text_length, sampling, clip)
     videos, captions = rendered(config.seed, "validation", 256)
-
-    @jax.jit
-    def decode(latent: jax.Array) -> jax.Array:
-        return vae.network.apply(vae.params, latent, method="decode")
-
-    mean, _ = encode_all(vae, videos)
     rebuilt = np.concatenate(
-        [np.asarray(decode(mean[i : i + 64])) for i in range(0, len(mean), 64)]
+        [generator.decode(generator.encode(videos[i : i + 64])) for i in range(0, len(videos), 64)]
     )
-    unit = np.asarray(to_unit(videos))
     report: dict[str, Any] = {
-        "vae": {
-            "psnr": psnr(rebuilt, unit),
-            "psnr_per_video": float(
-                np.mean([psnr(a, b) for a, b in zip(rebuilt, unit, strict=True)])
-            ),
-            **shapes.alignment((rebuilt + 1) / 2, captions),
-        }
+        "vae": {"psnr": psnr(rebuilt, videos / 255), **shapes.alignment(rebuilt, captions)}
     }
 
-    encode_text = jax.jit(
-        lambda ids, mask: zero_padding(
-            pipeline.text_encoder.network.apply(pipeline.text_encoder.params, ids, mask), mask
-        )
-    )
     everything = shapes.all_captions()
-    states = encode_text(
-        *tokenize(pipeline.tokenizer, [str(c) for c in everything], config.max_text_length)
-    )
-    null = encode_text(*tokenize(pipeline.tokenizer, [""], config.max_text_length))
-    shape = vae.config.latent_shape(shapes.FRAMES, shapes.SIZE, shapes.SIZE)
-
-    @jax.jit
-    def sample(key: jax.Array, text: jax.Array) -> jax.Array:
-        latent = ode_sample(
-            pipeline.transformer.network.apply, pipeline.transformer.params, pipeline.schedule,
-            jax.random.normal(key, (len(text), *shape)), text, null, config.guidance_weight,
-            config.num_steps,
-        )  # fmt: skip
-        return vae.network.apply(vae.params, denormalise(latent, vae.config), method="decode")
-
-    samples = []
-    for i in tqdm(range(0, len(everything), 48), "sampling"):
-        samples.append(
-            np.asarray(
-                sample(jax.random.fold_in(jax.random.key(config.seed), i), states[i : i + 48])
-            )
-        )
-    drawn = (np.concatenate(samples) + 1) / 2
+    text = generator.text([str(caption) for caption in everything])
+    keys = video_keys(config.seed, len(everything))
+    draw = generator.teacher_sampler(config.num_steps, config.guidance_weight)
+    parts = [slice(i, i + 48) for i in range(0, len(everything), 48)]
+    drawn = np.concatenate([
+        generator.decode(draw(pipeline.transformer.params, keys[part], text[part]))
+        for part in tqdm(parts, "sampling")
+    ])  # fmt: skip
     held = np.array([caption.held_out for caption in everything])
     for name, chosen in {"all_captions": held | True, "trained": ~held, "held_out": held}.items():
         names = [caption for caption, keep in zip(everything, chosen, strict=True) if keep]
