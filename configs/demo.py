@@ -4,6 +4,7 @@
     dollar train --config=configs/demo.py --workdir=runs/demo         # the distillation alone
     dollar train --config=configs/demo.py:vsd --workdir=runs/vsd      # or vsd, cd, vsd+cd: an ablation
     dollar pretrain --config=configs/demo.py --workdir=runs/teacher   # how the teacher was made (hours)
+        --config.pretrain.init=dollar_jax/assets/moving_shapes        # goes on from the shipped one
 
 Guidance weights are the paper's w in v_c + w (v_c - v_∅); diffusers' guidance scale is w + 1.
 
@@ -19,7 +20,7 @@ What was learnt on the way to these values, on two CPU cores:
   a head can look in few directions at once.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 LOSSES = ("vsd", "cd", "vsd+cd", "vsd+cd+lrm")
 
@@ -41,7 +42,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
     return ConfigDict({
         "seed": 0,
         "teacher": "moving_shapes",
-        "steps": 120,
+        "steps": 200,
         "batch_size": 32,
         "accumulation": 1,
         "checkpoint_every": 100,
@@ -85,7 +86,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
         },
         "reward": {
             "name": "vivid" if "lrm" in losses else None,
-            "weight": 0.05,
+            "weight": 0.03,
             "start_step": 40,
             "samples": 4,
             "replay": 1024,
@@ -115,7 +116,7 @@ def pretrain() -> ConfigDict:
     """The teacher that ships with the package: `dollar pretrain --config=configs/demo.py`."""
     return ConfigDict({
         "seed": 0,
-        "init": None,
+        "init": config_dict.placeholder(str),  # a pipeline folder to go on from
         "vae": {
             "base_dim": 16,
             "decoder_base_dim": 20,
