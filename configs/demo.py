@@ -102,7 +102,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
                 "second_kernel": 3,
                 "second_stride": 2,
                 "second_padding": 1,
-                # A group norm hides the latent's scale, which is what this reward is about.
+                # A group norm would hide the latent's overall scale.
                 "group_norm": False,
                 "groups": 1,
             },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (AttributeError, KeyError) as error:
             raise ValueError(f"the configuration has no field {error.args[0]}") from error
         if extra:
-            raise ValueError(
-                f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags"
-            )
+            raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
         command.run()
     except (flags.Error, ValueError, OSError, SyntaxError, FloatingPointError) as error:
         if os.environ.get("DOLLAR_TRACEBACK"):
@@ -122,9 +121,7 @@ def _define_train(arguments: list[str]) -> None:
 
 def _define_sample(_: list[str]) -> None:
     _define_workdir()
-    flags.DEFINE_multi_string(
-        "prompt", None, "What to show; may be given more than once.", flag_values=FLAGS
-    )
+    flags.DEFINE_multi_string("prompt", None, "What to show; may be given more than once.", flag_values=FLAGS)
     flags.mark_flag_as_required("prompt", FLAGS)
     flags.DEFINE_integer("steps", 4, "Sampling steps.", 1, flag_values=FLAGS)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=FLAGS)
@@ -133,20 +130,14 @@ def _define_sample(_: list[str]) -> None:
         "teacher", False, "Sample the teacher, in its own number of steps unless --steps is given.",
         flag_values=FLAGS,
     )  # fmt: skip
-    flags.DEFINE_bool(
-        "ema", True, "The student's moving average rather than its raw weights.", flag_values=FLAGS
-    )
+    flags.DEFINE_bool("ema", True, "The student's moving average rather than its raw weights.", flag_values=FLAGS)
     flags.DEFINE_integer("scale", 8, "Enlargement of every pixel.", 1, flag_values=FLAGS)
-    flags.DEFINE_string(
-        "out", "samples.mp4", "The .mp4 or .gif: a row per prompt.", flag_values=FLAGS
-    )
+    flags.DEFINE_string("out", "samples.mp4", "The .mp4 or .gif: a row per prompt.", flag_values=FLAGS)
 
 
 def _define_evaluate(_: list[str]) -> None:
     _define_workdir()
-    flags.DEFINE_string(
-        "out", None, "The JSON of measures; WORKDIR/metrics.json by default.", flag_values=FLAGS
-    )
+    flags.DEFINE_string("out", None, "The JSON of measures; WORKDIR/metrics.json by default.", flag_values=FLAGS)
     flags.DEFINE_bool("quick", False, "Fewer videos.", flag_values=FLAGS)
 
 
@@ -154,17 +145,9 @@ def _define_evaluate(_: list[str]) -> None:
 
 
 def _load_demo_config() -> Any:
-    from ml_collections import ConfigDict
-
     if not DEMO_CONFIG.is_file():
-        raise FileNotFoundError(
-            f"{DEMO_CONFIG} is missing: install from a checkout with pip install -e ."
-        )
-    scope: dict[str, Any] = {"__name__": "configs.demo"}
-    exec(compile(DEMO_CONFIG.read_text(), str(DEMO_CONFIG), "exec"), scope)
-    config = scope["get_config"]()
-    assert isinstance(config, ConfigDict)
-    return config
+        raise FileNotFoundError(f"{DEMO_CONFIG} is missing: install from a checkout with pip install -e .")
+    return runpy.run_path(str(DEMO_CONFIG))["get_config"]()
 
 
 def _distill_config(config: Any) -> Any:
@@ -187,9 +170,7 @@ def _demo() -> None:
     _prepare_jax()
     config = dataclasses.replace(_distill_config(_load_demo_config()), seed=FLAGS.seed)
     if FLAGS.quick:
-        config = dataclasses.replace(
-            config, steps=20, data=dataclasses.replace(config.data, train_videos=128)
-        )
+        config = dataclasses.replace(config, steps=20, data=dataclasses.replace(config.data, train_videos=128))
     workdir = Path(FLAGS.workdir)
     page = demo(config, workdir, FLAGS.quick)
     print_table(workdir / "metrics.json")
@@ -205,9 +186,7 @@ def _train() -> None:
     config, workdir = _distill_config(FLAGS.config), Path(FLAGS.workdir)
     generator = make_generator(config)
     train(config, workdir, generator, load_data(config, generator, workdir))
-    print(
-        f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…"
-    )
+    print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
 
 
 def _pretrain() -> None:
@@ -221,10 +200,9 @@ def _pretrain() -> None:
 
 
 def _sample() -> None:
-    import numpy as np
-
     from dollar_jax.demo import make_generator
     from dollar_jax.evaluate.video import grid, write_video
+    from dollar_jax.frames import to_uint8
     from dollar_jax.generate import subset, video_keys
     from dollar_jax.train import read_config, restore_student
 
@@ -246,7 +224,7 @@ def _sample() -> None:
         params = restore_student(workdir, generator, FLAGS.ema)
     prompts = [prompt for prompt in FLAGS.prompt for _ in range(FLAGS.num)]
     latent = draw(params, video_keys(FLAGS.seed, len(prompts)), generator.text(prompts))
-    frames = np.round(255 * generator.decode(latent)).astype(np.uint8)
+    frames = to_uint8(generator.decode(latent))
     write_video(out, grid(frames, columns=FLAGS.num), scale=FLAGS.scale)
     print(out)
 
@@ -279,14 +257,8 @@ def print_table(path: Path) -> None:
 
 COMMANDS = {
     "demo": Command("distil the default teacher, sample, measure, report", _define_demo, _demo),
-    "train": Command(
-        "distil a teacher; resumes what it finds in the workdir", _define_train, _train
-    ),
-    "sample": Command(
-        "draw videos from a run's student, or from its teacher", _define_sample, _sample
-    ),
+    "train": Command("distil a teacher; resumes what it finds in the workdir", _define_train, _train),
+    "sample": Command("draw videos from a run's student, or from its teacher", _define_sample, _sample),
     "evaluate": Command("sample and measure a run again", _define_evaluate, _evaluate),
-    "pretrain": Command(
-        "train the default domain's teacher from nothing", _define_train, _pretrain
-    ),
+    "pretrain": Command("train the default domain's teacher from nothing", _define_train, _pretrain),
 }

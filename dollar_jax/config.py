@@ -151,9 +151,8 @@ class StudentConfig:
 
     timesteps: tuple[float, ...]
     input: Literal["forward", "backward"]
-    ema_decay: (
-        float  # of the target θ⁻ and of the weights that are sampled from; unknown in the paper
-    )
+    # Of the target θ⁻ and of the weights that are sampled from; unknown in the paper.
+    ema_decay: float
     optimiser: OptimiserConfig
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -302,7 +304,7 @@ def write_provenance(config: PretrainConfig, metrics: dict[str, Any], folder: Pa
         text=True,
     ).stdout.strip()
     fields = {
-        "command": "dollar pretrain --config=configs/demo.py",
+        "command": shlex.join(["dollar", *sys.argv[1:]]),
         "commit": commit or "unknown: not a git checkout",
         "config": dataclasses.asdict(config),
         "metrics": metrics,

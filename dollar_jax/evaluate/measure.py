@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dollar_jax.data import shapes
 from dollar_jax.evaluate.quality import temporal_flicker
 from dollar_jax.evaluate.vendi import pixel_features, vendi_per_prompt
+from dollar_jax.frames import to_uint8
 from dollar_jax.generate import Generator, Sampler, subset, video_keys
 from dollar_jax.rewards import Reward
 from dollar_jax.types import Params
@@ -29,18 +30,14 @@ class Drawn:
     nfe: int
 
 
-def samplers(
-    generator: Generator, student: Params | None, timesteps: Sequence[float]
-) -> dict[str, Drawn]:
+def samplers(generator: Generator, student: Params | None, timesteps: Sequence[float]) -> dict[str, Drawn]:
     """The table's rows. `teacher_n`: n guided ODE steps. `undistilled_n`: the teacher in the student's place."""
     teacher = generator.pipeline.transformer.params
     weight = generator.sampling.guidance_weight
     passes = 2 if weight else 1
     rows = {}
     for steps in (generator.sampling.num_steps, 4, 1):
-        rows[f"teacher_{steps}"] = Drawn(
-            generator.teacher_sampler(steps, weight), teacher, passes * steps
-        )
+        rows[f"teacher_{steps}"] = Drawn(generator.teacher_sampler(steps, weight), teacher, passes * steps)
     for prefix, params in (("student", student), ("undistilled", teacher)):
         for steps in (4, 2, 1):
             if params is None or steps > len(timesteps) or (prefix, steps) == ("undistilled", 2):
@@ -104,7 +101,7 @@ def measure(
             "diffusion_seconds": seconds["diffusion"],
             "total_seconds": sum(seconds.values()),
         }
-        videos[name] = np.round(255 * np.clip(drawn, 0, 1)).astype(np.uint8)
+        videos[name] = to_uint8(drawn)
     bar.close()
     return metrics, videos
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from dollar_jax.frames import to_uint8
+
 QUALITY = 95
 
 
@@ -18,7 +20,7 @@ def compressibility(frames: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     """
     del prompts
     rewards = []
-    for clip in np.round(255 * np.clip(frames, 0, 1)).astype(np.uint8):
+    for clip in to_uint8(frames):
         strip = np.concatenate(list(clip), axis=1)
         file = io.BytesIO()
         Image.fromarray(strip).save(file, "JPEG", quality=QUALITY, subsampling=0)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from dollar_jax.models.network import make_network
 from dollar_jax.models.umt5 import UMT5Config, UMT5Encoder, position_buckets, zero_padding
@@ -17,9 +19,6 @@ from dollar_jax.weights.safetensors_io import (
 )
 from dollar_jax.weights.table import export_params, import_params
 from dollar_jax.weights.umt5 import UMT5_TABLE, umt5_config, umt5_config_json
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 TINY: dict[str, Any] = {
     "vocab_size": 50,

@@ -3,19 +3,18 @@
 import dataclasses
 from typing import Any
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from dollar_jax.models.network import make_network
 from dollar_jax.models.wan import WanConfig, WanTransformer, patchify, unpatchify
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 from dollar_jax.weights.table import export_params, import_params
 from dollar_jax.weights.wan import wan_config, wan_config_json, wan_table
-
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,

@@ -3,19 +3,18 @@
 import functools
 from typing import Any
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from dollar_jax.models.network import make_network
 from dollar_jax.models.wan_vae import CausalConv3d, RMSNorm, WanVAE, WanVAEConfig, denormalise, normalise
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 from dollar_jax.weights.table import export_params, import_params
 from dollar_jax.weights.wan_vae import wan_vae_config, wan_vae_config_json, wan_vae_table
-
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
 
 TOLERANCE = 1e-4
 # Many small convolutions: to compile them well takes longer than to run them badly.

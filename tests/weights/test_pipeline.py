@@ -3,10 +3,12 @@
 import dataclasses
 import json
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from dollar_jax.data import shapes
 from dollar_jax.data.vocabulary import build_tokenizer
@@ -25,9 +27,6 @@ from dollar_jax.weights.pipeline import (
     wan_transformer,
     wan_vae,
 )
-
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
 
 LENGTH = 12
 PROMPTS = ["a small red circle moving left slowly", "a large cyan triangle moving up"]
