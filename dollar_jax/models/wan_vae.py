@@ -12,7 +12,7 @@ first frame through, and the temporal upsampling neither doubles the first frame
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -339,13 +339,25 @@ class WanVAE(nnx.Module):
         return self.decode(self.encode(frames)[0])
 
 
-def normalise(latent: Float[Array, "b t h w z"], config: WanVAEConfig) -> Float[Array, "b t h w z"]:
+@runtime_checkable
+class LatentStatistics(Protocol):
+    """A VAE's configuration that says how raw latents are spread, per channel."""
+
+    @property
+    def latents_mean(self) -> tuple[float, ...]: ...
+    @property
+    def latents_std(self) -> tuple[float, ...]: ...
+
+
+def normalise(
+    latent: Float[Array, "b t h w z"], config: LatentStatistics
+) -> Float[Array, "b t h w z"]:
     """Raw VAE latents to what the DiT sees: (z - mean) / std per channel."""
     return (latent - jnp.array(config.latents_mean)) / jnp.array(config.latents_std)
 
 
 def denormalise(
-    latent: Float[Array, "b t h w z"], config: WanVAEConfig
+    latent: Float[Array, "b t h w z"], config: LatentStatistics
 ) -> Float[Array, "b t h w z"]:
     """The inverse of `normalise`."""
     return latent * jnp.array(config.latents_std) + jnp.array(config.latents_mean)
