@@ -47,8 +47,10 @@ class Generator:
         return jax.jit(lambda p, ids, mask: zero_padding(network.apply(p, ids, mask), mask))
 
     def text(self, prompts: Sequence[str]) -> np.ndarray:
-        """States [n, l, d] of the prompts, padding zeroed."""
+        """States [n, l, d] of the prompts as the transformer expects them: Wan's has padding zeroed."""
         ids, mask = tokenize(self.pipeline.tokenizer, prompts, self.max_text_length)
+        if not self.pipeline.family.masks_padding:
+            mask = np.ones_like(mask)
         return np.asarray(self._encode_text(self.pipeline.text_encoder.params, ids, mask))
 
     @functools.cached_property

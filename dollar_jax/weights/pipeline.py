@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dollar_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
+from dollar_jax.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 from dollar_jax.models.network import Network, make_network
 from dollar_jax.models.umt5 import UMT5Config, UMT5Encoder
 from dollar_jax.models.wan import WanConfig, WanTransformer
 from dollar_jax.models.wan_vae import WanVAE, WanVAEConfig
+from dollar_jax.schedule import Path as DiffusionPath
 from dollar_jax.schedule import Schedule
+from dollar_jax.weights import cogvideox, cogvideox_vae, umt5, wan
 from dollar_jax.weights import safetensors_io as files
+from dollar_jax.weights import wan_vae as wan_vae_weights
+from dollar_jax.weights.ddim import DDPM_SCHEDULERS, ddpm_schedule, ddpm_schedule_json
 from dollar_jax.weights.table import Params, Row, export_params, import_params
-from dollar_jax.weights.umt5 import UMT5_TABLE, umt5_config, umt5_config_json
-from dollar_jax.weights.wan import wan_config, wan_config_json, wan_table
-from dollar_jax.weights.wan_vae import wan_vae_config, wan_vae_config_json, wan_vae_table
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 
@@ -35,13 +38,17 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """What a diffusers folder of the Wan family holds."""
+    """What a diffusers folder holds; its transformer says of which family it is."""
 
     transformer: Component
     vae: Component
     text_encoder: Component
     tokenizer: Any
     schedule: Schedule
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.transformer.config)
 
 
 def wan_transformer(config: WanConfig) -> Network:
@@ -56,62 +63,153 @@ def umt5_encoder(config: UMT5Config) -> Network:
     return make_network(lambda rngs: UMT5Encoder(config, rngs))
 
 
+def cogvideox_transformer(config: CogVideoXConfig) -> Network:
+    return make_network(lambda rngs: CogVideoXTransformer(config, rngs))
+
+
+def cogvideox_vae_network(config: CogVideoXVAEConfig) -> Network:
+    return make_network(lambda rngs: CogVideoXVAE(config, rngs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of network: its config.json as our configuration and back, its functions, its weight table."""
+
+    class_name: str
+    config: type
+    read: Callable[..., Any]
+    write: Callable[[Any], dict[str, Any]]
+    network: Callable[[Any], Network]
+    table: Callable[[Any, Params], Sequence[Row]]  # of a configuration and the parameters' shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One kind of diffusers pipeline, and what its transformer expects.
+
+    `masks_padding`: the text encoder does not see the rows of padding, and the transformer gets zeros there.
+    """
+
+    pipeline: str
+    transformer: Kind
+    vae: Kind
+    text_encoder: Kind
+    path: DiffusionPath
+    masks_padding: bool
+
+
+_UMT5 = Kind(
+    umt5.CLASS_NAME, UMT5Config, umt5.umt5_config, umt5.umt5_config_json, umt5_encoder,
+    lambda config, shapes: umt5.UMT5_TABLE,
+)  # fmt: skip
+FAMILIES = (
+    Family(
+        "WanPipeline",
+        Kind(
+            wan.CLASS_NAME, WanConfig, wan.wan_config, wan.wan_config_json, wan_transformer,
+            lambda config, shapes: wan.wan_table(config),
+        ),
+        Kind(
+            wan_vae_weights.CLASS_NAME, WanVAEConfig, wan_vae_weights.wan_vae_config,
+            wan_vae_weights.wan_vae_config_json, wan_vae,
+            lambda config, shapes: wan_vae_weights.wan_vae_table(shapes),
+        ),
+        _UMT5,
+        path="rf",
+        masks_padding=True,
+    ),
+    Family(
+        "CogVideoXPipeline",
+        Kind(
+            cogvideox.CLASS_NAME, CogVideoXConfig, cogvideox.cogvideox_config,
+            cogvideox.cogvideox_config_json, cogvideox_transformer,
+            lambda config, shapes: cogvideox.cogvideox_table(config),
+        ),
+        Kind(
+            cogvideox_vae.CLASS_NAME, CogVideoXVAEConfig, cogvideox_vae.cogvideox_vae_config,
+            cogvideox_vae.cogvideox_vae_config_json, cogvideox_vae_network,
+            lambda config, shapes: cogvideox_vae.cogvideox_vae_table(shapes),
+        ),
+        dataclasses.replace(_UMT5, class_name=umt5.T5_CLASS_NAME),
+        path="ddpm",
+        masks_padding=False,
+    ),
+)  # fmt: skip
+
+
+def family_of(transformer_config: Any) -> Family:
+    """The family whose transformers are configured like this."""
+    return next(f for f in FAMILIES if isinstance(transformer_config, f.transformer.config))
+
+
 def load_pipeline(folder: str | Path, **transformer_options: Any) -> Pipeline:
-    """Loads a pipeline folder; `transformer_options` are our fields of WanConfig (dtype, remat, …).
+    """Loads a pipeline folder of one of FAMILIES; `transformer_options` are our fields of its transformer's
+    configuration (dtype, remat, …).
 
     Raises FileNotFoundError or ValueError naming the file, tensor or field that is wrong.
     """
     folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json")
-    wan = wan_config(_config(folder, "transformer"), **transformer_options)
-    vae = wan_vae_config(_config(folder, "vae"))
-    text = umt5_config(_config(folder, "text_encoder"))
-    network = wan_vae(vae)
+    family = read_family(folder)
     return Pipeline(
-        _load(folder / "transformer", wan, wan_transformer(wan), wan_table(wan)),
-        _load(folder / "vae", vae, network, wan_vae_table(network.shapes)),
-        _load(folder / "text_encoder", text, umt5_encoder(text), UMT5_TABLE),
+        _load(folder / "transformer", family.transformer, **transformer_options),
+        _load(folder / "vae", family.vae),
+        _load(folder / "text_encoder", family.text_encoder),
         load_tokenizer(folder / "tokenizer"),
-        _schedule(folder),
+        _schedule(folder, family),
     )
 
 
+def read_family(folder: Path) -> Family:
+    """The family of a pipeline folder, by its model_index.json.
+
+    Raises FileNotFoundError or ValueError naming the class that does not belong there.
+    """
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+    index = files.read_json(path)
+    found = {name: (index.get(name) or [None, None])[-1] for name in COMPONENTS}
+    families = {family.transformer.class_name: family for family in FAMILIES}
+    if found["transformer"] not in families:
+        raise ValueError(
+            f"{path} has the transformer {found['transformer']}; those known are {', '.join(families)}"
+        )
+    family = families[found["transformer"]]
+    for name, class_name in found.items():
+        kind: Kind = getattr(family, name)
+        if class_name != kind.class_name:
+            raise ValueError(f"{path} has the {name} {class_name}; a {family.pipeline} has a {kind.class_name}")
+    return family
+
+
 def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> None:
-    """Writes a folder that `load_pipeline` and diffusers' `WanPipeline.from_pretrained` read."""
-    if pipeline.schedule.path != "rf":
-        raise ValueError("only rectified-flow pipelines can be written")
-    folder = Path(folder)
-    save_component(folder, "transformer", pipeline.transformer, dtype)
-    save_component(folder, "vae", pipeline.vae, dtype)
-    save_component(folder, "text_encoder", pipeline.text_encoder, dtype)
+    """Writes a folder that `load_pipeline` and `from_pretrained` of diffusers' pipeline of the family read."""
+    folder, family = Path(folder), pipeline.family
+    scheduler = _schedule_json(pipeline.schedule, family)
+    for name in COMPONENTS:
+        save_component(folder, name, getattr(pipeline, name), dtype)
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
-    _write(folder / "scheduler" / "scheduler_config.json", {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": pipeline.schedule.num_train_timesteps,
-        "shift": pipeline.schedule.shift,
-    })  # fmt: skip
+    _write(folder / "scheduler" / "scheduler_config.json", scheduler)
     _write(folder / "model_index.json", {
-        "_class_name": "WanPipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "_class_name": family.pipeline,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", family.text_encoder.class_name],
         "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "vae": ["diffusers", "AutoencoderKLWan"],
+        "transformer": ["diffusers", family.transformer.class_name],
+        "vae": ["diffusers", family.vae.class_name],
     })  # fmt: skip
 
 
 def save_component(folder: Path, name: str, component: Component, dtype: str) -> None:
     """Writes one of COMPONENTS under its name in the pipeline folder."""
-    c = component.config
-    table, config = {
-        "transformer": lambda: (wan_table(c), wan_config_json(c)),
-        "vae": lambda: (wan_vae_table(component.network.shapes), wan_vae_config_json(c)),
-        "text_encoder": lambda: (UMT5_TABLE, umt5_config_json(c)),
-    }[name]()
+    kinds: list[Kind] = [getattr(family, name) for family in FAMILIES]
+    kind = next(kind for kind in kinds if isinstance(component.config, kind.config))
+    table = kind.table(component.config, component.network.shapes)
     file_name = files.TRANSFORMERS_FILE if name == "text_encoder" else files.DIFFUSERS_FILE
     tensors = export_params(table, component.params)
-    files.write_component(folder / name, config, tensors, file_name=file_name, dtype=dtype)
+    files.write_component(
+        folder / name, kind.write(component.config), tensors, file_name=file_name, dtype=dtype
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -134,30 +232,45 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[np.nd
     return tokens["input_ids"].astype(np.int32), tokens["attention_mask"].astype(np.int32)
 
 
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    return files.read_config(folder / name)
+def _load(folder: Path, kind: Kind, **ours: Any) -> Component:
+    config = kind.read(files.read_config(folder), **ours)
+    network = kind.network(config)
+    table = kind.table(config, network.shapes)
+    return Component(config, network, import_params(table, files.read_tensors(folder), network.shapes))
 
 
-def _load(folder: Path, config: Any, network: Network, table: Sequence[Row]) -> Component:
-    params = import_params(table, files.read_tensors(folder), network.shapes)
-    return Component(config, network, params)
+_FLOW_SHIFTS = {"FlowMatchEulerDiscreteScheduler": "shift", "UniPCMultistepScheduler": "flow_shift"}
 
 
-def _schedule(folder: Path) -> Schedule:
+def _schedule(folder: Path, family: Family) -> Schedule:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it says how the teacher is sampled")
     fields = files.read_json(path)
-    shifts = {"FlowMatchEulerDiscreteScheduler": "shift", "UniPCMultistepScheduler": "flow_shift"}
     name = fields.get("_class_name")
-    if name not in shifts:
-        raise ValueError(f"{path} is a {name}; the schedulers known are {', '.join(shifts)}")
+    known = DDPM_SCHEDULERS if family.path == "ddpm" else tuple(_FLOW_SHIFTS)
+    if name not in known:
+        raise ValueError(f"{path} is a {name}; a {family.pipeline}'s can be one of {', '.join(known)}")
+    if family.path == "ddpm":
+        return ddpm_schedule(fields)
     return Schedule(
         "rf",
         "velocity",
         num_train_timesteps=int(fields.get("num_train_timesteps", 1000)),
-        shift=float(fields.get(shifts[name], 1.0)),
+        shift=float(fields.get(_FLOW_SHIFTS[name], 1.0)),
     )
+
+
+def _schedule_json(schedule: Schedule, family: Family) -> dict[str, Any]:
+    if family.path == "ddpm":
+        return ddpm_schedule_json(schedule)
+    if schedule.path != "rf":
+        raise ValueError(f"a {family.pipeline} can be written with a rectified flow only, not {schedule.path!r}")
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": schedule.num_train_timesteps,
+        "shift": schedule.shift,
+    }
 
 
 def _write(path: Path, fields: dict[str, Any]) -> None:

@@ -207,6 +207,6 @@ def test_damaged_weights(copy):
 
 def test_only_rectified_flows_are_written(pipeline, tmp_path):
     target = tmp_path / "ddpm"
-    with pytest.raises(ValueError, match="only rectified-flow"):
+    with pytest.raises(ValueError, match="a WanPipeline .* a rectified flow only, not 'ddpm'"):
         save_pipeline(target, dataclasses.replace(pipeline, schedule=Schedule("ddpm", "v")))
     assert not target.exists(), "refused after writing"
