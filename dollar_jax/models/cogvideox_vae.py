@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,11 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dollar_jax.models.chunks import Past, in_chunks
 from dollar_jax.models.layers import Linear
+
+# What is encoded and decoded at a time; a part of the model.
+FRAME_CHUNK, LATENT_CHUNK = 8, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,48 +87,6 @@ class CogVideoXVAEConfig:
         return (frames - 1) // time + 1, height // space, width // space, self.latent_channels
 
 
-FRAME_CHUNK, LATENT_CHUNK = 8, 2
-
-
-class Past:
-    """What the convolutions of a stack remember of a clip between two of its chunks.
-
-    They ask in the order in which they run: `carried` holds the last frames each of them saw in the chunk
-    before, None at the start of the clip, and `left` fills with those of this chunk.
-    """
-
-    def __init__(self, carried: list[Array] | None = None) -> None:
-        self.left: list[Array] = []
-        self._carried = None if carried is None else iter(carried)
-
-    def extend(self, x: Float[Array, "b t h w c"], frames: int) -> Float[Array, "b t2 h w c"]:
-        """x after the `frames` frames before it; at the start of the clip its first frame stands for them."""
-        before = jnp.repeat(x[:, :1], frames, 1) if self._carried is None else next(self._carried)
-        seen = jnp.concatenate([before, x], 1)
-        self.left.append(seen[:, seen.shape[1] - frames :])
-        return seen
-
-
-def _in_chunks(
-    run: Callable[[Array, Past], Array], x: Float[Array, "b t h w c"], size: int
-) -> Float[Array, "b t2 h2 w2 d"]:
-    """run(x, past) of `size` frames at a time, the first of as many more as are left over."""
-    head = x.shape[1] if x.shape[1] < size else size + x.shape[1] % size
-    past = Past()
-    start = run(x[:, :head], past)
-    if head == x.shape[1]:
-        return start
-
-    def body(carried: list[Array], part: Array) -> tuple[list[Array], Array]:
-        past = Past(carried)
-        out = run(part, past)
-        return past.left, out
-
-    parts = rearrange(x[:, head:], "b (n t) h w c -> n b t h w c", t=size)
-    _, rest = jax.lax.scan(body, past.left, parts)
-    return jnp.concatenate([start, rearrange(rest, "n b t h w c -> b (n t) h w c")], 1)
-
-
 class CausalConv3d(nnx.Module):
     """A 3×3×3 convolution of which out[t] sees in[t-2 .. t]."""
 
@@ -136,7 +97,7 @@ class CausalConv3d(nnx.Module):
         )  # fmt: skip
 
     def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t h w d"]:
-        return self.conv(past.extend(x, 2))
+        return self.conv(past.extend(x, 2, repeat=True))
 
 
 def _conv2d(dim: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs, stride: int = 1) -> nnx.Conv:
@@ -330,22 +291,41 @@ class CogVideoXVAE(nnx.Module):
         self.decoder = Decoder(config, rngs)
 
     def encode(
-        self, frames: Float[Array, "b t h w 3"]
+        self, frames: Float[Array, "b t h w 3"], chunk: int | None = None
     ) -> tuple[Float[Array, "b t2 h2 w2 z"], Float[Array, "b t2 h2 w2 z"]]:
-        """Posterior mean and log-variance of the raw, unscaled latent of frames in [-1, 1]."""
-        mean, log_variance = jnp.split(_in_chunks(self.encoder, frames, FRAME_CHUNK), 2, -1)
+        """Posterior mean and log-variance of the raw, unscaled latent of frames in [-1, 1].
+
+        `chunk`, in latent frames, can only be what the model has.
+        """
+        _check(chunk)
+        moments = in_chunks(self.encoder, frames, *_sizes(frames.shape[1], FRAME_CHUNK))
+        mean, log_variance = jnp.split(moments, 2, -1)
         return mean, jnp.clip(log_variance, -30, 20)
 
     def decode(
-        self, latent: Float[Array, "b t h w z"], clip: bool = True
+        self, latent: Float[Array, "b t h w z"], clip: bool = True, chunk: int | None = None
     ) -> Float[Array, "b t2 h2 w2 3"]:
         """Frames in [-1, 1] of a raw latent; `clip=False` leaves the values free.
 
         An odd number of latent frames begins with one that stands for a single frame; an even number
-        does not.
+        does not. `chunk`, in latent frames, can only be what the model has.
         """
-        x = _in_chunks(self.decoder, latent, LATENT_CHUNK)
+        _check(chunk)
+        x = in_chunks(self.decoder, latent, *_sizes(latent.shape[1], LATENT_CHUNK))
         return jnp.clip(x, -1, 1) if clip else x
 
     def __call__(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
         return self.decode(self.encode(frames)[0])
+
+
+def _sizes(frames: int, size: int) -> tuple[int, int]:
+    """Frames in the first chunk, which also takes those that are left over, and in the others."""
+    return frames if frames < size else size + frames % size, size
+
+
+def _check(chunk: int | None) -> None:
+    if chunk not in (None, LATENT_CHUNK):
+        raise ValueError(
+            f"CogVideoX's VAE takes {LATENT_CHUNK} latent frames at a time, not {chunk}: its norms run over "
+            f"a chunk, so that the length is part of the model"
+        )

@@ -142,18 +142,22 @@ def family_of(transformer_config: Any) -> Family:
     return next(f for f in FAMILIES if isinstance(transformer_config, f.transformer.config))
 
 
-def load_pipeline(folder: str | Path, **transformer_options: Any) -> Pipeline:
+def load_pipeline(
+    folder: str | Path, param_dtype: str = "float32", **transformer_options: Any
+) -> Pipeline:
     """Loads a pipeline folder of one of FAMILIES; `transformer_options` are our fields of its transformer's
     configuration (dtype, remat, …).
+
+    `param_dtype` is what the weights of transformer and text encoder are held in; the VAE's stay fp32.
 
     Raises FileNotFoundError or ValueError naming the file, tensor or field that is wrong.
     """
     folder = Path(folder)
     family = read_family(folder)
     return Pipeline(
-        _load(folder / "transformer", family.transformer, **transformer_options),
+        _load(folder / "transformer", family.transformer, param_dtype=param_dtype, **transformer_options),
         _load(folder / "vae", family.vae),
-        _load(folder / "text_encoder", family.text_encoder),
+        _load(folder / "text_encoder", family.text_encoder, param_dtype=param_dtype),
         load_tokenizer(folder / "tokenizer"),
         _schedule(folder, family),
     )

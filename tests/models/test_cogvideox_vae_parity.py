@@ -181,6 +181,12 @@ def test_clips_that_do_not_divide_are_refused(size):
         CogVideoXVAEConfig().latent_shape(*size)
 
 
+def test_chunks_of_another_length_are_refused(saved):
+    _, _, _, vae, params = saved["small"]
+    with pytest.raises(ValueError, match="takes 2 latent frames at a time, not 3"):
+        vae.network.apply(params, jnp.zeros((1, 5, 2, 2, 3)), method="decode", chunk=3)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
