@@ -246,11 +246,15 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Clips and captions, encoded once by the teacher's own VAE and text encoder."""
+    """Clips and captions, encoded once by the teacher's own VAE and text encoder.
 
-    name: Literal["moving_shapes"]
+    `name` is "moving_shapes" for the default domain, else a folder of prepared data.
+    """
+
+    name: str
     train_videos: int
     max_text_length: int
+    clip: tuple[int, int, int]  # frames, height and width in pixels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,10 +97,9 @@ def test_prompts_are_read_as_diffusers_does(generator, theirs):
 
 def test_fifty_guided_steps_draw_the_same_latents(folder, generator, theirs):
     theirs.scheduler = SCHEDULERS["5b" if theirs.transformer.config.use_rotary_positional_embeddings else "2b"]
-    keys = video_keys(0, 2)
-    noise = generator.noise(keys)
+    noise = generator.noise(video_keys(0, 2))
     ours = generator.teacher_sampler(50, 1.5)(
-        generator.pipeline.transformer.params, keys, generator.text(PROMPTS)
+        generator.pipeline.transformer.params, video_keys(0, 2), generator.text(PROMPTS)
     )
     frames, height, width = CLIP
     with torch.no_grad():
@@ -133,13 +132,13 @@ def test_loading_undoes_saving(generator, theirs, tmp_path):
 @pytest.mark.parametrize("folder", ["2b"], indirect=True)
 def test_two_steps_of_distillation_then_a_sample(generator, make_config, quick_compilation, tmp_path):
     config = make_config({
-        "steps": 2, "batch_size": 2, "checkpoint_every": 2, "student.timesteps": (999.0, 749.0, 499.0, 249.0),
+        "steps": 2, "mesh.data": 2, "mesh.fsdp": 4, "checkpoint_every": 2, "student.timesteps": (999.0, 749.0, 499.0, 249.0),
         "consistency.times": "grid", "consistency.skip": 5, "consistency.boundary": "lcm",
-        "vsd.score_shift": 1.0, "vsd.guidance_weight": 1.5, "reward.batch_size": 2, "fake_score.updates": 1,
+        "vsd.score_shift": 1.0, "vsd.guidance_weight": 1.5, "fake_score.updates": 1,
         "student.optimiser.warmup_steps": 0,
     })  # fmt: skip
-    videos = np.random.default_rng(0).integers(0, 256, (2, *CLIP, 3)).astype(np.uint8)
-    data = EncodedVideos(generator.encode(videos), generator.text(PROMPTS), PROMPTS)
+    videos = np.random.default_rng(0).integers(0, 256, (8, *CLIP, 3)).astype(np.uint8)
+    data = EncodedVideos(generator.encode(videos), generator.text(PROMPTS * 4), PROMPTS * 4)
     state = loop.train(config, tmp_path, generator, data)
     lines = loop.read_history(tmp_path)
     assert [line["step"] for line in lines] == [1, 2]
