@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dollar_jax.checkpoint import restore_tree
 from dollar_jax.models.network import Network, make_network
 from dollar_jax.models.umt5 import UMT5Config, UMT5Encoder
 from dollar_jax.models.wan import WanConfig, WanTransformer
@@ -22,6 +23,8 @@ from dollar_jax.weights.wan import wan_config, wan_config_json, wan_table
 from dollar_jax.weights.wan_vae import wan_vae_config, wan_vae_config_json, wan_vae_table
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
+# The Orbax folder in place of a component's safetensors, once it is imported.
+IMPORTED = "params"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +59,19 @@ def umt5_encoder(config: UMT5Config) -> Network:
     return make_network(lambda rngs: UMT5Encoder(config, rngs))
 
 
-def load_pipeline(
-    folder: str | Path, param_dtype: str = "float32", **transformer_options: Any
-) -> Pipeline:
-    """Loads a pipeline folder; `transformer_options` are our fields of WanConfig (dtype, remat, …).
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a component's config.json says: its network, and the table of its weights."""
 
-    `param_dtype` is what the weights of transformer and text encoder are held in; the VAE's stay fp32.
+    config: Any
+    network: Network
+    table: Sequence[Row]
 
-    Raises FileNotFoundError or ValueError naming the file, tensor or field that is wrong.
-    """
-    folder = Path(folder)
+
+def read_parts(
+    folder: Path, param_dtype: str = "float32", **transformer_options: Any
+) -> dict[str, Part]:
+    """The COMPONENTS of a pipeline folder without their weights; raises as `load_pipeline` does."""
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json")
     wan = wan_config(
@@ -74,13 +80,35 @@ def load_pipeline(
     vae = wan_vae_config(_config(folder, "vae"))
     text = umt5_config(_config(folder, "text_encoder"), param_dtype=param_dtype)
     network = wan_vae(vae)
-    return Pipeline(
-        _load(folder / "transformer", wan, wan_transformer(wan), wan_table(wan)),
-        _load(folder / "vae", vae, network, wan_vae_table(network.shapes)),
-        _load(folder / "text_encoder", text, umt5_encoder(text), UMT5_TABLE),
-        load_tokenizer(folder / "tokenizer"),
-        _schedule(folder),
-    )
+    return {
+        "transformer": Part(wan, wan_transformer(wan), wan_table(wan)),
+        "vae": Part(vae, network, wan_vae_table(network.shapes)),
+        "text_encoder": Part(text, umt5_encoder(text), UMT5_TABLE),
+    }
+
+
+def load_pipeline(
+    folder: str | Path,
+    param_dtype: str = "float32",
+    place: Callable[[Params], Any] | None = None,
+    **transformer_options: Any,
+) -> Pipeline:
+    """Loads a pipeline folder; `transformer_options` are our fields of WanConfig (dtype, remat, …).
+
+    `param_dtype` is what the weights of transformer and text encoder are held in; the VAE's stay fp32.
+    In a folder made by `importer.import_pipeline`, the transformer's are restored straight into the
+    shardings that `place` gives for their shapes; everything else comes as numpy arrays.
+
+    Raises FileNotFoundError or ValueError naming the file, tensor or field that is wrong.
+    """
+    folder = Path(folder)
+    parts = read_parts(folder, param_dtype, **transformer_options)
+    loaded = {
+        name: _load(folder / name, part, place if name == "transformer" else None)
+        for name, part in parts.items()
+    }
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    return Pipeline(**loaded, tokenizer=tokenizer, schedule=read_schedule(folder))
 
 
 def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> None:
@@ -144,12 +172,17 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
     return files.read_config(folder / name)
 
 
-def _load(folder: Path, config: Any, network: Network, table: Sequence[Row]) -> Component:
-    params = import_params(table, files.read_tensors(folder), network.shapes)
-    return Component(config, network, params)
+def _load(folder: Path, part: Part, place: Callable[[Params], Any] | None) -> Component:
+    shapes = part.network.shapes
+    if (folder / IMPORTED).is_dir():
+        params = restore_tree(folder / IMPORTED, shapes, place and place(shapes))
+    else:
+        params = import_params(part.table, files.read_tensors(folder), shapes)
+    return Component(part.config, part.network, params)
 
 
-def _schedule(folder: Path) -> Schedule:
+def read_schedule(folder: Path) -> Schedule:
+    """What scheduler/scheduler_config.json says of the path and the prediction."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it says how the teacher is sampled")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -56,8 +58,8 @@ def tensor_files(folder: str | Path) -> list[Path]:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if pickles:
         raise FileNotFoundError(
-            f"{folder} holds {pickles[0]}, a pickle, which is never opened; save the model again "
-            "with safe_serialization=True"
+            f"{folder} holds {pickles[0]}, a pickle, which is never opened because reading one can run "
+            "any code; save the model again with safe_serialization=True"
         )
     raise FileNotFoundError(f"{folder} holds no safetensors file")
 
@@ -68,12 +70,47 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     Raises ValueError naming the file when it is not a whole safetensors file.
     """
     for path in tensor_files(folder):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                yield name, file.get_tensor(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, not read yet."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        # Opened anew for each tensor, so that no more than it stays mapped into memory.
+        with _opened(self.path) as file:
+            return file.get_tensor(self.name)
+
+
+def list_tensors(folder: str | Path) -> dict[str, Stored]:
+    """Every tensor of the folder by its name; reads headers only.
+
+    Raises ValueError when a file is damaged or two hold a tensor of the same name.
+    """
+    found: dict[str, Stored] = {}
+    for path in tensor_files(folder):
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if name in found:
+                    raise ValueError(f"tensor {name!r} comes twice, in {found[name].path} and {path}")
+                found[name] = Stored(path, name, tuple(file.get_slice(name).get_shape()))
+    return found
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def write_component(
