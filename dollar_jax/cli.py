@@ -153,6 +153,13 @@ def _define_import(_: list[str]) -> None:
     )  # fmt: skip
 
 
+def _define_export(_: list[str]) -> None:
+    _define_workdir()
+    flags.DEFINE_bool("ema", True, "The student's moving average rather than its raw weights.", flag_values=FLAGS)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "float16", "bfloat16"], "Of the student.", flag_values=FLAGS)
+    flags.DEFINE_string("shard_size", "5GB", "The most that a weight file holds.", flag_values=FLAGS)
+
+
 # --- commands -------------------------------------------------------------------------------------
 
 
@@ -197,7 +204,7 @@ def _train() -> None:
 
     _prepare_jax()
     config, workdir = _distill_config(FLAGS.config), Path(FLAGS.workdir)
-    generator = make_generator(config, make_mesh(config.mesh))
+    generator = make_generator(config, mesh=make_mesh(config.mesh))
     train(config, workdir, generator, load_data(config, generator, workdir))
     print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
 
@@ -263,6 +270,22 @@ def _import(*names: str) -> None:
     print(f"The teacher is in {folder}; train with --config.teacher={folder}.")
 
 
+def _export(*names: str) -> None:
+    from dollar_jax.weights.exporter import export_run
+
+    if len(names) != 1:
+        raise ValueError("give the new folder: dollar export --workdir=RUN FOLDER")
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    size = re.fullmatch(r"([1-9]\d*)([KMG]B)", FLAGS.shard_size)
+    if size is None:
+        raise ValueError(f"--shard_size={FLAGS.shard_size} must be a size such as 500MB or 5GB")
+    export_run(
+        Path(FLAGS.workdir), Path(names[0]), ema=FLAGS.ema, dtype=FLAGS.dtype,
+        shard_size=int(size[1]) * units[size[2]],
+    )  # fmt: skip
+    print(f"The student is in {names[0]}; its README.md says how diffusers samples it.")
+
+
 def print_table(path: Path) -> None:
     """The rows of a metrics.json on the terminal."""
     import json
@@ -284,5 +307,6 @@ COMMANDS = {
     "sample": Command("draw videos from a run's student, or from its teacher", _define_sample, _sample),
     "evaluate": Command("sample and measure a run again", _define_evaluate, _evaluate),
     "import": Command("a diffusers pipeline to a teacher folder that shards", _define_import, _import, "SRC DST"),
+    "export": Command("a run's student to a folder that diffusers loads", _define_export, _export, "DST"),
     "pretrain": Command("train the default domain's teacher from nothing", _define_train, _pretrain),
 }

@@ -25,6 +25,11 @@ from dollar_jax.train import read_config, read_history, restore_student, train
 SHOWN = 8  # prompts whose videos are on the page
 
 
+def clip_size(config: DistillConfig) -> tuple[int, int, int]:
+    """Frames, height and width of the videos a configuration trains on."""
+    return {"moving_shapes": (shapes.FRAMES, shapes.SIZE, shapes.SIZE)}[config.data.name]
+
+
 def make_generator(config: DistillConfig, mesh: Mesh | None = None) -> Generator:
     """The teacher of a configuration, ready to sample clips of the default domain.
 
@@ -34,7 +39,7 @@ def make_generator(config: DistillConfig, mesh: Mesh | None = None) -> Generator
         load_teacher(config.teacher, config.compute, mesh),
         config.data.max_text_length,
         config.sampling,
-        (shapes.FRAMES, shapes.SIZE, shapes.SIZE),
+        clip_size(config),
         config.compute.vae_chunk,
     )
 
@@ -47,7 +52,7 @@ def demo(config: DistillConfig, workdir: Path, quick: bool = False) -> Path:
     def lap(name: str) -> None:
         timings[name] = time.perf_counter() - start - sum(timings.values())
 
-    generator = make_generator(config, make_mesh(config.mesh))
+    generator = make_generator(config, mesh=make_mesh(config.mesh))
     data = load_data(config, generator, workdir)
     lap("load and encode data")
     train(config, workdir, generator, data)

@@ -25,6 +25,11 @@ SHIPPED_TEACHERS = {"moving_shapes": Path(__file__).parent / "assets" / "moving_
 Sampler = Callable[[Params, jax.Array, Any], jax.Array]  # params, key per video, text → latent
 
 
+def teacher_folder(name: str) -> Path:
+    """The folder of the shipped teacher of that name, or the path itself."""
+    return SHIPPED_TEACHERS.get(name, Path(name))
+
+
 def load_teacher(
     name: str, compute: ComputeConfig | None = None, mesh: Mesh | None = None
 ) -> Pipeline:
@@ -32,7 +37,7 @@ def load_teacher(
 
     With a mesh the transformer of an imported folder is restored into its shards there.
     """
-    folder = SHIPPED_TEACHERS.get(name, Path(name))
+    folder = teacher_folder(name)
     if compute is None:
         return load_pipeline(folder)
     return load_pipeline(
@@ -110,6 +115,11 @@ class Generator:
 
         @jax.jit
         def draw(params: Params, keys: jax.Array, text: jax.Array) -> jax.Array:
+            if self.sampling.solver == "unipc":
+                return sample.unipc_sample(
+                    pipeline.transformer.network.apply, params, pipeline.schedule, self.noise(keys),
+                    text, null_text, guidance_weight, num_steps,
+                )  # fmt: skip
             return sample.ode_sample(
                 pipeline.transformer.network.apply, params, pipeline.schedule, self.noise(keys), text,
                 null_text, guidance_weight, num_steps, self.sampling.eta,

@@ -17,7 +17,7 @@ from dollar_jax.models.wan import WanConfig, WanTransformer
 from dollar_jax.models.wan_vae import WanVAE, WanVAEConfig
 from dollar_jax.schedule import Schedule
 from dollar_jax.weights import safetensors_io as files
-from dollar_jax.weights.table import Params, Row, export_params, import_params
+from dollar_jax.weights.table import Params, Row, export_stream, import_params
 from dollar_jax.weights.umt5 import UMT5_TABLE, umt5_config, umt5_config_json
 from dollar_jax.weights.wan import wan_config, wan_config_json, wan_table
 from dollar_jax.weights.wan_vae import wan_vae_config, wan_vae_config_json, wan_vae_table
@@ -104,7 +104,7 @@ def load_pipeline(
     folder = Path(folder)
     parts = read_parts(folder, param_dtype, **transformer_options)
     loaded = {
-        name: _load(folder / name, part, place if name == "transformer" else None)
+        name: load_component(folder / name, part, place if name == "transformer" else None)
         for name, part in parts.items()
     }
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -120,12 +120,12 @@ def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32"
     save_component(folder, "vae", pipeline.vae, dtype)
     save_component(folder, "text_encoder", pipeline.text_encoder, dtype)
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
-    _write(folder / "scheduler" / "scheduler_config.json", {
+    write_json(folder / "scheduler" / "scheduler_config.json", {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": pipeline.schedule.num_train_timesteps,
         "shift": pipeline.schedule.shift,
     })  # fmt: skip
-    _write(folder / "model_index.json", {
+    write_json(folder / "model_index.json", {
         "_class_name": "WanPipeline",
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -135,7 +135,9 @@ def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32"
     })  # fmt: skip
 
 
-def save_component(folder: Path, name: str, component: Component, dtype: str) -> None:
+def save_component(
+    folder: Path, name: str, component: Component, dtype: str, shard_size: int | None = None
+) -> None:
     """Writes one of COMPONENTS under its name in the pipeline folder."""
     c = component.config
     table, config = {
@@ -144,8 +146,10 @@ def save_component(folder: Path, name: str, component: Component, dtype: str) ->
         "text_encoder": lambda: (UMT5_TABLE, umt5_config_json(c)),
     }[name]()
     file_name = files.TRANSFORMERS_FILE if name == "text_encoder" else files.DIFFUSERS_FILE
-    tensors = export_params(table, component.params)
-    files.write_component(folder / name, config, tensors, file_name=file_name, dtype=dtype)
+    tensors = export_stream(table, component.params)
+    files.write_component(
+        folder / name, config, tensors, file_name=file_name, dtype=dtype, shard_size=shard_size
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -172,7 +176,10 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
     return files.read_config(folder / name)
 
 
-def _load(folder: Path, part: Part, place: Callable[[Params], Any] | None) -> Component:
+def load_component(
+    folder: Path, part: Part, place: Callable[[Params], Any] | None = None
+) -> Component:
+    """A component with its weights, from Orbax or safetensors; see `load_pipeline`."""
     shapes = part.network.shapes
     if (folder / IMPORTED).is_dir():
         params = restore_tree(folder / IMPORTED, shapes, place and place(shapes))
@@ -181,24 +188,59 @@ def _load(folder: Path, part: Part, place: Callable[[Params], Any] | None) -> Co
     return Component(part.config, part.network, params)
 
 
+# Per scheduler: its field for the time shift; and the fields that change what sampling means, with
+# diffusers' default where the file leaves them out and the value this implementation has.
+_SIGMAS = {f"use_{name}_sigmas": (False, False) for name in ("karras", "exponential", "beta")}
+_SHIFTS = {"use_dynamic_shifting": (False, False), "shift_terminal": (None, None)}
+_SCHEDULERS: dict[str, tuple[str, dict[str, tuple[Any, Any]]]] = {
+    "FlowMatchEulerDiscreteScheduler": (
+        "shift", {**_SIGMAS, **_SHIFTS, "invert_sigmas": (False, False)},
+    ),
+    "UniPCMultistepScheduler": (
+        "flow_shift",
+        {
+            "prediction_type": ("epsilon", "flow_prediction"),
+            "use_flow_sigmas": (False, True),
+            "predict_x0": (True, True),
+            "solver_order": (2, 2),
+            "solver_type": ("bh2", "bh2"),
+            "lower_order_final": (True, True),
+            "disable_corrector": ([], []),
+            "thresholding": (False, False),
+            "final_sigmas_type": ("zero", "zero"),
+            **_SIGMAS,
+            **_SHIFTS,
+        },
+    ),
+}  # fmt: skip
+
+
 def read_schedule(folder: Path) -> Schedule:
-    """What scheduler/scheduler_config.json says of the path and the prediction."""
+    """The path and prediction that scheduler/scheduler_config.json describes.
+
+    Raises FileNotFoundError, or ValueError naming the field that asks for something else.
+    """
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it says how the teacher is sampled")
     fields = files.read_json(path)
-    shifts = {"FlowMatchEulerDiscreteScheduler": "shift", "UniPCMultistepScheduler": "flow_shift"}
     name = fields.get("_class_name")
-    if name not in shifts:
-        raise ValueError(f"{path} is a {name}; the schedulers known are {', '.join(shifts)}")
+    if name not in _SCHEDULERS:
+        raise ValueError(f"{path} is a {name}; the schedulers known are {', '.join(_SCHEDULERS)}")
+    shift, wanted = _SCHEDULERS[name]
+    for field, (default, value) in wanted.items():
+        found = fields.get(field, default)
+        if found != value:
+            raise ValueError(f"{path} has {field} = {found!r}; a {name} must have {value!r} to be followed here")
     return Schedule(
         "rf",
         "velocity",
         num_train_timesteps=int(fields.get("num_train_timesteps", 1000)),
-        shift=float(fields.get(shifts[name], 1.0)),
+        shift=float(fields.get(shift, 1.0)),
     )
 
 
-def _write(path: Path, fields: dict[str, Any]) -> None:
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """One object as a JSON file, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(fields, indent=2) + "\n")

@@ -153,11 +153,14 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def export_params(table: Sequence[Row], params: Params) -> dict[str, np.ndarray]:
     """A weight file's tensors, contiguous, in the parameters' dtypes: undoes `import_params`."""
+    return dict(export_stream(table, params))
+
+
+def export_stream(table: Sequence[Row], params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """The pairs of `export_params` one at a time."""
     arrays = {path: np.asarray(value) for path, value in flatten(params).items()}
-    return {
-        key: np.asarray(place.transform.inverse(place.of(arrays)), order="C")
-        for key, place in _places(table, arrays).items()
-    }
+    for key, place in _places(table, arrays).items():
+        yield key, np.asarray(place.transform.inverse(place.of(arrays)), order="C")
 
 
 def _places(table: Sequence[Row], arrays: Mapping[str, Any]) -> dict[str, _Place]:
