@@ -259,11 +259,20 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How the teacher is sampled. `guidance_weight` is the paper's w (diffusers' scale is w + 1)."""
+    """How the teacher is sampled. `guidance_weight` is the paper's w (diffusers' scale is w + 1).
+
+    `solver` "ddim" is the paper's, on a rectified flow Euler's; "unipc" is the one Wan is published with,
+    which takes no `eta`.
+    """
 
     num_steps: int
     guidance_weight: float
     eta: float
+    solver: Literal["ddim", "unipc"] = "ddim"
+
+    def __post_init__(self) -> None:
+        if self.solver == "unipc" and self.eta:
+            raise ValueError(f"config.sampling.eta must be 0 with solver 'unipc', not {self.eta}")
 
 
 @dataclasses.dataclass(frozen=True)

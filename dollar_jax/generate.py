@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dollar_jax import sample
 from dollar_jax.config import ComputeConfig, SamplingConfig
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
+from dollar_jax.sharding import shard
 from dollar_jax.types import Params
 from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
 
@@ -23,14 +25,24 @@ SHIPPED_TEACHERS = {"moving_shapes": Path(__file__).parent / "assets" / "moving_
 Sampler = Callable[[Params, jax.Array, Any], jax.Array]  # params, key per video, text → latent
 
 
-def load_teacher(name: str, compute: ComputeConfig | None = None) -> Pipeline:
-    """The shipped teacher of that name, or the pipeline folder at that path; in fp32 unless `compute` is given."""
-    folder = SHIPPED_TEACHERS.get(name, Path(name))
+def teacher_folder(name: str) -> Path:
+    """The folder of the shipped teacher of that name, or the path itself."""
+    return SHIPPED_TEACHERS.get(name, Path(name))
+
+
+def load_teacher(
+    name: str, compute: ComputeConfig | None = None, mesh: Mesh | None = None
+) -> Pipeline:
+    """The shipped teacher of that name, or the pipeline folder at that path; in fp32 unless `compute` is given.
+
+    With a mesh the transformer of an imported folder is restored into its shards there.
+    """
+    folder = teacher_folder(name)
     if compute is None:
         return load_pipeline(folder)
     return load_pipeline(
-        folder, param_dtype=compute.teacher_dtype, dtype=compute.dtype, remat=compute.remat,
-        scan_layers=compute.scan_layers,
+        folder, compute.teacher_dtype, None if mesh is None else functools.partial(shard, mesh),
+        dtype=compute.dtype, remat=compute.remat, scan_layers=compute.scan_layers,
     )  # fmt: skip
 
 
@@ -105,6 +117,11 @@ class Generator:
 
         @jax.jit
         def draw(params: Params, keys: jax.Array, text: jax.Array) -> jax.Array:
+            if self.sampling.solver == "unipc":
+                return sample.unipc_sample(
+                    pipeline.transformer.network.apply, params, pipeline.schedule, self.noise(keys),
+                    text, null_text, guidance_weight, num_steps,
+                )  # fmt: skip
             return sample.ode_sample(
                 pipeline.transformer.network.apply, params, pipeline.schedule, self.noise(keys), text,
                 null_text, guidance_weight, num_steps, self.sampling.eta,

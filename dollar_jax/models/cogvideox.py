@@ -101,11 +101,9 @@ class Modulation(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n d"], time: Float[Array, "b e"], is_text: Bool[Array, "n 1"]
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"]]:
-        both = self.linear(jax.nn.silu(time))[:, None]
-        shift, scale, gate = (
-            jnp.where(is_text, text, video)
-            for video, text in zip(*(jnp.split(part, 3, -1) for part in jnp.split(both, 2, -1)), strict=True)
-        )
+        video, text = jnp.split(self.linear(jax.nn.silu(time))[:, None], 2, axis=-1)
+        parts = zip(jnp.split(text, 3, axis=-1), jnp.split(video, 3, axis=-1), strict=True)
+        shift, scale, gate = (jnp.where(is_text, of_text, of_video) for of_text, of_video in parts)
         return (self.norm(x) * (1 + scale) + shift).astype(self.dtype), gate
 
 

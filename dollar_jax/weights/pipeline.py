@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dollar_jax.checkpoint import restore_tree
 from dollar_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from dollar_jax.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 from dollar_jax.models.network import Network, make_network
@@ -21,10 +22,12 @@ from dollar_jax.schedule import Schedule
 from dollar_jax.weights import cogvideox, cogvideox_vae, umt5, wan
 from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights import wan_vae as wan_vae_weights
-from dollar_jax.weights.ddim import DDPM_SCHEDULERS, ddpm_schedule, ddpm_schedule_json
-from dollar_jax.weights.table import Params, Row, export_params, import_params
+from dollar_jax.weights.scheduler import schedule_of, scheduler_json
+from dollar_jax.weights.table import Params, Row, export_stream, import_params
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
+# The Orbax folder in place of a component's safetensors, once it is imported.
+IMPORTED = "params"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,25 +145,54 @@ def family_of(transformer_config: Any) -> Family:
     return next(f for f in FAMILIES if isinstance(transformer_config, f.transformer.config))
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a component's config.json says: its network, and the table of its weights."""
+
+    config: Any
+    network: Network
+    table: Sequence[Row]
+
+
+def read_parts(
+    folder: Path, param_dtype: str = "float32", **transformer_options: Any
+) -> dict[str, Part]:
+    """The COMPONENTS of a pipeline folder without their weights; raises as `load_pipeline` does."""
+    family = read_family(folder)
+    held = {"param_dtype": param_dtype}
+    options = {"transformer": held | transformer_options, "vae": {}, "text_encoder": held}
+    parts = {}
+    for name in COMPONENTS:
+        kind: Kind = getattr(family, name)
+        config = kind.read(files.read_config(folder / name), **options[name])
+        network = kind.network(config)
+        parts[name] = Part(config, network, kind.table(config, network.shapes))
+    return parts
+
+
 def load_pipeline(
-    folder: str | Path, param_dtype: str = "float32", **transformer_options: Any
+    folder: str | Path,
+    param_dtype: str = "float32",
+    place: Callable[[Params], Any] | None = None,
+    **transformer_options: Any,
 ) -> Pipeline:
     """Loads a pipeline folder of one of FAMILIES; `transformer_options` are our fields of its transformer's
     configuration (dtype, remat, …).
 
     `param_dtype` is what the weights of transformer and text encoder are held in; the VAE's stay fp32.
+    In a folder made by `importer.import_pipeline`, the transformer's are restored straight into the
+    shardings that `place` gives for their shapes; everything else comes as numpy arrays.
 
     Raises FileNotFoundError or ValueError naming the file, tensor or field that is wrong.
     """
     folder = Path(folder)
-    family = read_family(folder)
-    return Pipeline(
-        _load(folder / "transformer", family.transformer, param_dtype=param_dtype, **transformer_options),
-        _load(folder / "vae", family.vae),
-        _load(folder / "text_encoder", family.text_encoder, param_dtype=param_dtype),
-        load_tokenizer(folder / "tokenizer"),
-        _schedule(folder, family),
-    )
+    parts = read_parts(folder, param_dtype, **transformer_options)
+    loaded = {
+        name: load_component(folder / name, part, place if name == "transformer" else None)
+        for name, part in parts.items()
+    }
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    return Pipeline(**loaded, tokenizer=tokenizer, schedule=read_schedule(folder))
 
 
 def read_family(folder: Path) -> Family:
@@ -189,12 +221,12 @@ def read_family(folder: Path) -> Family:
 def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> None:
     """Writes a folder that `load_pipeline` and `from_pretrained` of diffusers' pipeline of the family read."""
     folder, family = Path(folder), pipeline.family
-    scheduler = _schedule_json(pipeline.schedule, family)
+    scheduler = scheduler_json(pipeline.schedule, family.path)
     for name in COMPONENTS:
         save_component(folder, name, getattr(pipeline, name), dtype)
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
-    _write(folder / "scheduler" / "scheduler_config.json", scheduler)
-    _write(folder / "model_index.json", {
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", {
         "_class_name": family.pipeline,
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": ["transformers", family.text_encoder.class_name],
@@ -204,16 +236,19 @@ def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32"
     })  # fmt: skip
 
 
-def save_component(folder: Path, name: str, component: Component, dtype: str) -> None:
+def save_component(
+    folder: Path, name: str, component: Component, dtype: str, shard_size: int | None = None
+) -> None:
     """Writes one of COMPONENTS under its name in the pipeline folder."""
     kinds: list[Kind] = [getattr(family, name) for family in FAMILIES]
     kind = next(kind for kind in kinds if isinstance(component.config, kind.config))
     table = kind.table(component.config, component.network.shapes)
     file_name = files.TRANSFORMERS_FILE if name == "text_encoder" else files.DIFFUSERS_FILE
-    tensors = export_params(table, component.params)
+    tensors = export_stream(table, component.params)
     files.write_component(
-        folder / name, kind.write(component.config), tensors, file_name=file_name, dtype=dtype
-    )
+        folder / name, kind.write(component.config), tensors, file_name=file_name, dtype=dtype,
+        shard_size=shard_size,
+    )  # fmt: skip
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -236,47 +271,30 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[np.nd
     return tokens["input_ids"].astype(np.int32), tokens["attention_mask"].astype(np.int32)
 
 
-def _load(folder: Path, kind: Kind, **ours: Any) -> Component:
-    config = kind.read(files.read_config(folder), **ours)
-    network = kind.network(config)
-    table = kind.table(config, network.shapes)
-    return Component(config, network, import_params(table, files.read_tensors(folder), network.shapes))
+def load_component(
+    folder: Path, part: Part, place: Callable[[Params], Any] | None = None
+) -> Component:
+    """A component with its weights, from Orbax or safetensors; see `load_pipeline`."""
+    shapes = part.network.shapes
+    if (folder / IMPORTED).is_dir():
+        params = restore_tree(folder / IMPORTED, shapes, place and place(shapes))
+    else:
+        params = import_params(part.table, files.read_tensors(folder), shapes)
+    return Component(part.config, part.network, params)
 
 
-_FLOW_SHIFTS = {"FlowMatchEulerDiscreteScheduler": "shift", "UniPCMultistepScheduler": "flow_shift"}
+def read_schedule(folder: Path) -> Schedule:
+    """The path and prediction that scheduler/scheduler_config.json describes.
 
-
-def _schedule(folder: Path, family: Family) -> Schedule:
+    Raises FileNotFoundError, or ValueError naming the field that asks for something else.
+    """
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it says how the teacher is sampled")
-    fields = files.read_json(path)
-    name = fields.get("_class_name")
-    known = DDPM_SCHEDULERS if family.path == "ddpm" else tuple(_FLOW_SHIFTS)
-    if name not in known:
-        raise ValueError(f"{path} is a {name}; a {family.pipeline}'s can be one of {', '.join(known)}")
-    if family.path == "ddpm":
-        return ddpm_schedule(fields)
-    return Schedule(
-        "rf",
-        "velocity",
-        num_train_timesteps=int(fields.get("num_train_timesteps", 1000)),
-        shift=float(fields.get(_FLOW_SHIFTS[name], 1.0)),
-    )
+    return schedule_of(files.read_json(path), read_family(folder).path, path)
 
 
-def _schedule_json(schedule: Schedule, family: Family) -> dict[str, Any]:
-    if family.path == "ddpm":
-        return ddpm_schedule_json(schedule)
-    if schedule.path != "rf":
-        raise ValueError(f"a {family.pipeline} can be written with a rectified flow only, not {schedule.path!r}")
-    return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": schedule.num_train_timesteps,
-        "shift": schedule.shift,
-    }
-
-
-def _write(path: Path, fields: dict[str, Any]) -> None:
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """One object as a JSON file, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(fields, indent=2) + "\n")

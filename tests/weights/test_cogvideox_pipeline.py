@@ -1,6 +1,7 @@
 """A tiny CogVideoX pipeline folder written by diffusers: read, sampled by both, distilled, and written again."""
 
 import json
+from pathlib import Path
 
 import diffusers
 import jax
@@ -16,9 +17,10 @@ from dollar_jax.data import shapes
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.data.vocabulary import build_tokenizer
 from dollar_jax.generate import Generator, video_keys
-from dollar_jax.schedule import Schedule, timestep_grid
-from dollar_jax.weights.ddim import ddpm_schedule, ddpm_schedule_json
+from dollar_jax.schedule import Schedule, coefficients, timestep_grid
+from dollar_jax.weights.importer import import_pipeline
 from dollar_jax.weights.pipeline import load_pipeline, save_pipeline
+from dollar_jax.weights.scheduler import schedule_of, scheduler_json
 
 torch.set_num_threads(1)
 
@@ -129,10 +131,22 @@ def test_loading_undoes_saving(generator, theirs, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, two.params, one.params)
 
 
+@pytest.mark.parametrize("folder", ["5b"], indirect=True)
+def test_an_imported_folder_holds_the_same_pipeline(folder, generator, tmp_path):
+    import_pipeline(str(folder), tmp_path / "imported")
+    again = load_pipeline(tmp_path / "imported")
+    assert again.schedule == generator.pipeline.schedule
+    for name in ("transformer", "vae", "text_encoder"):
+        one, two = getattr(generator.pipeline, name), getattr(again, name)
+        assert two.config == one.config
+        jax.tree.map(np.testing.assert_array_equal, two.params, one.params)
+
+
 @pytest.mark.parametrize("folder", ["2b"], indirect=True)
 def test_two_steps_of_distillation_then_a_sample(generator, make_config, quick_compilation, tmp_path):
     config = make_config({
-        "steps": 2, "mesh.data": 2, "mesh.fsdp": 4, "checkpoint_every": 2, "student.timesteps": (999.0, 749.0, 499.0, 249.0),
+        "steps": 2, "mesh.data": 2, "mesh.fsdp": 4, "checkpoint_every": 2,
+        "student.timesteps": (999.0, 749.0, 499.0, 249.0),
         "consistency.times": "grid", "consistency.skip": 5, "consistency.boundary": "lcm",
         "vsd.score_shift": 1.0, "vsd.guidance_weight": 1.5, "fake_score.updates": 1,
         "student.optimiser.warmup_steps": 0,
@@ -157,21 +171,20 @@ def test_two_steps_of_distillation_then_a_sample(generator, make_config, quick_c
 # --- the files' fields ----------------------------------------------------------------------------
 
 
+FILE = Path("scheduler_config.json")
+
+
 @pytest.mark.parametrize("prediction", ["v", "eps", "x0"])
 def test_schedules_survive_their_file(prediction):
     schedule = Schedule("ddpm", prediction, 500, 1.0, "linear", 0.001, 0.02, prediction != "eps", 2.0)
-    assert ddpm_schedule(ddpm_schedule_json(schedule)) == schedule
+    assert schedule_of(scheduler_json(schedule, "ddpm"), "ddpm", FILE) == schedule
 
 
 @pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMScheduler"])
 def test_fields_left_out_mean_what_they_mean_to_diffusers(name):
-    fields = {"_class_name": name, "clip_sample": False}
     scheduler = getattr(diffusers, name)(clip_sample=False)
-    full = {"_class_name": name, **scheduler.config}
-    assert ddpm_schedule(fields) == ddpm_schedule(full)
-    schedule = ddpm_schedule(fields)
-    from dollar_jax.schedule import coefficients
-
+    schedule = schedule_of({"_class_name": name, "clip_sample": False}, "ddpm", FILE)
+    assert schedule == schedule_of({"_class_name": name, **scheduler.config}, "ddpm", FILE)
     a, _ = coefficients(schedule, jnp.arange(1000.0))
     np.testing.assert_allclose(np.square(a), scheduler.alphas_cumprod.numpy(), atol=3e-6)
 
@@ -179,22 +192,23 @@ def test_fields_left_out_mean_what_they_mean_to_diffusers(name):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"_class_name": "DDIMScheduler"}, "clip_sample = True"),
+        ({"_class_name": "DDIMScheduler"}, "scheduler_config.json has clip_sample = True"),
         ({"set_alpha_to_one": False}, "set_alpha_to_one = False"),
         ({"trained_betas": [0.1]}, r"trained_betas = \[0.1\]"),
         ({"prediction_type": "flow"}, "'flow'.*v_prediction"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
+        ({"_class_name": "UniPCMultistepScheduler"}, "UniPCMultistepScheduler; .* CogVideoXDDIMScheduler"),
     ],
 )
 def test_bad_schedules_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        ddpm_schedule({"_class_name": "CogVideoXDDIMScheduler", **fields})
+        schedule_of({"_class_name": "CogVideoXDDIMScheduler", **fields}, "ddpm", FILE)
 
 
 def test_bad_path_cannot_be_written():
     for schedule in (Schedule("rf", "velocity"), Schedule("ddpm", "conjugate_velocity")):
-        with pytest.raises(ValueError, match="cannot be written.*v, eps, x0"):
-            ddpm_schedule_json(schedule)
+        with pytest.raises(ValueError, match="cannot be written .* 'ddpm' with v, eps, x0"):
+            scheduler_json(schedule, "ddpm")
 
 
 @pytest.mark.parametrize(
