@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import transformers
 
@@ -19,7 +20,7 @@ from dollar_jax.data.vocabulary import build_tokenizer
 from dollar_jax.generate import Generator, video_keys
 from dollar_jax.schedule import Schedule, coefficients, timestep_grid
 from dollar_jax.weights.importer import import_pipeline
-from dollar_jax.weights.pipeline import load_pipeline, save_pipeline
+from dollar_jax.weights.pipeline import load_pipeline, load_tokenizer, save_pipeline, tokenize
 from dollar_jax.weights.scheduler import schedule_of, scheduler_json
 
 torch.set_num_threads(1)
@@ -162,10 +163,27 @@ def test_two_steps_of_distillation_then_a_sample(generator, make_config, quick_c
     assert min(jax.tree.leaves(moved)) > 0, "every parameter is trained"
 
     draw = generator.student_sampler(config.student.timesteps)
-    latent = draw(loop.restore_student(tmp_path, generator), video_keys(0, 2), generator.text(PROMPTS))
+    with jax.debug_key_reuse(False):  # the first video's key also seeds what is added between steps
+        latent = draw(loop.restore_student(tmp_path, generator), video_keys(0, 2), generator.text(PROMPTS))
     video = generator.decode(latent)
     assert video.shape == (2, *CLIP, 3)
     assert np.isfinite(video).all() and video.min() >= 0 and video.max() <= 1
+
+
+def test_a_tokenizer_published_as_a_sentencepiece_model_is_read(tmp_path):
+    """As CogVideoX's: T5's ids 0, 1 and 2 are padding, end and unknown, and there is no tokenizer.json."""
+    (tmp_path / "captions.txt").write_text("\n".join(map(str, shapes.all_captions())))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "captions.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=40,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    ids, mask = tokenize(load_tokenizer(tmp_path), [*PROMPTS, "A blue Dog"], 40)
+    for prompt, row, seen in zip([*PROMPTS, "A blue Dog"], ids, mask, strict=True):
+        expected = [*reference.encode(prompt), 1]
+        assert row.tolist() == expected + [0] * (40 - len(expected))
+        assert seen.tolist() == [1] * len(expected) + [0] * (40 - len(expected))
 
 
 # --- the files' fields ----------------------------------------------------------------------------
