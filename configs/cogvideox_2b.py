@@ -46,7 +46,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
         "log_every": 10,
         "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
         "compute": {"dtype": "bfloat16", "teacher_dtype": "bfloat16", "remat": "attention", "vae_chunk": 2},
-        "data": {"name": "data/cogvideox_2b", "max_text_length": 226, "clip": (49, 480, 720)},
+        "data": {"name": "data/cogvideox_2b", "max_text_length": 226},
         "sampling": {"num_steps": 50, "guidance_weight": 5.0, "eta": 0.0},
         "student": {
             "timesteps": (999.0, 749.0, 499.0, 249.0),

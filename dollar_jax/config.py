@@ -248,13 +248,12 @@ class RewardConfig:
 class DataConfig:
     """Clips and captions, encoded once by the teacher's own VAE and text encoder.
 
-    `name` is "moving_shapes" for the default domain, else a folder of prepared data.
+    `name` is "moving_shapes", the default domain, or the folder of a data set that `dollar prepare` made.
     """
 
     name: str
     train_videos: int
     max_text_length: int
-    clip: tuple[int, int, int]  # frames, height and width in pixels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dollar_jax.config import DistillConfig
+from dollar_jax.data import shapes
 from dollar_jax.data.latents import load_data
 from dollar_jax.evaluate.measure import default_plan, measure, samplers, speedups
 from dollar_jax.evaluate.report import write_metrics, write_report
@@ -26,11 +27,11 @@ SHOWN = 8  # prompts whose videos are on the page
 
 def clip_size(config: DistillConfig) -> tuple[int, int, int]:
     """Frames, height and width of the videos a configuration trains on."""
-    return config.data.clip
+    return {"moving_shapes": (shapes.FRAMES, shapes.SIZE, shapes.SIZE)}[config.data.name]
 
 
 def make_generator(config: DistillConfig, mesh: Mesh | None = None) -> Generator:
-    """The teacher of a configuration, ready to sample clips of its data's size.
+    """The teacher of a configuration, ready to sample clips of the default domain.
 
     An imported teacher is restored into the mesh's sharding if one is given.
     """

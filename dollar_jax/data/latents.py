@@ -50,8 +50,6 @@ class EncodedVideos:
 
 def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> EncodedVideos:
     """The training split of config.data, encoded; rendered and encoded into `workdir/data` the first time."""
-    if config.data.name != "moving_shapes":
-        raise ValueError(f"config.data.name is {config.data.name!r}; only moving_shapes can be loaded so far")
     folder = workdir / "data"
     cache = folder / f"latents_{config.data.train_videos}.npz"
     if not cache.exists():
