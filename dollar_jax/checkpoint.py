@@ -8,13 +8,15 @@ name only when it is whole: a killed save leaves nothing that looks like a check
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.experimental import v1
 
 
 class Checkpoints:
@@ -77,3 +79,60 @@ def _abstract(x: Any) -> Any:
     if isinstance(x, jax.Array):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
     return x
+
+
+# --- a tree of arrays by itself, such as a frozen network's weights ---------------------------------
+
+_AT_ONCE = 2**28  # bytes of small arrays that are written together
+_CHUNK = 2**26  # bytes on disk that are read together: a shard of a mesh needs few more than its own
+
+
+def save_stream(folder: str | Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes the tree of (path, array) pairs, paths like "a/b/c", without holding it in memory.
+
+    The folder appears under its name only when all are in it.
+    """
+    folder = Path(folder).absolute()
+    host = jax.devices("cpu")[0]
+    waiting: dict[str, Any] = {}
+    size = 0
+    context = v1.Context()
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK
+    with context:
+        for path, array in arrays:
+            *parents, leaf = path.split("/")
+            node = waiting
+            for name in parents:
+                node = node.setdefault(name, {})
+            # As JAX's, which Orbax writes from where they are; numpy's it would copy.
+            node[leaf] = jax.device_put(array, host, may_alias=True)
+            size += array.nbytes
+            del array, node
+            if size >= _AT_ONCE:
+                v1.partial.save(folder, waiting)
+                waiting, size = {}, 0
+        if waiting:
+            v1.partial.save(folder, waiting)
+        v1.partial.finalize(folder)
+
+
+def restore_tree(folder: str | Path, shapes: Any, shardings: Any = None) -> Any:
+    """The tree saved in a folder with the dtypes of `shapes`, each array straight into its sharding.
+
+    Without shardings they are numpy arrays on this host. Raises ValueError when the folder is damaged
+    or holds another tree.
+    """
+    folder = Path(folder).absolute()
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+        where = jax.tree.map(lambda _: here, shapes)
+    else:
+        where = shardings
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
+    )
+    try:
+        tree = v1.load(folder, like)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{folder} is damaged, or holds the weights of another network: {error}") from error
+    return tree if shardings is not None else jax.tree.map(np.asarray, tree)

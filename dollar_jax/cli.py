@@ -18,11 +18,15 @@ DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
 
 
 class Command(NamedTuple):
-    """`define` declares the flags of a list of arguments, `run` does the work once they are parsed."""
+    """`define` declares the flags of a list of arguments, `run` does the work once they are parsed.
+
+    `run` gets the arguments that are no flags; `takes` says what they are, and is empty where none are.
+    """
 
     summary: str
     define: Callable[[list[str]], None]
-    run: Callable[[], None]
+    run: Callable[..., None]
+    takes: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         delattr(FLAGS, flag)
     command.define(rest)
     if any(argument in ("-h", "--help", "-help") for argument in rest):
-        print(f"dollar {name}: {command.summary}\n\n{FLAGS.get_help()}")
+        usage = f"dollar {name} {command.takes}".rstrip()
+        print(f"{usage}: {command.summary}\n\n{FLAGS.get_help()}")
         return 0
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -51,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             extra = FLAGS([f"dollar {name}", *rest])[1:]
         except (AttributeError, KeyError) as error:
             raise ValueError(f"the configuration has no field {error.args[0]}") from error
-        if extra:
+        if extra and not command.takes:
             raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
-        command.run()
+        command.run(*extra)
     except (flags.Error, ValueError, OSError, SyntaxError, FloatingPointError) as error:
         if os.environ.get("DOLLAR_TRACEBACK"):
             raise
@@ -141,6 +146,20 @@ def _define_evaluate(_: list[str]) -> None:
     flags.DEFINE_bool("quick", False, "Fewer videos.", flag_values=FLAGS)
 
 
+def _define_import(_: list[str]) -> None:
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"],
+        "Of the weights of transformer and text encoder on disk; the VAE's stay float32.", flag_values=FLAGS,
+    )  # fmt: skip
+
+
+def _define_export(_: list[str]) -> None:
+    _define_workdir()
+    flags.DEFINE_bool("ema", True, "The student's moving average rather than its raw weights.", flag_values=FLAGS)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "float16", "bfloat16"], "Of the student.", flag_values=FLAGS)
+    flags.DEFINE_string("shard_size", "5GB", "The most that a weight file holds.", flag_values=FLAGS)
+
+
 # --- commands -------------------------------------------------------------------------------------
 
 
@@ -180,11 +199,12 @@ def _demo() -> None:
 def _train() -> None:
     from dollar_jax.data.latents import load_data
     from dollar_jax.demo import make_generator
+    from dollar_jax.sharding import make_mesh
     from dollar_jax.train import train
 
     _prepare_jax()
     config, workdir = _distill_config(FLAGS.config), Path(FLAGS.workdir)
-    generator = make_generator(config)
+    generator = make_generator(config, mesh=make_mesh(config.mesh))
     train(config, workdir, generator, load_data(config, generator, workdir))
     print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
 
@@ -240,6 +260,32 @@ def _evaluate() -> None:
     print_table(out)
 
 
+def _import(*names: str) -> None:
+    from dollar_jax.weights.importer import import_pipeline
+
+    if len(names) != 2:
+        raise ValueError("give two names: the diffusers folder, or OWNER/NAME on the hub, and the new folder")
+    source, folder = names
+    import_pipeline(source, folder, FLAGS.dtype)
+    print(f"The teacher is in {folder}; train with --config.teacher={folder}.")
+
+
+def _export(*names: str) -> None:
+    from dollar_jax.weights.exporter import export_run
+
+    if len(names) != 1:
+        raise ValueError("give the new folder: dollar export --workdir=RUN FOLDER")
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    size = re.fullmatch(r"([1-9]\d*)([KMG]B)", FLAGS.shard_size)
+    if size is None:
+        raise ValueError(f"--shard_size={FLAGS.shard_size} must be a size such as 500MB or 5GB")
+    export_run(
+        Path(FLAGS.workdir), Path(names[0]), ema=FLAGS.ema, dtype=FLAGS.dtype,
+        shard_size=int(size[1]) * units[size[2]],
+    )  # fmt: skip
+    print(f"The student is in {names[0]}; its README.md says how diffusers samples it.")
+
+
 def print_table(path: Path) -> None:
     """The rows of a metrics.json on the terminal."""
     import json
@@ -260,5 +306,7 @@ COMMANDS = {
     "train": Command("distil a teacher; resumes what it finds in the workdir", _define_train, _train),
     "sample": Command("draw videos from a run's student, or from its teacher", _define_sample, _sample),
     "evaluate": Command("sample and measure a run again", _define_evaluate, _evaluate),
+    "import": Command("a diffusers pipeline to a teacher folder that shards", _define_import, _import, "SRC DST"),
+    "export": Command("a run's student to a folder that diffusers loads", _define_export, _export, "DST"),
     "pretrain": Command("train the default domain's teacher from nothing", _define_train, _pretrain),
 }

@@ -246,20 +246,52 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Clips and captions, encoded once by the teacher's own VAE and text encoder."""
+    """Clips and captions, encoded once by the teacher's own VAE and text encoder.
 
-    name: Literal["moving_shapes"]
+    `name` is "moving_shapes", the default domain, or the folder of a data set that `dollar prepare` made.
+    """
+
+    name: str
     train_videos: int
     max_text_length: int
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How the teacher is sampled. `guidance_weight` is the paper's w (diffusers' scale is w + 1)."""
+    """How the teacher is sampled. `guidance_weight` is the paper's w (diffusers' scale is w + 1).
+
+    `solver` "ddim" is the paper's, on a rectified flow Euler's; "unipc" is the one Wan is published with,
+    which takes no `eta`.
+    """
 
     num_steps: int
     guidance_weight: float
     eta: float
+    solver: Literal["ddim", "unipc"] = "ddim"
+
+    def __post_init__(self) -> None:
+        if self.solver == "unipc" and self.eta:
+            raise ValueError(f"config.sampling.eta must be 0 with solver 'unipc', not {self.eta}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How networks are computed: nothing here changes what they are, but for rounding.
+
+    `dtype` is that of the transformer's matrix products; norms, modulation, rotary and timestep embeddings
+    stay fp32, as do the student's and fake score's own weights. `remat` says what the backward pass keeps
+    of a block (see `models.layers.run_blocks`).
+    """
+
+    dtype: Literal["float32", "bfloat16"]
+    teacher_dtype: Literal["float32", "bfloat16"]  # of the frozen teacher's and text encoder's weights
+    remat: Literal["none", "full", "dots", "attention"]
+    scan_layers: bool  # one compiled block instead of a program as long as the network is deep
+    vae_chunk: int | None  # latent frames the video VAE takes at a time; None is the whole clip
+
+    def __post_init__(self) -> None:
+        if self.vae_chunk is not None and self.vae_chunk < 1:
+            raise ValueError(f"config.compute.vae_chunk must be at least 1 or None, not {self.vae_chunk}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,6 +307,7 @@ class DistillConfig:
     keep_checkpoints: int
     log_every: int
     mesh: MeshConfig
+    compute: ComputeConfig
     data: DataConfig
     sampling: SamplingConfig
     student: StudentConfig

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from dollar_jax.config import DistillConfig
 from dollar_jax.data import shapes
@@ -18,18 +19,28 @@ from dollar_jax.evaluate.report import write_metrics, write_report
 from dollar_jax.evaluate.video import side_by_side, write_video
 from dollar_jax.generate import Generator, load_teacher
 from dollar_jax.rewards import get_reward
+from dollar_jax.sharding import make_mesh
 from dollar_jax.train import read_config, read_history, restore_student, train
 
 SHOWN = 8  # prompts whose videos are on the page
 
 
-def make_generator(config: DistillConfig) -> Generator:
-    """The teacher of a configuration, ready to sample clips of the default domain."""
+def clip_size(config: DistillConfig) -> tuple[int, int, int]:
+    """Frames, height and width of the videos a configuration trains on."""
+    return {"moving_shapes": (shapes.FRAMES, shapes.SIZE, shapes.SIZE)}[config.data.name]
+
+
+def make_generator(config: DistillConfig, mesh: Mesh | None = None) -> Generator:
+    """The teacher of a configuration, ready to sample clips of the default domain.
+
+    An imported teacher is restored into the mesh's sharding if one is given.
+    """
     return Generator(
-        load_teacher(config.teacher),
+        load_teacher(config.teacher, config.compute, mesh),
         config.data.max_text_length,
         config.sampling,
-        (shapes.FRAMES, shapes.SIZE, shapes.SIZE),
+        clip_size(config),
+        config.compute.vae_chunk,
     )
 
 
@@ -41,7 +52,7 @@ def demo(config: DistillConfig, workdir: Path, quick: bool = False) -> Path:
     def lap(name: str) -> None:
         timings[name] = time.perf_counter() - start - sum(timings.values())
 
-    generator = make_generator(config)
+    generator = make_generator(config, mesh=make_mesh(config.mesh))
     data = load_data(config, generator, workdir)
     lap("load and encode data")
     train(config, workdir, generator, data)

@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dollar_jax import sample
-from dollar_jax.config import SamplingConfig
+from dollar_jax.config import ComputeConfig, SamplingConfig
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
+from dollar_jax.sharding import shard
 from dollar_jax.types import Params
 from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
 
@@ -23,9 +25,25 @@ SHIPPED_TEACHERS = {"moving_shapes": Path(__file__).parent / "assets" / "moving_
 Sampler = Callable[[Params, jax.Array, Any], jax.Array]  # params, key per video, text → latent
 
 
-def load_teacher(name: str) -> Pipeline:
-    """The shipped teacher of that name, or the pipeline folder at that path."""
-    return load_pipeline(SHIPPED_TEACHERS.get(name, Path(name)))
+def teacher_folder(name: str) -> Path:
+    """The folder of the shipped teacher of that name, or the path itself."""
+    return SHIPPED_TEACHERS.get(name, Path(name))
+
+
+def load_teacher(
+    name: str, compute: ComputeConfig | None = None, mesh: Mesh | None = None
+) -> Pipeline:
+    """The shipped teacher of that name, or the pipeline folder at that path; in fp32 unless `compute` is given.
+
+    With a mesh the transformer of an imported folder is restored into its shards there.
+    """
+    folder = teacher_folder(name)
+    if compute is None:
+        return load_pipeline(folder)
+    return load_pipeline(
+        folder, compute.teacher_dtype, None if mesh is None else functools.partial(shard, mesh),
+        dtype=compute.dtype, remat=compute.remat, scan_layers=compute.scan_layers,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +54,7 @@ class Generator:
     max_text_length: int
     sampling: SamplingConfig
     clip: tuple[int, int, int]  # frames, height, width
+    vae_chunk: int | None = None  # latent frames encoded or decoded at a time; None is all
 
     @functools.cached_property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -47,8 +66,10 @@ class Generator:
         return jax.jit(lambda p, ids, mask: zero_padding(network.apply(p, ids, mask), mask))
 
     def text(self, prompts: Sequence[str]) -> np.ndarray:
-        """States [n, l, d] of the prompts, padding zeroed."""
+        """States [n, l, d] of the prompts as the transformer expects them: Wan's has padding zeroed."""
         ids, mask = tokenize(self.pipeline.tokenizer, prompts, self.max_text_length)
+        if not self.pipeline.family.masks_padding:
+            mask = np.ones_like(mask)
         return np.asarray(self._encode_text(self.pipeline.text_encoder.params, ids, mask))
 
     @functools.cached_property
@@ -62,7 +83,8 @@ class Generator:
 
         def encode(params: Params, frames: jax.Array) -> jax.Array:
             frames = frames.astype(jnp.float32) / 127.5 - 1
-            return normalise(vae.network.apply(params, frames, method="encode")[0], vae.config)
+            mean, _ = vae.network.apply(params, frames, method="encode", chunk=self.vae_chunk)
+            return normalise(mean, vae.config)
 
         return jax.jit(encode)
 
@@ -75,7 +97,8 @@ class Generator:
         vae = self.pipeline.vae
 
         def decode(params: Params, latent: jax.Array) -> jax.Array:
-            frames = vae.network.apply(params, denormalise(latent, vae.config), method="decode")
+            raw = denormalise(latent, vae.config)
+            frames = vae.network.apply(params, raw, method="decode", chunk=self.vae_chunk)
             return (frames + 1) / 2
 
         return jax.jit(decode)
@@ -94,6 +117,11 @@ class Generator:
 
         @jax.jit
         def draw(params: Params, keys: jax.Array, text: jax.Array) -> jax.Array:
+            if self.sampling.solver == "unipc":
+                return sample.unipc_sample(
+                    pipeline.transformer.network.apply, params, pipeline.schedule, self.noise(keys),
+                    text, null_text, guidance_weight, num_steps,
+                )  # fmt: skip
             return sample.ode_sample(
                 pipeline.transformer.network.apply, params, pipeline.schedule, self.noise(keys), text,
                 null_text, guidance_weight, num_steps, self.sampling.eta,

@@ -215,6 +215,66 @@ def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
     return np.append(times, CLEAN).astype(np.float32)
 
 
+def unipc_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """fp32 network times [num_steps] and noise levels sigma [num_steps + 1], from almost 1 to 0.
+
+    As diffusers' `UniPCMultistepScheduler` with `use_flow_sigmas` makes them, which Wan is published
+    with: the grid ends one training step short of the clean end, and the network gets whole times.
+
+    Raises:
+        ValueError: the path is not rectified flow, or num_steps is not in 1..num_train_timesteps.
+    """
+    total = schedule.num_train_timesteps
+    if schedule.path != "rf" or not 1 <= num_steps <= total:
+        raise ValueError(
+            f"UniPC takes 1 to {total} steps on a rectified flow, not {num_steps!r} on {schedule.path!r}."
+        )
+    sigmas = _shift(schedule, np.linspace(1.0, 1.0 / total, num_steps + 1)[:-1])
+    sigmas[0] = min(sigmas[0], 1 - _FLOOR)  # log(1 - sigma) has to be finite
+    times = np.trunc(total * sigmas)
+    return times.astype(np.float32), np.append(sigmas, 0.0).astype(np.float32)
+
+
+def unipc_table(sigmas: np.ndarray) -> np.ndarray:
+    """[n, 7]: what UniPC-2 with B(h) = e^h - 1 (arXiv 2302.04867, algorithms 5-8) weighs its terms with.
+
+    Step i has the state x_i that step i - 1 predicted, the state y before it, and the clean predictions
+    m_i at x_i, m_{i-1} and m_{i-2}. Columns 0-3 correct x_i to `c0 y + c1 m_i + c2 m_{i-1} + c3 m_{i-2}`,
+    and columns 4-6 predict x_{i+1} from the corrected state as `p0 y + p1 m_i + p2 m_{i-1}`; the first
+    row's correction is to be left out. The first and last steps are of order 1.
+    """
+    sigma = np.asarray(sigmas, np.float64)
+    alpha = 1.0 - sigma
+    with np.errstate(divide="ignore"):
+        lam = np.log(alpha) - np.log(sigma)
+    steps = len(sigma) - 1
+    orders = [min(2, steps - i, i + 1) for i in range(steps)]
+    table = np.zeros((steps, 7))
+    for i in range(steps):
+        h = lam[i + 1] - lam[i]
+        grow = -np.expm1(-h)  # -B(h) in the data prediction's sign
+        table[i, 4:6] = sigma[i + 1] / sigma[i], alpha[i + 1] * grow
+        if orders[i] == 2:
+            ratio = (lam[i - 1] - lam[i]) / h
+            change = alpha[i + 1] * grow * 0.5 / ratio
+            table[i, 5:] += -change, change
+        if i == 0:
+            continue
+        h = lam[i] - lam[i - 1]
+        grow = -np.expm1(-h)
+        weights = np.array([0.0, 0.5])  # of m_{i-2} - m_{i-1} and of m_i - m_{i-1}
+        if orders[i - 1] == 2:
+            ratio = (lam[i - 2] - lam[i - 1]) / h
+            second = grow / h - 1.0
+            third = -second / h - 0.5
+            matrix = np.array([[1.0, 1.0], [ratio, 1.0]])
+            weights = np.linalg.solve(matrix, np.array([second, 2.0 * third]) / -grow)
+            weights[0] /= ratio
+        older, now = alpha[i] * grow * weights
+        table[i, :4] = sigma[i] / sigma[i - 1], now, alpha[i] * grow - older - now, older
+    return table.astype(np.float32)
+
+
 def time_from_uniform(schedule: Schedule, u: Time) -> Time:
     """Maps uniform u in [0, 1) to a training time: shifted for rectified flow, else an index."""
     total = schedule.num_train_timesteps

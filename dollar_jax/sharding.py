@@ -25,14 +25,14 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(.*/)?reward_head.*", P()),
     (r"reward_statistics/.*", P()),
     # Stacked blocks: [layer, in, out].
-    (r"(.*/)?blocks/.*/(to_q|to_k|to_v|proj_in)/kernel", P(None, "fsdp", "tensor")),
+    (r"(.*/)?blocks/.*/(to_q|to_k|to_v|proj_in|linear)/kernel", P(None, "fsdp", "tensor")),
     (r"(.*/)?blocks/.*/(to_out|proj_out)/kernel", P(None, "tensor", "fsdp")),
     (r"(.*/)?blocks/.*/(to_q|to_k|to_v|proj_in)/bias", P(None, "tensor")),
     (r"(.*/)?blocks/.*(bias|scale|scale_shift_table)", P()),
     # The rest of the transformer: [in, out].
-    (r"(.*/)?(patch_embedding|linear_1|time_proj)/kernel", P("fsdp", "tensor")),
+    (r"(.*/)?(patch_embedding|linear_1|time_proj|text_proj|linear)/kernel", P("fsdp", "tensor")),
     (r"(.*/)?(proj_out|linear_2)/kernel", P("tensor", "fsdp")),
-    (r"(.*/)?(bias|scale_shift_table)", P()),
+    (r"(.*/)?(bias|scale|scale_shift_table)", P()),
     # Counters and keys.
     (r"(.*/)?(step|key|count)", P()),
 )

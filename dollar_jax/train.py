@@ -291,8 +291,12 @@ def read_config(workdir: Path) -> DistillConfig:
 
 def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> Any:
     """The newest student's parameters, and nothing else of the checkpoint; the average unless `ema` is False."""
+    return restore_weights(workdir, generator.pipeline.transformer.network.shapes, ema)[1]
+
+
+def restore_weights(workdir: Path, shapes: Any, ema: bool) -> tuple[int, Any]:
+    """The newest checkpoint's step, and its student or the student's average, for a network of these shapes."""
     name = "ema" if ema else "student"
-    shapes = generator.pipeline.transformer.network.shapes
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = {
         name: jax.tree.map(
@@ -300,7 +304,8 @@ def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> An
         )
     }
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
-        return checkpoints.restore({name: like})[name][name]
+        params = checkpoints.restore({name: like})[name][name]
+        return checkpoints.latest() or 0, params
 
 
 def _replace(path: Path, text: str) -> None:

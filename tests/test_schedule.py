@@ -3,8 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
+from dollar_jax import sample
 from dollar_jax import schedule as sch
 from dollar_jax.schedule import Schedule
 
@@ -185,6 +191,43 @@ def test_fifty_flow_steps_match_diffusers(shift):
     np.testing.assert_allclose(run_ours(schedule, x, 50), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50])
+def test_unipc_steps_match_diffusers(steps, shift):
+    reference = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    schedule = Schedule("rf", "velocity", shift=shift)
+    _, x = latents(6, batch=2)
+    expected = run_diffusers(reference, x, num_inference_steps=steps)[-1]
+    times, sigmas = sch.unipc_grid(schedule, steps)
+    np.testing.assert_array_equal(times, reference.timesteps)
+    np.testing.assert_array_equal(sigmas, reference.sigmas)
+
+    def apply(params, x, t, text):
+        return model(x, t[:, None, None, None, None], jnp)
+
+    text = jnp.zeros((2, 1, 1))
+    ours = sample.unipc_sample(apply, {}, schedule, x, text, None, None, steps)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_unipc_converges_faster_than_euler():
+    schedule = Schedule("rf", "velocity", shift=3.0)
+    _, x = latents(11, batch=2)
+
+    def apply(params, x, t, text):  # of data with mean 0 and variance 0.25, whose states only shrink
+        a, b = (column(c) for c in sch.coefficients(schedule, t))
+        return sch.from_x0(schedule, 0.25 * a / (0.25 * a**2 + b**2) * x, x, t)
+
+    def error(draw, steps):
+        end = draw(apply, {}, schedule, x, jnp.zeros((2, 1, 1)), None, None, steps)
+        return np.abs(end - 0.5 * x).max()
+
+    with jax.disable_jit():
+        assert error(sample.unipc_sample, 10) < 0.3 * error(sample.ode_sample, 10)
+
+
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 @pytest.mark.parametrize("t", [999, 519, 19])
 def test_stochastic_step_matches_diffusers(eta, t):
@@ -327,3 +370,5 @@ def test_bad_calls_say_what_is_wrong():
         sch.ddim_step(schedule, x, x, t, t - 20, eta=1.0)
     with pytest.raises(ValueError, match="num_steps"):
         sch.timestep_grid(schedule, 0)
+    with pytest.raises(ValueError, match="rectified flow"):
+        sch.unipc_grid(schedule, 4)

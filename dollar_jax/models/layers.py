@@ -16,6 +16,7 @@ Initializer = Callable[..., Array]
 Block = TypeVar("Block", bound=nnx.Module)
 
 xavier = nnx.initializers.xavier_uniform()
+_small = nnx.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
@@ -73,6 +74,29 @@ class RMSNorm(nnx.Module):
         x = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
         return x * inverse * self.scale[...]
+
+
+class MLP(nnx.Module):
+    """Two dense layers named as in diffusers' embedders, `linear_1` and `linear_2`."""
+
+    def __init__(self, dim_in: int, dim: int, act: Callable[[Array], Array], **dense: Any) -> None:
+        self.linear_1 = Linear(dim_in, dim, kernel_init=_small, **dense)
+        self.linear_2 = Linear(dim, dim, kernel_init=_small, **dense)
+        self.act = act
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+class FeedForward(nnx.Module):
+    """The two dense layers of a transformer's block, with the tanh approximation of GELU between."""
+
+    def __init__(self, dim: int, inner: int, **dense: Any) -> None:
+        self.proj_in = Linear(dim, inner, **dense)
+        self.proj_out = Linear(inner, dim, **dense)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.proj_out(jax.nn.gelu(self.proj_in(x)))
 
 
 def stack_blocks(build: Callable[[nnx.Rngs], Block], length: int, rngs: nnx.Rngs) -> Block:

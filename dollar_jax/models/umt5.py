@@ -1,6 +1,7 @@
-"""The text encoder of Wan: the encoder half of UMT5, named as in transformers' `UMT5EncoderModel`.
+"""The text encoders of Wan and CogVideoX: the encoder halves of UMT5 and of T5 1.1.
 
-Unlike T5, every layer has a relative position bias of its own.
+Named as in transformers' `UMT5EncoderModel` and `T5EncoderModel`. They differ in one thing: every layer of
+UMT5 has a relative position bias of its own, while those of T5 share one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dollar_jax.models.layers import Linear, RMSNorm, run_blocks, stack_blocks
 class UMT5Config:
     """Fields and defaults as in transformers' `UMT5Config`; those after the blank are ours.
 
-    Wan uses UMT5-XXL: d_model 4096, d_kv 64, d_ff 10240, 24 layers, 64 heads, vocabulary 256384.
+    Wan uses UMT5-XXL: d_model 4096, d_kv 64, d_ff 10240, 24 layers, 64 heads, vocabulary 256384. CogVideoX
+    uses T5 1.1 XXL: the same with a vocabulary of 32128 and `shared_position_bias`.
     """
 
     vocab_size: int = 250112
@@ -36,6 +38,7 @@ class UMT5Config:
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "gated-gelu"
 
+    shared_position_bias: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = True
@@ -43,7 +46,7 @@ class UMT5Config:
     def __post_init__(self) -> None:
         if self.feed_forward_proj != "gated-gelu":
             raise ValueError(
-                f"feed_forward_proj is {self.feed_forward_proj!r}; UMT5 has only 'gated-gelu'"
+                f"feed_forward_proj is {self.feed_forward_proj!r}; UMT5 and T5 1.1 have only 'gated-gelu'"
             )
 
 
@@ -55,6 +58,18 @@ def _dense(c: UMT5Config, rngs: nnx.Rngs, dim_in: int, dim_out: int, std: float)
     )  # fmt: skip
 
 
+class PositionBias(nnx.Module):
+    """What attention adds to its scores for the distance of a key from the query; fp32."""
+
+    def __init__(self, c: UMT5Config, rngs: nnx.Rngs) -> None:
+        init = nnx.initializers.normal(c.d_model**-0.5)
+        shape = (c.relative_attention_num_buckets, c.num_heads)
+        self.embedding = nnx.Param(init(rngs.params(), shape, jnp.dtype(c.param_dtype)))
+
+    def __call__(self, buckets: Int[Array, "l l"]) -> Float[Array, "1 heads l l"]:
+        return self.embedding[...][buckets].transpose(2, 0, 1)[None].astype(jnp.float32)
+
+
 class UMT5Attention(nnx.Module):
     def __init__(self, c: UMT5Config, rngs: nnx.Rngs) -> None:
         inner = c.num_heads * c.d_kv
@@ -63,21 +78,20 @@ class UMT5Attention(nnx.Module):
         self.k = _dense(c, rngs, c.d_model, inner, c.d_model**-0.5)
         self.v = _dense(c, rngs, c.d_model, inner, c.d_model**-0.5)
         self.o = _dense(c, rngs, inner, c.d_model, inner**-0.5)
-        self.relative_attention_bias = nnx.Embed(
-            c.relative_attention_num_buckets,
-            c.num_heads,
-            embedding_init=nnx.initializers.normal(c.d_model**-0.5),
-            param_dtype=jnp.dtype(c.param_dtype),
-            rngs=rngs,
-        )
+        self.relative_attention_bias = None if c.shared_position_bias else PositionBias(c, rngs)
         self.heads = c.num_heads
 
     def __call__(
-        self, x: Float[Array, "b l d"], mask: Bool[Array, "b 1 1 l"], buckets: Int[Array, "l l"]
+        self,
+        x: Float[Array, "b l d"],
+        mask: Bool[Array, "b 1 1 l"],
+        buckets: Int[Array, "l l"],
+        shared_bias: Float[Array, "1 heads l l"] | None,
     ) -> Float[Array, "b l d"]:
         q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
-        bias = self.relative_attention_bias.embedding[...][buckets].transpose(2, 0, 1)[None]
-        out = attention(q, k, v, mask=mask, bias=bias.astype(jnp.float32), scale=1.0)
+        own = self.relative_attention_bias
+        bias = shared_bias if own is None else own(buckets)
+        out = attention(q, k, v, mask=mask, bias=bias, scale=1.0)
         return self.o(out.reshape(*x.shape[:2], -1))
 
 
@@ -91,9 +105,13 @@ class UMT5Block(nnx.Module):
         self.wo = _dense(c, rngs, c.d_ff, c.d_model, c.d_ff**-0.5)
 
     def __call__(
-        self, x: Float[Array, "b l d"], mask: Bool[Array, "b 1 1 l"], buckets: Int[Array, "l l"]
+        self,
+        x: Float[Array, "b l d"],
+        mask: Bool[Array, "b 1 1 l"],
+        buckets: Int[Array, "l l"],
+        shared_bias: Float[Array, "1 heads l l"] | None,
     ) -> Float[Array, "b l d"]:
-        x = x + self.attention(self.attention_norm(x), mask, buckets)
+        x = x + self.attention(self.attention_norm(x), mask, buckets, shared_bias)
         y = self.ffn_norm(x)
         return x + self.wo(jax.nn.gelu(self.wi_0(y)) * self.wi_1(y))
 
@@ -110,6 +128,7 @@ class UMT5Encoder(nnx.Module):
         )
         self.blocks = stack_blocks(lambda rngs: UMT5Block(c, rngs), c.num_layers, rngs)
         self.final_layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, param_dtype=c.param_dtype)
+        self.relative_attention_bias = PositionBias(c, rngs) if c.shared_position_bias else None
 
     def __call__(self, ids: Int[Array, "b l"], mask: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         """States in `dtype`; `mask` is 1 at tokens and 0 at padding.
@@ -121,7 +140,8 @@ class UMT5Encoder(nnx.Module):
         buckets = jnp.asarray(position_buckets(ids.shape[1], c))
         keys = mask.astype(bool)[:, None, None, :]
         x = self.shared.embedding[...][ids].astype(c.dtype)
-        x = run_blocks(self.blocks, x, keys, buckets, length=c.num_layers, scan=c.scan_layers)
+        bias = None if self.relative_attention_bias is None else self.relative_attention_bias(buckets)
+        x = run_blocks(self.blocks, x, keys, buckets, bias, length=c.num_layers, scan=c.scan_layers)
         return self.final_layer_norm(x).astype(c.dtype)
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dollar_jax.models.attention import attention
+from dollar_jax.models.embeddings import (
+    Rotary,
+    patchify,
+    rotary_tables,
+    rotate,
+    timestep_embedding,
+    unpatchify,
+)
 from dollar_jax.models.layers import (
+    MLP,
+    FeedForward,
     LayerNorm,
     Linear,
     Remat,
@@ -27,9 +36,6 @@ from dollar_jax.models.layers import (
     run_blocks,
     stack_blocks,
 )
-
-_small = nnx.initializers.normal(0.02)
-Rotary = tuple[Float[Array, "n half"], Float[Array, "n half"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +78,6 @@ class WanConfig:
     @property
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
-
-
-class MLP(nnx.Module):
-    """Two dense layers named as in diffusers' embedders, `linear_1` and `linear_2`."""
-
-    def __init__(self, dim_in: int, dim: int, act: Callable[[Array], Array], **dense: Any) -> None:
-        self.linear_1 = Linear(dim_in, dim, kernel_init=_small, **dense)
-        self.linear_2 = Linear(dim, dim, kernel_init=_small, **dense)
-        self.act = act
-
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        return self.linear_2(self.act(self.linear_1(x)))
 
 
 class ConditionEmbedder(nnx.Module):
@@ -138,16 +132,6 @@ class Attention(nnx.Module):
         return self.to_out(out.reshape(x.shape))
 
 
-class FeedForward(nnx.Module):
-    def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:
-        dense = {"rngs": rngs, "dtype": c.dtype, "param_dtype": c.param_dtype}
-        self.proj_in = Linear(c.dim, c.ffn_dim, **dense)
-        self.proj_out = Linear(c.ffn_dim, c.dim, **dense)
-
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return self.proj_out(jax.nn.gelu(self.proj_in(x)))
-
-
 class WanBlock(nnx.Module):
     def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:
         self.attn1 = Attention(c, rngs)
@@ -155,7 +139,9 @@ class WanBlock(nnx.Module):
         self.norm2 = (
             LayerNorm(c.dim, c.eps, param_dtype=c.param_dtype) if c.cross_attn_norm else None
         )
-        self.ffn = FeedForward(c, rngs)
+        self.ffn = FeedForward(
+            c.dim, c.ffn_dim, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype
+        )
         self.scale_shift_table = nnx.Param(_table(rngs, (6, c.dim), c.param_dtype))
         self.eps, self.dtype = c.eps, c.dtype
 
@@ -207,7 +193,12 @@ class WanTransformer(nnx.Module):
         """`t` in [0, 1000]; `text` comes with padded rows zeroed and, as in Wan, not masked."""
         c = self.config
         grid = self._grid(x.shape[1:])
-        rotary = rotary_tables(grid, c.attention_head_dim)
+        # Height and width get 2⌊head_dim / 6⌋ channels each and time the rest.
+        space = 2 * (c.attention_head_dim // 6)
+        time_rows, rows, columns = (np.arange(size) for size in grid)
+        rotary = rotary_tables(
+            (time_rows, rows, columns), (c.attention_head_dim - 2 * space, space, space)
+        )
         time, modulation, text = self.condition_embedder(t, text)
 
         y = self.patch_embedding(patchify(x, c.patch_size))
@@ -229,59 +220,6 @@ class WanTransformer(nnx.Module):
         if max(grid) > c.rope_max_seq_len:
             raise ValueError(f"a grid of {grid} patches is longer than {c.rope_max_seq_len=}")
         return cast(tuple[int, int, int], grid)
-
-
-def patchify(x: Float[Array, "b t h w c"], patch: tuple[int, int, int]) -> Float[Array, "b n p"]:
-    """One row per patch, in the order t, h, w; inside it pt, ph, pw, c."""
-    b, t, h, w, c = x.shape
-    pt, ph, pw = patch
-    x = x.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c)
-    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
-
-
-def unpatchify(
-    x: Float[Array, "b n p"], grid: tuple[int, int, int], patch: tuple[int, int, int]
-) -> Float[Array, "b t h w c"]:
-    """Undoes `patchify` for a grid of so many patches in t, h and w."""
-    x = x.reshape(x.shape[0], *grid, *patch, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(x.shape[0], *(g * p for g, p in zip(grid, patch, strict=True)), -1)
-
-
-def timestep_embedding(t: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:
-    """Cosines, then sines, of t at dim/2 frequencies from 1 down to almost 1/10,000; fp32."""
-    frequencies = np.exp(-math.log(10_000) * np.arange(dim // 2) / (dim // 2))
-    angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> Rotary:
-    """Cosine and sine of every token's rotation angles: channels first of t, then of h, then of w.
-
-    Height and width get 2⌊head_dim / 6⌋ channels each and time the rest.
-    """
-    space = 2 * (head_dim // 6)
-    angles = []
-    for axis, dim in enumerate((head_dim - 2 * space, space, space)):
-        # fp64 on the host as in the reference, one small table per axis: a table of all tokens
-        # would be a constant of many megabytes in the compiled program.
-        frequencies = 10_000.0 ** -(np.arange(0, dim, 2) / dim)
-        shape = [1, 1, 1, dim // 2]
-        shape[axis] = grid[axis]
-        angles.append(np.outer(np.arange(grid[axis]), frequencies).reshape(shape))
-
-    def table(f: np.ufunc) -> Array:
-        parts = [jnp.broadcast_to(f(a).astype(np.float32), (*grid, a.shape[-1])) for a in angles]
-        return jnp.concatenate(parts, axis=-1).reshape(-1, head_dim // 2)
-
-    return table(np.cos), table(np.sin)
-
-
-def rotate(x: Float[Array, "b n heads d"], rotary: Rotary) -> Float[Array, "b n heads d"]:
-    """Turns each pair of neighbouring channels by the token's angle; fp32."""
-    cos, sin = (a[None, :, None, :] for a in rotary)
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 
 def _table(rngs: nnx.Rngs, shape: tuple[int, int], dtype: str) -> Array:

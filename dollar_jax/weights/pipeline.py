@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dollar_jax.checkpoint import restore_tree
+from dollar_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
+from dollar_jax.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 from dollar_jax.models.network import Network, make_network
 from dollar_jax.models.umt5 import UMT5Config, UMT5Encoder
 from dollar_jax.models.wan import WanConfig, WanTransformer
 from dollar_jax.models.wan_vae import WanVAE, WanVAEConfig
+from dollar_jax.schedule import Path as DiffusionPath
 from dollar_jax.schedule import Schedule
+from dollar_jax.weights import cogvideox, cogvideox_vae, umt5, wan
 from dollar_jax.weights import safetensors_io as files
-from dollar_jax.weights.table import Params, Row, export_params, import_params
-from dollar_jax.weights.umt5 import UMT5_TABLE, umt5_config, umt5_config_json
-from dollar_jax.weights.wan import wan_config, wan_config_json, wan_table
-from dollar_jax.weights.wan_vae import wan_vae_config, wan_vae_config_json, wan_vae_table
+from dollar_jax.weights import wan_vae as wan_vae_weights
+from dollar_jax.weights.scheduler import schedule_of, scheduler_json
+from dollar_jax.weights.table import Params, Row, export_stream, import_params
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
+# The Orbax folder in place of a component's safetensors, once it is imported.
+IMPORTED = "params"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +41,17 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """What a diffusers folder of the Wan family holds."""
+    """What a diffusers folder holds; its transformer says of which family it is."""
 
     transformer: Component
     vae: Component
     text_encoder: Component
     tokenizer: Any
     schedule: Schedule
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.transformer.config)
 
 
 def wan_transformer(config: WanConfig) -> Network:
@@ -56,62 +66,189 @@ def umt5_encoder(config: UMT5Config) -> Network:
     return make_network(lambda rngs: UMT5Encoder(config, rngs))
 
 
-def load_pipeline(folder: str | Path, **transformer_options: Any) -> Pipeline:
-    """Loads a pipeline folder; `transformer_options` are our fields of WanConfig (dtype, remat, …).
+def cogvideox_transformer(config: CogVideoXConfig) -> Network:
+    return make_network(lambda rngs: CogVideoXTransformer(config, rngs))
+
+
+def cogvideox_vae_network(config: CogVideoXVAEConfig) -> Network:
+    return make_network(lambda rngs: CogVideoXVAE(config, rngs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of network: its config.json as our configuration and back, its functions, its weight table."""
+
+    class_name: str
+    config: type
+    read: Callable[..., Any]
+    write: Callable[[Any], dict[str, Any]]
+    network: Callable[[Any], Network]
+    table: Callable[[Any, Params], Sequence[Row]]  # of a configuration and the parameters' shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One kind of diffusers pipeline, and what its transformer expects.
+
+    `masks_padding`: the text encoder does not see the rows of padding, and the transformer gets zeros there.
+    """
+
+    pipeline: str
+    transformer: Kind
+    vae: Kind
+    text_encoder: Kind
+    path: DiffusionPath
+    masks_padding: bool
+
+
+_UMT5 = Kind(
+    umt5.CLASS_NAME, UMT5Config, umt5.umt5_config, umt5.umt5_config_json, umt5_encoder,
+    lambda config, shapes: umt5.UMT5_TABLE,
+)  # fmt: skip
+FAMILIES = (
+    Family(
+        "WanPipeline",
+        Kind(
+            wan.CLASS_NAME, WanConfig, wan.wan_config, wan.wan_config_json, wan_transformer,
+            lambda config, shapes: wan.wan_table(config),
+        ),
+        Kind(
+            wan_vae_weights.CLASS_NAME, WanVAEConfig, wan_vae_weights.wan_vae_config,
+            wan_vae_weights.wan_vae_config_json, wan_vae,
+            lambda config, shapes: wan_vae_weights.wan_vae_table(shapes),
+        ),
+        _UMT5,
+        path="rf",
+        masks_padding=True,
+    ),
+    Family(
+        "CogVideoXPipeline",
+        Kind(
+            cogvideox.CLASS_NAME, CogVideoXConfig, cogvideox.cogvideox_config,
+            cogvideox.cogvideox_config_json, cogvideox_transformer,
+            lambda config, shapes: cogvideox.cogvideox_table(config),
+        ),
+        Kind(
+            cogvideox_vae.CLASS_NAME, CogVideoXVAEConfig, cogvideox_vae.cogvideox_vae_config,
+            cogvideox_vae.cogvideox_vae_config_json, cogvideox_vae_network,
+            lambda config, shapes: cogvideox_vae.cogvideox_vae_table(shapes),
+        ),
+        dataclasses.replace(_UMT5, class_name=umt5.T5_CLASS_NAME),
+        path="ddpm",
+        masks_padding=False,
+    ),
+)  # fmt: skip
+
+
+def family_of(transformer_config: Any) -> Family:
+    """The family whose transformers are configured like this."""
+    return next(f for f in FAMILIES if isinstance(transformer_config, f.transformer.config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a component's config.json says: its network, and the table of its weights."""
+
+    config: Any
+    network: Network
+    table: Sequence[Row]
+
+
+def read_parts(
+    folder: Path, param_dtype: str = "float32", **transformer_options: Any
+) -> dict[str, Part]:
+    """The COMPONENTS of a pipeline folder without their weights; raises as `load_pipeline` does."""
+    family = read_family(folder)
+    held = {"param_dtype": param_dtype}
+    options = {"transformer": held | transformer_options, "vae": {}, "text_encoder": held}
+    parts = {}
+    for name in COMPONENTS:
+        kind: Kind = getattr(family, name)
+        config = kind.read(files.read_config(folder / name), **options[name])
+        network = kind.network(config)
+        parts[name] = Part(config, network, kind.table(config, network.shapes))
+    return parts
+
+
+def load_pipeline(
+    folder: str | Path,
+    param_dtype: str = "float32",
+    place: Callable[[Params], Any] | None = None,
+    **transformer_options: Any,
+) -> Pipeline:
+    """Loads a pipeline folder of one of FAMILIES; `transformer_options` are our fields of its transformer's
+    configuration (dtype, remat, …).
+
+    `param_dtype` is what the weights of transformer and text encoder are held in; the VAE's stay fp32.
+    In a folder made by `importer.import_pipeline`, the transformer's are restored straight into the
+    shardings that `place` gives for their shapes; everything else comes as numpy arrays.
 
     Raises FileNotFoundError or ValueError naming the file, tensor or field that is wrong.
     """
     folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
+    parts = read_parts(folder, param_dtype, **transformer_options)
+    loaded = {
+        name: load_component(folder / name, part, place if name == "transformer" else None)
+        for name, part in parts.items()
+    }
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    return Pipeline(**loaded, tokenizer=tokenizer, schedule=read_schedule(folder))
+
+
+def read_family(folder: Path) -> Family:
+    """The family of a pipeline folder, by its model_index.json.
+
+    Raises FileNotFoundError or ValueError naming the class that does not belong there.
+    """
+    path = folder / "model_index.json"
+    if not path.is_file():
         raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json")
-    wan = wan_config(_config(folder, "transformer"), **transformer_options)
-    vae = wan_vae_config(_config(folder, "vae"))
-    text = umt5_config(_config(folder, "text_encoder"))
-    network = wan_vae(vae)
-    return Pipeline(
-        _load(folder / "transformer", wan, wan_transformer(wan), wan_table(wan)),
-        _load(folder / "vae", vae, network, wan_vae_table(network.shapes)),
-        _load(folder / "text_encoder", text, umt5_encoder(text), UMT5_TABLE),
-        load_tokenizer(folder / "tokenizer"),
-        _schedule(folder),
-    )
+    index = files.read_json(path)
+    found = {name: (index.get(name) or [None, None])[-1] for name in COMPONENTS}
+    families = {family.transformer.class_name: family for family in FAMILIES}
+    if found["transformer"] not in families:
+        raise ValueError(
+            f"{path} has the transformer {found['transformer']}; those known are {', '.join(families)}"
+        )
+    family = families[found["transformer"]]
+    for name, class_name in found.items():
+        kind: Kind = getattr(family, name)
+        if class_name != kind.class_name:
+            raise ValueError(f"{path} has the {name} {class_name}; a {family.pipeline} has a {kind.class_name}")
+    return family
 
 
 def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> None:
-    """Writes a folder that `load_pipeline` and diffusers' `WanPipeline.from_pretrained` read."""
-    if pipeline.schedule.path != "rf":
-        raise ValueError("only rectified-flow pipelines can be written")
-    folder = Path(folder)
-    save_component(folder, "transformer", pipeline.transformer, dtype)
-    save_component(folder, "vae", pipeline.vae, dtype)
-    save_component(folder, "text_encoder", pipeline.text_encoder, dtype)
+    """Writes a folder that `load_pipeline` and `from_pretrained` of diffusers' pipeline of the family read."""
+    folder, family = Path(folder), pipeline.family
+    scheduler = scheduler_json(pipeline.schedule, family.path)
+    for name in COMPONENTS:
+        save_component(folder, name, getattr(pipeline, name), dtype)
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
-    _write(folder / "scheduler" / "scheduler_config.json", {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": pipeline.schedule.num_train_timesteps,
-        "shift": pipeline.schedule.shift,
-    })  # fmt: skip
-    _write(folder / "model_index.json", {
-        "_class_name": "WanPipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", {
+        "_class_name": family.pipeline,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", family.text_encoder.class_name],
         "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "vae": ["diffusers", "AutoencoderKLWan"],
+        "transformer": ["diffusers", family.transformer.class_name],
+        "vae": ["diffusers", family.vae.class_name],
     })  # fmt: skip
 
 
-def save_component(folder: Path, name: str, component: Component, dtype: str) -> None:
+def save_component(
+    folder: Path, name: str, component: Component, dtype: str, shard_size: int | None = None
+) -> None:
     """Writes one of COMPONENTS under its name in the pipeline folder."""
-    c = component.config
-    table, config = {
-        "transformer": lambda: (wan_table(c), wan_config_json(c)),
-        "vae": lambda: (wan_vae_table(component.network.shapes), wan_vae_config_json(c)),
-        "text_encoder": lambda: (UMT5_TABLE, umt5_config_json(c)),
-    }[name]()
+    kinds: list[Kind] = [getattr(family, name) for family in FAMILIES]
+    kind = next(kind for kind in kinds if isinstance(component.config, kind.config))
+    table = kind.table(component.config, component.network.shapes)
     file_name = files.TRANSFORMERS_FILE if name == "text_encoder" else files.DIFFUSERS_FILE
-    tensors = export_params(table, component.params)
-    files.write_component(folder / name, config, tensors, file_name=file_name, dtype=dtype)
+    tensors = export_stream(table, component.params)
+    files.write_component(
+        folder / name, kind.write(component.config), tensors, file_name=file_name, dtype=dtype,
+        shard_size=shard_size,
+    )  # fmt: skip
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -134,32 +271,30 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[np.nd
     return tokens["input_ids"].astype(np.int32), tokens["attention_mask"].astype(np.int32)
 
 
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    return files.read_config(folder / name)
+def load_component(
+    folder: Path, part: Part, place: Callable[[Params], Any] | None = None
+) -> Component:
+    """A component with its weights, from Orbax or safetensors; see `load_pipeline`."""
+    shapes = part.network.shapes
+    if (folder / IMPORTED).is_dir():
+        params = restore_tree(folder / IMPORTED, shapes, place and place(shapes))
+    else:
+        params = import_params(part.table, files.read_tensors(folder), shapes)
+    return Component(part.config, part.network, params)
 
 
-def _load(folder: Path, config: Any, network: Network, table: Sequence[Row]) -> Component:
-    params = import_params(table, files.read_tensors(folder), network.shapes)
-    return Component(config, network, params)
+def read_schedule(folder: Path) -> Schedule:
+    """The path and prediction that scheduler/scheduler_config.json describes.
 
-
-def _schedule(folder: Path) -> Schedule:
+    Raises FileNotFoundError, or ValueError naming the field that asks for something else.
+    """
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it says how the teacher is sampled")
-    fields = files.read_json(path)
-    shifts = {"FlowMatchEulerDiscreteScheduler": "shift", "UniPCMultistepScheduler": "flow_shift"}
-    name = fields.get("_class_name")
-    if name not in shifts:
-        raise ValueError(f"{path} is a {name}; the schedulers known are {', '.join(shifts)}")
-    return Schedule(
-        "rf",
-        "velocity",
-        num_train_timesteps=int(fields.get("num_train_timesteps", 1000)),
-        shift=float(fields.get(shifts[name], 1.0)),
-    )
+    return schedule_of(files.read_json(path), read_family(folder).path, path)
 
 
-def _write(path: Path, fields: dict[str, Any]) -> None:
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """One object as a JSON file, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(fields, indent=2) + "\n")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,8 @@ def tensor_files(folder: str | Path) -> list[Path]:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if pickles:
         raise FileNotFoundError(
-            f"{folder} holds {pickles[0]}, a pickle, which is never opened; save the model again "
-            "with safe_serialization=True"
+            f"{folder} holds {pickles[0]}, a pickle, which is never opened because reading one can run "
+            "any code; save the model again with safe_serialization=True"
         )
     raise FileNotFoundError(f"{folder} holds no safetensors file")
 
@@ -68,35 +70,99 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     Raises ValueError naming the file when it is not a whole safetensors file.
     """
     for path in tensor_files(folder):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                yield name, file.get_tensor(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, not read yet."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        # Opened anew for each tensor, so that no more than it stays mapped into memory.
+        with _opened(self.path) as file:
+            return file.get_tensor(self.name)
+
+
+def list_tensors(folder: str | Path) -> dict[str, Stored]:
+    """Every tensor of the folder by its name; reads headers only.
+
+    Raises ValueError when a file is damaged or two hold a tensor of the same name.
+    """
+    found: dict[str, Stored] = {}
+    for path in tensor_files(folder):
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if name in found:
+                    raise ValueError(f"tensor {name!r} comes twice, in {found[name].path} and {path}")
+                found[name] = Stored(path, name, tuple(file.get_slice(name).get_shape()))
+    return found
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def write_component(
     folder: str | Path,
     config: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]],
     *,
     file_name: str = DIFFUSERS_FILE,
     dtype: str = "float32",
+    shard_size: int | None = None,
 ) -> None:
-    """Writes config.json and one safetensors file, with floating tensors in `dtype`.
+    """Writes config.json and safetensors, with floating tensors in `dtype`.
 
-    The file appears under its name only when it is complete.
+    More than `shard_size` bytes become several files and an index of them, of which one at a time is
+    held in memory. Files appear under their names only when all are complete.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; weights can be written as one of {sorted(_DTYPES)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {name: _cast(array, _DTYPES[dtype]) for name, array in tensors.items()}
-    partial = folder / f".{file_name}.partial"
-    # Both libraries refuse a file that does not say "pt", although the bytes are the same.
-    save_file(arrays, partial, metadata={"format": "pt"})
-    partial.replace(folder / file_name)
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    shards: list[list[str]] = []
+    waiting: dict[str, np.ndarray] = {}
+    size = total = 0
+
+    def partial(number: int) -> Path:
+        return folder / f".{file_name}.{number}.partial"
+
+    def flush() -> None:
+        # Both libraries refuse a file that does not say "pt", although the bytes are the same.
+        save_file(waiting, partial(len(shards)), metadata={"format": "pt"})
+        shards.append(list(waiting))
+        waiting.clear()
+
+    for name, array in pairs:
+        array = _cast(array, _DTYPES[dtype])
+        if shard_size is not None and waiting and size + array.nbytes > shard_size:
+            flush()
+            size = 0
+        waiting[name] = array
+        size, total = size + array.nbytes, total + array.nbytes
+    flush()
+
+    stem = file_name.removesuffix(".safetensors")
+    names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = [file_name] if len(shards) == 1 else names
+    for number, name in enumerate(names):
+        partial(number).replace(folder / name)
+    if len(shards) > 1:
+        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{file_name}.index.json").write_text(json.dumps(index, indent=2) + "\n")
     text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text)
 

@@ -10,8 +10,9 @@ parameter is its row.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -70,38 +71,96 @@ def import_params(
     another shape. Tensors are taken one at a time: with an iterator no model is held twice.
     """
     expected = flatten(shapes)
-    places = _places(table, expected)
-    skips = [re.escape(r.source).replace(r"\{i\}", r"\d+") for r in table if r.path is None]
+    checked = _Checked(table, expected)
     arrays = {path: np.empty(s.shape, s.dtype) for path, s in expected.items()}
-    seen: set[str] = set()
     pairs = cast(Pairs, tensors.items() if isinstance(tensors, Mapping) else tensors)
     for key, tensor in pairs:
-        if key in seen:
-            raise ValueError(f"tensor {key!r} comes twice")
-        seen.add(key)
-        if (place := places.get(key)) is None:
-            if any(re.fullmatch(skip, key) for skip in skips):
-                continue
-            raise ValueError(f"tensor {key!r} of shape {tensor.shape} has no place in this model")
-        target = place.of(arrays)
-        needed = place.transform.inverse(target).shape
-        if tensor.shape != needed:
-            wanted = f"this model's {place.path!r} needs {needed}"
-            raise ValueError(f"tensor {key!r} has shape {tensor.shape}, but {wanted}")
-        target[...] = place.transform.forward(tensor)
-    if missing := [key for key in places if key not in seen]:
-        rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ValueError(f"the weights lack {', '.join(map(repr, missing[:5]))}{rest}")
+        if (place := checked.place(key, tensor.shape)) is not None:
+            place.of(arrays)[...] = place.transform.forward(tensor)
+    checked.finish()
     return unflatten(arrays)
+
+
+def stream_params(
+    table: Sequence[Row],
+    tensors: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    shapes: Params,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, array) of one parameter after another; only one is held at a time.
+
+    `tensors` gives the names and shapes of all tensors, which are checked as in `import_params` before
+    the first is read; `read` gets one of them.
+    """
+    expected = flatten(shapes)
+    checked = _Checked(table, expected)
+    sources: dict[str, list[tuple[str, _Place]]] = {path: [] for path in expected}
+    for key, shape in tensors.items():
+        if (place := checked.place(key, shape)) is not None:
+            sources[place.path].append((key, place))
+    checked.finish()
+
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        for path, wanted in expected.items():
+            array = _aligned(wanted.shape, wanted.dtype)
+            for key, place in sources[path]:
+                place.of({path: array})[...] = place.transform.forward(read(key))
+            yield path, array
+            del array  # before the next one takes its memory
+
+    return arrays()
+
+
+class _Checked:
+    """The places of a model's tensors, each to be taken once by a tensor of the right shape."""
+
+    def __init__(self, table: Sequence[Row], expected: Mapping[str, Any]):
+        self.expected = expected
+        self.places = _places(table, expected)
+        self.skips = [re.escape(r.source).replace(r"\{i\}", r"\d+") for r in table if r.path is None]
+        self.seen: set[str] = set()
+
+    def place(self, key: str, shape: tuple[int, ...]) -> _Place | None:
+        """Where a tensor goes, None where it is to be skipped."""
+        if key in self.seen:
+            raise ValueError(f"tensor {key!r} comes twice")
+        self.seen.add(key)
+        if (place := self.places.get(key)) is None:
+            if any(re.fullmatch(skip, key) for skip in self.skips):
+                return None
+            raise ValueError(f"tensor {key!r} of shape {shape} has no place in this model")
+        # Of the right shape, and of no size in memory.
+        like = {place.path: np.broadcast_to(np.float32(0), self.expected[place.path].shape)}
+        needed = place.transform.inverse(place.of(like)).shape
+        if tuple(shape) != needed:
+            wanted = f"this model's {place.path!r} needs {needed}"
+            raise ValueError(f"tensor {key!r} has shape {tuple(shape)}, but {wanted}")
+        return place
+
+    def finish(self) -> None:
+        if missing := [key for key in self.places if key not in self.seen]:
+            rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise ValueError(f"the weights lack {', '.join(map(repr, missing[:5]))}{rest}")
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array that JAX can take on the CPU without a copy: it wants 64-byte boundaries."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def export_params(table: Sequence[Row], params: Params) -> dict[str, np.ndarray]:
     """A weight file's tensors, contiguous, in the parameters' dtypes: undoes `import_params`."""
+    return dict(export_stream(table, params))
+
+
+def export_stream(table: Sequence[Row], params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """The pairs of `export_params` one at a time."""
     arrays = {path: np.asarray(value) for path, value in flatten(params).items()}
-    return {
-        key: np.asarray(place.transform.inverse(place.of(arrays)), order="C")
-        for key, place in _places(table, arrays).items()
-    }
+    for key, place in _places(table, arrays).items():
+        yield key, np.asarray(place.transform.inverse(place.of(arrays)), order="C")
 
 
 def _places(table: Sequence[Row], arrays: Mapping[str, Any]) -> dict[str, _Place]:

@@ -1,4 +1,4 @@
-"""The text encoder against transformers' in PyTorch, on random weights that went through a file."""
+"""The text encoders against transformers' in PyTorch, on random weights that went through a file."""
 
 from typing import Any
 
@@ -33,11 +33,18 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("umt5")
+CLASSES = {
+    "umt5": (transformers.UMT5EncoderModel, transformers.UMT5Config),
+    "t5": (transformers.T5EncoderModel, transformers.T5Config),
+}
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def saved(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
-    model = transformers.UMT5EncoderModel(transformers.UMT5Config(**TINY)).eval()
+    encoder, config = CLASSES[request.param]
+    model = encoder(config(**TINY)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.4)
@@ -78,6 +85,11 @@ def test_padding_tokens_do_not_change_the_prompt(saved):
     assert not jnp.any(first[1, 7:]) and jnp.any(first[1, :7])
 
 
+def test_another_text_encoder_is_refused(saved):
+    with pytest.raises(ValueError, match="model_type = 'mt5'.*umt5 and t5"):
+        umt5_config({**read_config(saved[0]), "model_type": "mt5"})
+
+
 def test_buckets_match_at_full_length():
     fields: dict[str, Any] = TINY | {
         "relative_attention_num_buckets": 32,
@@ -101,7 +113,7 @@ def test_round_trip_through_our_own_file(saved, tmp_path):
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
     write_component(tmp_path, umt5_config_json(config), tensors, file_name=TRANSFORMERS_FILE)
-    again = transformers.UMT5EncoderModel.from_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
     for name, value in again.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), model.state_dict()[name].numpy(), err_msg=name)
     assert load(tmp_path)[0] == config

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from dollar_jax.models.embeddings import patchify, unpatchify
 from dollar_jax.models.network import make_network
-from dollar_jax.models.wan import WanConfig, WanTransformer, patchify, unpatchify
+from dollar_jax.models.wan import WanConfig, WanTransformer
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 from dollar_jax.weights.table import export_params, import_params
 from dollar_jax.weights.wan import wan_config, wan_config_json, wan_table

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from dollar_jax.config import SamplingConfig
 from dollar_jax.data import shapes
 from dollar_jax.data.vocabulary import build_tokenizer
+from dollar_jax.generate import Generator, video_keys
 from dollar_jax.models.umt5 import UMT5Config, zero_padding
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig
@@ -108,6 +110,31 @@ def test_diffusers_pipeline_draws_the_same_latents(folder, weight):
     assert np.abs(latent - drawn).max() / np.abs(drawn).max() < 1e-4
 
 
+@pytest.mark.parametrize("solver", ["unipc", "ddim"])
+def test_fifty_guided_steps_of_the_whole_pipeline_agree(wan_folder, solver):
+    ours, weight, steps = load_pipeline(wan_folder), 5.0, 50
+    generator = Generator(ours, LENGTH, SamplingConfig(steps, weight, 0.0, solver), (5, 32, 16))
+    keys = video_keys(0, 2)
+    draw = generator.teacher_sampler(steps, weight)
+    latent = draw(ours.transformer.params, keys, generator.text(PROMPTS))
+
+    theirs = diffusers.WanPipeline.from_pretrained(wan_folder)
+    theirs.set_progress_bar_config(disable=True)
+    if solver == "ddim":
+        theirs.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        set_timesteps = theirs.scheduler.set_timesteps
+        sigmas = np.linspace(1, 0, steps + 1)[:-1]
+        theirs.scheduler.set_timesteps = lambda n, device: set_timesteps(sigmas=sigmas, device=device)
+    noise = torch.tensor(np.asarray(generator.noise(keys))).permute(0, 4, 1, 2, 3)
+    drawn = theirs(
+        PROMPTS, height=32, width=16, num_frames=5, num_inference_steps=steps,
+        guidance_scale=weight + 1, latents=noise, output_type="latent", max_sequence_length=LENGTH,
+    ).frames  # fmt: skip
+    assert (drawn - noise).abs().max() > 0.5, "the network does nothing"
+    drawn = drawn.permute(0, 2, 3, 4, 1).numpy()
+    assert np.abs(latent - drawn).max() / np.abs(drawn).max() < 1e-4
+
+
 def test_diffusers_reads_prompts_as_we_do(folder):
     ours, theirs = load_pipeline(folder), diffusers.WanPipeline.from_pretrained(folder)
     states, null = theirs.encode_prompt(PROMPTS, max_sequence_length=LENGTH)
@@ -147,7 +174,9 @@ def test_options_of_ours_reach_the_transformer(folder):
 
 def test_a_unipc_scheduler_gives_its_flow_shift(copy):
     path = copy / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({"_class_name": "UniPCMultistepScheduler", "flow_shift": 5.0}))
+    diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    ).save_pretrained(path.parent)  # fmt: skip
     assert load_pipeline(copy).schedule == Schedule("rf", "velocity", shift=5.0)
 
 
@@ -182,6 +211,22 @@ def test_a_missing_component(copy):
     refuse(copy, FileNotFoundError, copy / "vae" / "config.json")
 
 
+@pytest.mark.parametrize(
+    "name, fields, message",
+    [
+        ("UniPCMultistepScheduler", {}, "prediction_type = 'epsilon'"),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "use_flow_sigmas = False"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas = True"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, "use_dynamic_shifting = True"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas = True"),
+    ],
+)
+def test_a_scheduler_that_samples_in_another_way(copy, name, fields, message):
+    path = copy / "scheduler" / "scheduler_config.json"
+    getattr(diffusers, name)(**fields).save_pretrained(path.parent)
+    refuse(copy, ValueError, path, message, "must have")
+
+
 def test_a_missing_unknown_or_broken_scheduler(copy):
     path = copy / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({"_class_name": "DDIMScheduler"}))
@@ -207,6 +252,6 @@ def test_damaged_weights(copy):
 
 def test_only_rectified_flows_are_written(pipeline, tmp_path):
     target = tmp_path / "ddpm"
-    with pytest.raises(ValueError, match="only rectified-flow"):
+    with pytest.raises(ValueError, match="'ddpm' and prediction 'v' cannot be written"):
         save_pipeline(target, dataclasses.replace(pipeline, schedule=Schedule("ddpm", "v")))
     assert not target.exists(), "refused after writing"

@@ -1,0 +1,28 @@
+"""CogVideoX-5B distilled to 4 steps by VSD + CD + LRM: 49 frames of 480×720 at 8 frames per second.
+
+    dollar import THUDM/CogVideoX-5b teachers/cogvideox_5b
+    dollar prepare --source=videos --teacher=teachers/cogvideox_5b --frames=49 --height=480 --width=720
+        --fps=8 --max_text_length=226 --out=data/cogvideox_5b
+    dollar train --config=configs/cogvideox_5b.py --workdir=runs/cogvideox_5b
+
+configs/cogvideox_2b.py says how and why. The larger model has rotary embeddings, its noise schedule is not
+shifted, and its latents are scaled otherwise: those of the 2B model cannot be used again.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+_SMALLER = runpy.run_path(str(Path(__file__).with_name("cogvideox_2b.py")))
+TRANSFORMER = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
+SCHEDULE = {**_SMALLER["SCHEDULE"], "snr_shift_scale": 1.0}
+
+
+def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
+    """`losses` is one of configs/demo.py's."""
+    config = _SMALLER["get_config"](losses)
+    config.teacher = "teachers/cogvideox_5b"
+    config.data.name = "data/cogvideox_5b"
+    config.compute.remat = "full"
+    return config

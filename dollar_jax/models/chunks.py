@@ -1,0 +1,59 @@
+"""A causal network over a clip, chunk by chunk: what its layers remember, and the walk through the clip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+
+class Past:
+    """What the causal layers of a stack remember of a clip between two of its chunks.
+
+    Layers ask in the order in which they run: `carried` holds the last frames each of them saw in the
+    chunk before, None at the start of the clip, and `left` fills with those of this chunk.
+    """
+
+    def __init__(self, carried: list[Array] | None = None):
+        self.first = carried is None
+        self.left: list[Array] = []
+        self._carried = iter(carried or ())
+
+    def extend(
+        self, x: Float[Array, "b t h w c"], frames: int, repeat: bool = False
+    ) -> Float[Array, "b t2 h w c"]:
+        """x after the `frames` frames before it.
+
+        At the start of the clip zeros stand for them, or with `repeat` the first frame does.
+        """
+        if not self.first:
+            before = next(self._carried)
+        elif repeat:
+            before = jnp.repeat(x[:, :1], frames, 1)
+        else:
+            before = jnp.zeros((x.shape[0], frames, *x.shape[2:]), x.dtype)
+        seen = jnp.concatenate([before, x], 1)
+        self.left.append(seen[:, seen.shape[1] - frames :])
+        return seen
+
+
+def in_chunks(
+    run: Callable[[Array, Past], Array], x: Float[Array, "b t h w c"], head: int, size: int
+) -> Float[Array, "b t2 h2 w2 d"]:
+    """run(x, past) of the first `head` frames, then of `size` at a time, in a scan; they must divide."""
+    past = Past()
+    start = run(x[:, :head], past)
+    if x.shape[1] == head:
+        return start
+
+    def body(carried: list[Array], part: Array) -> tuple[list[Array], Array]:
+        past = Past(carried)
+        out = run(part, past)
+        return past.left, out
+
+    parts = rearrange(x[:, head:], "b (n t) h w c -> n b t h w c", t=size)
+    _, rest = jax.lax.scan(body, past.left, parts)
+    return jnp.concatenate([start, rearrange(rest, "n b t h w c -> b (n t) h w c")], 1)

@@ -1,0 +1,331 @@
+"""CogVideoX's causal video VAE, structured and named as diffusers' `AutoencoderKLCogVideoX`.
+
+A clip is taken 8 frames, or 2 latent frames, at a time, and every convolution in time gets the last frames it
+saw from the chunk before (`Past`). Unlike Wan's, this is not how the whole clip would be computed: a group
+norm runs over the frames of its chunk, so the chunks' length is part of the model. The first chunk also takes
+the frames that are left over, and its first frame stands alone in time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dollar_jax.models.chunks import Past, in_chunks
+from dollar_jax.models.layers import Linear
+
+# What is encoded and decoded at a time; a part of the model.
+FRAME_CHUNK, LATENT_CHUNK = 8, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CogVideoXVAEConfig:
+    """Fields and defaults as in diffusers' `AutoencoderKLCogVideoX`; those after the blank are ours.
+
+    `sample_height` and `sample_width` are what the VAE was made for; nothing here depends on them.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
+    latent_channels: int = 16
+    layers_per_block: int = 3
+    norm_eps: float = 1e-6
+    norm_num_groups: int = 32
+    temporal_compression_ratio: int = 4
+    sample_height: int = 480
+    sample_width: int = 720
+    scaling_factor: float = 1.15258426
+
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+            raise ValueError(
+                f"block_out_channels {self.block_out_channels} do not divide into {self.norm_num_groups=} groups"
+            )
+        # Downsamplers halve time in the first levels; there is none after the last level.
+        most = 2 ** (len(self.block_out_channels) - 1)
+        if self.temporal_compression_ratio not in (2**i for i in range(int(math.log2(most)) + 1)):
+            raise ValueError(
+                f"temporal_compression_ratio is {self.temporal_compression_ratio}; with "
+                f"{len(self.block_out_channels)} levels it must be a power of 2 up to {most}"
+            )
+
+    @property
+    def latents_mean(self) -> tuple[float, ...]:
+        return (0.0,) * self.latent_channels
+
+    @property
+    def latents_std(self) -> tuple[float, ...]:
+        """Of the raw latents: the transformer sees them times `scaling_factor`."""
+        return (1 / self.scaling_factor,) * self.latent_channels
+
+    @property
+    def levels_in_time(self) -> int:
+        return int(math.log2(self.temporal_compression_ratio))
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(t, h, w, c) of the latent of a clip; raises ValueError when the clip does not divide.
+
+        The decoder takes latent frames in pairs after the first three: an even number of them would become
+        more frames than were encoded.
+        """
+        time, space = self.temporal_compression_ratio, 2 ** (len(self.block_out_channels) - 1)
+        if (frames - 1) % (LATENT_CHUNK * time) or height % space or width % space:
+            raise ValueError(
+                f"a clip of {frames}×{height}×{width} does not fit this VAE: frames must be "
+                f"1 + a multiple of {LATENT_CHUNK * time}, height and width multiples of {space}"
+            )
+        return (frames - 1) // time + 1, height // space, width // space, self.latent_channels
+
+
+class CausalConv3d(nnx.Module):
+    """A 3×3×3 convolution of which out[t] sees in[t-2 .. t]."""
+
+    def __init__(self, dim_in: int, dim_out: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(
+            dim_in, dim_out, (3, 3, 3), padding=((0, 0), (1, 1), (1, 1)), dtype=jnp.dtype(c.dtype),
+            param_dtype=jnp.dtype(c.param_dtype), rngs=rngs,
+        )  # fmt: skip
+
+    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t h w d"]:
+        return self.conv(past.extend(x, 2, repeat=True))
+
+
+def _conv2d(dim: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs, stride: int = 1) -> nnx.Conv:
+    """A 3×3 convolution of every frame. Stride 2 pads below and to the right only."""
+    pad = (1, 1) if stride == 1 else (0, 1)
+    return nnx.Conv(
+        dim, dim, (3, 3), stride, padding=(pad, pad), dtype=jnp.dtype(c.dtype),
+        param_dtype=jnp.dtype(c.param_dtype), rngs=rngs,
+    )  # fmt: skip
+
+
+def _pointwise(dim_in: int, dim_out: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> Linear:
+    return Linear(dim_in, dim_out, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Zero mean and unit variance per sample and group of channels, over frames and pixels; fp32 inside."""
+
+    def __init__(self, dim: int, eps: float, c: CogVideoXVAEConfig) -> None:
+        self.scale = nnx.Param(jnp.ones((dim,), c.param_dtype))
+        self.bias = nnx.Param(jnp.zeros((dim,), c.param_dtype))
+        self.groups, self.eps = c.norm_num_groups, eps
+
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
+        y = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+        centred = y - y.mean((1, 2, 3, 5), keepdims=True)
+        variance = jnp.square(centred).mean((1, 2, 3, 5), keepdims=True)
+        y = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class SpatialNorm(nnx.Module):
+    """A group norm whose scale and shift at every pixel are read from the latent (arXiv 2209.09002)."""
+
+    def __init__(self, dim: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
+        self.norm_layer = GroupNorm(dim, 1e-6, c)
+        self.conv_y = _pointwise(c.latent_channels, dim, c, rngs)
+        self.conv_b = _pointwise(c.latent_channels, dim, c, rngs)
+
+    def __call__(
+        self, x: Float[Array, "b t h w c"], latent: Float[Array, "b t2 h2 w2 z"]
+    ) -> Float[Array, "b t h w c"]:
+        # What is computed per latent pixel is enlarged afterwards; the reference does it the dear way round.
+        scale, shift = (_enlarge(conv(latent), x.shape) for conv in (self.conv_y, self.conv_b))
+        return self.norm_layer(x) * scale + shift
+
+
+def _enlarge(x: Array, shape: tuple[int, ...]) -> Array:
+    """Repeats pixels and frames up to the shape; the first of an odd number of frames stays single."""
+    _, t, h, w, _ = shape
+    single = t % 2
+    x = jnp.repeat(jnp.repeat(x, h // x.shape[2], 2), w // x.shape[3], 3)
+    if t == x.shape[1]:
+        return x
+    repeats = (t - single) // (x.shape[1] - single)
+    return jnp.concatenate([x[:, :single], jnp.repeat(x[:, single:], repeats, 1)], 1)
+
+
+class ResnetBlock(nnx.Module):
+    """norm, SiLU, convolution, twice, around a shortcut; with `spatial` the norms read the latent."""
+
+    def __init__(
+        self, dim_in: int, dim_out: int, spatial: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs
+    ) -> None:
+        def norm(dim: int) -> SpatialNorm | GroupNorm:
+            return SpatialNorm(dim, c, rngs) if spatial else GroupNorm(dim, c.norm_eps, c)
+
+        self.norm1, self.conv1 = norm(dim_in), CausalConv3d(dim_in, dim_out, c, rngs)
+        self.norm2, self.conv2 = norm(dim_out), CausalConv3d(dim_out, dim_out, c, rngs)
+        self.conv_shortcut = None if dim_in == dim_out else _pointwise(dim_in, dim_out, c, rngs)
+        self.spatial = spatial
+
+    def __call__(
+        self, x: Float[Array, "b t h w c"], past: Past, latent: Array | None
+    ) -> Float[Array, "b t h w d"]:
+        condition = (latent,) if self.spatial else ()
+        y = self.conv1(jax.nn.silu(self.norm1(x, *condition)), past)
+        y = self.conv2(jax.nn.silu(self.norm2(y, *condition)), past)
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nnx.Module):
+    """Halves height and width, and with `time` first averages frames in pairs, a first odd one left alone."""
+
+    def __init__(self, dim: int, time: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
+        self.conv, self.time = _conv2d(dim, c, rngs, stride=2), time
+
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 c"]:
+        if self.time:
+            single = x.shape[1] % 2
+            pairs = rearrange(x[:, single:], "b (t two) h w c -> b t two h w c", two=2).mean(2)
+            x = jnp.concatenate([x[:, :single], pairs], 1)
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Doubles height and width, and with `time` the frames, but for a first odd one."""
+
+    def __init__(self, dim: int, time: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
+        self.conv, self.time = _conv2d(dim, c, rngs), time
+
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 c"]:
+        b, t, h, w, c = x.shape
+        frames = 2 * t - t % 2 if self.time else t
+        return self.conv(_enlarge(x, (b, frames, 2 * h, 2 * w, c)))
+
+
+class Block(nnx.Module):
+    """The residual blocks of one resolution, then its change of resolution if it has one."""
+
+    def __init__(
+        self,
+        dims: tuple[int, ...],
+        spatial: bool,
+        c: CogVideoXVAEConfig,
+        rngs: nnx.Rngs,
+        down: bool | None = None,
+        up: bool | None = None,
+    ) -> None:
+        """`down` or `up`, where given, says whether time is resampled too."""
+        self.resnets = nnx.List([
+            ResnetBlock(one, two, spatial, c, rngs) for one, two in zip(dims[:-1], dims[1:], strict=True)
+        ])  # fmt: skip
+        self.downsamplers = nnx.List([] if down is None else [Downsample(dims[-1], down, c, rngs)])
+        self.upsamplers = nnx.List([] if up is None else [Upsample(dims[-1], up, c, rngs)])
+
+    def __call__(
+        self, x: Float[Array, "b t h w c"], past: Past, latent: Array | None = None
+    ) -> Float[Array, "b t2 h2 w2 d"]:
+        for block in self.resnets:
+            x = block(x, past, latent)
+        for resample in (*self.downsamplers, *self.upsamplers):
+            x = resample(x)
+        return x
+
+
+class Encoder(nnx.Module):
+    """Video to the moments of its latent."""
+
+    def __init__(self, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
+        dims, last = c.block_out_channels, len(c.block_out_channels) - 1
+        self.conv_in = CausalConv3d(c.in_channels, dims[0], c, rngs)
+        self.down_blocks = nnx.List([
+            Block(
+                (dims[max(i - 1, 0)], *[dim] * c.layers_per_block), False, c, rngs,
+                down=None if i == last else i < c.levels_in_time,
+            )
+            for i, dim in enumerate(dims)
+        ])  # fmt: skip
+        self.mid_block = Block((dims[-1],) * 3, False, c, rngs)
+        self.norm_out = GroupNorm(dims[-1], 1e-6, c)
+        self.conv_out = CausalConv3d(dims[-1], 2 * c.latent_channels, c, rngs)
+
+    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t2 h2 w2 z"]:
+        x = self.conv_in(x, past)
+        for block in (*self.down_blocks, self.mid_block):
+            x = block(x, past)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), past)
+
+
+class Decoder(nnx.Module):
+    """Latent to video; every norm on the way reads the latent again."""
+
+    def __init__(self, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
+        dims, last = c.block_out_channels[::-1], len(c.block_out_channels) - 1
+        self.conv_in = CausalConv3d(c.latent_channels, dims[0], c, rngs)
+        self.mid_block = Block((dims[0],) * 3, True, c, rngs)
+        self.up_blocks = nnx.List([
+            Block(
+                (dims[max(i - 1, 0)], *[dim] * (c.layers_per_block + 1)), True, c, rngs,
+                up=None if i == last else i < c.levels_in_time,
+            )
+            for i, dim in enumerate(dims)
+        ])  # fmt: skip
+        self.norm_out = SpatialNorm(dims[-1], c, rngs)
+        self.conv_out = CausalConv3d(dims[-1], c.out_channels, c, rngs)
+
+    def __call__(self, latent: Float[Array, "b t h w z"], past: Past) -> Float[Array, "b t2 h2 w2 c"]:
+        x = self.conv_in(latent, past)
+        for block in (self.mid_block, *self.up_blocks):
+            x = block(x, past, latent)
+        return self.conv_out(jax.nn.silu(self.norm_out(x, latent)), past)
+
+
+class CogVideoXVAE(nnx.Module):
+    """CogVideoX's video VAE; frames in [-1, 1], channels last."""
+
+    def __init__(self, config: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.encoder = Encoder(config, rngs)
+        self.decoder = Decoder(config, rngs)
+
+    def encode(
+        self, frames: Float[Array, "b t h w 3"], chunk: int | None = None
+    ) -> tuple[Float[Array, "b t2 h2 w2 z"], Float[Array, "b t2 h2 w2 z"]]:
+        """Posterior mean and log-variance of the raw, unscaled latent of frames in [-1, 1].
+
+        `chunk`, in latent frames, can only be what the model has.
+        """
+        _check(chunk)
+        moments = in_chunks(self.encoder, frames, *_sizes(frames.shape[1], FRAME_CHUNK))
+        mean, log_variance = jnp.split(moments, 2, -1)
+        return mean, jnp.clip(log_variance, -30, 20)
+
+    def decode(
+        self, latent: Float[Array, "b t h w z"], clip: bool = True, chunk: int | None = None
+    ) -> Float[Array, "b t2 h2 w2 3"]:
+        """Frames in [-1, 1] of a raw latent; `clip=False` leaves the values free.
+
+        An odd number of latent frames begins with one that stands for a single frame; an even number
+        does not. `chunk`, in latent frames, can only be what the model has.
+        """
+        _check(chunk)
+        x = in_chunks(self.decoder, latent, *_sizes(latent.shape[1], LATENT_CHUNK))
+        return jnp.clip(x, -1, 1) if clip else x
+
+    def __call__(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
+        return self.decode(self.encode(frames)[0])
+
+
+def _sizes(frames: int, size: int) -> tuple[int, int]:
+    """Frames in the first chunk, which also takes those that are left over, and in the others."""
+    return frames if frames < size else size + frames % size, size
+
+
+def _check(chunk: int | None) -> None:
+    if chunk not in (None, LATENT_CHUNK):
+        raise ValueError(
+            f"CogVideoX's VAE takes {LATENT_CHUNK} latent frames at a time, not {chunk}: its norms run over "
+            f"a chunk, so that the length is part of the model"
+        )

@@ -1,0 +1,75 @@
+"""What the video transformers share before their blocks: patches, times and positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Rotary = tuple[Float[Array, "n half"], Float[Array, "n half"]]
+
+
+def patchify(x: Float[Array, "b t h w c"], patch: tuple[int, int, int]) -> Float[Array, "b n p"]:
+    """One row per patch, in the order t, h, w; inside it pt, ph, pw, c."""
+    b, t, h, w, c = x.shape
+    pt, ph, pw = patch
+    x = x.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
+
+
+def unpatchify(
+    x: Float[Array, "b n p"], grid: tuple[int, int, int], patch: tuple[int, int, int]
+) -> Float[Array, "b t h w c"]:
+    """Undoes `patchify` for a grid of so many patches in t, h and w."""
+    x = x.reshape(x.shape[0], *grid, *patch, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(x.shape[0], *(g * p for g, p in zip(grid, patch, strict=True)), -1)
+
+
+def timestep_embedding(t: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:
+    """Cosines, then sines, of t at dim/2 frequencies from 1 down to almost 1/10,000; fp32."""
+    frequencies = np.exp(-math.log(10_000) * np.arange(dim // 2) / (dim // 2))
+    angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def axis_angles(position: np.ndarray, axis: int, dim: int) -> np.ndarray:
+    """Angles of one axis, fp64: position × frequency, shaped to broadcast over a grid of t, h, w.
+
+    The dim/2 frequencies fall from 1 to almost 1/10,000.
+    """
+    shape = [1, 1, 1, dim // 2]
+    shape[axis] = len(position)
+    return np.outer(position, 10_000.0 ** -(np.arange(0, dim, 2) / dim)).reshape(shape)
+
+
+def over_grid(parts: Sequence[np.ndarray], grid: tuple[int, int, int]) -> Float[Array, "n d"]:
+    """Tables of single axes side by side for every token of the grid; fp32.
+
+    The host makes the small tables only: one of all tokens would be a constant of many megabytes in the
+    compiled program.
+    """
+    full = [jnp.broadcast_to(p.astype(np.float32), (*grid, p.shape[-1])) for p in parts]
+    return jnp.concatenate(full, axis=-1).reshape(-1, sum(p.shape[-1] for p in parts))
+
+
+def rotary_tables(
+    positions: tuple[np.ndarray, np.ndarray, np.ndarray], dims: tuple[int, int, int]
+) -> Rotary:
+    """Cosine and sine of every token's rotation angles: channels first of t, then of h, then of w.
+
+    `positions` are those of the rows of each axis, `dims` the head's channels that each axis turns.
+    """
+    grid = (len(positions[0]), len(positions[1]), len(positions[2]))
+    angles = [axis_angles(p, i, d) for i, (p, d) in enumerate(zip(positions, dims, strict=True))]
+    return over_grid([np.cos(a) for a in angles], grid), over_grid([np.sin(a) for a in angles], grid)
+
+
+def rotate(x: Float[Array, "b n heads d"], rotary: Rotary) -> Float[Array, "b n heads d"]:
+    """Turns each pair of neighbouring channels by the token's angle; fp32."""
+    cos, sin = (a[None, :, None, :] for a in rotary)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)

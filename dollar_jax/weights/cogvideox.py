@@ -1,0 +1,114 @@
+"""diffusers' `CogVideoXTransformer3DModel` ↔ `CogVideoXTransformer`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dollar_jax.models.cogvideox import CogVideoXConfig
+from dollar_jax.weights.table import SAME, TRANSPOSE, Row, Transform
+
+CLASS_NAME = "CogVideoXTransformer3DModel"
+# Fields of config.json with the values all text-to-video models of version 1.0 have.
+_FIXED = {
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "ofs_embed_dim": None,
+    "dropout": 0.0,
+    "patch_size_t": None,
+    "activation_fn": "gelu-approximate",
+    "timestep_activation_fn": "silu",
+    "norm_elementwise_affine": True,
+    "use_learned_positional_embeddings": False,
+    "patch_bias": True,
+}
+# Fields of CogVideoXConfig that are no part of config.json.
+_OURS = ("dtype", "param_dtype", "remat", "scan_layers")
+
+
+def cogvideox_table(config: CogVideoXConfig) -> list[Row]:
+    """Rows for a transformer of this configuration (patches are laid out by their size)."""
+    dense = {"weight": "kernel", "bias": "bias"}
+    norm = {"weight": "scale", "bias": "bias"}
+    block, ours = "transformer_blocks.{i}", "blocks"
+    modules = [
+        ("patch_embed.text_proj", "text_proj", dense),
+        ("time_embedding.{p}", "time_embedding/{p:linear_1|linear_2}", dense),
+        (f"{block}.{{n}}.linear", f"{ours}/{{n:norm1|norm2}}/linear", dense),
+        (f"{block}.{{n}}.norm", f"{ours}/{{n:norm1|norm2}}/norm", norm),
+        (f"{block}.attn1.{{p}}", f"{ours}/attn1/{{p:to_q|to_k|to_v}}", dense),
+        (f"{block}.attn1.to_out.0", f"{ours}/attn1/to_out", dense),
+        (f"{block}.attn1.{{p}}", f"{ours}/attn1/{{p:norm_q|norm_k}}", norm),
+        (f"{block}.ff.net.0.proj", f"{ours}/ff/proj_in", dense),
+        (f"{block}.ff.net.2", f"{ours}/ff/proj_out", dense),
+        ("norm_final", "norm_final", norm),
+        ("norm_out.linear", "norm_out/linear", dense),
+        ("norm_out.norm", "norm_out/norm", norm),
+    ]
+    return [
+        Row("patch_embed.proj.weight", "patch_embedding/kernel", _patch_kernel(config)),
+        Row("patch_embed.proj.bias", "patch_embedding/bias"),
+        Row("proj_out.weight", "proj_out/kernel", _output_kernel(config)),
+        Row("proj_out.bias", "proj_out/bias", _output(config)),
+        *(
+            Row(f"{source}.{torch}", f"{path}/{leaf}", TRANSPOSE if leaf == "kernel" else SAME)
+            for source, path, leaves in modules
+            for torch, leaf in leaves.items()
+        ),
+    ]
+
+
+def _patch_kernel(config: CogVideoXConfig) -> Transform:
+    """Conv2d kernel [dim, c, ph, pw] ↔ the dense [(ph pw c), dim] of `patchify`."""
+    p = config.patch_size
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+
+    def inverse(x: np.ndarray) -> np.ndarray:
+        return x.reshape(p, p, config.in_channels, x.shape[-1]).transpose(3, 2, 0, 1)
+
+    return Transform(forward, inverse)
+
+
+def _output(config: CogVideoXConfig) -> Transform:
+    """First axis (c ph pw) ↔ (ph pw c), the order of `unpatchify`."""
+    p, c = config.patch_size, config.out_channels
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        return np.moveaxis(x.reshape(c, p, p, *x.shape[1:]), 0, 2).reshape(x.shape)
+
+    def inverse(x: np.ndarray) -> np.ndarray:
+        return np.moveaxis(x.reshape(p, p, c, *x.shape[1:]), 2, 0).reshape(x.shape)
+
+    return Transform(forward, inverse)
+
+
+def _output_kernel(config: CogVideoXConfig) -> Transform:
+    order = _output(config)
+    return Transform(lambda x: order.forward(x).T, lambda x: order.inverse(x.T))
+
+
+def cogvideox_config(fields: Mapping[str, Any], **ours: Any) -> CogVideoXConfig:
+    """From a component's config.json; `ours` are dtype, param_dtype, remat and scan_layers."""
+    for name, value in _FIXED.items():
+        if fields.get(name, value) != value:
+            raise ValueError(
+                f"config.json has {name} = {fields[name]!r}, but only the text-to-video models of "
+                f"CogVideoX 1.0 are supported, where it is {value!r}"
+            )
+    # Files written before a field existed lack it, and mean its default.
+    names = {f.name for f in dataclasses.fields(CogVideoXConfig)} - set(_OURS)
+    required = {"num_attention_heads", "attention_head_dim", "num_layers", "time_embed_dim"}
+    if missing := sorted(required - fields.keys()):
+        raise ValueError(f"config.json lacks {', '.join(missing)}: it is not a {CLASS_NAME}'s")
+    return CogVideoXConfig(**{k: v for k, v in fields.items() if k in names}, **ours)
+
+
+def cogvideox_config_json(config: CogVideoXConfig) -> dict[str, Any]:
+    """The fields of config.json with which diffusers builds the same model."""
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OURS}
+    return {"_class_name": CLASS_NAME, **fields, **_FIXED}

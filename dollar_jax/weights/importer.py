@@ -1,0 +1,90 @@
+"""`dollar import`: a diffusers pipeline folder, or one from the hub, to Orbax, tensor by tensor."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dollar_jax.checkpoint import save_stream
+from dollar_jax.weights import safetensors_io as files
+from dollar_jax.weights.pipeline import IMPORTED, load_tokenizer, read_parts, read_schedule
+from dollar_jax.weights.table import stream_params
+
+DTYPES = ("float32", "bfloat16")
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt"]  # of a hub's repository: no pickles
+
+
+def import_pipeline(source: str, folder: str | Path, dtype: str = "float32") -> None:
+    """Writes `folder`, which `load_pipeline` restores straight into a mesh's sharding.
+
+    It holds the source's tokenizer and configurations as they are, and the weights of each component
+    as Orbax: transformer and text encoder in `dtype`, the VAE in fp32. Never more is in memory than one
+    parameter, with all its stacked layers, and one tensor. Everything is checked before the first tensor is
+    read, and `folder` appears when it is whole: an interrupted import has to be started again.
+
+    Raises FileNotFoundError, FileExistsError or ValueError naming what is wrong.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; delete it, or import into another folder")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; a teacher can be imported as one of {DTYPES}")
+    found = fetch(source)
+    parts = read_parts(found, param_dtype=dtype)
+    read_schedule(found)
+    load_tokenizer(found / "tokenizer")
+    stored = {name: files.list_tensors(found / name) for name in parts}
+    streams = {}
+    for name, part in parts.items():
+        shapes = {key: tensor.shape for key, tensor in stored[name].items()}
+        try:
+            streams[name] = stream_params(
+                part.table, shapes, lambda key, name=name: read(stored[name][key]), part.network.shapes
+            )
+        except ValueError as error:
+            raise ValueError(f"{found / name}: {error}") from error
+
+    total = sum(len(tensors) for tensors in stored.values())
+    bar = tqdm(total=total, desc="importing", unit="tensor")
+
+    def read(tensor: files.Stored) -> np.ndarray:
+        bar.update()
+        bar.set_postfix_str(tensor.name, refresh=False)
+        return tensor.read()
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an import that was interrupted
+    partial.mkdir(parents=True)
+    with bar:
+        for name in parts:
+            save_stream(partial / name / IMPORTED, streams[name])
+            shutil.copy(found / name / "config.json", partial / name)
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(found / name, partial / name)
+    shutil.copy(found / "model_index.json", partial)
+    partial.rename(folder)
+
+
+def fetch(source: str) -> Path:
+    """The folder `source`, or the hub's repository of that name, OWNER/NAME, downloaded."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{source} is a file; give the pipeline folder, the one with model_index.json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise FileNotFoundError(f"{source} is neither a folder nor a name on the hub such as OWNER/NAME")
+    from huggingface_hub import snapshot_download  # slow to import
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=_WANTED))
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"{source} is no folder here, and the hub did not give it ({type(error).__name__}); "
+            "download it where the hub can be reached, and give the folder"
+        ) from error

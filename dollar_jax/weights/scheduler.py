@@ -1,0 +1,123 @@
+"""diffusers' scheduler_config.json ↔ `Schedule`: flow matching, and the DDPM schedulers of CogVideoX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dollar_jax.schedule import Path as DiffusionPath
+from dollar_jax.schedule import Schedule
+
+# Per flow-matching scheduler: its field for the time shift; and the fields that change what sampling means, with
+# diffusers' default where the file leaves them out and the value this implementation has.
+_SIGMAS = {f"use_{name}_sigmas": (False, False) for name in ("karras", "exponential", "beta")}
+_SHIFTS = {"use_dynamic_shifting": (False, False), "shift_terminal": (None, None)}
+_FLOWS: dict[str, tuple[str, dict[str, tuple[Any, Any]]]] = {
+    "FlowMatchEulerDiscreteScheduler": (
+        "shift", {**_SIGMAS, **_SHIFTS, "invert_sigmas": (False, False)},
+    ),
+    "UniPCMultistepScheduler": (
+        "flow_shift",
+        {
+            "prediction_type": ("epsilon", "flow_prediction"),
+            "use_flow_sigmas": (False, True),
+            "predict_x0": (True, True),
+            "solver_order": (2, 2),
+            "solver_type": ("bh2", "bh2"),
+            "lower_order_final": (True, True),
+            "disable_corrector": ([], []),
+            "thresholding": (False, False),
+            "final_sigmas_type": ("zero", "zero"),
+            **_SIGMAS,
+            **_SHIFTS,
+        },
+    ),
+}  # fmt: skip
+
+_PREDICTIONS = {"v_prediction": "v", "epsilon": "eps", "sample": "x0"}
+_COGVIDEOX = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "snr_shift_scale": 3.0,
+}
+# Per DDPM scheduler: diffusers' defaults of the noise's fields; and the fields that change what sampling
+# means, as above. CogVideoX's have a field clip_sample that they never read. How timesteps are spaced is the
+# sampler's affair: ours spaces them "trailing".
+_SAME = {"trained_betas": (None, None), "set_alpha_to_one": (True, True)}
+_DDPMS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, Any]]]] = {
+    "CogVideoXDDIMScheduler": (_COGVIDEOX, _SAME),
+    "CogVideoXDPMScheduler": (_COGVIDEOX, _SAME),
+    "DDIMScheduler": (
+        {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "snr_shift_scale": 1.0},
+        {**_SAME, "clip_sample": (True, False), "thresholding": (False, False)},
+    ),
+}  # fmt: skip
+
+
+def schedule_of(fields: Mapping[str, Any], path: DiffusionPath, file: Path) -> Schedule:
+    """What the fields of a scheduler's file mean on a diffusion path.
+
+    Raises ValueError naming the field that asks for something else.
+    """
+    schedulers = _FLOWS if path == "rf" else _DDPMS
+    name = fields.get("_class_name")
+    if name not in schedulers:
+        raise ValueError(f"{file} is a {name}; the schedulers known are {', '.join(schedulers)}")
+    for field, (default, value) in schedulers[name][1].items():
+        found = fields.get(field, default)
+        if found != value:
+            raise ValueError(f"{file} has {field} = {found!r}; a {name} must have {value!r} to be followed here")
+    steps = int(fields.get("num_train_timesteps", 1000))
+    if path == "rf":
+        shift = float(fields.get(_FLOWS[name][0], 1.0))
+        return Schedule("rf", "velocity", num_train_timesteps=steps, shift=shift)
+    noise = _DDPMS[name][0] | dict(fields)
+    prediction = fields.get("prediction_type", "epsilon")
+    if prediction not in _PREDICTIONS:
+        raise ValueError(
+            f"{file} has prediction_type = {prediction!r}; it can be one of {', '.join(_PREDICTIONS)}"
+        )
+    return Schedule(
+        "ddpm",
+        _PREDICTIONS[prediction],
+        num_train_timesteps=steps,
+        beta_schedule=noise["beta_schedule"],
+        beta_start=float(noise["beta_start"]),
+        beta_end=float(noise["beta_end"]),
+        rescale_zero_snr=bool(fields.get("rescale_betas_zero_snr", False)),
+        snr_shift_scale=float(noise["snr_shift_scale"]),
+    )
+
+
+def scheduler_json(schedule: Schedule, path: DiffusionPath) -> dict[str, Any]:
+    """The file with which diffusers follows the schedule in a pipeline whose models are of this path.
+
+    Raises ValueError where it cannot.
+    """
+    names = {ours: theirs for theirs, ours in _PREDICTIONS.items()} if path == "ddpm" else {"velocity": ""}
+    if schedule.path != path or schedule.prediction not in names:
+        raise ValueError(
+            f"a schedule of path {schedule.path!r} and prediction {schedule.prediction!r} cannot be written for "
+            f"this family of models: it can be {path!r} with {', '.join(names)}"
+        )
+    if path == "rf":
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": schedule.num_train_timesteps,
+            "shift": schedule.shift,
+        }
+    return {
+        "_class_name": "CogVideoXDDIMScheduler",
+        "num_train_timesteps": schedule.num_train_timesteps,
+        "prediction_type": names[schedule.prediction],
+        "beta_schedule": schedule.beta_schedule,
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "rescale_betas_zero_snr": schedule.rescale_zero_snr,
+        "snr_shift_scale": schedule.snr_shift_scale,
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+    }

@@ -1,0 +1,67 @@
+"""Every experiment in configs/: it converts, and what it trains builds at its real size without any memory."""
+
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dollar_jax.config import DistillConfig, from_config
+from dollar_jax.models.cogvideox import CogVideoXConfig
+from dollar_jax.models.cogvideox_vae import CogVideoXVAEConfig
+from dollar_jax.models.umt5 import UMT5Config
+from dollar_jax.objectives import Frozen
+from dollar_jax.program import build_program
+from dollar_jax.schedule import Schedule
+from dollar_jax.weights.pipeline import cogvideox_transformer, cogvideox_vae_network, umt5_encoder
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+T5_XXL = UMT5Config(
+    vocab_size=32128, d_model=4096, d_ff=10240, num_layers=24, num_heads=64, shared_position_bias=True
+)
+
+
+@pytest.mark.parametrize("losses", ["vsd", "cd", "vsd+cd", "vsd+cd+lrm"])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_converts(path, losses):
+    module = runpy.run_path(str(path))
+    config = from_config(DistillConfig, module["get_config"](losses))
+    weights = config.vsd.weight, config.consistency.weight
+    assert [weight > 0 for weight in weights] == ["vsd" in losses, "cd" in losses.replace("vsd", "")]
+    assert re.search(rf"dollar (train|demo)\b.*{path.name}", module["__doc__"]), "the docstring says how to run it"
+
+
+@pytest.mark.parametrize("name", ["cogvideox_2b", "cogvideox_5b"])
+def test_the_whole_step_builds_at_real_size(name):
+    module = runpy.run_path(str(next(path for path in FILES if path.stem == name)))
+    config = from_config(DistillConfig, module["get_config"]())
+    vae = CogVideoXVAEConfig()
+    clip = (49, 480, 720)
+    shape = vae.latent_shape(*clip)
+    assert shape == (13, 60, 90, 16)
+    compute = config.compute
+    transformer = cogvideox_transformer(CogVideoXConfig(
+        **module["TRANSFORMER"], dtype=compute.dtype, param_dtype=compute.teacher_dtype,
+        remat=compute.remat, scan_layers=compute.scan_layers,
+    ))  # fmt: skip
+    schedule = Schedule("ddpm", "v", **module["SCHEDULE"])
+    text_shape = (config.data.max_text_length, T5_XXL.d_model)
+    program = build_program(config, transformer, schedule, shape, text_shape)
+    frozen = Frozen(transformer.shapes, jax.ShapeDtypeStruct((1, *text_shape), jnp.float32))
+    state, metrics, generated = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, program.state_shapes)
+    assert generated.shape == (config.batch_size, *shape)
+    assert {"student_loss", "vsd", "consistency"} <= metrics.keys()
+
+    ids = jax.ShapeDtypeStruct((1, config.data.max_text_length), jnp.int32)
+    encoder = umt5_encoder(T5_XXL)
+    assert jax.eval_shape(encoder.apply, encoder.shapes, ids, ids).shape == (1, *text_shape)
+    network = cogvideox_vae_network(vae)
+    latent = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+
+    def decode(params, latent):
+        return network.apply(params, latent, method="decode", chunk=compute.vae_chunk)
+
+    assert jax.eval_shape(decode, network.shapes, latent).shape == (1, *clip, 3)

@@ -1,0 +1,196 @@
+"""`dollar import`: what diffusers saved, restored from Orbax; and what is refused before any work."""
+
+import functools
+import shutil
+import weakref
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dollar_jax import cli, sharding
+from dollar_jax.config import MeshConfig
+from dollar_jax.weights import importer, safetensors_io
+from dollar_jax.weights.pipeline import COMPONENTS, load_pipeline
+from dollar_jax.weights.table import Row, stream_params
+
+pytestmark = pytest.mark.filterwarnings("ignore:Couldn't find sharding info:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def imported(wan_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imported") / "teacher"
+    assert cli.main(["import", str(wan_folder), str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(wan_folder, tmp_path):
+    """The source, free to be broken."""
+    return shutil.copytree(wan_folder, tmp_path / "source")
+
+
+def test_the_imported_folder_holds_the_same_pipeline(wan_folder, imported):
+    ours, theirs = load_pipeline(imported), load_pipeline(wan_folder)
+    assert not list(imported.rglob("*.safetensors"))
+    assert ours.schedule == theirs.schedule
+    for name in COMPONENTS:
+        one, two = getattr(ours, name), getattr(theirs, name)
+        assert one.config == two.config
+        jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+        assert {type(leaf) for leaf in jax.tree.leaves(one.params)} == {np.ndarray}
+    assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
+
+
+def test_bf16_is_rounded_once_and_the_vae_stays_fp32(wan_folder, tmp_path):
+    folder = tmp_path / "teacher"
+    assert cli.main(["import", str(wan_folder), str(folder), "--dtype=bfloat16"]) == 0
+    ours, exact = load_pipeline(folder, "bfloat16"), load_pipeline(wan_folder)
+
+    def rounded(x, y):
+        assert x.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(x, y.astype(ml_dtypes.bfloat16))
+
+    jax.tree.map(rounded, ours.transformer.params, exact.transformer.params)
+    jax.tree.map(rounded, ours.text_encoder.params, exact.text_encoder.params)
+    jax.tree.map(np.testing.assert_array_equal, ours.vae.params, exact.vae.params)
+
+
+def test_the_transformer_is_restored_into_the_shards_of_a_mesh(wan_folder, imported):
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, context=1, tensor=2))
+    place = functools.partial(sharding.shard, mesh)
+    component = load_pipeline(imported, "bfloat16", place).transformer
+    wanted = place(component.network.shapes)
+    for leaf, where in zip(jax.tree.leaves(component.params), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding == where
+        assert leaf.dtype == ml_dtypes.bfloat16
+    kernel = component.params["blocks"]["attn1"]["to_q"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 12, 12)
+    exact = load_pipeline(wan_folder, "bfloat16").transformer.params
+    jax.tree.map(np.testing.assert_array_equal, component.params, exact)
+
+
+def test_one_parameter_is_in_memory_at_a_time():
+    held = []
+    shapes = {name: {"kernel": jax.ShapeDtypeStruct((2, 3), np.float32)} for name in "abc"}
+    table = [Row("{m}.{i}", "{m:a|b|c}/kernel")]
+    sources = {f"{name}.{i}": (3,) for name in "abc" for i in range(2)}
+
+    def read(key):
+        assert all(reference() is None for reference in held), "an earlier parameter is still there"
+        return np.full(3, ord(key[0]) + int(key[-1]), np.float32)
+
+    for path, array in stream_params(table, sources, read, shapes):
+        first = ord(path[0])
+        np.testing.assert_array_equal(array, [[first] * 3, [first + 1] * 3])
+        assert array.ctypes.data % 64 == 0
+        held.append(weakref.ref(array))
+        del array
+    assert len(held) == 3
+
+
+def test_an_interrupted_import_leaves_nothing_and_can_be_repeated(wan_folder, tmp_path, monkeypatch):
+    target = tmp_path / "teacher"
+    read = safetensors_io.Stored.read
+    calls = []
+
+    def interrupted(tensor):
+        calls.append(tensor.name)
+        if len(calls) == 60:
+            raise KeyboardInterrupt
+        return read(tensor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors_io.Stored, "read", interrupted)
+        assert cli.main(["import", str(wan_folder), str(target)]) == 130
+    assert not target.exists()
+    importer.import_pipeline(str(wan_folder), target)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+    load_pipeline(target)
+
+
+def test_a_name_on_the_hub_is_downloaded(wan_folder, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, [p for p in allow_patterns if "bin" in p or "pt" in p]))
+        return str(wan_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    importer.import_pipeline("Wan-AI/Tiny", tmp_path / "teacher")
+    assert asked == [("Wan-AI/Tiny", [])]
+    load_pipeline(tmp_path / "teacher")
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def refused(capsys, source, target, *parts):
+    """One line on stderr that has all the parts; nothing is written."""
+    before = sorted(target.parent.iterdir())
+    assert cli.main(["import", str(source), str(target)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("dollar import: ") and err.count("\n") == 1, err
+    for part in parts:
+        assert str(part) in err, err
+    assert sorted(target.parent.iterdir()) == before
+
+
+def test_what_is_no_pipeline(capsys, wan_folder, tmp_path, monkeypatch):
+    target = tmp_path / "teacher"
+    refused(capsys, tmp_path, target, tmp_path, "no model_index.json")
+    refused(capsys, tmp_path / "nowhere", target, tmp_path / "nowhere", "neither a folder nor a name on the hub")
+    refused(capsys, wan_folder / "model_index.json", target, "is a file")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(capsys, "Wan-AI/Nothing", target, "Wan-AI/Nothing", "the hub did not give it", "give the folder")
+    refused(capsys, wan_folder, tmp_path, tmp_path, "is there already")
+    assert cli.main(["import", str(wan_folder)]) == 2
+    assert "give two names" in capsys.readouterr().err
+
+
+def test_pickles(capsys, copy, tmp_path):
+    folder = copy / "vae"
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
+    refused(capsys, copy, tmp_path / "teacher", folder, "a pickle", "can run any code")
+
+
+@pytest.mark.parametrize(
+    "change, parts",
+    [
+        ("missing", ["the weights lack 'decoder.conv_out.bias'"]),
+        ("shape", ["'decoder.conv_out.bias' has shape (2,)", "'decoder/conv_out/bias' needs (3,)"]),
+        ("extra", ["'decoder.conv_out.more' of shape (3,) has no place"]),
+    ],
+)
+def test_tensors_that_do_not_fit(capsys, copy, tmp_path, change, parts):
+    path = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    bias = tensors["decoder.conv_out.bias"]
+    if change == "missing":
+        del tensors["decoder.conv_out.bias"]
+    elif change == "shape":
+        tensors["decoder.conv_out.bias"] = bias[:2]
+    else:
+        tensors["decoder.conv_out.more"] = bias
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused(capsys, copy, tmp_path / "teacher", path.parent, *parts)
+
+
+def test_a_tensor_in_two_shards(capsys, copy, tmp_path):
+    shards = sorted((copy / "transformer").glob("*.safetensors"))
+    first, second = load_file(shards[0]), load_file(shards[1])
+    name = next(iter(first))
+    save_file({**second, name: first[name]}, shards[1])
+    refused(capsys, copy, tmp_path / "teacher", f"'{name}' comes twice", shards[0], shards[1])
+
+
+def test_damaged_weights(capsys, copy, imported, tmp_path):
+    path = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(capsys, copy, tmp_path / "teacher", path, "damaged")
+    broken = shutil.copytree(imported, tmp_path / "broken")
+    shutil.rmtree(broken / "vae" / "params" / "state")
+    with pytest.raises(ValueError, match="vae/params is damaged"):
+        load_pipeline(broken)
