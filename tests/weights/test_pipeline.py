@@ -114,9 +114,8 @@ def test_diffusers_pipeline_draws_the_same_latents(folder, weight):
 def test_fifty_guided_steps_of_the_whole_pipeline_agree(wan_folder, solver):
     ours, weight, steps = load_pipeline(wan_folder), 5.0, 50
     generator = Generator(ours, LENGTH, SamplingConfig(steps, weight, 0.0, solver), (5, 32, 16))
-    keys = video_keys(0, 2)
     draw = generator.teacher_sampler(steps, weight)
-    latent = draw(ours.transformer.params, keys, generator.text(PROMPTS))
+    latent = draw(ours.transformer.params, video_keys(0, 2), generator.text(PROMPTS))
 
     theirs = diffusers.WanPipeline.from_pretrained(wan_folder)
     theirs.set_progress_bar_config(disable=True)
@@ -125,7 +124,7 @@ def test_fifty_guided_steps_of_the_whole_pipeline_agree(wan_folder, solver):
         set_timesteps = theirs.scheduler.set_timesteps
         sigmas = np.linspace(1, 0, steps + 1)[:-1]
         theirs.scheduler.set_timesteps = lambda n, device: set_timesteps(sigmas=sigmas, device=device)
-    noise = torch.tensor(np.asarray(generator.noise(keys))).permute(0, 4, 1, 2, 3)
+    noise = torch.tensor(np.asarray(generator.noise(video_keys(0, 2)))).permute(0, 4, 1, 2, 3)
     drawn = theirs(
         PROMPTS, height=32, width=16, num_frames=5, num_inference_steps=steps,
         guidance_scale=weight + 1, latents=noise, output_type="latent", max_sequence_length=LENGTH,
