@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from dollar_jax.config import DistillConfig
-from dollar_jax.data import shapes
-from dollar_jax.data.latents import load_data
+from dollar_jax.data.latents import clip_size, load_data
 from dollar_jax.evaluate.measure import default_plan, measure, samplers, speedups
 from dollar_jax.evaluate.report import write_metrics, write_report
 from dollar_jax.evaluate.video import side_by_side, write_video
@@ -24,12 +23,12 @@ SHOWN = 8  # prompts whose videos are on the page
 
 
 def make_generator(config: DistillConfig) -> Generator:
-    """The teacher of a configuration, ready to sample clips of the default domain."""
+    """The teacher of a configuration, ready to sample clips of the size of its data's."""
     return Generator(
         load_teacher(config.teacher),
         config.data.max_text_length,
         config.sampling,
-        (shapes.FRAMES, shapes.SIZE, shapes.SIZE),
+        clip_size(config.data),
     )
 
 

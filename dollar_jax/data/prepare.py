@@ -485,7 +485,7 @@ def remember_settings(settings: PrepareSettings, out: Path) -> None:
                     "the same settings to go on"
                 )
         return
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != PARTS for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no data set of ours: choose another --out")
     (out / PARTS).mkdir(parents=True, exist_ok=True)
     _replace(path, (json.dumps(now, indent=2) + "\n").encode())

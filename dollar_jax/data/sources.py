@@ -95,7 +95,7 @@ def _manifest_item(path: Path, number: int, row: dict[str, Any], prompts: bool) 
     video = _first(row, VIDEO_KEYS)
     if not video:
         return {"name": where, "broken": f"names no video: a row needs {' or '.join(VIDEO_KEYS)}"}
-    return {**item, "name": str(video), "video": {"path": str(path.parent / str(video))}}
+    return {**item, "name": str(video), "video": {"path": os.path.join(path.parent, str(video))}}
 
 
 def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
