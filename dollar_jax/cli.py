@@ -239,7 +239,7 @@ def _prepare() -> None:
 
     from dollar_jax.config import SamplingConfig
     from dollar_jax.data import shapes
-    from dollar_jax.data.prepare import PrepareSettings, prepare
+    from dollar_jax.data.prepare import Loader, PrepareSettings, prepare
     from dollar_jax.generate import SHIPPED_TEACHERS, Generator, load_teacher
 
     _prepare_jax()
@@ -262,6 +262,7 @@ def _prepare() -> None:
         max_text_length=sizes["max_text_length"], seed=FLAGS.seed, shard_size=FLAGS.shard_size,
         batch_size=FLAGS.batch_size,
     )  # fmt: skip
+    Loader(settings).items()  # what cannot be read is refused before the teacher is loaded
     clip = (settings.frames, *settings.buckets[0])
     generator = Generator(
         load_teacher(settings.teacher), settings.max_text_length, SamplingConfig(50, 1.0, 0.0), clip

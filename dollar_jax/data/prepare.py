@@ -110,7 +110,7 @@ def latents_features(settings: PrepareSettings, channels: int, text_dim: int, ti
     dtype = np.dtype(settings.dtype)
     heights, widths = ({size[i] // space for size in settings.buckets} for i in range(2))
     latent = tfds.features.Tensor(
-        shape=(time, *(s.copy().pop() if len(s) == 1 else None for s in (heights, widths)), channels),
+        shape=(time, *(next(iter(s)) if len(s) == 1 else None for s in (heights, widths)), channels),
         dtype=dtype, encoding="bytes",
     )  # fmt: skip
     features: dict[str, Any] = {
@@ -230,8 +230,8 @@ class Loader:
                 clips = read_clips(sources.open_video(item), settings, rng)
         except Unusable as reason:
             return str(reason)
-        except OSError as error:
-            return f"cannot be read: {error.strerror or error}"
+        except Exception as error:  # whatever is wrong with one video, the job goes on
+            return f"cannot be read: {type(error).__name__}: {error}"
         names = [item["name"]] if settings.clips == 1 else [f"{item['name']}#{i}" for i in range(len(clips))]
         return [Clip(index, i, names[i], caption, frames) for i, frames in enumerate(clips)]
 
@@ -284,8 +284,12 @@ def prepare(
                     bar.set_postfix(rejected=rejected, refresh=False)
             job.close()
     if process_index:
-        waiting = sum(not _report(parts, unit).exists() for unit in range(units))
-        return dataclasses.replace(_tally(parts, units), waiting=waiting)
+        try:
+            waiting = sum(not _report(parts, unit).exists() for unit in range(units))
+            summary = dataclasses.replace(_tally(parts, units), waiting=waiting)
+        except FileNotFoundError:  # host 0 finishes as soon as it sees the last unit
+            return _finished(out)
+        return summary if parts.exists() else _finished(out)
     _wait(parts, units)
     return _finish(settings, encoder, out, units)
 
