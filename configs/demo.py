@@ -56,7 +56,13 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "scan_layers": True,
             "vae_chunk": config_dict.placeholder(int),  # the whole clip at once
         },
-        "data": {"name": "moving_shapes", "train_videos": 1024, "max_text_length": 12},
+        "data": {
+            "name": "moving_shapes",  # or the folder that dollar prepare left
+            "train_videos": 1024,
+            "max_text_length": 12,
+            "corrupt_records": 0,
+            "prefetch": 2,
+        },
         "sampling": {"num_steps": 50, "guidance_weight": 1.0, "eta": 0.0, "solver": "ddim"},
         "student": {
             # A rectified flow with time shift 3 at u = 1, 3/4, 1/2, 1/4.

@@ -252,8 +252,10 @@ class DataConfig:
     """
 
     name: str
-    train_videos: int
+    train_videos: int  # of the default domain
     max_text_length: int
+    corrupt_records: int  # of a prepared data set that are skipped, each named, before a run stops
+    prefetch: int  # batches on the devices ahead of the step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +324,8 @@ class DistillConfig:
             raise ValueError(
                 f"config.batch_size {self.batch_size} does not divide into {self.accumulation} micro-batches"
             )
+        if self.data.prefetch < 1 or self.data.corrupt_records < 0:
+            raise ValueError("config.data.prefetch must be at least 1, config.data.corrupt_records at least 0")
         for name in ("fake_score", "reward"):
             if getattr(self, name).updates < 1:
                 raise ValueError(f"config.{name}.updates must be at least 1")

@@ -81,16 +81,24 @@ class Generator:
     def _encode(self) -> Any:
         vae = self.pipeline.vae
 
-        def encode(params: Params, frames: jax.Array) -> jax.Array:
+        def encode(params: Params, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
             frames = frames.astype(jnp.float32) / 127.5 - 1
-            mean, _ = vae.network.apply(params, frames, method="encode", chunk=self.vae_chunk)
-            return normalise(mean, vae.config)
+            mean, log_variance = vae.network.apply(
+                params, frames, method="encode", chunk=self.vae_chunk
+            )
+            std = jnp.exp(0.5 * log_variance) / jnp.array(vae.config.latents_std)
+            return normalise(mean, vae.config), std
 
         return jax.jit(encode)
 
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """Normalised latents, the posterior's mean, of uint8 frames [b t h w 3]."""
-        return np.asarray(self._encode(self.pipeline.vae.params, frames))
+        return self.encode_posterior(frames)[0]
+
+    def encode_posterior(self, frames: np.ndarray | jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the normalised latents' posterior, of uint8 frames [b t h w 3]."""
+        mean, std = self._encode(self.pipeline.vae.params, frames)
+        return np.asarray(mean), np.asarray(std)
 
     @functools.cached_property
     def _decode(self) -> Any:

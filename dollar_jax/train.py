@@ -25,6 +25,7 @@ from dollar_jax import sharding
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import DistillConfig, from_config
 from dollar_jax.data.latents import EncodedVideos
+from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.generate import Generator
 from dollar_jax.objectives import Frozen
 from dollar_jax.program import Program, build_program
@@ -40,7 +41,7 @@ _CHANGEABLE = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "pr
 
 
 def train(
-    config: DistillConfig, workdir: Path, generator: Generator, data: EncodedVideos
+    config: DistillConfig, workdir: Path, generator: Generator, data: EncodedVideos | PreparedVideos
 ) -> TrainState:
     """Distils for `config.steps` steps, from the newest checkpoint in `workdir` if there is one.
 
@@ -57,8 +58,8 @@ def train(
         Frozen(pipeline.transformer.params, generator.null_text), program.frozen_sharding
     )
     reward = None if config.reward.name is None else get_reward(config.reward.name)
-    scorer = None if reward is None else Scorer(config, generator, reward, text_shape)
-    batches = data.batches(config)
+    scorer = None if reward is None else Scorer(config, generator, reward, data.latent_shapes, text_shape)
+    batches = data.batches(config, program.batch_sharding)
 
     with Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
@@ -67,16 +68,19 @@ def train(
         else:
             state = program.init(jax.random.key(config.seed), frozen.teacher)
         with Log(workdir, first, config) as log:
+            generated = None
             for step in range(first, config.steps):
+                begun = time.perf_counter()
                 rows = next(batches)
-                captions = [str(data.captions[i]) for i in rows["index"]]
-                batch = {"latent": rows["latent"], "text": rows["text"]}
+                if generated is None or generated.is_ready():  # the devices had nothing left to do
+                    log.waited += time.perf_counter() - begun
+                batch = rows["on_device"]
                 if scorer is not None:
-                    batch |= scorer.scored(step)
+                    batch = batch | scorer.scored(step, rows["latent"].shape[1:])
                 state, metrics, generated = program.step(state, frozen, _put(program, batch))
                 if scorer is not None:
                     scorer.score_pending()
-                    scorer.pend(generated, batch, captions)
+                    scorer.pend(generated, rows, data.captions_of(rows), data.has_latents)
                 saving = step + 1 == config.steps or (step + 1) % config.checkpoint_every == 0
                 if saving and scorer is not None:
                     scorer.score_pending()
@@ -84,7 +88,7 @@ def train(
                 if saving:
                     items = {**to_items(state), "data": batches}
                     if scorer is not None:
-                        items["replay"] = scorer.replay.state
+                        items["replay"] = scorer.state
                     checkpoints.save(step + 1, items)
     return state
 
@@ -102,30 +106,36 @@ def _restore(
     )  # fmt: skip
     like = {**abstract, "data": batches}
     if scorer is not None:
-        like["replay"] = scorer.replay.state
+        like["replay"] = scorer.state
     items = checkpoints.restore(like)
     if scorer is not None:
-        scorer.replay.state = {k: np.array(v) for k, v in items.pop("replay").items()}
+        scorer.state = items.pop("replay")
     items.pop("data")
     return from_items(items)
 
 
-def _put(program: Program, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Each process's rows as the global arrays of the step."""
+def _put(program: Program, batch: Mapping[str, np.ndarray | jax.Array]) -> dict[str, jax.Array]:
+    """Each process's rows as the global arrays of the step; what is on the devices already stays as it is."""
     return {
-        name: jax.make_array_from_process_local_data(program.batch_sharding[name], value)
+        name: value
+        if isinstance(value, jax.Array)
+        else jax.make_array_from_process_local_data(program.batch_sharding[name], value)
         for name, value in batch.items()
     }
 
 
 class Scorer:
-    """Scores this process's share of the latents with the pixel-space reward, one step behind the devices."""
+    """Scores this process's share of the latents with the pixel-space reward, one step behind the devices.
+
+    What is scored is kept apart by the latents' shape: a step learns from those of its own batch's.
+    """
 
     def __init__(
         self,
         config: DistillConfig,
         generator: Generator,
         reward: Reward,
+        latent_shapes: Sequence[tuple[int, ...]],
         text_shape: tuple[int, ...],
     ):
         c = self.config = config.reward
@@ -133,22 +143,33 @@ class Scorer:
         self.count = max(1, c.samples // jax.process_count())
         self.stride = config.accumulation
         self.generator, self.reward = generator, reward
-        self.replay = Replay(c.replay, generator.latent_shape, text_shape)
+        self.replays = {tuple(shape): Replay(c.replay, tuple(shape), text_shape) for shape in latent_shapes}
         self.latest: dict[str, float] = {}
         self._pending: tuple[jax.Array, np.ndarray, np.ndarray, list[str]] | None = None
 
-    def scored(self, step: int) -> dict[str, np.ndarray]:
-        """This process's rows of the latent reward model's batches for a step."""
+    @property
+    def state(self) -> dict[str, dict[str, np.ndarray]]:
+        """What a checkpoint keeps: every replay's state, by its latents' shape."""
+        return {"x".join(map(str, shape)): replay.state for shape, replay in self.replays.items()}
+
+    @state.setter
+    def state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        for shape, replay in self.replays.items():
+            replay.state = {k: np.array(v) for k, v in state["x".join(map(str, shape))].items()}
+
+    def scored(self, step: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """This process's rows of the latent reward model's batches for a step on latents of that shape."""
         rows = self.config.batch_size // jax.process_count()
-        return self.replay.sample(self.config.updates, rows, [self.seed, step, jax.process_index()])
+        return self.replays[shape].sample(self.config.updates, rows, [self.seed, step, jax.process_index()])
 
     def pend(
-        self, generated: jax.Array, batch: Mapping[str, np.ndarray], captions: Sequence[str]
+        self, generated: jax.Array, batch: Mapping[str, np.ndarray], captions: Sequence[str], real: bool
     ) -> None:
-        """Leaves a step's generated latents, and as many real ones, to be scored later."""
+        """Leaves a step's generated latents to be scored later, and as many `real` ones where there are any."""
         # `generated` is the last micro-batch: every stride-th row of the batch.
         rows = slice(self.stride - 1, None, self.stride)
         latent, text = (np.asarray(batch[k])[rows][: self.count] for k in ("latent", "text"))
+        latent = latent if real else latent[:0]
         self._pending = (generated, latent, text, list(captions[rows][: self.count]))
 
     def score_pending(self) -> None:
@@ -161,9 +182,10 @@ class Scorer:
         # A reward may give a finite number to anything, so what is not finite never counts.
         finite = np.isfinite(latents).all(axis=(1, 2, 3, 4), keepdims=True)
         frames = self.generator.decode(np.where(finite, latents, 0.0))
-        rewards = np.where(np.ravel(finite), self.reward(frames, prompts * 2), np.nan)
-        self.replay.add(latents, np.concatenate([text, text]), rewards)
-        for name, row in zip(("generated", "real"), rewards.reshape(2, -1), strict=True):
+        kinds = len(latents) // len(text)  # without real latents there is one
+        rewards = np.where(np.ravel(finite), self.reward(frames, prompts * kinds), np.nan)
+        self.replays[latents.shape[1:]].add(latents, np.concatenate([text] * kinds), rewards)
+        for name, row in zip(("generated", "real"), rewards.reshape(kinds, -1), strict=False):
             if np.isfinite(row).any():
                 self.latest[f"reward_{name}"] = float(row[np.isfinite(row)].mean())
 
@@ -189,6 +211,7 @@ class Log:
         )
         self._held: tuple[int, Mapping[str, jax.Array], dict[str, float]] | None = None
         self._clock = (first, time.perf_counter())
+        self.waited = 0.0  # seconds that the devices stood idle for want of a batch
         if self.main:
             self.path = workdir / HISTORY
             _truncate(self.path, first)
@@ -226,6 +249,8 @@ class Log:
         before, then = self._clock
         self._clock = (step, now := time.perf_counter())
         values["seconds_per_step"] = (now - then) / max(step - before, 1)
+        values["data_wait"] = min(self.waited / max(now - then, 1e-9), 1.0)
+        self.waited = 0.0
         for name in metrics:
             if not math.isfinite(values[name]):
                 raise FloatingPointError(

@@ -52,7 +52,7 @@ def test_every_command_has_help(capsys, name):
     assert not err
     assert out.startswith(f"dollar {name}")
     assert f": {cli.COMMANDS[name].summary}" in out
-    assert ("--workdir" in out) == (name != "import")
+    assert {"import": "--dtype", "prepare": "--out"}.get(name, "--workdir") in out
 
 
 def test_an_unknown_command(capsys):
@@ -71,6 +71,7 @@ def test_an_unknown_command(capsys):
         (["pretrain", "--workdir=x"], "--config must be given"),
         (["sample", "--workdir=x"], "--prompt must be given"),
         (["evaluate"], "--workdir must be given"),
+        (["prepare", "--source=x"], "--out must be given"),
     ],
 )
 def test_missing_flags(capsys, arguments, message):
@@ -85,6 +86,13 @@ def test_missing_flags(capsys, arguments, message):
         (["demo", "--seed=one"], ["--seed=one", "a whole number"]),
         (["sample", "--workdir=x", "--prompt=a", "--steps=0"], ["--steps=0", "positive"]),
         (["evaluate", "--workdir"], ["Missing value", "--workdir"]),
+        (["prepare", "--out=x"], ["give either --source", "or --prompts"]),
+        (["prepare", "--out=x", "--source=y", "--prompts=z"], ["give either --source", "or --prompts"]),
+        (["prepare", "--out=x", "--source=y", "--buckets=16*16"], ["480x832,832x480", "'16*16'"]),
+        (["prepare", "--out=x", "--source=y", "--buckets=8x8", "--width=8"], ["--width or --buckets"]),
+        (["prepare", "--out=x", "--source=y", "--crop=left"], ["--crop=left", "centre"]),
+        (["prepare", "--out=x", "--source=y", "--teacher=z"], ["--frames must be given for a teacher of"]),
+        (["prepare", "--out=x", "--source=/no/such"], ["--source=/no/such does not exist"]),
     ],
 )
 def test_wrong_flags(capsys, arguments, parts):

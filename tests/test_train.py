@@ -124,7 +124,12 @@ def whole(train, tmp_path_factory):
 
 
 def history(workdir):
-    return [{k: v for k, v in line.items() if k != "seconds_per_step"} for line in loop.read_history(workdir)]
+    timings = {"seconds_per_step", "data_wait"}
+    return [{k: v for k, v in line.items() if k not in timings} for line in loop.read_history(workdir)]
+
+
+def scorer(generator, config, reward=None):
+    return loop.Scorer(config, generator, reward, [generator.latent_shape], generator.null_text.shape[1:])
 
 
 def replay(workdir, like):
@@ -136,7 +141,7 @@ def assert_same_run(workdir, state, whole, generator, config):
     there, expected = whole
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert history(workdir) == history(there)
-    like = loop.Scorer(config, generator, None, generator.null_text.shape[1:]).replay.state
+    like = scorer(generator, config).state
     jax.tree.map(np.testing.assert_array_equal, replay(workdir, like), replay(there, like))
 
 
@@ -151,8 +156,8 @@ def test_a_run_leaves_its_history_and_items(whole, generator, config):
         assert found == ITEMS
     assert list((workdir / "events").iterdir())
     # Two generated and two real latents per step, in a ring of twelve.
-    like = loop.Scorer(config, generator, None, generator.null_text.shape[1:]).replay.state
-    kept = replay(workdir, like)
+    like = scorer(generator, config).state
+    (kept,) = replay(workdir, like).values()
     assert int(kept["added"]) == 4 * STEPS and (kept["weight"] == 1).all()
     assert int(state["progress"]["step"]) == STEPS
 
@@ -239,16 +244,17 @@ def test_latents_and_rewards_that_are_not_finite_are_not_learned_from(generator,
         assert np.isfinite(frames).all()
         return np.array([1.0, np.nan, 2.0, 4.0], np.float32)
 
-    scorer = loop.Scorer(config, generator, reward, generator.null_text.shape[1:])
+    scoring = scorer(generator, config, reward)
     rows = [data[i] for i in range(2)]
     batch = {name: np.stack([row[name] for row in rows]) for name in ("latent", "text")}
     generated = np.array(batch["latent"])
     generated[0, 0, 0, 0, 0] = np.nan
-    scorer.pend(jax.numpy.asarray(generated), batch, ["a", "b"])
-    scorer.score_pending()
-    assert scorer.replay.state["reward"][:3].tolist() == [2.0, 4.0, 0.0]
-    np.testing.assert_array_equal(scorer.replay.state["latent"][:2], batch["latent"])
-    assert scorer.latest == {"reward_real": 3.0}
+    scoring.pend(jax.numpy.asarray(generated), batch, ["a", "b"], real=True)
+    scoring.score_pending()
+    (kept,) = scoring.state.values()
+    assert kept["reward"][:3].tolist() == [2.0, 4.0, 0.0]
+    np.testing.assert_array_equal(kept["latent"][:2], batch["latent"])
+    assert scoring.latest == {"reward_real": 3.0}
 
 
 def test_history_is_json_and_drops_what_comes_after(tmp_path):

@@ -12,9 +12,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dollar_jax.config import DistillConfig
+from dollar_jax.config import DataConfig, DistillConfig
+from dollar_jax.data import shapes
+from dollar_jax.data.ahead import read_ahead
 from dollar_jax.data.moving_shapes import load_moving_shapes
+from dollar_jax.data.prepared import PreparedVideos, clip_of
 from dollar_jax.generate import Generator
+
+MOVING_SHAPES = "moving_shapes"  # the default domain's name; every other one is a folder's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +36,23 @@ class EncodedVideos:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"latent": self.latent[index], "text": self.text[index], "index": np.int32(index)}
 
-    def batches(self, config: DistillConfig) -> grain.DatasetIterator:
+    @property
+    def latent_shapes(self) -> list[tuple[int, ...]]:
+        """(t, h, w, c) of every latent: there is one."""
+        return [self.latent.shape[1:]]
+
+    @property
+    def has_latents(self) -> bool:
+        return True
+
+    def captions_of(self, rows: dict[str, Any]) -> list[str]:
+        """The captions of a batch's rows."""
+        return [str(self.captions[i]) for i in rows["index"]]
+
+    def batches(self, config: DistillConfig, sharding: Any = None) -> grain.DatasetIterator:
         """This process's share of shuffled batches without end; its position can be checkpointed.
+
+        With the shardings of the step's batch its arrays also come as "on_device", placed ahead of time.
 
         Raises ValueError when there are fewer videos than a batch needs.
         """
@@ -43,13 +63,24 @@ class EncodedVideos:
         share = slice(jax.process_index(), None, jax.process_count())
         dataset = grain.MapDataset.source(self).seed(config.seed).shuffle().repeat()[share]
         dataset = dataset.batch(config.batch_size // jax.process_count(), drop_remainder=True)
-        return iter(
-            dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
-        )
+        dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        return iter(read_ahead(dataset, config, sharding))
 
 
-def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> EncodedVideos:
-    """The training split of config.data, encoded; rendered and encoded into `workdir/data` the first time."""
+def clip_size(config: DataConfig) -> tuple[int, int, int]:
+    """Frames, height and width of the data's clips; of the first bucket where there are several."""
+    if config.name == MOVING_SHAPES:
+        return shapes.FRAMES, shapes.SIZE, shapes.SIZE
+    return clip_of(Path(config.name))
+
+
+def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> EncodedVideos | PreparedVideos:
+    """The training data of config.data: a prepared data set, or the default domain.
+
+    The latter is rendered and encoded into `workdir/data` the first time.
+    """
+    if config.data.name != MOVING_SHAPES:
+        return PreparedVideos(config.data).check(config, generator)
     folder = workdir / "data"
     cache = folder / f"latents_{config.data.train_videos}.npz"
     if not cache.exists():

@@ -1,0 +1,180 @@
+"""What `dollar prepare` left, as endless shuffled batches: a batch holds one aspect bucket."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from dollar_jax.config import DataConfig, DistillConfig
+from dollar_jax.data.ahead import read_ahead
+from dollar_jax.data.prepare import SETTINGS, SPLIT, fingerprint
+from dollar_jax.generate import Generator
+
+
+class Damaged:
+    """Damaged records met so far: each is named once, and one more than `allowed` is an error."""
+
+    def __init__(self, allowed: int):
+        self.allowed, self.found = allowed, set[str]()
+        self._lock = threading.Lock()
+
+    def note(self, record: str, error: Exception) -> None:
+        """Raises ValueError when there are too many."""
+        reason = f"{record} is damaged ({str(error).splitlines()[0] if str(error) else 'it cannot be read'})"
+        with self._lock:
+            if record in self.found:
+                return
+            self.found.add(record)
+            if len(self.found) > self.allowed:
+                raise ValueError(
+                    f"{reason}, the {len(self.found)}. of this run: prepare the data set anew, or let more be "
+                    f"skipped with config.data.corrupt_records, now {self.allowed}"
+                )
+        tqdm.write(f"skipped: {reason}")
+
+
+class Records:
+    """Random access to the records of one bucket; one that is damaged is None, which Grain leaves out."""
+
+    def __init__(self, info: Any, shards: Sequence[Any], damaged: Damaged):
+        self._features, self._shards, self._damaged = info.features, shards, damaged
+        self._source = grain.sources.ArrayRecordDataSource(list(shards))
+        self._ends = list(itertools.accumulate(shard.take for shard in shards))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        try:
+            raw = self._source[index]
+        except (RuntimeError, ValueError, OSError) as error:
+            shard = next(i for i, end in enumerate(self._ends) if index < end)
+            first = self._ends[shard] - self._shards[shard].take
+            self._damaged.note(f"record {index - first} of {self._shards[shard].filename}", error)
+            return None
+        return self._features.deserialize_example_np(raw)
+
+
+class PreparedVideos:
+    """A data set of `dollar prepare`: latents (or their posterior), text states and captions, or prompts alone.
+
+    Raises FileNotFoundError or ValueError for a folder that holds none, or one for other captions' length.
+    """
+
+    def __init__(self, config: DataConfig):
+        self.folder, self.config = Path(config.name), config
+        self.about = read_about(self.folder)
+        settings = self.about["settings"]
+        if settings["max_text_length"] > config.max_text_length:
+            raise ValueError(
+                f"{self.folder} holds captions of up to {settings['max_text_length']} tokens, more than "
+                f"config.data.max_text_length {config.max_text_length}"
+            )
+        self.info = tfds.builder_from_directory(self.folder).info
+        self.has_latents = settings["prompts"] is None
+        shards: dict[str, list[Any]] = {}
+        for bucket, shard in zip(
+            self.about["shards"], self.info.splits[SPLIT].file_instructions, strict=True
+        ):
+            shards.setdefault(bucket, []).append(shard)
+        self._damaged = Damaged(config.corrupt_records)
+        self.buckets = {name: Records(self.info, part, self._damaged) for name, part in sorted(shards.items())}
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, ...]]:
+        """(t, h, w, c) of every bucket."""
+        return [tuple(self.about["latent_shapes"][bucket]) for bucket in self.buckets]
+
+    def check(self, config: DistillConfig, generator: Generator) -> PreparedVideos:
+        """Itself; raises ValueError when the run's teacher did not encode it, or its losses need what it lacks."""
+        for name, now in fingerprint(generator).items():
+            before = np.array(self.about["fingerprint"][name])
+            if before.shape != np.shape(now) or np.abs(before - now).max() > 0.05 * np.abs(before).max():
+                raise ValueError(
+                    f"{self.folder} was encoded by another {name} than that of config.teacher {config.teacher}: "
+                    f"it was prepared with --teacher={self.about['settings']['teacher']}"
+                )
+        if not self.has_latents and (config.student.input == "forward" or config.consistency.weight):
+            raise ValueError(
+                f"{self.folder} holds prompts without videos: set config.student.input to 'backward' and "
+                "config.consistency.weight to 0"
+            )
+        return self
+
+    def captions_of(self, rows: dict[str, Any]) -> list[str]:
+        """The captions of a batch's rows."""
+        return [str(caption) for caption in rows["caption"]]
+
+    def batches(self, config: DistillConfig, sharding: Any = None) -> grain.DatasetIterator:
+        """This process's share of shuffled batches without end; its position can be checkpointed.
+
+        Buckets take turns in proportion to their clips, in the same order on every process; one that has fewer
+        clips than a batch is left out, and said to be. Raises ValueError when none is left.
+        """
+        whole = {name: part for name, part in self.buckets.items() if len(part) >= config.batch_size}
+        for name in self.buckets.keys() - whole.keys():
+            tqdm.write(f"bucket {name} is left out: {len(self.buckets[name])} clips are fewer than a batch")
+        if not whole:
+            most = max(len(part) for part in self.buckets.values())
+            raise ValueError(
+                f"there are {most} training videos of one size in {self.folder}, fewer than config.batch_size "
+                f"{config.batch_size}"
+            )
+        datasets = [
+            _endless(part, config, functools.partial(self._row, shape=self.about["latent_shapes"][name]))
+            for name, part in whole.items()
+        ]
+        mixed = datasets[0]
+        if len(datasets) > 1:
+            mixed = grain.IterDataset.mix(datasets, [len(part) for part in whole.values()])
+        return iter(read_ahead(mixed, config, sharding))
+
+    def _row(self, record: dict[str, Any], rng: np.random.Generator, shape: Sequence[int]) -> dict[str, Any]:
+        """A record as a batch's row: a fresh sample of the posterior, padded text; zeros for prompts alone."""
+        if self.has_latents:
+            latent = record["latent"].astype(np.float32)
+            if "latent_std" in record:
+                noise = rng.standard_normal(latent.shape, np.float32)
+                latent = latent + record["latent_std"].astype(np.float32) * noise
+        else:
+            latent = np.zeros(shape, np.float32)
+        text = np.zeros((self.config.max_text_length, record["text"].shape[-1]), np.float32)
+        text[: len(record["text"])] = record["text"]
+        return {"latent": latent, "text": text, "caption": record["caption"].decode()}
+
+
+def _endless(records: Records, config: DistillConfig, row: Any) -> grain.IterDataset:
+    share = slice(jax.process_index(), None, jax.process_count())
+    dataset = grain.MapDataset.source(records).seed(config.seed).shuffle().repeat()[share].random_map(row)
+    # Damaged records fall out here, before batches are made.
+    reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+    return dataset.to_iter_dataset(reading).batch(config.batch_size // jax.process_count(), drop_remainder=True)
+
+
+def read_about(folder: Path) -> Any:
+    """The metadata of a prepared data set: settings, latent_shapes, shards, fingerprint."""
+    if not (folder / "dataset_info.json").is_file():
+        begun = (folder / SETTINGS).exists()
+        hint = "it is not finished: run dollar prepare again" if begun else "dollar prepare makes one"
+        raise FileNotFoundError(f"config.data.name {str(folder)!r} holds no prepared data set; {hint}")
+    about = tfds.builder_from_directory(folder).info.metadata
+    if not about or "latent_shapes" not in about:
+        raise ValueError(f"{folder} was not made by dollar prepare")
+    return about
+
+
+def clip_of(folder: Path) -> tuple[int, int, int]:
+    """Frames, height and width of the clips of the first bucket."""
+    settings = read_about(folder)["settings"]
+    height, width = settings["buckets"][0]
+    return settings["frames"], height, width

@@ -1,0 +1,278 @@
+"""The whole job on real H.264 clips: what it writes, what it rejects, and that a kill leaves no trace."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from dollar_jax import cli
+from dollar_jax.data import prepare as job
+from dollar_jax.data.prepare import prepare
+from dollar_jax.data.videos import ClipSettings, read_clips
+
+COUNT = 18
+BAD = {
+    "04cut.mp4": "cannot be read as a video: Invalid data found when processing input",
+    "05none.mp4": "has no caption: there is no 05none.txt",
+    "06zero.mp4": "is empty",
+    "20short.mp4": "is too short: 3 frames, a clip has 5",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_encoder():
+    """The same settings get the same compiled encoder."""
+    make, made = job.Encoder, {}
+
+    def remembered(settings, generator):
+        key = settings.frames, settings.buckets, settings.prompts is None, settings.sample, settings.dtype
+        if key not in made:
+            made[key] = make(settings, generator)
+        made[key].settings = settings
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "Encoder", remembered)
+        yield
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def records(folder):
+    builder = tfds.builder_from_directory(folder)
+    source = builder.as_data_source("train")
+    return [source[i] for i in range(len(source))]
+
+
+def test_it_is_a_tfds_data_set_of_the_teachers_latents(whole, settings, generator, videos):
+    out, summary = whole
+    assert (summary.clips, summary.videos, summary.rejected, summary.waiting) == (COUNT, COUNT + 4, 4, 0)
+    found = {record["name"].decode(): record for record in records(out)}
+    assert sorted(found) == [f"{i:02d}.mp4" for i in range(COUNT)]
+    clip = ClipSettings(5, settings.buckets, None, "random", 1)
+    names = sorted(path.name for path in videos.glob("*.mp4"))
+    for i in range(COUNT):
+        record = found[f"{i:02d}.mp4"]
+        caption = (videos / f"{i:02d}.txt").read_text().strip()
+        assert record["caption"].decode() == caption
+        rng = np.random.default_rng([0, names.index(f"{i:02d}.mp4")])
+        (frames,) = read_clips(str(videos / f"{i:02d}.mp4"), clip, rng)
+        mean, std = generator.encode_posterior(frames[None])
+        assert record["latent"].shape == ((2, 4, 2, 4) if i % 2 == 0 else (2, 2, 4, 4))
+        np.testing.assert_allclose(record["latent"], mean[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(record["latent_std"], std[0], rtol=1e-4)
+        text = generator.text([caption])[0]
+        assert len(record["text"]) == 9  # eight words and the end, without padding
+        np.testing.assert_allclose(record["text"], text[:9], rtol=1e-4, atol=1e-6)
+        assert not text[9:].any()
+
+
+def test_what_is_rejected_is_listed_with_its_reason(whole):
+    lines = [json.loads(line) for line in (whole[0] / "rejected.jsonl").read_text().splitlines()]
+    assert {line["name"]: line["reason"] for line in lines} == BAD
+
+
+def test_a_shard_holds_one_bucket(whole):
+    info = tfds.builder_from_directory(whole[0]).info
+    lengths, buckets = info.splits["train"].shard_lengths, info.metadata["shards"]
+    assert len(lengths) == len(buckets) == 11  # six units of four videos, the last with one good one
+    found = iter(record["latent"].shape for record in records(whole[0]))
+    for length, bucket in zip(lengths, buckets, strict=True):
+        assert {next(found) for _ in range(length)} == {tuple(info.metadata["latent_shapes"][bucket])}
+
+
+def test_the_preview_is_a_picture(whole):
+    from PIL import Image
+
+    with Image.open(whole[0] / "preview.jpg") as image:
+        assert image.format == "JPEG" and image.height == 4 * 116  # the first unit's clips
+
+
+def test_the_same_settings_again_only_say_what_is_there(whole, settings, generator, monkeypatch):
+    before = contents(whole[0])
+    monkeypatch.setattr(job, "_Unit", None)
+    assert prepare(settings, generator, whole[0]) == whole[1]
+    assert contents(whole[0]) == before
+
+
+# --- killed and started again ---------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a machine that is gone."""
+
+
+def test_a_kill_at_any_step_leaves_no_trace(whole, settings, generator, tmp_path, monkeypatch):
+    """A job that dies at its n-th renaming, metadata or deletion, for every n, each time resumed by the next."""
+    calls = 0
+
+    def mortal(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == dies_at:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(Path, "replace", mortal(Path.replace))
+    monkeypatch.setattr(Path, "rename", mortal(Path.rename))
+    monkeypatch.setattr(shutil, "rmtree", mortal(shutil.rmtree))
+    monkeypatch.setattr(tfds.folder_dataset, "write_metadata", mortal(tfds.folder_dataset.write_metadata))
+    out, deaths = tmp_path / "out", 0
+    dies_at = 0
+    for step in (1, 2, 3, 4, 3, 2, 7, 3, 8, 5, 2, 11, 4, 2, 6, 1, 9, 3, 12, 4, 8, 5, 1, 99):
+        calls, dies_at = 0, step
+        try:
+            summary = prepare(settings, generator, out)
+        except Killed:
+            deaths += 1
+    assert deaths > 10
+    assert summary == whole[1]
+    assert contents(out) == contents(whole[0])
+
+
+def command(source, teacher, out, *more):
+    sizes = ["--frames=5", "--buckets=16x32,32x16", "--max_text_length=12", "--shard_size=2", "--dtype=float32"]
+    return ["prepare", f"--source={source}", f"--teacher={teacher}", f"--out={out}", *sizes, *more]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a fork server")
+def test_five_kills_and_the_same_bytes(videos, teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dollar_jax.data.prepare"])  # imports once for all of them
+    rng = random.Random(0)
+
+    def start(out):
+        process = context.Process(target=cli.main, args=(command(videos, teacher, out),))
+        process.start()
+        return process
+
+    calm = start(tmp_path / "calm")
+    calm.join()
+    assert (tmp_path / "calm" / "dataset_info.json").exists()
+    out = tmp_path / "out"
+    for kill in range(5):
+        process = start(out)
+        while len(list(out.glob("parts/*[0-9].json"))) <= kill and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    last = start(out)
+    last.join()
+    assert contents(out) == contents(tmp_path / "calm")
+
+
+# --- other ways to run it -------------------------------------------------------------------------
+
+
+def test_three_hosts_share_the_work(whole, settings, generator, tmp_path):
+    out = tmp_path / "out"
+    summaries = [prepare(settings, generator, out, process_index=i, process_count=3) for i in (2, 1, 0)]
+    assert [summary.waiting for summary in summaries] == [4, 2, 0]
+    assert summaries[-1] == whole[1]
+    assert contents(out) == contents(whole[0])
+
+
+def test_a_sample_comes_from_the_posterior(whole, settings, generator, tmp_path):
+    prepare(replace(settings, sample=True), generator, tmp_path / "out")
+    sampled = {record["name"]: record for record in records(tmp_path / "out")}
+    noise = []
+    for record in records(whole[0]):
+        other = sampled[record["name"]]
+        assert "latent_std" not in other
+        noise.append(((other["latent"] - record["latent"]) / record["latent_std"]).ravel())
+    noise = np.concatenate(noise)  # 18 × 64 standard normal values
+    assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
+    assert len(np.unique(noise.round(6))) > 0.95 * len(noise)
+
+
+def test_several_clips_of_a_video_and_half_precision(whole, settings, generator, tmp_path):
+    one = replace(settings, clips=2, frames=1, buckets=((16, 16),), dtype="float16")
+    assert prepare(one, generator, tmp_path / "out").clips == 2 * (COUNT + 1)  # 3 frames are enough now
+    found = records(tmp_path / "out")
+    assert found[0]["name"] == b"00.mp4#0" and found[1]["name"] == b"00.mp4#1"
+    kinds = {(record["latent"].shape, record["latent"].dtype.name) for record in found}
+    assert kinds == {((1, 2, 2, 4), "float16")}
+
+
+def test_prompts_alone(settings, generator, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a small red circle\n\na large cyan square moving up\n")
+    alone = replace(settings, source=None, prompts=str(tmp_path / "prompts.txt"), buckets=((16, 16),))
+    summary = prepare(alone, generator, tmp_path / "out")
+    assert (summary.clips, summary.rejected) == (2, 0)
+    first, second = records(tmp_path / "out")
+    assert set(first) == {"name", "caption", "text"}
+    assert [len(first["text"]), len(second["text"])] == [5, 7]
+    assert not (tmp_path / "out" / "preview.jpg").exists()
+
+
+def test_latents_that_are_not_finite_are_rejected(whole, settings, generator, tmp_path, monkeypatch):
+    encode = type(generator).encode_posterior
+
+    def overflowing(self, frames):
+        mean, std = encode(self, frames)
+        return np.where(np.arange(len(mean))[:, None, None, None, None] == 0, 1e6, mean), std
+
+    monkeypatch.setattr(type(generator), "encode_posterior", overflowing)
+    summary = prepare(replace(settings, dtype="float16"), generator, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    reasons = [line["reason"] for line in lines if line["name"] not in BAD]
+    assert reasons == ["its latents or text states are not finite in float16"] * (COUNT - summary.clips)
+    shards = tfds.builder_from_directory(whole[0]).info.metadata["shards"]
+    assert len(reasons) == len(shards)  # the first of each batch, and of each shard there was one
+
+
+# --- wrong settings -------------------------------------------------------------------------------
+
+
+def test_bad_settings_are_refused_before_anything_is_written(settings, generator, tmp_path):
+    out = tmp_path / "out"
+    with contextlib.chdir(tmp_path):
+        for changes, message in [
+            ({"buckets": ((16, 20),)}, "a clip of 5×16×20 does not fit this VAE"),
+            ({"buckets": ((16, 24),)}, "which the teacher's patches of"),
+            ({"frames": 6}, "frames must be 1 \\+ a multiple of 4"),
+            ({"source": str(tmp_path)}, "there is nothing to prepare in"),
+            ({"prompts": "x.txt"}, "give either --source"),
+            ({"source": "tfds:x", "fps": 8.0}, "leave out --fps"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                prepare(replace(settings, **changes), generator, out)
+            assert not out.exists()
+
+
+def test_bad_resumption_with_other_settings(whole, settings, generator, tmp_path):
+    with pytest.raises(ValueError, match="was begun with seed = 0, not 1: choose another --out"):
+        prepare(replace(settings, seed=1), generator, whole[0])
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no data set of ours"):
+        prepare(settings, generator, tmp_path)
+
+
+def test_a_list_without_one_good_video_is_a_failure(settings, generator, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_text("no video")
+    with pytest.raises(ValueError, match=r"none of the 1 videos could be used: .*rejected.jsonl says why"):
+        prepare(replace(settings, source=str(tmp_path / "in")), generator, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "rejected.jsonl").read_text())["name"] == "a.mp4"
