@@ -18,11 +18,15 @@ DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
 
 
 class Command(NamedTuple):
-    """`define` declares the flags of a list of arguments, `run` does the work once they are parsed."""
+    """`define` declares the flags of a list of arguments, `run` does the work once they are parsed.
+
+    `run` gets the arguments that are no flags; `takes` says what they are, and is empty where none are.
+    """
 
     summary: str
     define: Callable[[list[str]], None]
-    run: Callable[[], None]
+    run: Callable[..., None]
+    takes: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         delattr(FLAGS, flag)
     command.define(rest)
     if any(argument in ("-h", "--help", "-help") for argument in rest):
-        print(f"dollar {name}: {command.summary}\n\n{FLAGS.get_help()}")
+        usage = f"dollar {name} {command.takes}".rstrip()
+        print(f"{usage}: {command.summary}\n\n{FLAGS.get_help()}")
         return 0
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -51,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             extra = FLAGS([f"dollar {name}", *rest])[1:]
         except (AttributeError, KeyError) as error:
             raise ValueError(f"the configuration has no field {error.args[0]}") from error
-        if extra:
+        if extra and not command.takes:
             raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
-        command.run()
+        command.run(*extra)
     except (flags.Error, ValueError, OSError, SyntaxError, FloatingPointError) as error:
         if os.environ.get("DOLLAR_TRACEBACK"):
             raise
@@ -84,7 +89,7 @@ def _overview() -> str:
         "dollar: few-step text-to-video distillation by VSD, consistency and latent reward",
         "",
     ]
-    lines += [f"  dollar {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  dollar {name:<12} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "dollar <command> --help lists a command's flags."])
 
 
@@ -139,6 +144,13 @@ def _define_evaluate(_: list[str]) -> None:
     _define_workdir()
     flags.DEFINE_string("out", None, "The JSON of measures; WORKDIR/metrics.json by default.", flag_values=FLAGS)
     flags.DEFINE_bool("quick", False, "Fewer videos.", flag_values=FLAGS)
+
+
+def _define_vbench_score(_: list[str]) -> None:
+    flags.DEFINE_string("json", None, "Where to write the scores too.", flag_values=FLAGS)
+    flags.DEFINE_bool(
+        "allow_missing", False, "Average over the dimensions given, though not all are.", flag_values=FLAGS
+    )
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -240,6 +252,20 @@ def _evaluate() -> None:
     print_table(out)
 
 
+def _vbench_score(*files: str) -> None:
+    import json
+
+    from dollar_jax.evaluate.report import write_metrics
+    from dollar_jax.evaluate.vbench import aggregate, read_results
+
+    if not files:
+        raise ValueError("give VBench's result files: dollar vbench-score FILE…")
+    result = dataclasses.asdict(aggregate(read_results(map(Path, files)), FLAGS.allow_missing))
+    if FLAGS.json:
+        write_metrics(FLAGS.json, result)
+    print(json.dumps(result, indent=2))
+
+
 def print_table(path: Path) -> None:
     """The rows of a metrics.json on the terminal."""
     import json
@@ -261,4 +287,7 @@ COMMANDS = {
     "sample": Command("draw videos from a run's student, or from its teacher", _define_sample, _sample),
     "evaluate": Command("sample and measure a run again", _define_evaluate, _evaluate),
     "pretrain": Command("train the default domain's teacher from nothing", _define_train, _pretrain),
+    "vbench-score": Command(
+        "VBench's result files to its Quality, Semantic and Total", _define_vbench_score, _vbench_score, "FILE…"
+    ),
 }
