@@ -69,8 +69,8 @@ def test_an_unknown_command(capsys):
         (["train"], "--config and --workdir must be given"),
         (["train", f"--config={DEMO}"], "--workdir must be given"),
         (["pretrain", "--workdir=x"], "--config must be given"),
-        (["sample", "--workdir=x"], "--prompt must be given"),
-        (["evaluate"], "--workdir must be given"),
+        (["sample", "--workdir=x"], "--prompt or --prompts_file must be given"),
+        (["evaluate"], "--workdir or --videos must be given"),
     ],
 )
 def test_missing_flags(capsys, arguments, message):

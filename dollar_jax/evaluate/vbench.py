@@ -1,4 +1,4 @@
-"""VBench's aggregate scores from its result files (Huang et al., arXiv 2311.17982).
+"""VBench (Huang et al., arXiv 2311.17982): the videos it asks for, and its aggregate scores.
 
 Normalisation and weights are those of VBench's own `scripts/constant.py`.
 """
@@ -11,6 +11,16 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from dollar_jax.config import MeshConfig
+from dollar_jax.evaluate.files import read_prompts, video_name
+from dollar_jax.evaluate.video import write_video
+from dollar_jax.generate import Generator, Sampler, draw_videos, sampling_mesh, video_keys
+from dollar_jax.types import Params
 
 # The least and the greatest value of each dimension, which are mapped to 0 and 1 without clipping.
 QUALITY = {
@@ -137,3 +147,62 @@ def _score(path: Path, key: str, value: Any) -> float:
             f"{shown if len(shown) < 40 else type(first).__name__}"
         )
     return float(first)
+
+
+def read_vbench_prompts(path: Path, num: int) -> dict[str, int]:
+    """How many videos each prompt of a list needs: `num`, and five times as many for temporal flickering.
+
+    The list is VBench's `VBench_full_info.json`, which says what each prompt is for, or a text file with a
+    prompt per line, which does not.
+
+    Raises FileNotFoundError, or ValueError naming what is wrong in the file.
+    """
+    if path.suffix != ".json":
+        return dict.fromkeys(read_prompts(path), num)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; it must be VBench's VBench_full_info.json")
+    try:
+        rows = [(row["prompt_en"], row["dimension"]) for row in json.loads(path.read_text())]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not like VBench_full_info.json: {error!r}") from error
+    counts: dict[str, int] = {}
+    for prompt, dimensions in rows:
+        wanted = 5 * num if "temporal_flickering" in dimensions else num
+        counts[prompt] = max(wanted, counts.setdefault(prompt, 0))
+    return counts
+
+
+def write_videos(
+    folder: Path,
+    counts: Mapping[str, int],
+    generator: Generator,
+    draw: Sampler,
+    params: Params,
+    seed: int,
+    batch_size: int,
+    mesh: MeshConfig,
+    fps: float = 8,
+) -> int:
+    """Draws what is missing of `{prompt}-{0...}.mp4` in `folder`; how many this process has drawn.
+
+    Every process draws its own share, and video i of a prompt starts from the i-th noise of `seed`, so
+    killed and started again, on as many or fewer hosts, the folder ends with the same videos.
+
+    Raises ValueError for a prompt that cannot name a file.
+    """
+    everything = [(p, i, video_name(p, i)) for p, count in counts.items() for i in range(count)]
+    mine = everything[jax.process_index() :: jax.process_count()]
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    missing = [row for row in mine if row[2] not in there]
+    if not missing:
+        return 0
+    noise = video_keys(seed, max(counts.values()))
+    keys = noise[jnp.array([i for _, i, _ in missing])]
+    with tqdm(total=len(mine), initial=len(mine) - len(missing), desc="VBench", unit="video") as bar:
+        names = iter(missing)
+        prompts = [prompt for prompt, _, _ in missing]
+        on = sampling_mesh(mesh)
+        for frames in draw_videos(generator, draw, params, prompts, keys, batch_size, on, bar):
+            for frame in frames:
+                write_video(folder / next(names)[2], frame, fps)
+    return len(missing)

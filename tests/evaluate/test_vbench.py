@@ -2,10 +2,21 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from dollar_jax import cli
-from dollar_jax.evaluate.vbench import DIMENSIONS, QUALITY, aggregate, read_results
+from dollar_jax.config import MeshConfig
+from dollar_jax.evaluate.vbench import (
+    DIMENSIONS,
+    QUALITY,
+    aggregate,
+    read_results,
+    read_vbench_prompts,
+    write_videos,
+)
+from dollar_jax.evaluate.video import read_video
 
 # Percent, in DIMENSIONS' order, with the published quality, semantic and total: the teacher, DOLLAR with
 # PickScore and DOLLAR with HPSv2, as DOLLAR's tables give them.
@@ -124,3 +135,64 @@ def test_files_that_are_not_there(tmp_path, capsys):
     assert "no.json does not exist" in capsys.readouterr().err
     assert cli.main(["vbench-score"]) == 2
     assert "dollar vbench-score FILE" in capsys.readouterr().err
+
+
+# The videos VBench asks for
+
+
+def test_the_list_of_prompts_says_how_many_videos_each_needs(tmp_path):
+    text = tmp_path / "all_dimension.txt"
+    text.write_text("a cat\na dog\n\na cat\n")
+    assert read_vbench_prompts(text, 5) == {"a cat": 5, "a dog": 5}
+    rows = [
+        {"prompt_en": "a cat", "dimension": ["subject_consistency", "motion_smoothness"]},
+        {"prompt_en": "a still cup", "dimension": ["temporal_flickering"], "auxiliary_info": {}},
+        {"prompt_en": "a cat", "dimension": ["temporal_flickering"]},
+    ]
+    full = tmp_path / "VBench_full_info.json"
+    full.write_text(json.dumps(rows))
+    assert read_vbench_prompts(full, 5) == {"a cat": 25, "a still cup": 25}
+    assert read_vbench_prompts(full, 1) == {"a cat": 5, "a still cup": 5}
+    full.write_text('[{"prompt": "a cat"}]')
+    with pytest.raises(ValueError, match="is not like VBench_full_info.json"):
+        read_vbench_prompts(full, 5)
+
+
+@pytest.fixture
+def write(toy_generator):
+    """Writes a folder of videos: two prompts, three and one."""
+    sampler = toy_generator.student_sampler((1000.0, 500.0))
+    params = toy_generator.pipeline.transformer.params
+    counts = {"a bb": 3, "ccc a": 1}
+
+    def run(folder, batch_size=8):
+        with jax.debug_key_reuse(False):
+            return write_videos(
+                folder, counts, toy_generator, sampler, params, 0, batch_size, MeshConfig(-1, 1, 1, 1)
+            )
+
+    return run
+
+
+def test_videos_are_named_as_vbench_wants_and_a_second_start_draws_what_is_missing(write, tmp_path):
+    names = {"a bb-0.mp4", "a bb-1.mp4", "a bb-2.mp4", "ccc a-0.mp4"}
+    assert write(tmp_path / "whole") == 4
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == names
+    assert write(tmp_path / "whole") == 0
+
+    (tmp_path / "killed").mkdir()
+    kept = tmp_path / "killed" / "a bb-1.mp4"
+    kept.write_bytes(b"kept")
+    assert write(tmp_path / "killed") == 3
+    assert kept.read_bytes() == b"kept"
+    for name in names - {kept.name}:
+        again, first = (read_video(tmp_path / run / name).astype(int) for run in ("killed", "whole"))
+        assert np.abs(again - first).max() <= 6  # the codec makes more of a rounding
+
+
+def test_hosts_share_the_videos_between_them(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for index in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        assert write(tmp_path) == 2
+        assert len(list(tmp_path.iterdir())) == 2 * (index + 1)
