@@ -118,7 +118,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "videos": 8,
             "seed": 0,
             "least_diversity": 0.5,
-            "std_range": (0.7, 1.4),
+            "std_range": (0.6, 1.5),
             "most_drift": 0.3,
             "peak_tflops": config_dict.placeholder(float),
             "profile_steps": 0,

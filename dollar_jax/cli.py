@@ -193,6 +193,13 @@ def _define_evaluate(_: list[str]) -> None:
     flags.DEFINE_bool("teacher", False, "With --vbench: the teacher's videos.", flag_values=FLAGS)
 
 
+def _define_reproduce(_: list[str]) -> None:
+    _define_workdir()
+    flags.DEFINE_bool("quick", False, "Two seeds, a fifth of the steps, fewer videos.", flag_values=FLAGS)
+    flags.DEFINE_integer("seeds", None, "Seeds per method, instead of 3.", 1, flag_values=FLAGS)
+    flags.DEFINE_integer("steps", None, "Training steps, instead of the demo's.", 1, flag_values=FLAGS)
+
+
 def _define_vbench_score(_: list[str]) -> None:
     flags.DEFINE_string("json", None, "Where to write the scores too.", flag_values=FLAGS)
     flags.DEFINE_bool(
@@ -203,10 +210,10 @@ def _define_vbench_score(_: list[str]) -> None:
 # --- commands -------------------------------------------------------------------------------------
 
 
-def _load_demo_config() -> Any:
+def _load_demo_config(*losses: str) -> Any:
     if not DEMO_CONFIG.is_file():
         raise FileNotFoundError(f"{DEMO_CONFIG} is missing: install from a checkout with pip install -e .")
-    return runpy.run_path(str(DEMO_CONFIG))["get_config"]()
+    return runpy.run_path(str(DEMO_CONFIG))["get_config"](*losses)
 
 
 def _distill_config(config: Any) -> Any:
@@ -358,6 +365,19 @@ def _vbench_videos() -> None:
     print(f"{drawn} videos drawn; {folder} holds all of this process's {sum(counts.values())}")
 
 
+def _reproduce() -> None:
+    from dollar_jax.reproduce import reproduce
+
+    _prepare_jax()
+
+    def experiment(losses: str) -> Any:
+        return _distill_config(_load_demo_config(losses))
+
+    page = reproduce(experiment, Path(FLAGS.workdir), FLAGS.quick, FLAGS.seeds, FLAGS.steps)
+    print(page.with_suffix(".md").read_text())
+    print(f"Look at {page} in a browser; {page.with_suffix('.csv')} holds every cell.")
+
+
 def _vbench_score(*files: str) -> None:
     import json
 
@@ -393,6 +413,7 @@ COMMANDS = {
     "sample": Command("draw videos from a run's student, or from its teacher", _define_sample, _sample),
     "evaluate": Command("sample and measure a run again", _define_evaluate, _evaluate),
     "pretrain": Command("train the default domain's teacher from nothing", _define_train, _pretrain),
+    "reproduce": Command("the paper's ablation on the default domain, as one page", _define_reproduce, _reproduce),
     "vbench-score": Command(
         "VBench's result files to its Quality, Semantic and Total", _define_vbench_score, _vbench_score, "FILE…"
     ),

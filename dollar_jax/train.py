@@ -69,7 +69,7 @@ def train(
             state = _restore(checkpoints, program, scorer, batches)
         else:
             state = program.init(jax.random.key(config.seed), frozen.teacher)
-        watch = make_watch(config, workdir, generator, program, frozen.teacher)
+        watch = make_watch(config, workdir, generator, frozen.teacher)
         profile = Profile(config.visibility.profile_steps, workdir, first)
         with Log(workdir, first, config, make_throughput(config, program)) as log:
             for step in range(first, config.steps):
@@ -200,7 +200,7 @@ class Log:
         self.bar = tqdm(
             total=config.steps, initial=first, desc="distilling", disable=not self.main, unit="step"
         )
-        self._held: tuple[int, Mapping[str, jax.Array], dict[str, float]] | None = None
+        self._held: tuple[int, Mapping[str, jax.Array], dict[str, float], float] | None = None
         self._clock = (first, time.perf_counter())
         if self.main:
             self.path = workdir / HISTORY
@@ -226,7 +226,7 @@ class Log:
         self.bar.update()
         if now or step % self.every == 0:
             self._write()
-            self._held = (step, metrics, dict(host))
+            self._held = (step, metrics, dict(host), time.perf_counter())
         if now:
             self._write()
 
@@ -246,11 +246,11 @@ class Log:
     def _write(self) -> None:
         if self._held is None:
             return
-        step, metrics, host = self._held
+        step, metrics, host, now = self._held
         self._held = None
         values = {name: float(value) for name, value in metrics.items()}
         before, then = self._clock
-        self._clock = (step, now := time.perf_counter())
+        self._clock = (step, now)
         for name, value in values.items():
             if not math.isfinite(value):
                 raise FloatingPointError(

@@ -16,13 +16,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from dollar_jax import sharding
 from dollar_jax.config import DistillConfig, VisibilityConfig
 from dollar_jax.evaluate.vendi import pixel_features, vendi_per_prompt
 from dollar_jax.evaluate.video import grid, side_by_side, write_video
 from dollar_jax.frames import to_uint8
 from dollar_jax.generate import Generator, video_keys
-from dollar_jax.objectives import SCORE_BINS
+from dollar_jax.objectives import SCORE_BINS, Frozen
 from dollar_jax.program import Program
 from dollar_jax.types import Params
 
@@ -129,16 +128,14 @@ class Watch:
 
 
 def make_watch(
-    config: DistillConfig, workdir: Path, generator: Generator, program: Program, teacher: Params
+    config: DistillConfig, workdir: Path, generator: Generator, teacher: Params
 ) -> Watch:
     """The watch of a run: fixed prompts, fixed noise, the student's own timesteps, the teacher's own steps."""
     c, sampling = config.visibility, config.sampling
-    everywhere = sharding.replicated(program.mesh)
     prompts = [prompt for prompt in c.prompts for _ in range(c.videos)]
 
     def draw(sampler: Any, params: Params) -> np.ndarray:
-        keys = jax.device_put(video_keys(c.seed, len(prompts)), everywhere)
-        latent = sampler(params, keys, jax.device_put(generator.text(prompts), everywhere))
+        latent = sampler(params, video_keys(c.seed, len(prompts)), generator.text(prompts))
         if latent.is_fully_addressable:
             return np.asarray(latent)
         return np.asarray(multihost_utils.process_allgather(latent, tiled=True))
@@ -198,7 +195,7 @@ def make_throughput(config: DistillConfig, program: Program) -> Throughput:
     peak = config.visibility.peak_tflops or PEAK_TFLOPS.get(devices[0].device_kind)
     if peak is None:
         return Throughput(config.batch_size, None, None)
-    frozen = type(program.frozen_sharding)(
+    frozen = Frozen(
         program.state_shapes.student,
         jax.ShapeDtypeStruct((1, *program.batch_shapes["text"].shape[1:]), "float32"),
     )

@@ -70,6 +70,7 @@ def test_an_unknown_command(capsys):
         (["train", f"--config={DEMO}"], "--workdir must be given"),
         (["pretrain", "--workdir=x"], "--config must be given"),
         (["sample", "--workdir=x"], "--prompt or --prompts_file must be given"),
+        (["reproduce", "--quick"], "--workdir must be given"),
         (["evaluate"], "--workdir or --videos must be given"),
     ],
 )

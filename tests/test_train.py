@@ -37,6 +37,7 @@ def config(make_config, quick_compilation):
     return make_config({
         "steps": STEPS, "mesh.data": 2, "mesh.fsdp": 4, "checkpoint_every": 3, "keep_checkpoints": 9,
         "student.optimiser.warmup_steps": 1,
+        "visibility.samples_every": 3, "visibility.prompts": ("a bb ccc", "dddd e"), "visibility.videos": 2,
     })  # fmt: skip
 
 
@@ -113,6 +114,9 @@ def test_a_run_leaves_its_history_and_items(whole, generator, config):
         found = {path.name for path in (workdir / "checkpoints" / str(step)).iterdir() if path.is_dir()}
         assert found == ITEMS
     assert list((workdir / "events").iterdir())
+    sampled = [line["step"] for line in history(workdir) if "sample_vendi" in line]
+    assert sampled == [3, 6]
+    assert {path.name for path in (workdir / "samples").iterdir()} == {"step_000003.mp4", "step_000006.mp4"}
     # Two generated and two real latents per step, in a ring of twelve.
     like = loop.Scorer(config, generator, None, generator.null_text.shape[1:]).replay.state
     kept = replay(workdir, like)

@@ -12,8 +12,16 @@ from dollar_jax import objectives
 from dollar_jax.config import VisibilityConfig
 from dollar_jax.evaluate.video import read_video
 from dollar_jax.objectives import Networks
+from dollar_jax.program import build_program
 from dollar_jax.schedule import Schedule
-from dollar_jax.visibility import Profile, Throughput, Watch, count_flops, readable
+from dollar_jax.visibility import (
+    Profile,
+    Throughput,
+    Watch,
+    count_flops,
+    make_throughput,
+    readable,
+)
 
 CONFIG = VisibilityConfig(10, ("a ball", "a cube"), 4, 0, 0.5, (0.7, 1.4), 0.3, None, 0)
 
@@ -123,6 +131,25 @@ def test_throughput_and_its_share_of_the_peak():
     assert Throughput(32, None, None)(0.5) == {"videos_per_second": 64}
     rates = Throughput(32, 2e12, 8e12)(0.5)
     assert rates == {"videos_per_second": 64, "tflops_per_second": 4, "mfu": 0.5}
+
+
+def test_a_steps_operations_are_those_of_its_forwards(make_config, toy_generator):
+    """VSD alone: student 1 and its gradient 2, guided teacher 2, fake score 1; then student 1, fake score 3."""
+    config = make_config({
+        "mesh.data": 8, "reward.name": None, "consistency.weight": 0.0, "fake_score.updates": 1,
+        "visibility.peak_tflops": 2.0,
+    })  # fmt: skip
+    network, schedule = toy_generator.pipeline.transformer.network, toy_generator.pipeline.schedule
+    latent, text = toy_generator.latent_shape, toy_generator.null_text.shape[1:]
+    found = make_throughput(config, build_program(config, network, schedule, latent, text))
+    one = [jax.ShapeDtypeStruct((8, *shape), "float32") for shape in (latent, (), text)]
+    forward = count_flops(jax.make_jaxpr(network.apply)(network.shapes, *one).jaxpr)
+    assert forward > 0 and found.flops is not None
+    # Nothing is differentiated with respect to the latent or the text that goes in.
+    assert 9 * forward < found.flops < 10.01 * forward
+    assert found.peak == 2e12 * 8
+    unknown = dataclasses.replace(config, visibility=dataclasses.replace(config.visibility, peak_tflops=None))
+    assert make_throughput(unknown, build_program(unknown, network, schedule, latent, text)).flops is None
 
 
 def test_the_fake_scores_loss_is_told_apart_by_timestep(make_config):

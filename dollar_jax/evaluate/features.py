@@ -36,6 +36,7 @@ def vae_features(generator: Generator) -> Features:
     """Mean, deviation and mean change in time of every channel of the teacher's VAE latents: d = 3 c."""
 
     def vectors(videos: Videos) -> np.ndarray:
+        generator.pipeline.vae.config.latent_shape(*videos.shape[1:4])  # raises where they do not fit
         # One at a time is one compilation whatever the number of videos.
         return np.concatenate([_moments(generator.encode(video[None])) for video in videos])
 
