@@ -121,6 +121,21 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             },
             "optimiser": {**adam, "learning_rate": 2e-3, "b1": 0.9},
         },
+        "visibility": {
+            "samples_every": 100,
+            "prompts": (
+                "a large red circle moving left slowly",
+                "a small blue square moving up quickly",
+                "a large yellow triangle moving right quickly",
+            ),
+            "videos": 8,
+            "seed": 0,
+            "least_diversity": 0.5,
+            "std_range": (0.6, 1.5),
+            "most_drift": 0.3,
+            "peak_tflops": config_dict.placeholder(float),
+            "profile_steps": 0,
+        },
         "pretrain": pretrain(),
     })  # fmt: skip
 

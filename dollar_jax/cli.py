@@ -89,7 +89,7 @@ def _overview() -> str:
         "dollar: few-step text-to-video distillation by VSD, consistency and latent reward",
         "",
     ]
-    lines += [f"  dollar {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  dollar {name:<12} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "dollar <command> --help lists a command's flags."])
 
 
@@ -124,26 +124,87 @@ def _define_train(arguments: list[str]) -> None:
     _define_workdir()
 
 
+def _define_distillation(arguments: list[str]) -> None:
+    _define_train(arguments)
+    flags.DEFINE_bool(
+        "profile", False, "Leave an XProf trace of three steps in WORKDIR/profile.", flag_values=FLAGS
+    )
+
+
 def _define_sample(_: list[str]) -> None:
     _define_workdir()
-    flags.DEFINE_multi_string("prompt", None, "What to show; may be given more than once.", flag_values=FLAGS)
-    flags.mark_flag_as_required("prompt", FLAGS)
+    flags.DEFINE_multi_string("prompt", [], "What to show; may be given more than once.", flag_values=FLAGS)
+    flags.DEFINE_string("prompts_file", None, "A text file with a prompt per line.", flag_values=FLAGS)
     flags.DEFINE_integer("steps", 4, "Sampling steps.", 1, flag_values=FLAGS)
-    flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=FLAGS)
-    flags.DEFINE_integer("num", 4, "Videos per prompt.", 1, flag_values=FLAGS)
+    flags.DEFINE_multi_integer(
+        "seed", [0], "Seed of the noise, which all prompts share; may be given more than once.",
+        flag_values=FLAGS,
+    )  # fmt: skip
+    flags.DEFINE_integer("num", 4, "Videos per prompt and seed.", 1, flag_values=FLAGS)
+    flags.DEFINE_integer("batch_size", 16, "Videos drawn at a time.", 1, flag_values=FLAGS)
     flags.DEFINE_bool(
         "teacher", False, "Sample the teacher, in its own number of steps unless --steps is given.",
         flag_values=FLAGS,
     )  # fmt: skip
+    flags.DEFINE_bool(
+        "beside_teacher", False, "Put the teacher's video from the same noise to the left of each.",
+        flag_values=FLAGS,
+    )  # fmt: skip
     flags.DEFINE_bool("ema", True, "The student's moving average rather than its raw weights.", flag_values=FLAGS)
+    for name, what in (("frames", "Frames of a video"), ("height", "Height"), ("width", "Width")):
+        flags.DEFINE_integer(name, None, f"{what}, instead of the run's own.", 1, flag_values=FLAGS)
+    flags.DEFINE_float("fps", 8, "Frames per second of the files.", 0.1, flag_values=FLAGS)
     flags.DEFINE_integer("scale", 8, "Enlargement of every pixel.", 1, flag_values=FLAGS)
-    flags.DEFINE_string("out", "samples.mp4", "The .mp4 or .gif: a row per prompt.", flag_values=FLAGS)
+    flags.DEFINE_string(
+        "out", "samples.mp4", "The .mp4 or .gif, a row per prompt; or a folder, for a file per video.",
+        flag_values=FLAGS,
+    )  # fmt: skip
 
 
 def _define_evaluate(_: list[str]) -> None:
-    _define_workdir()
-    flags.DEFINE_string("out", None, "The JSON of measures; WORKDIR/metrics.json by default.", flag_values=FLAGS)
+    flags.DEFINE_string("workdir", None, "Folder of the run whose student is measured.", flag_values=FLAGS)
+    flags.DEFINE_string(
+        "videos", None, "Measure this folder of {prompt}-{index}.mp4 instead of drawing any.", flag_values=FLAGS
+    )
+    flags.DEFINE_string("reference", None, "With --videos: a folder of real videos.", flag_values=FLAGS)
+    flags.DEFINE_string("reward", None, "With --videos: the name of a reward.", flag_values=FLAGS)
+    flags.DEFINE_string(
+        "features", None, "Folder with AlexNet's weights (safetensors, torchvision's names; LPIPS's heads lin0 "
+        "to lin4 if you have them) for diversity and Fréchet distance; by default the VAE of the run's teacher.",
+        flag_values=FLAGS,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "out", None, "The JSON of measures; metrics.json in the workdir or the folder by default.",
+        flag_values=FLAGS,
+    )  # fmt: skip
     flags.DEFINE_bool("quick", False, "Fewer videos.", flag_values=FLAGS)
+    flags.DEFINE_string(
+        "vbench", None, "Write the videos VBench asks for into this folder, and measure nothing.",
+        flag_values=FLAGS,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "prompts_file", None, "With --vbench: its VBench_full_info.json, or a text file with a prompt per line.",
+        flag_values=FLAGS,
+    )  # fmt: skip
+    flags.DEFINE_integer("num", 5, "With --vbench: videos per prompt.", 1, flag_values=FLAGS)
+    flags.DEFINE_integer("steps", 4, "With --vbench: sampling steps.", 1, flag_values=FLAGS)
+    flags.DEFINE_integer("seed", 0, "With --vbench: seed of the noise.", flag_values=FLAGS)
+    flags.DEFINE_integer("batch_size", 16, "With --vbench: videos drawn at a time.", 1, flag_values=FLAGS)
+    flags.DEFINE_bool("teacher", False, "With --vbench: the teacher's videos.", flag_values=FLAGS)
+
+
+def _define_reproduce(_: list[str]) -> None:
+    _define_workdir()
+    flags.DEFINE_bool("quick", False, "Two seeds, a fifth of the steps, fewer videos.", flag_values=FLAGS)
+    flags.DEFINE_integer("seeds", None, "Seeds per method, instead of 3.", 1, flag_values=FLAGS)
+    flags.DEFINE_integer("steps", None, "Training steps, instead of the demo's.", 1, flag_values=FLAGS)
+
+
+def _define_vbench_score(_: list[str]) -> None:
+    flags.DEFINE_string("json", None, "Where to write the scores too.", flag_values=FLAGS)
+    flags.DEFINE_bool(
+        "allow_missing", False, "Average over the dimensions given, though not all are.", flag_values=FLAGS
+    )
 
 
 def _define_import(_: list[str]) -> None:
@@ -198,10 +259,10 @@ def _define_prepare(_: list[str]) -> None:
 # --- commands -------------------------------------------------------------------------------------
 
 
-def _load_demo_config() -> Any:
+def _load_demo_config(*losses: str) -> Any:
     if not DEMO_CONFIG.is_file():
         raise FileNotFoundError(f"{DEMO_CONFIG} is missing: install from a checkout with pip install -e .")
-    return runpy.run_path(str(DEMO_CONFIG))["get_config"]()
+    return runpy.run_path(str(DEMO_CONFIG))["get_config"](*losses)
 
 
 def _distill_config(config: Any) -> Any:
@@ -239,6 +300,9 @@ def _train() -> None:
 
     _prepare_jax()
     config, workdir = _distill_config(FLAGS.config), Path(FLAGS.workdir)
+    if FLAGS.profile:
+        visibility = dataclasses.replace(config.visibility, profile_steps=3)
+        config = dataclasses.replace(config, visibility=visibility)
     generator = make_generator(config, mesh=make_mesh(config.mesh))
     train(config, workdir, generator, load_data(config, generator, workdir))
     print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
@@ -310,44 +374,129 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _sample() -> None:
+    from dollar_jax.data.latents import clip_size
     from dollar_jax.demo import make_generator
-    from dollar_jax.evaluate.video import grid, write_video
-    from dollar_jax.frames import to_uint8
-    from dollar_jax.generate import subset, video_keys
+    from dollar_jax.evaluate.files import check_output, read_prompts, write_samples
+    from dollar_jax.generate import sample_prompts, subset
     from dollar_jax.train import read_config, restore_student
 
     _prepare_jax()
-    workdir = Path(FLAGS.workdir)
+    workdir, out = Path(FLAGS.workdir), Path(FLAGS.out)
+    prompts = [*FLAGS.prompt, *(read_prompts(Path(FLAGS.prompts_file)) if FLAGS.prompts_file else [])]
+    if not prompts:
+        raise ValueError("--prompt or --prompts_file must be given")
+    if FLAGS.teacher and FLAGS.beside_teacher:
+        raise ValueError("--teacher beside --beside_teacher: leave one of them out")
+    check_output(out)
     config = read_config(workdir)
-    out = Path(FLAGS.out)
-    if out.suffix not in (".mp4", ".gif"):
-        raise ValueError(f"--out={out} must end in .mp4 or .gif")
-    if not FLAGS.teacher:
-        timesteps = subset(config.student.timesteps, FLAGS.steps)
-    generator = make_generator(config)
+    frames, height, width = clip_size(config.data)
+    generator = make_generator(
+        config, (FLAGS.frames or frames, FLAGS.height or height, FLAGS.width or width)
+    )
+    _ = generator.latent_shape  # a size that does not fit is an error before the weights are read
+    weight, teacher_steps = config.sampling.guidance_weight, config.sampling.num_steps
+    teacher = generator.pipeline.transformer.params
+    rows: list[tuple[Any, Any]] = []
     if FLAGS.teacher:
-        steps = FLAGS.steps if FLAGS["steps"].present else config.sampling.num_steps
-        draw = generator.teacher_sampler(steps, config.sampling.guidance_weight)
-        params = generator.pipeline.transformer.params
+        steps = FLAGS.steps if FLAGS["steps"].present else teacher_steps
+        rows.append((generator.teacher_sampler(steps, weight), teacher))
     else:
-        draw = generator.student_sampler(timesteps)
-        params = restore_student(workdir, generator, FLAGS.ema)
-    prompts = [prompt for prompt in FLAGS.prompt for _ in range(FLAGS.num)]
-    latent = draw(params, video_keys(FLAGS.seed, len(prompts)), generator.text(prompts))
-    frames = to_uint8(generator.decode(latent))
-    write_video(out, grid(frames, columns=FLAGS.num), scale=FLAGS.scale)
+        if FLAGS.beside_teacher:
+            rows.append((generator.teacher_sampler(teacher_steps, weight), teacher))
+        sampler = generator.student_sampler(subset(config.student.timesteps, FLAGS.steps))
+        rows.append((sampler, restore_student(workdir, generator, FLAGS.ema)))
+    videos = [
+        sample_prompts(
+            generator, draw, params, prompts, FLAGS.seed, FLAGS.num, FLAGS.batch_size, config.mesh
+        )
+        for draw, params in rows
+    ]
+    write_samples(out, prompts, videos, FLAGS.fps, FLAGS.scale)
     print(out)
 
 
 def _evaluate() -> None:
     from dollar_jax.demo import evaluate, make_generator
+    from dollar_jax.evaluate.features import alexnet_features, vae_features
     from dollar_jax.train import read_config
 
     _prepare_jax()
-    workdir = Path(FLAGS.workdir)
-    out = Path(FLAGS.out or workdir / "metrics.json")
-    evaluate(workdir, make_generator(read_config(workdir)), out, FLAGS.quick)
-    print_table(out)
+    if not FLAGS.workdir and not FLAGS.videos:
+        raise ValueError("--workdir or --videos must be given")
+    if FLAGS.vbench:
+        _vbench_videos()
+        return
+    features = alexnet_features(Path(FLAGS.features)) if FLAGS.features else None
+    if FLAGS.workdir:
+        generator = make_generator(read_config(Path(FLAGS.workdir)))
+        features = features or vae_features(generator)
+        if not FLAGS.videos:
+            out = Path(FLAGS.out or Path(FLAGS.workdir) / "metrics.json")
+            evaluate(Path(FLAGS.workdir), generator, out, FLAGS.quick, features=features)
+            print_table(out)
+    if FLAGS.videos:
+        from dollar_jax.evaluate.folder import measure_folder
+        from dollar_jax.evaluate.report import write_metrics
+        from dollar_jax.rewards import get_reward
+
+        folder = Path(FLAGS.videos)
+        reference = Path(FLAGS.reference) if FLAGS.reference else None
+        reward = get_reward(FLAGS.reward) if FLAGS.reward else None
+        measures = measure_folder(folder, features, reference, reward)
+        write_metrics(FLAGS.out or folder / "metrics.json", measures)
+        for name, value in measures.items():
+            print(f"{name:26}{value:.6g}" if isinstance(value, float) else f"{name:26}{value}")
+
+
+def _vbench_videos() -> None:
+    from dollar_jax.demo import make_generator
+    from dollar_jax.evaluate.vbench import read_vbench_prompts, write_videos
+    from dollar_jax.generate import subset
+    from dollar_jax.train import read_config, restore_student
+
+    if not FLAGS.workdir or not FLAGS.prompts_file:
+        raise ValueError("--vbench needs --workdir and --prompts_file, VBench's own list of prompts")
+    workdir, folder = Path(FLAGS.workdir), Path(FLAGS.vbench)
+    config = read_config(workdir)
+    counts = read_vbench_prompts(Path(FLAGS.prompts_file), FLAGS.num)
+    generator = make_generator(config)
+    if FLAGS.teacher:
+        draw = generator.teacher_sampler(config.sampling.num_steps, config.sampling.guidance_weight)
+        params = generator.pipeline.transformer.params
+    else:
+        draw = generator.student_sampler(subset(config.student.timesteps, FLAGS.steps))
+        params = restore_student(workdir, generator)
+    drawn = write_videos(
+        folder, counts, generator, draw, params, FLAGS.seed, FLAGS.batch_size, config.mesh
+    )
+    print(f"{drawn} videos drawn; {folder} holds all of this process's {sum(counts.values())}")
+
+
+def _reproduce() -> None:
+    from dollar_jax.reproduce import reproduce
+
+    _prepare_jax()
+
+    def experiment(losses: str) -> Any:
+        return _distill_config(_load_demo_config(losses))
+
+    page = reproduce(experiment, Path(FLAGS.workdir), FLAGS.quick, FLAGS.seeds, FLAGS.steps)
+    print(page.with_suffix(".md").read_text())
+    print(f"Look at {page} in a browser; {page.with_suffix('.csv')} holds every cell.")
+
+
+def _vbench_score(*files: str) -> None:
+    import json
+
+    from dollar_jax.evaluate.report import write_metrics
+    from dollar_jax.evaluate.vbench import aggregate, read_results
+
+    if not files:
+        raise ValueError("give VBench's result files: dollar vbench-score FILE…")
+    result = dataclasses.asdict(aggregate(read_results(map(Path, files)), FLAGS.allow_missing))
+    if FLAGS.json:
+        write_metrics(FLAGS.json, result)
+    print(json.dumps(result, indent=2))
 
 
 def _import(*names: str) -> None:
@@ -393,11 +542,15 @@ def print_table(path: Path) -> None:
 
 COMMANDS = {
     "demo": Command("distil the default teacher, sample, measure, report", _define_demo, _demo),
-    "train": Command("distil a teacher; resumes what it finds in the workdir", _define_train, _train),
+    "train": Command("distil a teacher; resumes what it finds in the workdir", _define_distillation, _train),
     "prepare": Command("videos and captions to a data set of latents", _define_prepare, _prepare),
     "sample": Command("draw videos from a run's student, or from its teacher", _define_sample, _sample),
     "evaluate": Command("sample and measure a run again", _define_evaluate, _evaluate),
     "import": Command("a diffusers pipeline to a teacher folder that shards", _define_import, _import, "SRC DST"),
     "export": Command("a run's student to a folder that diffusers loads", _define_export, _export, "DST"),
     "pretrain": Command("train the default domain's teacher from nothing", _define_train, _pretrain),
+    "reproduce": Command("the paper's ablation on the default domain, as one page", _define_reproduce, _reproduce),
+    "vbench-score": Command(
+        "VBench's result files to its Quality, Semantic and Total", _define_vbench_score, _vbench_score, "FILE…"
+    ),
 }

@@ -297,6 +297,33 @@ class ComputeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VisibilityConfig:
+    """What a run shows of itself, see `visibility`; none of it changes the training.
+
+    A warning of collapse comes when less than `least_diversity` of the teacher's Vendi score above 1 is
+    left, when the latents' deviation leaves `std_range` times the teacher's, or their mean moves further
+    from the teacher's than `most_drift` of its deviations.
+    """
+
+    samples_every: int  # steps between sample grids; 0 for none
+    prompts: tuple[str, ...]
+    videos: int  # per prompt
+    seed: int
+    least_diversity: float
+    std_range: tuple[float, float]
+    most_drift: float
+    peak_tflops: float | None  # of one device, for the MFU; None where `visibility` knows it, or for none
+    profile_steps: int  # traced for XProf; 0 for none
+
+    def __post_init__(self) -> None:
+        if self.samples_every and (not self.prompts or self.videos < 2):
+            raise ValueError(
+                "config.visibility.samples_every needs prompts, and videos of at least 2 per prompt to tell "
+                "diversity by; or set it to 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """`dollar train` and `dollar demo`."""
 
@@ -317,6 +344,7 @@ class DistillConfig:
     consistency: ConsistencyConfig
     fake_score: FakeScoreConfig
     reward: RewardConfig
+    visibility: VisibilityConfig
     pretrain: PretrainConfig | None
 
     def __post_init__(self) -> None:

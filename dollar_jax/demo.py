@@ -13,7 +13,15 @@ from jax.sharding import Mesh
 
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.latents import clip_size, load_data
-from dollar_jax.evaluate.measure import default_plan, measure, samplers, speedups
+from dollar_jax.evaluate.features import Features
+from dollar_jax.evaluate.measure import (
+    default_plan,
+    measure,
+    network_measures,
+    percentages,
+    samplers,
+    speedups,
+)
 from dollar_jax.evaluate.report import write_metrics, write_report
 from dollar_jax.evaluate.video import side_by_side, write_video
 from dollar_jax.generate import Generator, load_teacher
@@ -24,8 +32,12 @@ from dollar_jax.train import read_config, read_history, restore_student, train
 SHOWN = 8  # prompts whose videos are on the page
 
 
-def make_generator(config: DistillConfig, mesh: Mesh | None = None) -> Generator:
-    """The teacher of a configuration, ready to sample clips of the size of its data's.
+def make_generator(
+    config: DistillConfig,
+    clip: tuple[int, int, int] | None = None,
+    mesh: Mesh | None = None,
+) -> Generator:
+    """The teacher of a configuration, ready to sample clips of the size of its data's, or of another.
 
     An imported teacher is restored into the mesh's sharding if one is given.
     """
@@ -33,7 +45,7 @@ def make_generator(config: DistillConfig, mesh: Mesh | None = None) -> Generator
         load_teacher(config.teacher, config.compute, mesh),
         config.data.max_text_length,
         config.sampling,
-        clip_size(config.data),
+        clip or clip_size(config.data),
         config.compute.vae_chunk,
     )
 
@@ -62,21 +74,28 @@ def evaluate(
     quick: bool = False,
     timings: dict[str, float] | None = None,
     start: float | None = None,
+    features: Features | None = None,
 ) -> dict[str, Any]:
-    """Samples and measures the run in `workdir`: `out` (JSON), report.html and videos/ beside it."""
+    """Samples and measures the run in `workdir`: `out` (JSON), report.html and videos/ beside it.
+
+    With a network's `features` also the diversity and the Fréchet distance they tell of.
+    """
     config = read_config(workdir)
     begun = time.perf_counter()
     plan = default_plan(config.seed, quick)
     reward = None if config.reward.name is None else get_reward(config.reward.name)
     rows = samplers(generator, restore_student(workdir, generator), config.student.timesteps)
-    table, videos = measure(generator, rows, plan, reward)
+    network = None if features is None else network_measures(features, quick)
+    table, videos = measure(generator, rows, plan, reward, network)
     teacher = f"teacher_{config.sampling.num_steps}"
+    percentages(table, teacher)
     timings = {**(timings or {}), "sample and measure": time.perf_counter() - begun}
     metrics: dict[str, Any] = {
         **table,
         **speedups(table, teacher),
         "seconds": time.perf_counter() - (begun if start is None else start),
         "timings": timings,
+        **({} if features is None else {"features": features.name}),
         "config": dataclasses.asdict(config),
     }
     write_metrics(out, metrics)

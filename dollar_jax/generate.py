@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from tqdm import tqdm
 
-from dollar_jax import sample
-from dollar_jax.config import ComputeConfig, SamplingConfig
+from dollar_jax import sample, sharding
+from dollar_jax.config import ComputeConfig, MeshConfig, SamplingConfig
+from dollar_jax.frames import to_uint8
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
 from dollar_jax.sharding import shard
@@ -133,7 +137,7 @@ class Generator:
             return sample.ode_sample(
                 pipeline.transformer.network.apply, params, pipeline.schedule, self.noise(keys), text,
                 null_text, guidance_weight, num_steps, self.sampling.eta,
-                keys[0] if self.sampling.eta else None,
+                _step_keys(keys) if self.sampling.eta else None,
             )  # fmt: skip
 
         return draw
@@ -147,7 +151,7 @@ class Generator:
         def draw(params: Params, keys: jax.Array, text: jax.Array) -> jax.Array:
             return sample.few_step_sample(
                 pipeline.transformer.network.apply, params, pipeline.schedule, timesteps,
-                self.noise(keys), text, jax.random.fold_in(keys[0], 1),
+                self.noise(keys), text, _step_keys(keys),
             )  # fmt: skip
 
         return draw
@@ -157,18 +161,95 @@ class Generator:
 
 
 def subset(timesteps: Sequence[float], count: int) -> tuple[float, ...]:
-    """`count` of the student's timesteps, evenly chosen from the noisiest: 4 → 2 is the 1st and the 3rd.
+    """`count` timesteps for the student, from the noisiest: 4 → 2 is the 1st and the 3rd it knows.
 
-    Raises ValueError when there are fewer.
+    More than it knows lie evenly between those, the last ones on the way to the clean end at 0.
+    Raises ValueError when `count` is not positive.
     """
-    if not 1 <= count <= len(timesteps):
-        raise ValueError(
-            f"the student takes 1 to {len(timesteps)} steps, not {count}: it knows the timesteps "
-            f"{', '.join(f'{t:g}' for t in timesteps)}"
-        )
-    return tuple(timesteps[i * len(timesteps) // count] for i in range(count))
+    if count < 1:
+        raise ValueError(f"the student takes at least 1 step, not {count}")
+    known = len(timesteps)
+    if count <= known:
+        return tuple(timesteps[i * known // count] for i in range(count))
+    places = np.arange(count) * known / count
+    return tuple(np.interp(places, np.arange(known + 1), [*timesteps, 0.0]).tolist())
 
 
 def video_keys(seed: int, count: int) -> jax.Array:
     """One key per video; video i of a seed starts from the same noise whoever draws it."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
+
+
+def _step_keys(keys: jax.Array) -> jax.Array:
+    """The keys of the noise on a video's way, besides that of its start."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+
+
+def sampling_mesh(config: MeshConfig) -> Mesh:
+    """This process's devices: parameters over as much of the run's `fsdp` axis as fits, videos over all.
+
+    Processes draw on their own, so that none waits for another; the networks must fit into one.
+    """
+    devices = jax.local_devices()
+    fsdp = len(devices) if config.fsdp == -1 else math.gcd(config.fsdp, len(devices))
+    return sharding.make_mesh(MeshConfig(-1, fsdp, 1, 1), devices)
+
+
+def draw_videos(
+    generator: Generator,
+    draw: Sampler,
+    params: Params,
+    prompts: Sequence[str],
+    keys: jax.Array,
+    batch_size: int,
+    mesh: Mesh,
+    bar: tqdm | None = None,
+) -> Iterator[np.ndarray]:
+    """A video per prompt and key [n], uint8 [b t h w 3] batch by batch, sharded over the mesh.
+
+    The last batch is filled up for the devices, and cut. Batches do not change the videos beyond rounding.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = -(-min(batch_size, len(prompts)) // shards) * shards
+    params = jax.device_put(params, sharding.shard(mesh, params))
+    rows = sharding.batch_sharding(mesh)
+    data = np.asarray(jax.random.key_data(keys))
+    for start in range(0, len(prompts), batch):
+        index = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
+        count = min(batch, len(prompts) - start)
+        text = jax.device_put(generator.text([prompts[i] for i in map(int, index)]), rows)
+        latent = draw(params, jax.device_put(jax.random.wrap_key_data(data[index]), rows), text)
+        frames = to_uint8(generator.decode(latent)[:count])
+        if bar is not None:
+            bar.update(count)
+        yield frames
+
+
+def sample_prompts(
+    generator: Generator,
+    draw: Sampler,
+    params: Params,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    num: int,
+    batch_size: int,
+    mesh: MeshConfig,
+) -> np.ndarray:
+    """`num` videos per prompt and seed, uint8 [prompts, seeds × num, t, h, w, 3]; with a progress bar.
+
+    Every prompt starts from the same noises, so a video does not depend on what else is drawn. Each
+    process draws a share, and all get all.
+    """
+    each = jnp.concatenate([video_keys(seed, num) for seed in seeds])
+    total, count = len(prompts) * len(each), jax.process_count()
+    share = -(-total // count)
+    index = np.minimum(np.arange(share) + jax.process_index() * share, total - 1)
+    with tqdm(total=share, desc="sampling", unit="video", disable=jax.process_index() > 0) as bar:
+        chosen = [prompts[i // len(each)] for i in map(int, index)]
+        keys = each[index % len(each)]
+        on = sampling_mesh(mesh)
+        parts = list(draw_videos(generator, draw, params, chosen, keys, batch_size, on, bar))
+    videos = np.concatenate(parts)
+    if count > 1:
+        videos = np.asarray(multihost_utils.process_allgather(videos, tiled=True))
+    return videos[:total].reshape(len(prompts), len(each), *videos.shape[1:])

@@ -21,6 +21,7 @@ from dollar_jax.schedule import Schedule
 from dollar_jax.types import Apply, Key, Latent, Params, PerSample, TextStates, Time
 
 Aux = dict[str, Any]
+SCORE_BINS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +105,13 @@ def student(
         score = networks.reward_head(jax.lax.stop_gradient(reward_head), generated, text)
         value = losses.latent_reward(score).mean()
         total, metrics["latent_reward"] = total + reward_weight * value, score.mean()
-    # Drift against the data's mean 0 and deviation 1 is the first sign of collapse.
+    # Drift against the data is the first sign of collapse.
     metrics |= {
         "student_loss": total,
         "latent_mean": generated.mean(),
         "latent_std": generated.std(),
+        "latent_mean_drift": generated.mean() - x0.mean(),
+        "latent_std_ratio": generated.std() / (x0.std() + 1e-12),
     }
     return total, (metrics, jax.lax.stop_gradient(generated))
 
@@ -188,7 +191,11 @@ def fake_score(
     params: Params, student_params: Params, x0: Latent, text: TextStates, key: Key,
     *, config: DistillConfig, networks: Networks, schedule: Schedule,
 ) -> tuple[Float[Array, ""], Aux]:  # fmt: skip
-    """The denoising loss (8.13) of the fake-score network on fresh samples of the student."""
+    """The denoising loss (8.13) of the fake-score network on fresh samples of the student.
+
+    The metrics hold its sum and count in each of SCORE_BINS equal parts of the timesteps too: an average
+    hides a network that has lost track at one end.
+    """
     keys = jax.random.split(key, 3)
     student_params = jax.lax.stop_gradient(student_params)
     x_t, t, _ = student_input(config, networks, schedule, student_params, x0, text, keys[0])
@@ -202,8 +209,16 @@ def fake_score(
         goal = generated
     else:
         goal = schedules.target(schedule, generated, eps, t)
-    value = losses.denoising(prediction, goal).mean()
-    return value, {"fake_score": value}
+    each = losses.denoising(prediction, goal)
+    bins = jnp.clip(t * SCORE_BINS / schedule.num_train_timesteps, 0, SCORE_BINS - 1).astype(jnp.int32)
+    aux = {"fake_score": each.mean()}
+    for k in range(SCORE_BINS):
+        inside = bins == k
+        aux |= {
+            f"fake_score_sum_{k}": jnp.where(inside, each, 0.0).sum(),
+            f"fake_score_count_{k}": inside.sum().astype(jnp.float32),
+        }
+    return each.mean(), jax.lax.stop_gradient(aux)
 
 
 def reward_head(

@@ -15,7 +15,7 @@ from dollar_jax import schedule as schedules
 from dollar_jax.schedule import Schedule
 from dollar_jax.types import (
     Apply,
-    Key,
+    Keys,
     Latent,
     LatentSteps,
     NullText,
@@ -74,20 +74,21 @@ def ode_solve(
     null_text: NullText | None,
     guidance_weight: Weight | None,
     eta: float = 0.0,
-    key: Key | None = None,
+    key: Keys | None = None,
     batched: bool = True,
 ) -> Latent:
     """Takes x_t from times[0] to times[-1] in DDIM steps (DOLLAR eq. (8.14)).
 
     `times` is [steps + 1, b], descending, and may differ between samples: with m + 1 rows this is
-    the Denoise^m of the consistency loss (DOLLAR eq. (8.5)).
+    the Denoise^m of the consistency loss (DOLLAR eq. (8.5)). `key` is one for the batch, or [b]: each
+    sample's noise then does not depend on its neighbours.
 
     Raises:
         ValueError: eta > 0 without a key.
     """
     if eta != 0 and key is None:
         raise ValueError(f"sampling with eta={eta!r} needs a key; pass one, or use eta=0.")
-    keys = None if key is None else jax.random.split(key, times.shape[0] - 1)
+    keys = None if key is None else _split(key, times.shape[0] - 1)
 
     def step(x: Latent, inputs):
         t, t_next, step_key = inputs
@@ -95,7 +96,7 @@ def ode_solve(
             apply, params, x, t, text, null_text, guidance_weight, batched
         )
         x0 = schedules.to_x0(schedule, prediction, x, t)
-        noise = None if eta == 0 else jax.random.normal(step_key, x.shape, x.dtype)
+        noise = None if eta == 0 else _noise(step_key, x)
         return schedules.ddim_step(schedule, x, x0, t, t_next, eta, noise), None
 
     return lax.scan(step, x_t.astype(jnp.float32), (times[:-1], times[1:], keys))[0]
@@ -111,7 +112,7 @@ def ode_sample(
     guidance_weight: Weight | None,
     num_steps: int,
     eta: float = 0.0,
-    key: Key | None = None,
+    key: Keys | None = None,
     batched: bool = True,
 ) -> Latent:
     """The teacher's sample from pure noise: `ode_solve` over `timestep_grid(num_steps)`."""
@@ -175,18 +176,19 @@ def few_step_sample(
     timesteps: Sequence[float],
     noise: Latent,
     text: TextStates,
-    key: Key,
+    key: Keys,
 ) -> Latent:
     """The student's sample: predict x0, re-noise to the next timestep, repeat.
 
     `timesteps` is static and descending, (999, 749, 499, 249) in the paper; `noise` is taken to be
-    the state at the first.
+    the state at the first. `key` is one for the batch, or [b]: each sample's noise then does not depend
+    on its neighbours.
 
     Raises:
         ValueError: timesteps are not strictly descending or out of range.
     """
     times = _student_times(schedule, timesteps)
-    keys = jax.random.split(key, len(timesteps))
+    keys = _split(key, len(timesteps))
 
     def step(x: Latent, inputs):
         t, t_next, step_key = inputs
@@ -204,7 +206,7 @@ def simulate_backward(
     noise: Latent,
     text: TextStates,
     k: StepIndex,
-    key: Key,
+    key: Keys,
 ) -> tuple[Latent, Time, LatentSteps]:
     """The student's own input at its k-th timestep, without gradient (backward simulation, DMD2).
 
@@ -223,7 +225,7 @@ def simulate_backward(
     k = jnp.broadcast_to(jnp.clip(jnp.asarray(k), 0, last), noise.shape[:1])
     # At the inputs rather than the result: nothing inside the loop is then differentiated at all.
     params, noise, text = lax.stop_gradient((params, noise, text))
-    keys = jax.random.split(key, len(timesteps))[:last]
+    keys = _split(key, len(timesteps))[:last]
 
     def step(x: Latent, inputs):
         index, t, t_next, step_key = inputs
@@ -256,4 +258,18 @@ def _student_times(schedule: Schedule, timesteps: Sequence[float]) -> jax.Array:
 def _student_step(apply, params, schedule, x, t, t_next, key, text) -> Latent:
     t, t_next = (jnp.full(x.shape[:1], time, jnp.float32) for time in (t, t_next))
     x0 = student_prediction(apply, params, schedule, x, t, text)
-    return schedules.add_noise(schedule, x0, jax.random.normal(key, x.shape, x.dtype), t_next)
+    return schedules.add_noise(schedule, x0, _noise(key, x), t_next)
+
+
+def _split(key: Keys, count: int) -> jax.Array:
+    """[count] keys, or [count, b] of one key per sample."""
+    if key.ndim == 0:
+        return jax.random.split(key, count)
+    each = jax.vmap(jax.random.fold_in, (0, None))
+    return jax.vmap(each, (None, 0))(key, jnp.arange(count))
+
+
+def _noise(key: Keys, x: Latent) -> Latent:
+    if key.ndim == 0:
+        return jax.random.normal(key, x.shape, x.dtype)
+    return jax.vmap(lambda one: jax.random.normal(one, x.shape[1:], x.dtype))(key)

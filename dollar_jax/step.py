@@ -95,8 +95,8 @@ def make_step(
                 reward = (reward - statistics.mean) / statistics.std
                 loss = functools.partial(objectives.reward_head, networks=networks)
                 grads, aux = jax.grad(loss, has_aux=True)(params, latent, text, reward, weight)
-                params, optimiser, _ = _apply(optimisers.reward_head, grads, optimiser, params)
-                return (params, optimiser), aux
+                params, optimiser, norm = _apply(optimisers.reward_head, grads, optimiser, params)
+                return (params, optimiser), aux | {"reward_head_gradient": norm}
 
             scored = tuple(batch[f"scored_{k}"] for k in ("latent", "text", "reward", "weight"))
             (head, head_optimiser), aux = lax.scan(head_update, (head, head_optimiser), scored)

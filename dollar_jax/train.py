@@ -19,6 +19,7 @@ import grain
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 from dollar_jax import sharding
@@ -26,18 +27,20 @@ from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import DistillConfig, from_config
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.data.prepared import PreparedVideos
+from dollar_jax.evaluate.video import encode_gif
 from dollar_jax.generate import Generator
 from dollar_jax.objectives import Frozen
 from dollar_jax.program import Program, build_program
 from dollar_jax.rewards import Reward, get_reward
 from dollar_jax.rewards.replay import Replay
 from dollar_jax.state import TrainState, from_items, to_items
+from dollar_jax.visibility import Profile, Throughput, make_throughput, make_watch, readable
 
 HISTORY = "history.jsonl"
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 # Settings that may change between a run and its resumption.
-_CHANGEABLE = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "pretrain"}
+_CHANGEABLE = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "visibility", "pretrain"}
 
 
 def train(
@@ -67,9 +70,12 @@ def train(
             state = _restore(checkpoints, program, scorer, batches)
         else:
             state = program.init(jax.random.key(config.seed), frozen.teacher)
-        with Log(workdir, first, config) as log:
+        watch = make_watch(config, workdir, generator, frozen.teacher)
+        profile = Profile(config.visibility.profile_steps, workdir, first)
+        with Log(workdir, first, config, make_throughput(config, program)) as log:
             generated = None
             for step in range(first, config.steps):
+                profile.before(step)
                 begun = time.perf_counter()
                 rows = next(batches)
                 if generated is None or generated.is_ready():  # the devices had nothing left to do
@@ -84,12 +90,19 @@ def train(
                 saving = step + 1 == config.steps or (step + 1) % config.checkpoint_every == 0
                 if saving and scorer is not None:
                     scorer.score_pending()
-                log.step(step + 1, metrics, {} if scorer is None else scorer.latest, saving)
+                profile.after(step, metrics)
+                host = {} if scorer is None else dict(scorer.latest)
+                if watch.due(step + 1):
+                    seen, video, warnings = watch.samples(step + 1, state.ema)
+                    log.show(step + 1, video, warnings)
+                    host |= seen
+                log.step(step + 1, metrics, host, saving or watch.due(step + 1))
                 if saving:
                     items = {**to_items(state), "data": batches}
                     if scorer is not None:
                         items["replay"] = scorer.state
                     checkpoints.save(step + 1, items)
+            profile.close()
     return state
 
 
@@ -203,13 +216,13 @@ class Log:
     at a checkpoint at once, so that no state is saved whose metrics are not finite or not on disk.
     """
 
-    def __init__(self, workdir: Path, first: int, config: DistillConfig):
-        self.every = config.log_every
+    def __init__(self, workdir: Path, first: int, config: DistillConfig, throughput: Throughput):
+        self.every, self.throughput = config.log_every, throughput
         self.main = jax.process_index() == 0
         self.bar = tqdm(
             total=config.steps, initial=first, desc="distilling", disable=not self.main, unit="step"
         )
-        self._held: tuple[int, Mapping[str, jax.Array], dict[str, float]] | None = None
+        self._held: tuple[int, Mapping[str, jax.Array], dict[str, float], float] | None = None
         self._clock = (first, time.perf_counter())
         self.waited = 0.0  # seconds that the devices stood idle for want of a batch
         if self.main:
@@ -236,27 +249,42 @@ class Log:
         self.bar.update()
         if now or step % self.every == 0:
             self._write()
-            self._held = (step, metrics, dict(host))
+            self._held = (step, metrics, dict(host), time.perf_counter())
         if now:
             self._write()
+
+    def show(self, step: int, video: np.ndarray, warnings: Sequence[str]) -> None:
+        """A video uint8 [t h w 3] and warnings among the TensorBoard events."""
+        if not self.main:
+            return
+        data, (_, height, width, _) = encode_gif(video), video.shape
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+        value = Summary.Value(tag="teacher_left_student_right", image=image)
+        self.events.file_writer.add_summary(  # pyright: ignore[reportOptionalMemberAccess]
+            Summary(value=[value]), step
+        )
+        for warning in warnings:
+            self.events.add_text("warning", warning, step)
 
     def _write(self) -> None:
         if self._held is None:
             return
-        step, metrics, host = self._held
+        step, metrics, host, now = self._held
         self._held = None
-        values = {name: float(value) for name, value in metrics.items()} | host
+        values = {name: float(value) for name, value in metrics.items()}
         before, then = self._clock
-        self._clock = (step, now := time.perf_counter())
-        values["seconds_per_step"] = (now - then) / max(step - before, 1)
-        values["data_wait"] = min(self.waited / max(now - then, 1e-9), 1.0)
+        self._clock = (step, now)
+        waited = {"data_wait": min(self.waited / max(now - then, 1e-9), 1.0)}
         self.waited = 0.0
-        for name in metrics:
-            if not math.isfinite(values[name]):
+        for name, value in values.items():
+            if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"{name} is {values[name]} at step {step}: lower the learning rates or clip the "
+                    f"{name} is {value} at step {step}: lower the learning rates or clip the "
                     "gradients; the last checkpoint is from before this step"
                 )
+        seconds = (now - then) / max(step - before, 1)
+        values = readable(values) | host
+        values |= {"seconds_per_step": seconds, **waited, **self.throughput(seconds)}
         if self.main:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()

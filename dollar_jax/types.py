@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jaxtyping
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 Latent = Float[Array, "b t h w c"]
@@ -17,5 +18,7 @@ PerSample = Float[Array, " b"]
 Weight = int | float | Float[Array, "..."]
 StepIndex = int | Int[Array, "..."]
 Key = PRNGKeyArray
+# One key for the batch, or one per sample.
+Keys = PRNGKeyArray | jaxtyping.Key[Array, " b"]
 Params = PyTree
 Apply = Callable[[Params, Latent, Time, TextStates], Latent]

@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jaxtyping
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -44,6 +45,7 @@ TINY = {
     "student.timesteps": (1000.0, 700.0, 400.0),
     "reward.name": "compressibility", "reward.samples": 2, "reward.replay": 12, "reward.batch_size": 8,
     "reward.updates": 2, "reward.start_step": 0, "reward.head.width": 8,
+    "visibility.samples_every": 0,
 }  # fmt: skip
 
 
@@ -71,3 +73,46 @@ def quick_compilation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+class ToyTokenizer:
+    """A word's length is its id."""
+
+    def __call__(self, prompts, max_length, **_):
+        ids = np.zeros((len(prompts), max_length), np.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            words = [len(word) for word in prompt.split()][:max_length] or [1]
+            row[: len(words)] = words
+        return {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}
+
+
+@pytest.fixture(scope="session")
+def toy_generator() -> Any:
+    """A random pipeline of toy size: prompts of three words, clips of 5 × 32 × 32."""
+    from dollar_jax.config import SamplingConfig
+    from dollar_jax.generate import Generator
+    from dollar_jax.models.umt5 import UMT5Config
+    from dollar_jax.models.wan import WanConfig
+    from dollar_jax.models.wan_vae import WanVAEConfig
+    from dollar_jax.schedule import Schedule
+    from dollar_jax.weights.pipeline import Component, Pipeline, umt5_encoder, wan_transformer, wan_vae
+
+    def component(config, network):
+        rng = np.random.default_rng(len(jax.tree.leaves(network.shapes)))
+        params = jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), network.shapes)
+        return Component(config, network, params)
+
+    wan = WanConfig(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, text_dim=8,
+        freq_dim=16, ffn_dim=32, num_layers=1,
+    )  # fmt: skip
+    vae = WanVAEConfig(
+        base_dim=4, z_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temperal_downsample=(True, True),
+        latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4, in_channels=12, out_channels=12, patch_size=2,
+    )  # fmt: skip
+    text = UMT5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    pipeline = Pipeline(
+        component(wan, wan_transformer(wan)), component(vae, wan_vae(vae)),
+        component(text, umt5_encoder(text)), ToyTokenizer(), Schedule("rf", "velocity", shift=3.0),
+    )  # fmt: skip
+    return Generator(pipeline, 3, SamplingConfig(50, 1.0, 0.0), (5, 32, 32))

@@ -51,8 +51,8 @@ def test_every_command_has_help(capsys, name):
     out, err = capsys.readouterr()
     assert not err
     assert out.startswith(f"dollar {name}")
-    assert f": {cli.COMMANDS[name].summary}" in out
-    assert {"import": "--dtype", "prepare": "--out"}.get(name, "--workdir") in out
+    assert cli.COMMANDS[name].summary in out.splitlines()[0]
+    assert {"import": "--dtype", "prepare": "--out", "vbench-score": "--json"}.get(name, "--workdir") in out
 
 
 def test_an_unknown_command(capsys):
@@ -69,8 +69,9 @@ def test_an_unknown_command(capsys):
         (["train"], "--config and --workdir must be given"),
         (["train", f"--config={DEMO}"], "--workdir must be given"),
         (["pretrain", "--workdir=x"], "--config must be given"),
-        (["sample", "--workdir=x"], "--prompt must be given"),
-        (["evaluate"], "--workdir must be given"),
+        (["sample", "--workdir=x"], "--prompt or --prompts_file must be given"),
+        (["reproduce", "--quick"], "--workdir must be given"),
+        (["evaluate"], "--workdir or --videos must be given"),
         (["prepare", "--source=x"], "--out must be given"),
     ],
 )

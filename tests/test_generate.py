@@ -1,13 +1,81 @@
-"""The shipped teacher through the generator, with the settings that change only how it is computed."""
+"""From prompts to frames: what a video may and may not depend on."""
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
-from dollar_jax.config import SamplingConfig
+from dollar_jax.config import MeshConfig, SamplingConfig
 from dollar_jax.data import shapes
-from dollar_jax.generate import Generator, load_teacher
+from dollar_jax.generate import (
+    Generator,
+    draw_videos,
+    load_teacher,
+    sample_prompts,
+    sampling_mesh,
+    subset,
+    video_keys,
+)
+from dollar_jax.sharding import make_mesh
+
+TIMES = (1000.0, 700.0, 400.0)
+PROMPTS = ["a bb ccc", "aaaa b", "aa aa aa"]
+
+
+@pytest.fixture(autouse=True)
+def _the_same_keys_again():
+    with jax.debug_key_reuse(False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def student(toy_generator):
+    return toy_generator.student_sampler(TIMES), toy_generator.pipeline.transformer.params
+
+
+def test_fewer_steps_are_a_subset_and_more_lie_between():
+    times = (1000.0, 900.0, 750.0, 500.0)
+    assert subset(times, 1) == (1000.0,)
+    assert subset(times, 2) == (1000.0, 750.0)
+    assert subset(times, 4) == times
+    assert subset(times, 8) == (1000.0, 950.0, 900.0, 825.0, 750.0, 625.0, 500.0, 250.0)
+    assert all(a > b for a, b in zip(subset(times, 7), subset(times, 7)[1:], strict=False))
+    with pytest.raises(ValueError, match="at least 1 step, not 0"):
+        subset(times, 0)
+
+
+def test_neither_batches_nor_devices_change_a_video(toy_generator, student):
+    prompts, keys = [PROMPTS[i % 3] for i in range(5)], video_keys(3, 5)
+    one = make_mesh(MeshConfig(1, 1, 1, 1), jax.local_devices()[:1])
+    drawn = [
+        list(draw_videos(toy_generator, *student, prompts, keys, size, mesh))
+        for size, mesh in ((2, one), (8, sampling_mesh(MeshConfig(-1, 4, 1, 1))))
+    ]
+    assert [len(part) for part in drawn[0]] == [2, 2, 1] and [len(part) for part in drawn[1]] == [5]
+    alone, sharded = (np.concatenate(parts).astype(int) for parts in drawn)
+    assert alone.shape == (5, 5, 32, 32, 3)
+    assert np.abs(alone - sharded).max() <= 1
+    assert all(np.abs(alone[i] - alone[j]).max() > 2 for i in range(5) for j in range(i))
+
+
+def test_a_video_depends_on_its_prompt_seed_and_number_alone(toy_generator, student):
+    def run(prompts, seeds, num):
+        return sample_prompts(
+            toy_generator, *student, prompts, seeds, num, 8, MeshConfig(-1, 1, 1, 1)
+        ).astype(int)
+
+    many, one = run(PROMPTS, [0, 7], 2), run(PROMPTS[1:2], [7], 1)
+    assert many.shape == (3, 4, 5, 32, 32, 3) and one.shape == (1, 1, 5, 32, 32, 3)
+    assert np.abs(many[1, 2] - one[0, 0]).max() <= 1
+    assert np.abs(many[1, 0] - one[0, 0]).max() > 2  # the other seed
+    assert np.abs(many[1, 3] - one[0, 0]).max() > 2  # the seed's second
+
+
+@pytest.mark.parametrize("fsdp, expected", [(1, 1), (4, 4), (16, 8), (3, 1), (-1, 8)])
+def test_the_sampling_mesh_takes_all_devices_and_what_fits_of_fsdp(fsdp, expected):
+    mesh = sampling_mesh(MeshConfig(2, fsdp, 1, 1))
+    assert mesh.shape["fsdp"] == expected and mesh.size == 8
 
 
 @pytest.fixture(scope="module")

@@ -251,6 +251,28 @@ def test_student_renoises_with_fresh_noise_at_each_timestep(schedule):
     np.testing.assert_allclose(end, predictions[3], rtol=1e-5, atol=1e-5)
 
 
+def test_a_key_per_sample_makes_it_independent_of_its_neighbours():
+    schedule = Schedule("ddpm", "velocity")
+    noise, text = normal(3, 4, 2, 2, 2, 3), text_states(4)
+    keys = jax.random.split(jax.random.key(8), 4)
+
+    def few(rows):
+        return sample.few_step_sample(
+            linear_apply, LINEAR, schedule, STUDENT, noise[rows], text[rows], keys[rows]
+        )
+
+    def ode(rows):
+        return sample.ode_sample(
+            linear_apply, LINEAR, schedule, noise[rows], text[rows], None, None, 3, eta=1.0, key=keys[rows]
+        )
+
+    with jax.debug_key_reuse(False):
+        for run in (few, ode):
+            np.testing.assert_allclose(run(slice(1, 3)), run(slice(None))[1:3], rtol=1e-5, atol=1e-6)
+        other = sample.few_step_sample(linear_apply, LINEAR, schedule, STUDENT, noise, text, keys[::-1])
+        assert np.abs(other - few(slice(None))).max() > 0.1
+
+
 def test_single_step_student_is_its_prediction():
     schedule = Schedule("rf", "velocity")
     noise, text = normal(10, 2, 1, 2, 1, 1), text_states(2)

@@ -13,54 +13,16 @@ import pytest
 
 from dollar_jax import train as loop
 from dollar_jax.checkpoint import Checkpoints
-from dollar_jax.config import SamplingConfig
 from dollar_jax.data.latents import EncodedVideos
-from dollar_jax.generate import Generator
-from dollar_jax.models.umt5 import UMT5Config
-from dollar_jax.models.wan import WanConfig
-from dollar_jax.models.wan_vae import WanVAEConfig
-from dollar_jax.schedule import Schedule
 from dollar_jax.state import to_items
-from dollar_jax.weights.pipeline import Component, Pipeline, umt5_encoder, wan_transformer, wan_vae
 
 STEPS = 6
-WORDS = 3
 ITEMS = {"student", "ema", "fake_score", "reward_head", "optimisers", "progress", "data", "replay"}
 
 
-class Tokenizer:
-    """A word's length is its id."""
-
-    def __call__(self, prompts, max_length, **_):
-        ids = np.zeros((len(prompts), max_length), np.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
-            words = [len(word) for word in prompt.split()][:max_length] or [1]
-            row[: len(words)] = words
-        return {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}
-
-
-def component(config, network):
-    rng = np.random.default_rng(len(jax.tree.leaves(network.shapes)))
-    params = jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), network.shapes)
-    return Component(config, network, params)
-
-
 @pytest.fixture(scope="module")
-def generator():
-    wan = WanConfig(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, text_dim=8,
-        freq_dim=16, ffn_dim=32, num_layers=1,
-    )  # fmt: skip
-    vae = WanVAEConfig(
-        base_dim=4, z_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temperal_downsample=(True, True),
-        latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4, in_channels=12, out_channels=12, patch_size=2,
-    )  # fmt: skip
-    text = UMT5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    pipeline = Pipeline(
-        component(wan, wan_transformer(wan)), component(vae, wan_vae(vae)),
-        component(text, umt5_encoder(text)), Tokenizer(), Schedule("rf", "velocity", shift=3.0),
-    )  # fmt: skip
-    return Generator(pipeline, WORDS, SamplingConfig(50, 1.0, 0.0), (5, 32, 32))
+def generator(toy_generator):
+    return toy_generator
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +37,7 @@ def config(make_config, quick_compilation):
     return make_config({
         "steps": STEPS, "mesh.data": 2, "mesh.fsdp": 4, "checkpoint_every": 3, "keep_checkpoints": 9,
         "student.optimiser.warmup_steps": 1,
+        "visibility.samples_every": 3, "visibility.prompts": ("a bb ccc", "dddd e"), "visibility.videos": 2,
     })  # fmt: skip
 
 
@@ -124,7 +87,7 @@ def whole(train, tmp_path_factory):
 
 
 def history(workdir):
-    timings = {"seconds_per_step", "data_wait"}
+    timings = ("seconds_per_step", "data_wait", "videos_per_second")
     return [{k: v for k, v in line.items() if k not in timings} for line in loop.read_history(workdir)]
 
 
@@ -155,6 +118,9 @@ def test_a_run_leaves_its_history_and_items(whole, generator, config):
         found = {path.name for path in (workdir / "checkpoints" / str(step)).iterdir() if path.is_dir()}
         assert found == ITEMS
     assert list((workdir / "events").iterdir())
+    sampled = [line["step"] for line in history(workdir) if "sample_vendi" in line]
+    assert sampled == [3, 6]
+    assert {path.name for path in (workdir / "samples").iterdir()} == {"step_000003.mp4", "step_000006.mp4"}
     # Two generated and two real latents per step, in a ring of twelve.
     like = scorer(generator, config).state
     (kept,) = replay(workdir, like).values()

@@ -267,7 +267,11 @@ def alignment(videos: np.ndarray, captions: list[Caption]) -> dict[str, float]:
     Returns `alignment` (over frames and attributes), `alignment_strict` (frames in which all five
     are right) and one accuracy per attribute.
     """
-    correct = np.stack([verify(v).correct(c) for v, c in zip(videos, captions, strict=True)])
+    return accuracies(np.stack([verify(v).correct(c) for v, c in zip(videos, captions, strict=True)]))
+
+
+def accuracies(correct: np.ndarray) -> dict[str, float]:
+    """The measures of `alignment` from what `Reading.correct` says of every video, bool [n, t, 5]."""
     means = dict(zip(ATTRIBUTES, correct.mean((0, 1)).tolist(), strict=True))
     return {
         "alignment": float(correct.mean()),

@@ -12,9 +12,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dollar_jax.data import shapes
-from dollar_jax.evaluate.quality import temporal_flicker
-from dollar_jax.evaluate.vendi import pixel_features, vendi_per_prompt
+from dollar_jax.data import moving_shapes, shapes
+from dollar_jax.evaluate.features import Features
+from dollar_jax.evaluate.folder import variety
+from dollar_jax.evaluate.frechet import frechet_distance
+from dollar_jax.evaluate.quality import motion, temporal_flicker
 from dollar_jax.frames import to_uint8
 from dollar_jax.generate import Generator, Sampler, subset, video_keys
 from dollar_jax.rewards import Reward
@@ -70,9 +72,13 @@ def default_plan(seed: int, quick: bool = False) -> Plan:
 
 
 def measure(
-    generator: Generator, rows: dict[str, Drawn], plan: Plan, reward: Reward | None
+    generator: Generator,
+    rows: dict[str, Drawn],
+    plan: Plan,
+    reward: Reward | None,
+    network: NetworkMeasures | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
-    """Per row: alignment, reward, vendi, flicker, nfe and seconds per video; and its videos, uint8 [n t h w 3].
+    """Per row: alignment, reward, vendi, flicker, nfe, seconds per video, ...; and its videos, uint8 [n t h w 3].
 
     Every row draws from the same noise. Timings are medians over batches, compilation excluded.
     """
@@ -96,7 +102,7 @@ def measure(
         drawn = np.concatenate(frames)[: len(prompts)]
         seconds = {stage: statistics.median(times) / batch for stage, times in clock.items()}
         metrics[name] = {
-            **quality(drawn, plan, reward),
+            **quality(drawn, plan, reward, network),
             "nfe": row.nfe,
             "diffusion_seconds": seconds["diffusion"],
             "total_seconds": sum(seconds.values()),
@@ -106,18 +112,47 @@ def measure(
     return metrics, videos
 
 
-def quality(drawn: np.ndarray, plan: Plan, reward: Reward | None) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class NetworkMeasures:
+    """Features of a network, and those of real clips [n d] that the Fréchet distance is to."""
+
+    features: Features
+    reference: np.ndarray
+
+
+def network_measures(features: Features, quick: bool = False) -> NetworkMeasures:
+    """Against 256 real clips of the default domain's validation split; a quarter if quick."""
+    clips = [shapes.example(moving_shapes.SEED, "validation", i)[0] for i in range(64 if quick else 256)]
+    bar = tqdm(clips, "features of real clips", unit="video")
+    return NetworkMeasures(features, np.concatenate([features.vectors(clip[None]) for clip in bar]))
+
+
+def quality(
+    drawn: np.ndarray, plan: Plan, reward: Reward | None, network: NetworkMeasures | None = None
+) -> dict[str, float]:
     """The measures of a plan's videos, floats in [0, 1] in the order of its prompts."""
     count = len(plan.captions)
-    groups = drawn[count:].reshape(len(plan.diverse), plan.samples, *drawn.shape[1:])
-    vendi, spread = vendi_per_prompt(pixel_features(groups))
+    groups = to_uint8(drawn[count:]).reshape(len(plan.diverse), plan.samples, *drawn.shape[1:])
+    features = None if network is None else network.features
+    vectors = None if features is None else features.vectors(to_uint8(drawn))
+    within = [
+        variety(
+            group, features,
+            None if vectors is None else vectors[count + i * plan.samples :][: plan.samples],
+        )
+        for i, group in enumerate(groups)
+    ]  # fmt: skip
     scores = {} if reward is None else {"reward": float(reward(drawn, plan.prompts).mean())}
+    if network is not None and vectors is not None:
+        # One video per caption, as in the reference: those of the few captions drawn often would bias it.
+        scores["frechet"] = frechet_distance(vectors[:count], network.reference)
     return {
         **shapes.alignment(drawn[:count], list(plan.captions)),
         **scores,
-        "vendi": vendi,
-        "vendi_std": spread,
+        **{name: float(np.mean([row[name] for row in within])) for name in within[0]},
+        "vendi_std": float(np.std([row["vendi"] for row in within])),
         "flicker": float(temporal_flicker(drawn).mean()),
+        "motion": float(motion(drawn).mean()),
     }
 
 
@@ -136,3 +171,11 @@ def speedups(metrics: dict[str, dict[str, float]], teacher: str) -> dict[str, fl
         for name, row in metrics.items()
         if name.startswith("student")
     }
+
+
+def percentages(metrics: dict[str, dict[str, float]], teacher: str) -> None:
+    """Adds to each row its `diffusion_percent` and `total_percent` of the teacher's whole inference, table 8.4."""
+    whole = metrics[teacher]["total_seconds"]
+    for row in metrics.values():
+        for stage in ("diffusion", "total"):
+            row[f"{stage}_percent"] = 100 * row[f"{stage}_seconds"] / whole

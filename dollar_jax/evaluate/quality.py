@@ -31,3 +31,39 @@ def temporal_flicker(videos: np.ndarray) -> np.ndarray:
         raise ValueError(f"flicker needs videos [..., t >= 2, h, w, c], not shape {videos.shape}")
     change = np.abs(np.diff(unit_range(videos), axis=-4))
     return 1 - change.mean((-4, -3, -2, -1), dtype=np.float64)
+
+
+def motion(videos: np.ndarray) -> np.ndarray:
+    """How much further apart frames half a video away are than neighbours, as mean absolute difference.
+
+    What moves leaves its place ever more; what only flickers differs from its neighbour as much as from
+    any other frame. 0 for a frozen video and for independent noise.
+
+    Args:
+        videos: [..., t, h, w, c], uint8 or floating point in [0, 1], at least three frames.
+
+    Returns:
+        [...], at most 1.
+    """
+    videos = np.asarray(videos)
+    if videos.ndim < 4 or videos.shape[-4] < 3:
+        raise ValueError(f"motion needs videos [..., t >= 3, h, w, c], not shape {videos.shape}")
+    x = np.moveaxis(unit_range(videos), -4, 0)
+    half = max(len(x) // 2, 2)
+    far, near = np.abs(x[half:] - x[:-half]), np.abs(x[1:] - x[:-1])
+    axes = (0, -3, -2, -1)
+    return far.mean(axes, dtype=np.float64) - near.mean(axes, dtype=np.float64)
+
+
+def diversity(videos: np.ndarray) -> float:
+    """Mean over the pairs of n videos of their root mean squared difference, in [0, 1].
+
+    Args:
+        videos: [n >= 2, t, h, w, c] of one prompt, uint8 or floating point in [0, 1].
+    """
+    videos = np.asarray(videos)
+    if videos.ndim != 5 or len(videos) < 2:
+        raise ValueError(f"diversity needs videos [n >= 2, t, h, w, c], not shape {videos.shape}")
+    x = unit_range(videos)
+    pairs = [(i, j) for i in range(len(x)) for j in range(i)]
+    return float(np.mean([np.sqrt(np.mean((x[i] - x[j]) ** 2, dtype=np.float64)) for i, j in pairs]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
@@ -70,6 +71,18 @@ def encode_mp4(frames: np.ndarray, fps: float = 8, crf: int = 18) -> bytes:
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return buffer.getvalue()
+
+
+def read_video(path: str | os.PathLike[str]) -> np.ndarray:
+    """The frames of a video file, uint8 [t, h, w, 3]; ValueError naming the file if it cannot be read."""
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} is no video that can be read: {error}") from error
+    if not frames:
+        raise ValueError(f"{path} holds no frame")
+    return np.stack(frames)
 
 
 def encode_gif(frames: np.ndarray, fps: float = 8) -> bytes:

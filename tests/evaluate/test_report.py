@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageSequence
 
 from dollar_jax.data import shapes
-from dollar_jax.evaluate import report
+from dollar_jax.evaluate import page as page_module
+from dollar_jax.evaluate.page import HEIGHT, WIDTH
 from dollar_jax.evaluate.report import SamplerRow, sampler_rows, write_metrics, write_report
 
 PROMPTS = ["a small red circle moving left slowly", 'a <b>"bold"</b> & quick prompt']
@@ -143,7 +144,7 @@ def test_curves(page):
     points = re.findall(r'points="([^"]+)"', page.source)
     assert points and not re.search("nan|inf", " ".join(points))
     numbers = np.array([[float(n) for n in p.split(",")] for line in points for p in line.split()])
-    assert numbers.min() >= 0 and (numbers <= [report._WIDTH, report._HEIGHT]).all()
+    assert numbers.min() >= 0 and (numbers <= [WIDTH, HEIGHT]).all()
 
 
 def test_larger_videos_become_mp4(tmp_path):
@@ -154,7 +155,7 @@ def test_larger_videos_become_mp4(tmp_path):
 
 
 def test_too_many_videos_leave_prompts_out(tmp_path, monkeypatch, videos):
-    monkeypatch.setattr(report, "VIDEO_LIMIT", 6_000)
+    monkeypatch.setattr(page_module, "VIDEO_LIMIT", 6_000)
     clips = np.random.default_rng(0).integers(0, 256, (4, 5, 32, 32, 3), np.uint8)
     write_report(tmp_path / "a.html", metrics={}, prompts=list("abcd"), videos={"s_4": clips})
     page = Page(tmp_path / "a.html")

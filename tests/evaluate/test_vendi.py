@@ -82,3 +82,14 @@ def test_pixels_are_centred_so_that_noise_is_diverse():
     assert vendi_per_prompt(pixel_features(videos, centred=False))[0] < 2.7
     eight_bit = np.round(255 * videos).astype(np.uint8)
     np.testing.assert_allclose(pixel_features(eight_bit), x, atol=0.003)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its imports from SciPy
+@pytest.mark.parametrize("n, d", [(9, 4), (5, 60)])
+def test_agrees_with_both_of_the_authors_forms(n, d):
+    from vendi_score import vendi
+
+    x = np.random.default_rng(n).normal(size=(n, d)) + 0.7
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    assert vendi_score(x) == pytest.approx(vendi.score_K(unit @ unit.T), rel=1e-9)
+    assert vendi_score(x) == pytest.approx(vendi.score_dual(x, normalize=True), rel=1e-9)

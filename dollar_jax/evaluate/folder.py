@@ -1,0 +1,125 @@
+"""Measures of videos in a folder, whoever made them; only one prompt's videos are in memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dollar_jax.data import shapes
+from dollar_jax.evaluate.features import Features
+from dollar_jax.evaluate.files import find_videos
+from dollar_jax.evaluate.frechet import frechet_distance
+from dollar_jax.evaluate.quality import diversity, motion, temporal_flicker, unit_range
+from dollar_jax.evaluate.vendi import pixel_features, vendi_score
+from dollar_jax.evaluate.video import read_video
+from dollar_jax.rewards import Reward
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The videos of a folder by prompt, read one prompt at a time."""
+
+    paths: dict[str, list[Path]]
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(prompt, uint8 [n t h w 3]); ValueError when a video differs from the first in shape."""
+        first: tuple[Path, tuple[int, ...]] | None = None
+        total = sum(map(len, self.paths.values()))
+        with tqdm(total=total, desc="measuring", unit="video") as bar:
+            for prompt, paths in self.paths.items():
+                clips = []
+                for path in paths:
+                    clips.append(read_video(path))
+                    first = first or (path, clips[-1].shape)
+                    if clips[-1].shape != first[1]:
+                        raise ValueError(
+                            f"{path} has t, h, w = {clips[-1].shape[:3]} and {first[0]} {first[1][:3]}: "
+                            "only videos of one shape can be compared"
+                        )
+                    bar.update()
+                yield prompt, np.stack(clips)
+
+
+def measure_folder(
+    folder: Path,
+    features: Features | None = None,
+    reference: Path | None = None,
+    reward: Reward | None = None,
+) -> dict[str, Any]:
+    """Flicker and motion over all videos; diversity, Vendi and LPIPS within the prompts that have several.
+
+    With `reference`, a folder of other videos, the Fréchet distance to them. The alignment where every
+    prompt is a caption of the default domain and the videos are its 32 × 32 pixels, enlarged or not.
+
+    Raises FileNotFoundError or ValueError naming the file, or the prompt, that stands in the way.
+    """
+    if reference is not None and features is None:
+        raise ValueError("a Fréchet distance needs a network's features: give --features or --workdir")
+    prompts = Prompts(find_videos(folder))
+    others = None if reference is None else Prompts(find_videos(reference))
+    captions = _captions(list(prompts.paths))
+    single: dict[str, list[float]] = {}  # one number per video
+    within: dict[str, list[float]] = {}  # one per prompt with several videos
+    correct, vectors = [], []
+    for prompt, videos in prompts:
+        if captions is not None and (small := _shrunk(videos)) is not None:
+            correct += [shapes.verify(video).correct(captions[prompt]) for video in small]
+        single.setdefault("flicker", []).extend(temporal_flicker(videos))
+        if videos.shape[1] > 2:
+            single.setdefault("motion", []).extend(motion(videos))
+        if reward is not None:
+            names = [prompt] * len(videos)
+            single.setdefault("reward", []).extend(reward(unit_range(videos), names))
+        if features is not None:
+            vectors.append(features.vectors(videos))
+        if len(videos) > 1:
+            for name, value in variety(videos, features, vectors[-1] if vectors else None).items():
+                within.setdefault(name, []).append(value)
+    count = sum(map(len, prompts.paths.values()))
+    result: dict[str, Any] = {"videos": count, "prompts": len(prompts.paths)}
+    result |= {name: float(np.mean(values)) for name, values in single.items()}
+    for name, values in within.items():
+        result |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values))}
+    if correct:
+        result |= shapes.accuracies(np.stack(correct))
+    if features is not None:
+        result["features"] = features.name
+        if others is not None:
+            theirs = np.concatenate([features.vectors(videos) for _, videos in others])
+            result["frechet"] = frechet_distance(np.concatenate(vectors), theirs)
+            result["frechet_reference_videos"] = len(theirs)
+    return result
+
+
+def variety(videos: np.ndarray, features: Features | None, vectors: np.ndarray | None) -> dict[str, float]:
+    """How different the videos uint8 [n t h w 3] of one prompt are; `vectors` are their features [n d]."""
+    result = {"vendi": vendi_score(pixel_features(videos)), "diversity": diversity(videos)}
+    if features is not None and vectors is not None:
+        result["vendi_network"] = vendi_score(vectors)
+        if features.distance is not None:
+            pairs = np.array([(i, j) for i in range(len(videos)) for j in range(i)])
+            result["lpips"] = float(features.distance(videos[pairs[:, 0]], videos[pairs[:, 1]]).mean())
+    return result
+
+
+def _captions(prompts: Sequence[str]) -> dict[str, shapes.Caption] | None:
+    """The captions of the default domain that all prompts are, or None."""
+    try:
+        return {prompt: shapes.Caption.parse(prompt) for prompt in prompts}
+    except ValueError:
+        return None
+
+
+def _shrunk(videos: np.ndarray) -> np.ndarray | None:
+    """Videos of a whole multiple of the default domain's size, at that size; None for others."""
+    n, t, h, w, c = videos.shape
+    scale, rest = divmod(h, shapes.SIZE)
+    if rest or not scale or w != h:
+        return None
+    boxes = videos.reshape(n, t, shapes.SIZE, scale, shapes.SIZE, scale, c)
+    return unit_range(videos) if scale == 1 else boxes.mean((3, 5)).astype(np.float32) / 255

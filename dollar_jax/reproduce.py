@@ -1,0 +1,200 @@
+"""`dollar reproduce`: the paper's ablation on the default domain, every cell over several seeds, as one page.
+
+A cell is one method with one seed: trained in `runs/`, measured into `cells/`. Killed and started again,
+finished cells are read back, and the one under way resumes its training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dollar_jax.config import DistillConfig, from_config
+from dollar_jax.data.latents import load_data
+from dollar_jax.demo import make_generator
+from dollar_jax.evaluate.ablation import Result, write_ablation
+from dollar_jax.evaluate.features import vae_features
+from dollar_jax.evaluate.measure import (
+    NetworkMeasures,
+    default_plan,
+    measure,
+    network_measures,
+    percentages,
+    samplers,
+)
+from dollar_jax.evaluate.report import write_metrics
+from dollar_jax.generate import Generator
+from dollar_jax.rewards import get_reward
+from dollar_jax.train import restore_student, train
+
+SHOWN = 4  # prompts whose videos are on the page
+Experiment = Callable[[str], DistillConfig]  # the losses of configs/demo.py → its settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the ablation: the losses of configs/demo.py, and what of its settings is changed besides."""
+
+    key: str
+    label: str
+    losses: str
+    changes: Mapping[str, Any]
+
+
+METHODS = (
+    Method("vsd", "VSD", "vsd", {}),
+    Method("cd", "CD", "cd", {}),
+    Method("vsd_cd", "VSD + CD", "vsd+cd", {}),
+    Method("vsd_cd_lrm", "VSD + CD + LRM", "vsd+cd+lrm", {}),
+    Method("cd_m1", "CD, grid, m = 1", "cd", {"consistency.times": "grid", "consistency.skip": 1}),
+    Method("cd_m5", "CD, grid, m = 5", "cd", {"consistency.times": "grid", "consistency.skip": 5}),
+)
+
+
+def reproduce(
+    experiment: Experiment, workdir: Path, quick: bool, seeds: int | None = None, steps: int | None = None
+) -> Path:
+    """Runs every cell that is not there yet; returns the page, which lies beside a CSV and a Markdown table.
+
+    `seeds` and `steps` are 3 and the experiment's own, or 2 and a fifth of them when `quick`.
+    Raises ValueError when the workdir holds a cell with other settings.
+    """
+    start = time.perf_counter()
+    base = experiment("vsd+cd+lrm")
+    count = seeds or (2 if quick else 3)
+    steps = steps or (max(base.steps // 5, 1) if quick else base.steps)
+    common = {
+        "steps": steps,
+        "reward.start_step": base.reward.start_step * steps // base.steps,
+        "checkpoint_every": max(base.checkpoint_every, 1),
+        "visibility.samples_every": 0,
+    }
+    methods = {
+        method.key: (method, changed(experiment(method.losses), {**common, **method.changes}))
+        for method in METHODS
+    }
+    base = changed(base, common)
+    cells = [(key, seed) for seed in range(count) for key in ("teacher", *methods)]
+    for key, seed in cells:  # before hours of work
+        _read_cell(workdir, key, seed, base if key == "teacher" else methods[key][1], quick)
+
+    generator = make_generator(base)
+    lab = Lab(workdir, generator, base, quick)
+    results = {}
+    for key, seed in tqdm(cells, "ablation", unit="cell"):
+        config = base if key == "teacher" else methods[key][1]
+        results[key, seed] = _read_cell(workdir, key, seed, config, quick) or lab.run(key, seed, config)
+    labels = {"teacher": "Teacher", **{key: method.label for key, (method, _) in methods.items()}}
+    commands = [_command(method, common, seed) for method, _ in methods.values() for seed in range(count)]
+    return write_ablation(
+        workdir,
+        [Result(key, seed, rows) for (key, seed), rows in results.items()],
+        labels,
+        videos={key: _videos(workdir, key) for key in labels},
+        prompts=lab.shown(0),
+        commands=commands,
+        settings=json.dumps(dataclasses.asdict(base), indent=2),
+        seconds=time.perf_counter() - start,
+    )
+
+
+class Lab:
+    """What the cells share: the data, encoded once, and the features of real clips."""
+
+    def __init__(self, workdir: Path, generator: Generator, base: DistillConfig, quick: bool):
+        self.workdir, self.generator, self.base, self.quick = workdir, generator, base, quick
+        self.reward = None if base.reward.name is None else get_reward(base.reward.name)
+        self._network: NetworkMeasures | None = None
+
+    def shown(self, seed: int) -> list[str]:
+        """The prompts whose videos are kept."""
+        captions = default_plan(seed, self.quick).captions
+        return [str(captions[i]) for i in self._places(len(captions))]
+
+    def run(self, key: str, seed: int, config: DistillConfig) -> dict[str, Any]:
+        """Trains and measures a cell; its rows by sampler, which lie in `cells/` when it is done."""
+        config = dataclasses.replace(config, seed=seed)
+        run = self.workdir / "runs" / f"{key}-seed{seed}"
+        student = None
+        if key != "teacher":
+            train(config, run, self.generator, load_data(config, self.generator, self.workdir))
+            student = restore_student(run, self.generator)
+        drawn = samplers(self.generator, student, config.student.timesteps)
+        wanted = "teacher" if key == "teacher" else "student"
+        drawn = {name: row for name, row in drawn.items() if name.startswith(wanted)}
+        if self._network is None:
+            self._network = network_measures(vae_features(self.generator), self.quick)
+        plan = default_plan(seed, self.quick)
+        rows, videos = measure(self.generator, drawn, plan, self.reward, self._network)
+        if key == "teacher":
+            percentages(rows, f"teacher_{config.sampling.num_steps}")
+        if seed == 0:
+            places = self._places(len(plan.captions))
+            folder = self.workdir / "cells"
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(folder / f"{key}.npz", **{n: v[places] for n, v in videos.items()})
+        else:
+            # Optimisers and all, a checkpoint is far larger than what it was made for.
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        write_metrics(_path(self.workdir, key, seed), {"settings": _settings(config, self.quick), "rows": rows})
+        return rows
+
+    @staticmethod
+    def _places(count: int) -> np.ndarray:
+        return np.linspace(0, count - 1, SHOWN).round().astype(int)
+
+
+def changed(config: DistillConfig, changes: Mapping[str, Any]) -> DistillConfig:
+    """The configuration with settings changed by their dotted names; ValueError for a name there is not."""
+    fields = dataclasses.asdict(config)
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        group = fields
+        for part in path:
+            group = group[part]
+        if last not in group:
+            raise ValueError(f"config has no field {name!r}")
+        group[last] = value
+    return from_config(DistillConfig, fields)
+
+
+def _path(workdir: Path, key: str, seed: int) -> Path:
+    return workdir / "cells" / f"{key}-seed{seed}.json"
+
+
+def _settings(config: DistillConfig, quick: bool) -> Any:
+    """What makes a cell what it is, as JSON gives it back."""
+    fields = dataclasses.asdict(config) | {"pretrain": None, "visibility": None, "quick": quick}
+    return json.loads(json.dumps(fields))
+
+
+def _read_cell(
+    workdir: Path, key: str, seed: int, config: DistillConfig, quick: bool
+) -> dict[str, Any] | None:
+    """A finished cell's rows, or None when it is not there."""
+    path = _path(workdir, key, seed)
+    if not path.exists():
+        return None
+    cell = json.loads(path.read_text())
+    if cell["settings"] != _settings(dataclasses.replace(config, seed=seed), quick):
+        raise ValueError(f"{path} is of other settings than these: choose another workdir, or remove it")
+    return cell["rows"]
+
+
+def _videos(workdir: Path, key: str) -> dict[str, np.ndarray]:
+    with np.load(workdir / "cells" / f"{key}.npz") as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def _command(method: Method, common: Mapping[str, Any], seed: int) -> str:
+    changes: Sequence[tuple[str, Any]] = [*common.items(), *method.changes.items(), ("seed", seed)]
+    flags = " ".join(f"--config.{name}={value}" for name, value in changes)
+    return f"dollar train --config=configs/demo.py:{method.losses} --workdir=runs/{method.key}-seed{seed} {flags}"

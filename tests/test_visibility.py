@@ -1,0 +1,195 @@
+"""What a run shows of itself: a collapsed student is seen, a healthy one is left alone."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dollar_jax import objectives
+from dollar_jax.config import VisibilityConfig
+from dollar_jax.evaluate.video import read_video
+from dollar_jax.objectives import Networks
+from dollar_jax.program import build_program
+from dollar_jax.schedule import Schedule
+from dollar_jax.visibility import (
+    Profile,
+    Throughput,
+    Watch,
+    count_flops,
+    make_throughput,
+    readable,
+)
+
+CONFIG = VisibilityConfig(10, ("a ball", "a cube"), 4, 0, 0.5, (0.7, 1.4), 0.3, None, 0)
+
+
+def sampler(keep=1.0, shift=0.0, scale=1.0):
+    """Latents of 2 prompts × 4 videos; `keep` of what differs within a prompt is left."""
+    rng = np.random.default_rng(0)
+    prompt, own = rng.normal(size=(2, 1, 3, 8, 8, 3)), rng.normal(size=(2, 4, 3, 8, 8, 3))
+    latent = prompt + keep * own
+    latent = scale * latent * np.sqrt(2) / latent.std() + shift
+    return latent.reshape(8, 3, 8, 8, 3).astype(np.float32)
+
+
+def decode(latent):
+    return 1 / (1 + np.exp(-latent))
+
+
+@pytest.fixture
+def watch(tmp_path):
+    return Watch(CONFIG, tmp_path, lambda params: params, sampler, decode)
+
+
+HEALTHY = {"like the teacher": {}, "a little less": {"keep": 0.8, "shift": 0.1, "scale": 0.9}}
+COLLAPSED = {
+    "one video for every noise": ({"keep": 0.0}, "diversity is down to a Vendi score of 1.00"),
+    "nearly one": ({"keep": 0.2}, "diversity is down"),
+    "washed out": ({"scale": 0.4}, "the latents' deviation is"),
+    "saturated": ({"scale": 3.0}, "the latents' deviation is"),
+    "drifted": ({"shift": -1.0}, "the latents' mean is"),
+    "broken": ({"scale": np.nan}, "not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", HEALTHY)
+def test_a_healthy_student_raises_no_warning(watch, kind, capsys):
+    scalars, _, warnings = watch.samples(10, sampler(**HEALTHY[kind]))
+    assert not warnings and scalars["collapse"] == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", COLLAPSED)
+def test_a_collapsed_student_raises_the_warning(watch, kind, capsys):
+    how, message = COLLAPSED[kind]
+    scalars, _, warnings = watch.samples(20, sampler(**how))
+    assert any(message in warning for warning in warnings)
+    assert scalars["collapse"] == len(warnings)
+    assert f"warning: step 20: {warnings[0]}" in capsys.readouterr().err
+
+
+def test_samples_stand_beside_the_teachers(watch, tmp_path):
+    student = sampler(shift=0.2)
+    scalars, video, _ = watch.samples(10, student)
+    assert video.shape == (3, 2 * 8 + 6, 4 * 18 + 3 * 6, 3)
+    for source, offset in ((sampler(), 0), (student, 10)):
+        expected = np.round(255 * decode(source[5]))  # the second video of the second prompt
+        np.testing.assert_array_equal(video[:, 14:22, 24 + offset : 32 + offset], expected)
+    assert read_video(tmp_path / "samples" / "step_000010.mp4").shape[0] == 3
+    assert scalars["sample_mean_drift"] == pytest.approx(0.2, abs=1e-5)
+    assert scalars["sample_std_ratio"] == pytest.approx(1, abs=1e-5)
+    assert 1 < scalars["sample_vendi_teacher"] < 4
+
+
+def test_the_teacher_is_sampled_once_and_only_when_it_is_due(tmp_path):
+    calls = []
+
+    def teacher():
+        calls.append(0)
+        return sampler()
+
+    watch = Watch(CONFIG, tmp_path, lambda params: params, teacher, decode)
+    assert [step for step in range(1, 31) if watch.due(step)] == [10, 20, 30] and not calls
+    watch.samples(10, sampler())
+    watch.samples(20, sampler())
+    assert len(calls) == 1
+    off = Watch(dataclasses.replace(CONFIG, samples_every=0), tmp_path, watch._student, teacher, decode)
+    assert not any(off.due(step) for step in range(30))
+
+
+def test_bad_settings_are_named():
+    for change in ({"prompts": ()}, {"videos": 1}):
+        with pytest.raises(ValueError, match="samples_every needs prompts"):
+            dataclasses.replace(CONFIG, **change)
+    dataclasses.replace(CONFIG, samples_every=0, prompts=())
+
+
+def test_flops_are_those_of_products_convolutions_and_loops():
+    a, b = jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))
+
+    def body(x, _):
+        return jax.checkpoint(lambda y: y @ jnp.ones((4, 4)))(x), None
+
+    def f(x):
+        x = jax.jit(jnp.matmul)(x, b)[0].T  # 2 · 3·4·5·6; then [6, 4]
+        x, _ = jax.lax.scan(body, x, None, length=7)  # 7 · 2 · 6·4·4
+        x = jax.lax.cond(x[0, 0] > 0, lambda y: y @ y.T, lambda y: jnp.zeros((6, 6)), x)  # 2 · 6·4·6
+        image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
+        conv = jax.lax.conv_general_dilated(  # 2 · (2·6·6·5) · (3·3·3)
+            image, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return x.sum() + conv.sum()
+
+    expected = 2 * 3 * 4 * 5 * 6 + 7 * 2 * 6 * 16 + 2 * 6 * 4 * 6 + 2 * 360 * 27
+    assert count_flops(jax.make_jaxpr(f)(a).jaxpr) == expected
+
+
+def test_throughput_and_its_share_of_the_peak():
+    assert Throughput(32, None, None)(0.5) == {"videos_per_second": 64}
+    rates = Throughput(32, 2e12, 8e12)(0.5)
+    assert rates == {"videos_per_second": 64, "tflops_per_second": 4, "mfu": 0.5}
+
+
+def test_a_steps_operations_are_those_of_its_forwards(make_config, toy_generator):
+    """VSD alone: student 1 and its gradient 2, guided teacher 2, fake score 1; then student 1, fake score 3."""
+    config = make_config({
+        "mesh.data": 8, "reward.name": None, "consistency.weight": 0.0, "fake_score.updates": 1,
+        "visibility.peak_tflops": 2.0,
+    })  # fmt: skip
+    network, schedule = toy_generator.pipeline.transformer.network, toy_generator.pipeline.schedule
+    latent, text = toy_generator.latent_shape, toy_generator.null_text.shape[1:]
+    found = make_throughput(config, build_program(config, network, schedule, latent, text))
+    one = [jax.ShapeDtypeStruct((8, *shape), "float32") for shape in (latent, (), text)]
+    forward = count_flops(jax.make_jaxpr(network.apply)(network.shapes, *one).jaxpr)
+    assert forward > 0 and found.flops is not None
+    # Nothing is differentiated with respect to the latent or the text that goes in.
+    assert 9 * forward < found.flops < 10.01 * forward
+    assert found.peak == 2e12 * 8
+    unknown = dataclasses.replace(config, visibility=dataclasses.replace(config.visibility, peak_tflops=None))
+    assert make_throughput(unknown, build_program(unknown, network, schedule, latent, text)).flops is None
+
+
+def test_the_fake_scores_loss_is_told_apart_by_timestep(make_config):
+    config = make_config({"vsd.score_range": (0.0, 1.0), "vsd.score_shift": 1.0})
+    schedule = Schedule("rf", "velocity")
+
+    def apply(params, x_t, t, text):
+        # Off by one where it is noisy, by less the cleaner: the loss is about (t / 1000)².
+        return params["velocity"] + (t / 1000).reshape(-1, 1, 1, 1, 1) + 0 * x_t
+
+    loss = functools.partial(
+        objectives.fake_score, config=config, networks=Networks(apply, None), schedule=schedule
+    )
+    x0, text = jnp.zeros((256, 1, 1, 1, 1)), jnp.zeros((256, 1, 1))
+    zero = {"velocity": jnp.zeros(())}
+    _, aux = loss(zero, zero, x0, text, jax.random.key(0))
+    assert sum(aux[f"fake_score_count_{k}"] for k in range(4)) == 256
+    total = sum(aux[f"fake_score_sum_{k}"] for k in range(4))
+    np.testing.assert_allclose(total / 256, aux["fake_score"], rtol=1e-5)
+    values = readable({name: float(value) for name, value in aux.items()})
+    assert set(values) == {"fake_score", *(f"fake_score_bin_{k}" for k in range(4))}
+    assert len({values[f"fake_score_bin_{k}"] for k in range(4)}) == 4
+    assert readable({"fake_score_sum_0": 0.0, "fake_score_count_0": 0.0, "vsd": 1.0}) == {"vsd": 1.0}
+
+
+def test_a_profile_is_of_the_steps_asked_for(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    profile = Profile(2, tmp_path, first=5)
+    for step in range(5, 12):
+        profile.before(step)
+        calls.append(step)
+        profile.after(step, ())
+    profile.close()
+    assert calls == [5, 6, str(tmp_path / "profile"), 7, 8, "stop", 9, 10, 11]
+    calls.clear()
+    cut = Profile(5, tmp_path, first=0)
+    for step in range(3):
+        cut.before(step)
+        cut.after(step, ())
+    cut.close()
+    assert calls == [str(tmp_path / "profile"), "stop"]
