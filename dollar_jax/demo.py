@@ -17,7 +17,7 @@ from dollar_jax.evaluate.measure import default_plan, measure, samplers, speedup
 from dollar_jax.evaluate.report import write_metrics, write_report
 from dollar_jax.evaluate.video import side_by_side, write_video
 from dollar_jax.generate import Generator, load_teacher
-from dollar_jax.rewards import get_reward
+from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.train import read_config, read_history, restore_student, train
 
 SHOWN = 8  # prompts whose videos are on the page
@@ -62,7 +62,7 @@ def evaluate(
     config = read_config(workdir)
     begun = time.perf_counter()
     plan = default_plan(config.seed, quick)
-    reward = None if config.reward.name is None else get_reward(config.reward.name)
+    reward = weighted_sum(config.reward.rewards, load_rewards(config.reward.rewards))
     rows = samplers(generator, restore_student(workdir, generator), config.student.timesteps)
     table, videos = measure(generator, rows, plan, reward)
     teacher = f"teacher_{config.sampling.num_steps}"
@@ -91,6 +91,6 @@ def evaluate(
         history=read_history(workdir),
         timings=timings,
         config_text=json.dumps(metrics["config"], indent=2),
-        notes=[] if reward is None else [f"The reward is {config.reward.name}: {reward.meaning}."],
+        notes=[] if reward is None else [f"The reward is {reward.meaning}."],
     )
     return metrics

@@ -70,15 +70,15 @@ class Generator:
         """Normalised latents, the posterior's mean, of uint8 frames [b t h w 3]."""
         return np.asarray(self._encode(self.pipeline.vae.params, frames))
 
+    def frames(self, params: Params, latent: jax.Array) -> jax.Array:
+        """Frames in [0, 1] of normalised latents, with the VAE's parameters given: pure, to be traced."""
+        vae = self.pipeline.vae
+        frames = vae.network.apply(params, denormalise(latent, vae.config), method="decode")
+        return (frames + 1) / 2
+
     @functools.cached_property
     def _decode(self) -> Any:
-        vae = self.pipeline.vae
-
-        def decode(params: Params, latent: jax.Array) -> jax.Array:
-            frames = vae.network.apply(params, denormalise(latent, vae.config), method="decode")
-            return (frames + 1) / 2
-
-        return jax.jit(decode)
+        return jax.jit(self.frames)
 
     def decode(self, latent: np.ndarray | jax.Array) -> np.ndarray:
         """Frames in [0, 1] of normalised latents."""

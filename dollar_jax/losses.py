@@ -142,6 +142,20 @@ def latent_reward(reward: PerSample) -> PerSample:
     return -_fp32(reward)
 
 
+def policy_gradient(
+    x_next: Latent, mean: Latent, deviation: Latent, advantage: PerSample
+) -> PerSample:
+    """REINFORCE of a Gaussian step, -A log N(x_next; mean, deviation^2) (DOLLAR eq. (8.24)-(8.26)).
+
+    Up to a constant, and per element. Only `mean` carries a gradient. A row whose advantage is not
+    finite has value 0 and gradient 0.
+    """
+    difference = (jax.lax.stop_gradient(_fp32(x_next)) - _fp32(mean)) / _fp32(deviation)
+    advantage = jax.lax.stop_gradient(_fp32(advantage))
+    advantage = jnp.where(jnp.isfinite(advantage), advantage, 0.0)
+    return _per_sample(0.5 * jnp.square(difference), advantage)
+
+
 def reward_regression(
     predicted: PerSample, reward: PerSample, weight: Weight | None = None
 ) -> PerSample:

@@ -1,8 +1,7 @@
 """`dollar train`: the host's loop around the one compiled step.
 
-While the devices run a step, the host decodes and scores the previous step's latents; the rewards reach
-the latent reward model one step later. What was scored is flushed before a checkpoint, so that a
-resumed run repeats an uninterrupted one to the bit.
+While the devices run a step, host rewards score the previous step's latents. What was scored is taken in
+before a checkpoint, so that a resumed run repeats an uninterrupted one to the bit.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.generate import Generator
 from dollar_jax.objectives import Frozen
 from dollar_jax.program import Program, build_program
-from dollar_jax.rewards import Reward, get_reward
-from dollar_jax.rewards.replay import Replay
+from dollar_jax.rewards import load_rewards
+from dollar_jax.rewards.pixels import pixel_rewards
+from dollar_jax.rewards.scorer import Scorer
 from dollar_jax.state import TrainState, from_items, to_items
 
 HISTORY = "history.jsonl"
@@ -44,21 +44,33 @@ def train(
 ) -> TrainState:
     """Distils for `config.steps` steps, from the newest checkpoint in `workdir` if there is one.
 
-    Leaves checkpoints, history.jsonl, TensorBoard events and config.json. Raises ValueError when the
-    workdir holds a run with other settings, FloatingPointError when the loss stops being finite.
+    Leaves checkpoints, history.jsonl, TensorBoard events and config.json. Stops early, with a checkpoint,
+    when config.reward.guard says that the reward is being hacked. Raises ValueError when the workdir
+    holds a run with other settings, FloatingPointError when the loss stops being finite.
     """
     remember_config(config, workdir)
     pipeline = generator.pipeline
     text_shape = generator.null_text.shape[1:]
+    rewards = load_rewards(config.reward.rewards)
+    pixels = pixel_rewards(config.reward, rewards, generator.frames)
     program = build_program(
-        config, pipeline.transformer.network, pipeline.schedule, generator.latent_shape, text_shape
-    )
+        config, pipeline.transformer.network, pipeline.schedule, generator.latent_shape, text_shape,
+        pixel_rewards=pixels,
+    )  # fmt: skip
+    decoder = None
+    if rewards:
+        decoder = jax.device_put(pipeline.vae.params, sharding.replicated(program.mesh))
+    reward_params = () if pixels is None else pixels.params(decoder)
     frozen = jax.device_put(
-        Frozen(pipeline.transformer.params, generator.null_text), program.frozen_sharding
+        Frozen(pipeline.transformer.params, generator.null_text, reward_params), program.frozen_sharding
     )
-    reward = None if config.reward.name is None else get_reward(config.reward.name)
-    scorer = None if reward is None else Scorer(config, generator, reward, text_shape)
+    scorer = None
+    if rewards:
+        scorer = Scorer(
+            config, rewards, pixels, generator.frames, decoder, generator.latent_shape, text_shape
+        )
     batches = data.batches(config)
+    guard = config.reward.guard
 
     with Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
@@ -66,26 +78,34 @@ def train(
             state = _restore(checkpoints, program, scorer, batches)
         else:
             state = program.init(jax.random.key(config.seed), frozen.teacher)
+        hacked = None if scorer is None else scorer.monitor.hacked(guard)
         with Log(workdir, first, config) as log:
             for step in range(first, config.steps):
+                if hacked:
+                    break
                 rows = next(batches)
                 captions = [str(data.captions[i]) for i in rows["index"]]
                 batch = {"latent": rows["latent"], "text": rows["text"]}
                 if scorer is not None:
-                    batch |= scorer.scored(step)
-                state, metrics, generated = program.step(state, frozen, _put(program, batch))
+                    batch |= scorer.inputs(step, captions)
+                state, metrics, fresh = program.step(state, frozen, _put(program, batch))
                 if scorer is not None:
-                    scorer.score_pending()
-                    scorer.pend(generated, batch, captions)
+                    scorer.collect()
+                    scorer.submit(fresh, batch, captions)
+                    if (step + 1) % config.log_every == 0:
+                        hacked = scorer.monitor.hacked(guard)
                 saving = step + 1 == config.steps or (step + 1) % config.checkpoint_every == 0
+                saving = saving or hacked is not None
                 if saving and scorer is not None:
-                    scorer.score_pending()
+                    scorer.collect()
                 log.step(step + 1, metrics, {} if scorer is None else scorer.latest, saving)
                 if saving:
                     items = {**to_items(state), "data": batches}
                     if scorer is not None:
-                        items["replay"] = scorer.replay.state
+                        items["replay"] = scorer.state
                     checkpoints.save(step + 1, items)
+        if hacked:
+            tqdm.write(f"stopped at step {int(state.step)}: {hacked}")
     return state
 
 
@@ -102,10 +122,10 @@ def _restore(
     )  # fmt: skip
     like = {**abstract, "data": batches}
     if scorer is not None:
-        like["replay"] = scorer.replay.state
+        like["replay"] = scorer.state
     items = checkpoints.restore(like)
     if scorer is not None:
-        scorer.replay.state = {k: np.array(v) for k, v in items.pop("replay").items()}
+        scorer.state = items.pop("replay")
     items.pop("data")
     return from_items(items)
 
@@ -116,62 +136,6 @@ def _put(program: Program, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arr
         name: jax.make_array_from_process_local_data(program.batch_sharding[name], value)
         for name, value in batch.items()
     }
-
-
-class Scorer:
-    """Scores this process's share of the latents with the pixel-space reward, one step behind the devices."""
-
-    def __init__(
-        self,
-        config: DistillConfig,
-        generator: Generator,
-        reward: Reward,
-        text_shape: tuple[int, ...],
-    ):
-        c = self.config = config.reward
-        self.seed = config.seed
-        self.count = max(1, c.samples // jax.process_count())
-        self.stride = config.accumulation
-        self.generator, self.reward = generator, reward
-        self.replay = Replay(c.replay, generator.latent_shape, text_shape)
-        self.latest: dict[str, float] = {}
-        self._pending: tuple[jax.Array, np.ndarray, np.ndarray, list[str]] | None = None
-
-    def scored(self, step: int) -> dict[str, np.ndarray]:
-        """This process's rows of the latent reward model's batches for a step."""
-        rows = self.config.batch_size // jax.process_count()
-        return self.replay.sample(self.config.updates, rows, [self.seed, step, jax.process_index()])
-
-    def pend(
-        self, generated: jax.Array, batch: Mapping[str, np.ndarray], captions: Sequence[str]
-    ) -> None:
-        """Leaves a step's generated latents, and as many real ones, to be scored later."""
-        # `generated` is the last micro-batch: every stride-th row of the batch.
-        rows = slice(self.stride - 1, None, self.stride)
-        latent, text = (np.asarray(batch[k])[rows][: self.count] for k in ("latent", "text"))
-        self._pending = (generated, latent, text, list(captions[rows][: self.count]))
-
-    def score_pending(self) -> None:
-        self.latest = {}
-        if self._pending is None:
-            return
-        generated, real, text, prompts = self._pending
-        self._pending = None
-        latents = np.concatenate([_local_rows(generated)[: self.count], real])
-        # A reward may give a finite number to anything, so what is not finite never counts.
-        finite = np.isfinite(latents).all(axis=(1, 2, 3, 4), keepdims=True)
-        frames = self.generator.decode(np.where(finite, latents, 0.0))
-        rewards = np.where(np.ravel(finite), self.reward(frames, prompts * 2), np.nan)
-        self.replay.add(latents, np.concatenate([text, text]), rewards)
-        for name, row in zip(("generated", "real"), rewards.reshape(2, -1), strict=True):
-            if np.isfinite(row).any():
-                self.latest[f"reward_{name}"] = float(row[np.isfinite(row)].mean())
-
-
-def _local_rows(x: jax.Array) -> np.ndarray:
-    """The rows of a batch-sharded array that this process holds, in order, each once."""
-    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 class Log:

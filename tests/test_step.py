@@ -61,7 +61,7 @@ def make_batch(seed, updates=2):
     return {
         "latent": rows(ROWS, *LATENT), "text": rows(ROWS, *TEXT),
         "scored_latent": rows(updates, ROWS, *LATENT), "scored_text": rows(updates, ROWS, *TEXT),
-        "scored_reward": 5 + 2 * rows(updates, ROWS), "scored_weight": np.ones((updates, ROWS), np.float32),
+        "scored_reward": 5 + 2 * rows(updates, ROWS, 1), "scored_weight": np.ones((updates, ROWS), np.float32),
     }  # fmt: skip
 
 
@@ -85,8 +85,8 @@ class Runner:
         """State and metrics after `count` steps, on the host."""
         state, history = self.start(items), []
         for seed in range(count):
-            state, metrics, generated = self.step(state, make_batch(seed))
-            history.append({**metrics, "generated": generated})
+            state, metrics, fresh = self.step(state, make_batch(seed))
+            history.append(metrics | {name: fresh[name] for name in ("latent", "predicted", "scale")})
         return host(to_items(state)), host(history)
 
 

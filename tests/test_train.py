@@ -19,6 +19,8 @@ from dollar_jax.generate import Generator
 from dollar_jax.models.umt5 import UMT5Config
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig
+from dollar_jax.rewards import Reward
+from dollar_jax.rewards.replay import Replay
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import to_items
 from dollar_jax.weights.pipeline import Component, Pipeline, umt5_encoder, wan_transformer, wan_vae
@@ -87,11 +89,11 @@ def one_program():
     """A run's program is built once, not once per resumption: the same settings give the same one."""
     build, built = loop.build_program, {}
 
-    def remembered(config, *args):
+    def remembered(config, *args, pixel_rewards):
         # Without its mappings a config can be hashed; what is replaced is no concern of the program.
         key = dataclasses.replace(config, pretrain=None, log_every=1, keep_checkpoints=1)
         if key not in built:
-            built[key] = build(config, *args)
+            built[key] = build(config, *args, pixel_rewards=pixel_rewards)
         return built[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -127,6 +129,14 @@ def history(workdir):
     return [{k: v for k, v in line.items() if k != "seconds_per_step"} for line in loop.read_history(workdir)]
 
 
+def make_scorer(generator, config, reward=None):
+    """A scorer of one reward, a host one unless given."""
+    return loop.Scorer(
+        config, [reward or Reward(lambda frames, prompts: np.zeros(len(frames)), "")], None, generator.frames,
+        generator.pipeline.vae.params, generator.latent_shape, generator.null_text.shape[1:],
+    )  # fmt: skip
+
+
 def replay(workdir, like):
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         return checkpoints.restore({"replay": like})["replay"]
@@ -136,7 +146,7 @@ def assert_same_run(workdir, state, whole, generator, config):
     there, expected = whole
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert history(workdir) == history(there)
-    like = loop.Scorer(config, generator, None, generator.null_text.shape[1:]).replay.state
+    like = make_scorer(generator, config).state
     jax.tree.map(np.testing.assert_array_equal, replay(workdir, like), replay(there, like))
 
 
@@ -151,8 +161,7 @@ def test_a_run_leaves_its_history_and_items(whole, generator, config):
         assert found == ITEMS
     assert list((workdir / "events").iterdir())
     # Two generated and two real latents per step, in a ring of twelve.
-    like = loop.Scorer(config, generator, None, generator.null_text.shape[1:]).replay.state
-    kept = replay(workdir, like)
+    kept = replay(workdir, make_scorer(generator, config).state)["replay"]
     assert int(kept["added"]) == 4 * STEPS and (kept["weight"] == 1).all()
     assert int(state["progress"]["step"]) == STEPS
 
@@ -235,20 +244,30 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(train, whole, c
 
 
 def test_latents_and_rewards_that_are_not_finite_are_not_learned_from(generator, config, data):
+    seen = []
+
     def reward(frames, prompts):
         assert np.isfinite(frames).all()
-        return np.array([1.0, np.nan, 2.0, 4.0], np.float32)
+        seen.append(prompts)
+        return np.array([1.0, 2.0, np.nan, 4.0], np.float32)
 
-    scorer = loop.Scorer(config, generator, reward, generator.null_text.shape[1:])
-    rows = [data[i] for i in range(2)]
+    scorer = make_scorer(generator, config, Reward(reward, ""))
+    rows = [data[i] for i in range(8)]
     batch = {name: np.stack([row[name] for row in rows]) for name in ("latent", "text")}
-    generated = np.array(batch["latent"])
-    generated[0, 0, 0, 0, 0] = np.nan
-    scorer.pend(jax.numpy.asarray(generated), batch, ["a", "b"])
-    scorer.score_pending()
-    assert scorer.replay.state["reward"][:3].tolist() == [2.0, 4.0, 0.0]
-    np.testing.assert_array_equal(scorer.replay.state["latent"][:2], batch["latent"])
-    assert scorer.latest == {"reward_real": 3.0}
+    # Two rows of the batch, the first and the middle one, each generated and real.
+    latent = np.stack([batch["latent"][[0, 4]] + 1, batch["latent"][[0, 4]]], 1)
+    latent[0, 0, 0, 0, 0, 0] = np.nan
+    unscored = np.full((2, 2, 1), np.nan)
+    fresh = {"latent": latent, "predicted": np.zeros((2, 2)), "reward": unscored, "scale": np.ones((2, 1))}
+    scorer.submit({k: jax.numpy.asarray(v) for k, v in fresh.items()}, batch, list("abcdefgh"))
+    with pytest.warns(RuntimeWarning, match="a reward that is not finite"):
+        scorer.collect()
+    assert seen == [["a", "a", "e", "e"]]
+    kept = scorer.replay.state
+    assert kept["reward"][:3, 0].tolist() == [2.0, 4.0, 0.0]
+    np.testing.assert_array_equal(kept["latent"][:2], batch["latent"][[0, 4]])
+    np.testing.assert_array_equal(kept["text"][:2], batch["text"][[0, 4]])
+    assert scorer.latest == {"reward_real": 3.0, "faults_compressibility_not_finite": 1.0}
 
 
 def test_history_is_json_and_drops_what_comes_after(tmp_path):
@@ -264,7 +283,7 @@ def test_history_is_json_and_drops_what_comes_after(tmp_path):
 
 @pytest.fixture
 def make_replay():
-    return functools.partial(loop.Replay, latent=(1, 1, 1, 1), text=(1, 1))
+    return functools.partial(Replay, latent=(1, 1, 1, 1), text=(1, 1))
 
 
 def rows(values):
