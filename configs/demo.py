@@ -42,6 +42,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
     return ConfigDict({
         "seed": 0,
         "teacher": "moving_shapes",
+        "init": config_dict.placeholder(str),
         "steps": 200,
         "batch_size": 32,
         "accumulation": 1,

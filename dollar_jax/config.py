@@ -350,6 +350,7 @@ class DistillConfig:
 
     seed: int
     teacher: str  # a pipeline folder in diffusers layout, or "moving_shapes" for the shipped one
+    init: str | None  # the workdir of a run whose student and fake score this one goes on from, or None
     steps: int
     batch_size: int
     accumulation: int  # micro-batches whose gradients are summed within a step

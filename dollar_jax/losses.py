@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from dollar_jax.types import Latent, PerSample, Time, Weight
 
@@ -143,7 +144,7 @@ def latent_reward(reward: PerSample) -> PerSample:
 
 
 def policy_gradient(
-    x_next: Latent, mean: Latent, deviation: Latent, advantage: PerSample
+    x_next: Latent, mean: Latent, deviation: Float[Array, "b 1 1 1 1"], advantage: PerSample
 ) -> PerSample:
     """REINFORCE of a Gaussian step, -A log N(x_next; mean, deviation^2) (DOLLAR eq. (8.24)-(8.26)).
 

@@ -78,6 +78,8 @@ def train(
             state = _restore(checkpoints, program, scorer, batches)
         else:
             state = program.init(jax.random.key(config.seed), frozen.teacher)
+            if config.init is not None:
+                state = _go_on_from(Path(config.init), program, state)
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
         with Log(workdir, first, config) as log:
             for step in range(first, config.steps):
@@ -109,18 +111,31 @@ def train(
     return state
 
 
+def _go_on_from(workdir: Path, program: Program, state: TrainState) -> TrainState:
+    """The state with another run's student, average and fake score; raises FileNotFoundError without one."""
+    read_config(workdir)
+    items = _abstract(program)
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        parts = checkpoints.restore({name: items[name] for name in ("student", "ema", "fake_score")})
+    return dataclasses.replace(state, **{k: v for item in parts.values() for k, v in item.items()})
+
+
+def _abstract(program: Program) -> dict[str, Any]:
+    """The items of a checkpoint of the state as shapes on the program's mesh."""
+    shapes = jax.eval_shape(to_items, program.state_shapes)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes, sharding.shard(program.mesh, shapes),
+    )  # fmt: skip
+
+
 def _restore(
     checkpoints: Checkpoints,
     program: Program,
     scorer: Scorer | None,
     batches: grain.DatasetIterator,
 ) -> TrainState:
-    shapes = jax.eval_shape(to_items, program.state_shapes)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes, sharding.shard(program.mesh, shapes),
-    )  # fmt: skip
-    like = {**abstract, "data": batches}
+    like = {**_abstract(program), "data": batches}
     if scorer is not None:
         like["replay"] = scorer.state
     items = checkpoints.restore(like)

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from dollar_jax import train as loop
 from dollar_jax.checkpoint import Checkpoints
-from dollar_jax.config import SamplingConfig
+from dollar_jax.config import RewardGuard, SamplingConfig
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.generate import Generator
 from dollar_jax.models.umt5 import UMT5Config
@@ -91,7 +92,8 @@ def one_program():
 
     def remembered(config, *args, pixel_rewards):
         # Without its mappings a config can be hashed; what is replaced is no concern of the program.
-        key = dataclasses.replace(config, pretrain=None, log_every=1, keep_checkpoints=1)
+        reward = dataclasses.replace(config.reward, timeout=1.0, guard=RewardGuard(4, None, None))
+        key = dataclasses.replace(config, pretrain=None, log_every=1, keep_checkpoints=1, reward=reward, init=None, steps=STEPS)
         if key not in built:
             built[key] = build(config, *args, pixel_rewards=pixel_rewards)
         return built[key]
@@ -241,6 +243,85 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(train, whole, c
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
     state = train(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, state, whole[1])
+
+
+def test_a_run_goes_on_from_another_ones_student(train, whole, config, tmp_path):
+    there, expected = whole
+    begun = dataclasses.replace(config, init=str(there), steps=0)
+    state = train(tmp_path / "run", begun)
+    for name in ("student", "ema", "fake_score"):
+        jax.tree.map(np.testing.assert_array_equal, state[name], expected[name])
+    assert int(state["progress"]["step"]) == 0
+    with pytest.raises(FileNotFoundError, match="nowhere holds no run"):
+        train(tmp_path / "other", dataclasses.replace(begun, init=str(tmp_path / "nowhere")))
+
+
+# Rewards that misbehave
+
+
+def always(act):
+    return lambda frames, prompts: act()
+
+
+def sometimes(act):
+    calls = itertools.count()
+    return lambda frames, prompts: act() if next(calls) % 2 else frames.mean((1, 2, 3, 4))
+
+
+def hang():
+    time.sleep(3)
+    return np.zeros(4)
+
+
+FAULTS = {
+    "raised": lambda: 1 / 0,
+    "timed out": hang,
+    "not finite": lambda: np.full(4, np.nan),
+    "wrong shape": lambda: np.zeros((4, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("how", [always, sometimes])
+def test_a_faulty_reward_neither_stops_training_nor_corrupts_the_latent_model(
+    train, config, monkeypatch, tmp_path, kind, how, whole
+):
+    faulty = Reward(how(FAULTS[kind]), "")
+    monkeypatch.setattr(loop, "load_rewards", lambda terms: [faulty])
+    changed = dataclasses.replace(config, reward=dataclasses.replace(config.reward, timeout=0.1))
+    with pytest.warns(RuntimeWarning, match="the reward 'compressibility'") as said:
+        state = train(tmp_path, changed)
+    assert len([w for w in said if "is left out" not in str(w.message)]) == 1
+    lines = history(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert lines[-1][f"faults_compressibility_{kind.replace(' ', '_')}"] >= 2
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    untouched = jax.tree.map(
+        lambda a, b: (a == b).all(), state["reward_head"]["reward_head"], first_head(whole[0], config)
+    )
+    assert all(jax.tree.leaves(untouched)) == (how is always)
+    assert ("reward_generated" in lines[-1] or "reward_generated" in lines[-2]) == (how is sometimes)
+
+
+def first_head(workdir, config):
+    """The latent reward model as every run with these settings begins."""
+    from dollar_jax.program import reward_head_network
+
+    network = reward_head_network(config, 4, 8)
+    return jax.tree.map(np.array, jax.jit(network.init)(jax.random.split(jax.random.key(config.seed))[1]))
+
+
+def test_a_hacked_reward_stops_the_run_for_good(train, config, tmp_path, capsys):
+    guard = RewardGuard(4, min_correlation=1.1, max_fall=None)  # which nothing reaches
+    changed = dataclasses.replace(config, reward=dataclasses.replace(config.reward, guard=guard))
+    state = train(tmp_path, changed)
+    # Two samples per step, a window of four, each known one step later.
+    assert int(state["progress"]["step"]) == 3
+    assert "stopped at step 3: latent and true reward correlate by" in capsys.readouterr().out
+    assert "reward_fresh_correlation" in history(tmp_path)[-1]
+    again = train(tmp_path, changed)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
 def test_latents_and_rewards_that_are_not_finite_are_not_learned_from(generator, config, data):

@@ -178,7 +178,7 @@ def preprocess(
 
     "crop" makes the shorter edge `size` and takes the middle, as transformers' `CLIPImageProcessor`;
     "pad" makes the longer edge `size` and puts black around it, as HPSv2 does. Bicubic with antialiasing,
-    as PIL's, but without PIL's rounding to bytes after each of its two passes.
+    first along the rows, as PIL's, but without PIL's rounding to bytes after each of these two passes.
     """
     h, w = frames.shape[1:3]
     if fit == "crop":
@@ -188,8 +188,9 @@ def preprocess(
         scale = size / max(h, w)
         height, width = round(h * scale), round(w * scale)
     x = jnp.asarray(frames, jnp.float32)
-    x = jax.image.resize(x, (len(x), height, width, 3), "cubic", antialias=True)
-    x = jnp.clip(x, 0.0, 1.0)  # bicubic overshoots at edges
+    for shape in ((len(x), h, width, 3), (len(x), height, width, 3)):
+        # Bicubic overshoots at edges; PIL's bytes cannot, after either pass.
+        x = jnp.clip(jax.image.resize(x, shape, "cubic", antialias=True), 0.0, 1.0)
     top, left = abs(height - size) // 2, abs(width - size) // 2
     if fit == "crop":
         x = x[:, top : top + size, left : left + size]
