@@ -96,13 +96,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the table too")
     args = parser.parse_args()
     device = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices[0]
-    rows = ["| frames | gradient through | parameters, GiB | temporaries, GiB | compiled in, s |", "|---|---|---|---|---|"]
+    columns = ("frames", "gradient through", "parameters, GiB", "temporaries, GiB", "compiled in, s")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     print("\n".join(rows), flush=True)
     for asked in args.frames:
         frames = 1 + 4 * -(-(asked - 1) // 4)
         for way in args.ways:
             parameters, temporaries, seconds = measure(way, frames, device)
-            rows.append(f"| {frames} | {way} | {parameters:.2f} | {temporaries:.2f} | {seconds:.0f} |")
+            rows.append(f"| {frames} | {way} | {parameters:.3f} | {temporaries:.3f} | {seconds:.0f} |")
             print(rows[-1], flush=True)
             if args.out is not None:
                 args.out.write_text("\n".join(rows) + "\n")

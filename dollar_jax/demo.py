@@ -63,6 +63,7 @@ def evaluate(
     begun = time.perf_counter()
     plan = default_plan(config.seed, quick)
     reward = weighted_sum(config.reward.rewards, load_rewards(config.reward.rewards))
+    rewards = ", ".join(term.label for term in config.reward.rewards if term.weight)
     rows = samplers(generator, restore_student(workdir, generator), config.student.timesteps)
     table, videos = measure(generator, rows, plan, reward)
     teacher = f"teacher_{config.sampling.num_steps}"
@@ -91,6 +92,6 @@ def evaluate(
         history=read_history(workdir),
         timings=timings,
         config_text=json.dumps(metrics["config"], indent=2),
-        notes=[] if reward is None else [f"The reward is {reward.meaning}."],
+        notes=[] if reward is None else [f"The reward is {rewards}: {reward.meaning}."],
     )
     return metrics

@@ -42,7 +42,10 @@ def decode(params, latent):
 
 
 def reward(channel):
-    return JaxReward(lambda gain, frames, tokens: (gain * frames[..., channel] ** 2).mean((1, 2, 3)), "", 1.5 + channel)
+    def square(gain, frames, tokens):
+        return (gain * frames[..., channel] ** 2).mean((1, 2, 3))
+
+    return JaxReward(square, "", 1.5 + channel)
 
 
 REWARDS = [reward(0), reward(2), reward(1)]
@@ -68,9 +71,9 @@ def settings(make_config):
 
 def direct_loss(config, networks, params, key=0):
     return objectives.student(
-        params, PARAMS, PARAMS, None, frozen(networks.pixel_rewards), normal(1, BATCH, *SHAPE), normal(2, BATCH, 3, 4),
-        jnp.float32(0.3), jax.random.key(key), config=config, networks=networks, schedule=SCHEDULES[0],
-        statistics=STATISTICS, tokens={},
+        params, PARAMS, PARAMS, None, frozen(networks.pixel_rewards), normal(1, BATCH, *SHAPE),
+        normal(2, BATCH, 3, 4), jnp.float32(0.3), jax.random.key(key), config=config, networks=networks,
+        schedule=SCHEDULES[0], statistics=STATISTICS, tokens={},
     )  # fmt: skip
 
 

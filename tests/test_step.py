@@ -278,7 +278,7 @@ def test_no_reward_at_all_leaves_statistics_and_no_nan(base, initial):
 PIXELS = {
     "vsd.weight": 0.0, "consistency.weight": 0.0, "fake_score.updates": 1, "reward.start_step": 0,
     "reward.samples": 4, "accumulation": 2, "reward.statistics_decay": 0.5, "batch_size": 8,
-    "reward.rewards": ({"name": "red", "weight": 1.0, "folder": None}, {"name": "kept", "weight": 0.0, "folder": None}),
+    "reward.rewards": tuple({"name": n, "weight": w, "folder": None} for n, w in (("red", 1.0), ("kept", 0.0))),
 }  # fmt: skip
 
 
@@ -306,7 +306,8 @@ def pixel_batch(seed, **more):
 
 
 def test_jax_rewards_are_learned_from_in_the_same_step(make_config, quick_compilation):
-    runner = pixel_runner(make_config, **{"mesh.data": 4, "reward.head.use_text": False, "reward.latent_frames": 1})
+    changes = {"mesh.data": 4, "reward.head.use_text": False, "reward.latent_frames": 1}
+    runner = pixel_runner(make_config, **changes)
     scored = {k: np.zeros_like(v) for k, v in make_batch(0).items() if k.startswith("scored")}
     scored["scored_latent"] = scored["scored_latent"][:, :, :1]  # runs of one frame
     state = runner.program.init(jax.random.key(0), runner.frozen.teacher)

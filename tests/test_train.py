@@ -93,7 +93,8 @@ def one_program():
     def remembered(config, *args, pixel_rewards):
         # Without its mappings a config can be hashed; what is replaced is no concern of the program.
         reward = dataclasses.replace(config.reward, timeout=1.0, guard=RewardGuard(4, None, None))
-        key = dataclasses.replace(config, pretrain=None, log_every=1, keep_checkpoints=1, reward=reward, init=None, steps=STEPS)
+        other = {"pretrain": None, "log_every": 1, "keep_checkpoints": 1, "init": None, "reward": reward}
+        key = dataclasses.replace(config, **other)
         if key not in built:
             built[key] = build(config, *args, pixel_rewards=pixel_rewards)
         return built[key]

@@ -139,7 +139,7 @@ class TextTower(nnx.Module):
 
 
 class CLIP(nnx.Module):
-    """Embeddings of unit length, fp32; their inner products are cosines, `exp(logit_scale)` times which are logits."""
+    """Embeddings of unit length, fp32; logits are `exp(logit_scale)` times their inner products, cosines."""
 
     def __init__(self, config: CLIPConfig, rngs: nnx.Rngs) -> None:
         c = self.config = config

@@ -4,7 +4,7 @@ Two kinds. A host reward (`Reward`) is any Python callable: PyTorch, ONNX, a sub
 it sees decoded frames as NumPy, off the training's critical path. A `JaxReward` runs inside the jitted
 step on frames decoded there. Neither is differentiated, unless `config.reward.method` is "direct".
 
-A reward is named by a key of REWARDS, MAKERS or LOADERS, or by the place of one's own: `module:name` or
+A reward is named by a key of REWARDS or LOADERS, or by the place of one's own: `module:name` or
 `path/to/file.py:name`, where the name is a function (frames, prompts) → [b], a `Reward` or a `JaxReward`.
 """
 
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dollar_jax.config import RewardTerm
@@ -28,6 +27,8 @@ from dollar_jax.rewards.jpeg import compressibility
 from dollar_jax.rewards.video import flicker, motion, smoothness
 from dollar_jax.rewards.vivid import vivid
 from dollar_jax.types import Params
+
+_AT_ONCE = 16  # clips that a JAX reward scores at once outside of the step
 
 
 class WrongShape(ValueError):
@@ -64,9 +65,16 @@ class JaxReward:
         return jax.jit(self.function)
 
     def __call__(self, frames: np.ndarray | jax.Array, prompts: Sequence[str]) -> np.ndarray:
-        """Float32 [b], as a host reward gives it: for measuring outside of the step."""
-        tokens = None if self.tokenize is None else self.tokenize(prompts)
-        return _one_each(self._jitted(self.params, jnp.asarray(frames), tokens), len(frames))
+        """Float32 [b], as a host reward gives it, a few clips at a time: for measuring outside of the step."""
+        frames, count = np.asarray(frames, np.float32), len(frames)
+        tokens = None if self.tokenize is None else np.asarray(self.tokenize(prompts))
+        rows = np.arange(-(-count // _AT_ONCE) * _AT_ONCE) % count
+        rows = rows if count > _AT_ONCE else np.arange(count)
+        answers = []
+        for part in np.array_split(rows, -(-count // _AT_ONCE)):
+            part_tokens = None if tokens is None else tokens[part]
+            answers.append(_one_each(self._jitted(self.params, frames[part], part_tokens), len(part)))
+        return np.concatenate(answers)[:count]
 
 
 AnyReward = Reward | JaxReward
@@ -108,8 +116,6 @@ LOADERS = {
     "aesthetic": "clip:aesthetic",
     "onnx": "blackbox:onnx_classifier",
 }
-# Rewards that need a package of their own: the function that makes them.
-MAKERS = {"brisque": "blackbox:brisque"}
 
 
 def get_reward(name: str, folder: str | None = None) -> AnyReward:
@@ -127,11 +133,9 @@ def get_reward(name: str, folder: str | None = None) -> AnyReward:
         raise ValueError(f"the reward {name!r} has no weights to read; set its `folder` to None")
     if name in REWARDS:
         return REWARDS[name]
-    if name in MAKERS:
-        return _ours(MAKERS[name])()
     where, _, attribute = name.rpartition(":")
     if not where:
-        known = ", ".join([*REWARDS, *MAKERS, *LOADERS])
+        known = ", ".join([*REWARDS, *LOADERS])
         raise ValueError(
             f"there is no reward {name!r}; there are {known}, and your own as module:function or path.py:function"
         )

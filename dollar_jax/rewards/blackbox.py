@@ -1,41 +1,15 @@
-"""Examples of black boxes on the host that need packages of their own: `pip install dollar_jax[rewards]`."""
+"""An example of a black box on the host that needs a package of its own: `pip install dollar_jax[rewards]`."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dollar_jax.frames import to_uint8
 from dollar_jax.rewards import Reward
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"this reward needs the package {name}, which is not installed: pip install 'dollar_jax[rewards]'"
-        ) from error
-
-
-def brisque() -> Reward:
-    """Minus the BRISQUE score (Mittal et al. 2012) of a clip's first, middle and last frame, averaged.
-
-    The score, about 0 for good and 100 for bad, knows the statistics of photographs.
-    """
-    model = _package("brisque").BRISQUE(url=False)
-
-    def score(frames: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        last = frames.shape[1] - 1
-        chosen = to_uint8(frames[:, sorted({0, last // 2, last})])
-        return np.array([-np.mean([model.score(frame) for frame in clip]) for clip in chosen], np.float32)
-
-    return Reward(score, "how natural the picture is (BRISQUE)")
 
 
 def onnx_classifier(folder: Path) -> Reward:
@@ -47,7 +21,14 @@ def onnx_classifier(folder: Path) -> Reward:
     path = folder / "model.onnx"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; an ONNX reward is read from there")
-    session = _package("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        import onnxruntime  # optional
+    except ImportError as error:
+        raise ValueError(
+            "the reward 'onnx' needs the package onnxruntime, which is not installed: "
+            "pip install 'dollar_jax[rewards]'"
+        ) from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
     first = given.shape[1] == 3
     height, width = given.shape[2:] if first else given.shape[1:3]

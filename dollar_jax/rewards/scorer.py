@@ -7,6 +7,7 @@ or its latent reward model, one step later. All that a later step depends on is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,7 +59,11 @@ class Scorer:
         }
         self.latest: dict[str, float] = {}
         self._decoder = decoder
-        self._decode = jax.jit(lambda params, latent: _decode_finite(decode, params, latent))
+        self._decode = functools.cache(
+            lambda sharding: jax.jit(
+                functools.partial(_decode_finite, decode), out_shardings=(sharding, sharding)
+            )
+        )
         self._trained, self._held_out = np.array(c.trained, int), np.array(c.held_out, int)
         self._pending: _Pending | None = None
         self.replay, self.walk = None, None
@@ -119,7 +124,8 @@ class Scorer:
         rows = rows.reshape(count // jax.process_count(), -1)[:, 0].repeat(kinds)
         finite = jnp.ones((count * kinds,), bool)
         if self.hosts:
-            frames, finite = self._decode(self._decoder, fresh["latent"])
+            latent = fresh["latent"]
+            frames, finite = self._decode(latent.sharding)(self._decoder, latent)
             prompts = [captions[int(i)] for i in rows]
             for host in self.hosts.values():
                 host.submit(LocalRows(frames), prompts)
