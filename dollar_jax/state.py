@@ -83,6 +83,7 @@ def init_state(
     `rewards` counts those that are trained on.
     """
     master = jax.tree.map(lambda x: x.astype(jnp.float32), teacher)
+    none = jnp.zeros(max(rewards, 1))  # Orbax saves nothing that is empty
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=key,
@@ -90,7 +91,7 @@ def init_state(
         ema=jax.tree.map(jnp.copy, master),
         fake_score=jax.tree.map(jnp.copy, master),
         reward_head=reward_head,
-        reward_statistics=RewardStatistics(jnp.zeros(rewards), jnp.zeros(rewards), jnp.zeros(())),
+        reward_statistics=RewardStatistics(none, none, jnp.zeros(())),
         student_optimiser=optimisers.student.init(master),
         fake_score_optimiser=optimisers.fake_score.init(master),
         reward_head_optimiser=optimisers.reward_head.init(reward_head),

@@ -20,6 +20,7 @@ from dollar_jax.generate import Generator
 from dollar_jax.models.umt5 import UMT5Config
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig
+from dollar_jax.program import reward_head_network
 from dollar_jax.rewards import Reward
 from dollar_jax.rewards.replay import Replay
 from dollar_jax.schedule import Schedule
@@ -285,7 +286,7 @@ FAULTS = {
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("how", [always, sometimes])
 def test_a_faulty_reward_neither_stops_training_nor_corrupts_the_latent_model(
-    train, config, monkeypatch, tmp_path, kind, how, whole
+    train, config, monkeypatch, tmp_path, kind, how
 ):
     faulty = Reward(how(FAULTS[kind]), "")
     monkeypatch.setattr(loop, "load_rewards", lambda terms: [faulty])
@@ -299,16 +300,14 @@ def test_a_faulty_reward_neither_stops_training_nor_corrupts_the_latent_model(
     assert lines[-1][f"faults_compressibility_{kind.replace(' ', '_')}"] >= 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     untouched = jax.tree.map(
-        lambda a, b: (a == b).all(), state["reward_head"]["reward_head"], first_head(whole[0], config)
+        lambda a, b: (a == b).all(), state["reward_head"]["reward_head"], first_head(config)
     )
     assert all(jax.tree.leaves(untouched)) == (how is always)
     assert ("reward_generated" in lines[-1] or "reward_generated" in lines[-2]) == (how is sometimes)
 
 
-def first_head(workdir, config):
+def first_head(config):
     """The latent reward model as every run with these settings begins."""
-    from dollar_jax.program import reward_head_network
-
     network = reward_head_network(config, 4, 8)
     return jax.tree.map(np.array, jax.jit(network.init)(jax.random.split(jax.random.key(config.seed))[1]))
 

@@ -21,18 +21,20 @@ class Monitor:
 
     def __init__(self, window: int, held_out: list[str]):
         self.names = held_out
+        columns = max(len(held_out), 1)  # Orbax saves nothing that is empty
         self.state = {
             "pairs": np.full((window, 2), np.nan),
-            "held_out": np.full((window, len(held_out)), np.nan),
-            "peak": np.full((len(held_out),), -np.inf),
-            "deviation": np.zeros((len(held_out),)),
+            "held_out": np.full((window, columns), np.nan),
+            "peak": np.full((columns,), -np.inf),
+            "deviation": np.zeros((columns,)),
         }
 
     def add(self, predicted: np.ndarray, true: np.ndarray, held_out: np.ndarray) -> None:
         """Rows of the latent and the true reward [b] and of the held-out ones [b, h]; NaN was not scored."""
         pairs = np.stack([predicted, true], 1)
         self._push("pairs", pairs[np.isfinite(pairs).all(1)])
-        self._push("held_out", held_out[np.isfinite(held_out).any(1)])
+        if self.names:
+            self._push("held_out", held_out[np.isfinite(held_out).any(1)])
         ring = self.state["held_out"]
         for i in range(len(self.names)):
             known = ring[np.isfinite(ring[:, i]), i]
