@@ -219,29 +219,111 @@ class RewardHeadSettings:
     second_kernel: int
     second_stride: int
     second_padding: int
+    temporal_kernel: int  # 1 scores every latent frame alone and averages; 3 convolves over time too
     group_norm: bool
     groups: int
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardConfig:
-    """The reward and its latent model, DOLLAR eq. (8.10-8.12).
+class RewardTerm:
+    """One reward of the weighted sum, by its name in `rewards`: ours, module:function or path.py:function.
 
-    `name` is one of `rewards.REWARDS`, or None for none. Rewards are standardised by running
-    statistics before the latent model learns them, so `weight` (β_FT) counts standard deviations;
-    the paper's 1.0 goes with raw HPSv2 values, whose deviation is about 0.01.
+    A `weight` of 0 holds the reward out: it is measured and never trained on. `folder` holds its weights,
+    for the rewards that have some.
     """
 
-    name: str | None
+    name: str
+    weight: float
+    folder: str | None
+
+    @property
+    def label(self) -> str:
+        """Its name in logs: of module:function the function."""
+        return self.name.rpartition(":")[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardGuard:
+    """When a reward counts as hacked and training stops; None for never.
+
+    Both bounds look at the last `window` generated samples, scored before anything learned from them:
+    the correlation of latent and true reward there, and how far the mean of a held-out reward has fallen
+    below its highest, in standard deviations of the held-out reward at its highest.
+    """
+
+    window: int
+    min_correlation: float | None
+    max_fall: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """The rewards and how they reach the student, DOLLAR eq. (8.10-8.12).
+
+    `method` "lrm" learns them by a latent model and differentiates that; "direct" differentiates decoder
+    and JAX rewards; "ddpo" is REINFORCE on the last two student steps, DOLLAR eq. (8.24-8.26). With
+    `normalise` every reward is standardised by running statistics before it is weighted, so that `weight`
+    (β_FT) counts standard deviations; the paper's 1.0 goes with raw HPSv2 values, whose deviation is
+    about 0.01.
+    """
+
+    rewards: tuple[RewardTerm, ...]
+    method: Literal["lrm", "direct", "ddpo"]
+    normalise: bool
     weight: float  # β_FT
     start_step: int  # from which L_FT counts; before it the latent model only learns
+    ramp_steps: int  # over which β_FT then rises linearly to `weight`
+    decay: Literal["constant", "cosine"]  # of β_FT after that, to the last step
+    final_ratio: float  # of the cosine's last β_FT to `weight`
     samples: int  # of real and of generated latents each that are scored per step
+    latent_frames: int | None  # scored of each: a random run of so many, or None for the whole clip
+    timeout: float  # seconds that a host reward may take over one step's samples
+    retries: int  # of a host reward that raised or took longer, before the samples are skipped
+    remat: bool  # "direct" recomputes decoder and rewards in the backward pass
     replay: int  # scored latents kept
     batch_size: int  # of one update of the latent model
     updates: int  # of the latent model per step
     statistics_decay: float
+    guard: RewardGuard
     head: RewardHeadSettings
     optimiser: OptimiserConfig
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Positions in `rewards` of those that are trained on."""
+        return tuple(i for i, term in enumerate(self.rewards) if term.weight)
+
+    @property
+    def held_out(self) -> tuple[int, ...]:
+        """Positions in `rewards` of those that are only measured."""
+        return tuple(i for i, term in enumerate(self.rewards) if not term.weight)
+
+    def scored_shape(self, latent: tuple[int, ...]) -> tuple[int, ...]:
+        """[t h w c] of what is scored of a latent of that shape."""
+        frames = latent[0] if self.latent_frames is None else min(self.latent_frames, latent[0])
+        return (frames, *latent[1:])
+
+    def __post_init__(self) -> None:
+        names = [term.label for term in self.rewards]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"config.reward.rewards names {name!r} twice; names must differ in the logs")
+        for name, least in (("samples", 1), ("updates", 1), ("retries", 0), ("ramp_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"config.reward.{name} must be at least {least}")
+        if self.latent_frames is not None and self.latent_frames < 1:
+            raise ValueError("config.reward.latent_frames must be at least 1, or None for the whole clip")
+        if not self.timeout > 0:
+            raise ValueError(f"config.reward.timeout must be positive, not {self.timeout}")
+        if self.guard.window < 2:
+            raise ValueError("config.reward.guard.window must be at least 2")
+        if self.guard.min_correlation is not None and (self.method != "lrm" or not self.trained):
+            raise ValueError("config.reward.guard.min_correlation needs a latent reward model: set it to None")
+        if self.guard.max_fall is not None and not self.held_out:
+            raise ValueError(
+                "config.reward.guard.max_fall needs a held-out reward: add one with weight 0 to "
+                "config.reward.rewards, or set it to None"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,6 +411,7 @@ class DistillConfig:
 
     seed: int
     teacher: str  # a pipeline folder in diffusers layout, or "moving_shapes" for the shipped one
+    init: str | None  # the workdir of a run whose student and fake score this one goes on from, or None
     steps: int
     batch_size: int
     accumulation: int  # micro-batches whose gradients are summed within a step
@@ -354,17 +437,15 @@ class DistillConfig:
             )
         if self.data.prefetch < 1 or self.data.corrupt_records < 0:
             raise ValueError("config.data.prefetch must be at least 1, config.data.corrupt_records at least 0")
-        for name in ("fake_score", "reward"):
-            if getattr(self, name).updates < 1:
-                raise ValueError(f"config.{name}.updates must be at least 1")
+        if self.fake_score.updates < 1:
+            raise ValueError("config.fake_score.updates must be at least 1")
         times = self.student.timesteps
         if not times or any(a <= b for a, b in zip(times, times[1:], strict=False)):
             raise ValueError(f"config.student.timesteps must descend, not {times}")
-        if (
-            self.reward.name is not None
-            and self.reward.samples > self.batch_size // self.accumulation
-        ):
+        rows = self.batch_size // self.accumulation
+        if self.reward.rewards and rows % self.reward.samples:
             raise ValueError(
-                f"config.reward.samples {self.reward.samples} is more than a micro-batch of "
-                f"{self.batch_size // self.accumulation}"
+                f"config.reward.samples {self.reward.samples} does not divide a micro-batch of {rows}"
             )
+        if self.reward.trained and self.reward.method == "ddpo" and len(times) < 2:
+            raise ValueError("config.reward.method 'ddpo' needs at least two of config.student.timesteps")

@@ -25,7 +25,7 @@ from dollar_jax.evaluate.measure import (
 from dollar_jax.evaluate.report import write_metrics, write_report
 from dollar_jax.evaluate.video import side_by_side, write_video
 from dollar_jax.generate import Generator, load_teacher
-from dollar_jax.rewards import get_reward
+from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.sharding import make_mesh
 from dollar_jax.train import read_config, read_history, restore_student, train
 
@@ -83,7 +83,8 @@ def evaluate(
     config = read_config(workdir)
     begun = time.perf_counter()
     plan = default_plan(config.seed, quick)
-    reward = None if config.reward.name is None else get_reward(config.reward.name)
+    reward = weighted_sum(config.reward.rewards, load_rewards(config.reward.rewards))
+    rewards = ", ".join(term.label for term in config.reward.rewards if term.weight)
     rows = samplers(generator, restore_student(workdir, generator), config.student.timesteps)
     network = None if features is None else network_measures(features, quick)
     table, videos = measure(generator, rows, plan, reward, network)
@@ -115,6 +116,6 @@ def evaluate(
         history=read_history(workdir),
         timings=timings,
         config_text=json.dumps(metrics["config"], indent=2),
-        notes=[] if reward is None else [f"The reward is {config.reward.name}: {reward.meaning}."],
+        notes=[] if reward is None else [f"The reward is {rewards}: {reward.meaning}."],
     )
     return metrics

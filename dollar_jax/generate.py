@@ -104,16 +104,16 @@ class Generator:
         mean, std = self._encode(self.pipeline.vae.params, frames)
         return np.asarray(mean), np.asarray(std)
 
+    def frames(self, params: Params, latent: jax.Array) -> jax.Array:
+        """Frames in [0, 1] of normalised latents, with the VAE's parameters given: pure, to be traced."""
+        vae = self.pipeline.vae
+        raw = denormalise(latent, vae.config)
+        frames = vae.network.apply(params, raw, method="decode", chunk=self.vae_chunk)
+        return (frames + 1) / 2
+
     @functools.cached_property
     def _decode(self) -> Any:
-        vae = self.pipeline.vae
-
-        def decode(params: Params, latent: jax.Array) -> jax.Array:
-            raw = denormalise(latent, vae.config)
-            frames = vae.network.apply(params, raw, method="decode", chunk=self.vae_chunk)
-            return (frames + 1) / 2
-
-        return jax.jit(decode)
+        return jax.jit(self.frames)
 
     def decode(self, latent: np.ndarray | jax.Array) -> np.ndarray:
         """Frames in [0, 1] of normalised latents."""
@@ -218,7 +218,7 @@ def draw_videos(
         index = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
         count = min(batch, len(prompts) - start)
         text = jax.device_put(generator.text([prompts[i] for i in map(int, index)]), rows)
-        latent = draw(params, jax.device_put(jax.random.wrap_key_data(data[index]), rows), text)
+        latent = draw(params, jax.device_put(jax.random.wrap_key_data(jnp.asarray(data[index])), rows), text)
         frames = to_uint8(generator.decode(latent)[:count])
         if bar is not None:
             bar.update(count)

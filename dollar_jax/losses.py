@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from dollar_jax.types import Latent, PerSample, Time, Weight
 
@@ -140,6 +141,20 @@ def denoising(prediction: Latent, target: Latent, weight: Weight | None = None) 
 def latent_reward(reward: PerSample) -> PerSample:
     """L_FT = -R_phi(G(eps)) (DOLLAR eq. (8.11))."""
     return -_fp32(reward)
+
+
+def policy_gradient(
+    x_next: Latent, mean: Latent, deviation: Float[Array, "b 1 1 1 1"], advantage: PerSample
+) -> PerSample:
+    """REINFORCE of a Gaussian step, -A log N(x_next; mean, deviation^2) (DOLLAR eq. (8.24)-(8.26)).
+
+    Up to a constant, and per element. Only `mean` carries a gradient. A row whose advantage is not
+    finite has value 0 and gradient 0.
+    """
+    difference = (jax.lax.stop_gradient(_fp32(x_next)) - _fp32(mean)) / _fp32(deviation)
+    advantage = jax.lax.stop_gradient(_fp32(advantage))
+    advantage = jnp.where(jnp.isfinite(advantage), advantage, 0.0)
+    return _per_sample(0.5 * jnp.square(difference), advantage)
 
 
 def reward_regression(

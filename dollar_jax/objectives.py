@@ -1,12 +1,13 @@
 """What each network is trained on: rng + schedule + networks + losses → (scalar, auxiliaries).
 
 Networks come in as apply functions. One function per network trained: `student`, `fake_score`,
-`reward_head`.
+`reward_head`; and `policy`, by which rewards reach the student without a gradient.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,20 +17,29 @@ from jaxtyping import Array, Float
 
 from dollar_jax import losses, sample
 from dollar_jax import schedule as schedules
-from dollar_jax.config import ConsistencyConfig, DistillConfig, VSDConfig
+from dollar_jax.config import ConsistencyConfig, DistillConfig, RewardConfig, VSDConfig
 from dollar_jax.schedule import Schedule
+from dollar_jax.state import RewardStatistics
 from dollar_jax.types import Apply, Key, Latent, Params, PerSample, TextStates, Time
 
 Aux = dict[str, Any]
 SCORE_BINS = 4
+Fresh = dict[str, Array]  # what the student has just generated, and what is known of it
+Tokens = dict[str, Array]  # prompts as integers, by the label of the reward that reads them
 
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The apply functions of the step: one diffusion transformer for all roles, and the reward head."""
+    """The apply functions of the step: one diffusion transformer for all roles, the reward head, and
+    the JAX rewards of decoded latents, None without any.
+
+    `pixel_rewards(frozen.reward, latent, tokens)` → [b, n], one column per term of config.reward.rewards and
+    NaN in those of host rewards; `tokens` are the prompts as the JAX rewards want them.
+    """
 
     denoiser: Apply
     reward_head: Any
+    pixel_rewards: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +49,7 @@ class Frozen:
 
     teacher: Params
     null_text: Any  # Float[Array, "1 l d"], or while jit is set up its sharding
+    reward: Any = ()  # the parameters of decoder and JAX rewards
 
 
 def student_input(
@@ -66,14 +77,18 @@ def student(
     params: Params, ema: Params, fake_score: Params, reward_head: Params, frozen: Frozen,
     x0: Latent, text: TextStates, reward_weight: Float[Array, ""], key: Key,
     *, config: DistillConfig, networks: Networks, schedule: Schedule,
-) -> tuple[Float[Array, ""], tuple[Aux, Latent]]:  # fmt: skip
+    statistics: RewardStatistics | None = None, tokens: Tokens | None = None,
+) -> tuple[Float[Array, ""], tuple[Aux, Fresh]]:  # fmt: skip
     """L_VSD + β_CD L_CD + β_FT L_FT, DOLLAR eq. (8.12); also the metrics and the generated latents.
 
     One forward of the student serves all three where consistency is asked at the student's own,
-    forward-noised timesteps. `reward_weight` is β_FT as of this step.
+    forward-noised timesteps. `reward_weight` is β_FT as of this step. L_FT is that of the latent reward
+    model or, with config.reward.method "direct", of the pixels' own rewards, which need `statistics` and
+    `tokens`; with "ddpo" it is not here but in `policy`.
     """
     c = config.consistency
-    keys = dict(zip(("input", "vsd", "consistency"), jax.random.split(key, 3), strict=True))
+    names = ("input", "vsd", "consistency", "cut")
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     x_t, t, index = student_input(config, networks, schedule, params, x0, text, keys["input"])
     generated = sample.student_prediction(networks.denoiser, params, schedule, x_t, t, text)
 
@@ -101,10 +116,20 @@ def student(
             )
         value = consistency(c, networks, schedule, frozen, ema, prediction, x_t, times, text).mean()
         total, metrics["consistency"] = total + c.weight * value, value
-    if config.reward.name is not None:
+    fresh = {"generated": jax.lax.stop_gradient(generated)}
+    if config.reward.trained and config.reward.method == "lrm":
         score = networks.reward_head(jax.lax.stop_gradient(reward_head), generated, text)
         value = losses.latent_reward(score).mean()
         total, metrics["latent_reward"] = total + reward_weight * value, score.mean()
+    elif config.reward.trained and config.reward.method == "direct":
+        rows = functools.partial(scored_rows, count=config.reward.samples)
+        cut = random_run(rows(generated), config.reward.latent_frames, keys["cut"])
+        raw = networks.pixel_rewards(frozen.reward, cut, jax.tree.map(rows, tokens))
+        assert statistics is not None
+        score = combined_reward(config.reward, statistics, raw[:, np.array(config.reward.trained)])
+        value = losses.latent_reward(score).mean()
+        total, metrics["pixel_reward"] = total + reward_weight * value, score.mean()
+        fresh["reward"] = jax.lax.stop_gradient(raw)
     # Drift against the data is the first sign of collapse.
     metrics |= {
         "student_loss": total,
@@ -113,7 +138,98 @@ def student(
         "latent_mean_drift": generated.mean() - x0.mean(),
         "latent_std_ratio": generated.std() / (x0.std() + 1e-12),
     }
-    return total, (metrics, jax.lax.stop_gradient(generated))
+    return total, (metrics, fresh)
+
+
+# --- rewards --------------------------------------------------------------------------------------
+
+
+def reward_weight(config: DistillConfig, step: Array) -> Float[Array, ""]:
+    """β_FT at a step: 0 before `start_step`, a linear rise over `ramp_steps`, then constant or a cosine."""
+    c = config.reward
+    since = jnp.asarray(step - c.start_step, jnp.float32)
+    rise = jnp.clip((since + 1) / max(c.ramp_steps, 1), 0.0, 1.0)
+    scale = jnp.where(since >= 0, rise, 0.0)
+    if c.decay == "cosine":
+        length = max(config.steps - c.start_step - c.ramp_steps, 1)
+        done = jnp.clip((since - c.ramp_steps) / length, 0.0, 1.0)
+        scale = scale * (c.final_ratio + (1 - c.final_ratio) * 0.5 * (1 + jnp.cos(jnp.pi * done)))
+    return c.weight * scale
+
+
+def reward_scale(c: RewardConfig, statistics: RewardStatistics) -> Float[Array, " k"]:
+    """What a unit of each trained reward counts: its weight, per standard deviation if so configured.
+
+    0 while no deviation is known.
+    """
+    weights = jnp.array([c.rewards[i].weight for i in c.trained])
+    return jnp.where(statistics.count > 0, weights / statistics.std, 0.0) if c.normalise else weights
+
+
+def combined_reward(
+    c: RewardConfig, statistics: RewardStatistics, raw: Float[Array, "*b k"]
+) -> Float[Array, "*b"]:
+    """Σ weight · reward over the rewards that are trained on, each standardised if so configured."""
+    return (raw - (statistics.mean if c.normalise else 0.0)) @ reward_scale(c, statistics)
+
+
+def scored_rows(x: Array, count: int) -> Array:
+    """`count` of the rows of a batch, evenly, so that every device's share of it has as many."""
+    return x.reshape(count, -1, *x.shape[1:])[:, 0]
+
+
+def random_run(latent: Latent, frames: int | None, key: Key) -> Latent:
+    """A run of so many consecutive latent frames from a random one of each clip; None takes the whole.
+
+    A causal VAE decodes the run as a clip of its own, whose first latent frame is one frame of pixels.
+    """
+    if frames is None or frames >= latent.shape[1]:
+        return latent
+    start = jax.random.randint(key, latent.shape[:1], 0, latent.shape[1] - frames + 1)
+    return jax.vmap(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, frames))(latent, start)
+
+
+def rollout(
+    config: DistillConfig, networks: Networks, schedule: Schedule, params: Params, text: TextStates,
+    shape: tuple[int, ...], key: Key,
+) -> tuple[Float[Array, "b s t h w c"], Latent]:  # fmt: skip
+    """A walk of the student from noise by the DDPM posterior, without gradient: last states, clean end.
+
+    The states are those at the last three timesteps, or two if there are no more, so that the steps
+    between them, the last two whose outcome is random, can be reinforced: the step to the clean end has
+    variance 0.
+    """
+    params = jax.lax.stop_gradient(params)
+    times = [jnp.full(len(text), t) for t in config.student.timesteps]
+    keys = jax.random.split(key, len(times))
+    states = [jax.random.normal(keys[0], (len(text), *shape))]
+    for t, t_next, step_key in zip(times, times[1:], keys[1:], strict=False):
+        x0 = sample.student_prediction(networks.denoiser, params, schedule, states[-1], t, text)
+        mean, deviation = schedules.posterior(schedule, states[-1], x0, t, t_next)
+        states.append(mean + deviation * jax.random.normal(step_key, mean.shape))
+    x0 = sample.student_prediction(networks.denoiser, params, schedule, states[-1], times[-1], text)
+    return jnp.stack(states[-3:], 1), x0
+
+
+def policy(
+    params: Params, states: Float[Array, "b s t h w c"], text: TextStates, advantage: PerSample,
+    *, config: DistillConfig, networks: Networks, schedule: Schedule,
+) -> tuple[Float[Array, ""], Aux]:  # fmt: skip
+    """L_FT of DDPO, DOLLAR eq. (8.24-8.26): -A Σ log p_θ(x_next | x_t) over the steps between `states`.
+
+    Per element of the latent. The walks are a step or two old by the time their rewards are here; no
+    importance weight corrects for that.
+    """
+    times = [jnp.full(len(text), t) for t in config.student.timesteps[-states.shape[1] :]]
+    total = jnp.zeros(())
+    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        x0 = sample.student_prediction(networks.denoiser, params, schedule, states[:, i], t, text)
+        mean, deviation = schedules.posterior(schedule, states[:, i], x0, t, t_next)
+        total += losses.policy_gradient(states[:, i + 1], mean, deviation, advantage).mean()
+    return total, {"policy": total}
+
+
+# --- variational score distillation and consistency -----------------------------------------------
 
 
 def score_times(config: VSDConfig, schedule: Schedule, key: Key, batch: int) -> Time:

@@ -20,6 +20,7 @@ from dollar_jax.models.network import Network, make_network
 from dollar_jax.models.reward_head import RewardHead, RewardHeadConfig
 from dollar_jax.objectives import Frozen, Networks
 from dollar_jax.optim import make_optimiser
+from dollar_jax.rewards.pixels import PixelRewards
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import Optimisers, TrainState, init_state
 from dollar_jax.step import make_step
@@ -47,8 +48,14 @@ def build_program(
     latent_shape: tuple[int, ...],
     text_shape: tuple[int, int],
     devices: Sequence[Any] | None = None,
+    pixel_rewards: PixelRewards | None = None,
+    score_real: bool = True,
 ) -> Program:
-    """Everything but the weights; raises ValueError, before any compilation, for a mesh that does not fit."""
+    """Everything but the weights; raises ValueError, before any compilation, for a mesh that does not fit.
+
+    `pixel_rewards` are the JAX ones of config.reward.rewards, with their decoder. `score_real` says
+    whether the data has latents for the latent reward model to learn from beside the generated ones.
+    """
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(
         mesh, "batch_size / accumulation", config.batch_size // config.accumulation
@@ -63,26 +70,44 @@ def build_program(
     networks = Networks(
         transformer.apply,
         lambda params, latent, text: head.apply(params, latent, text if use_text else None),
+        pixel_rewards,
     )
 
     def init(key: jax.Array, teacher: Params) -> TrainState:
         state_key, head_key = jax.random.split(key)
-        return init_state(state_key, teacher, head.init(head_key), optimisers)
+        return init_state(
+            state_key, teacher, head.init(head_key), optimisers, len(config.reward.trained)
+        )
 
     state_shapes = jax.eval_shape(init, jax.random.key(0), transformer.shapes)
     state_sharding = sharding.shard(mesh, state_shapes)
-    frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), sharding.replicated(mesh))
+    whole = sharding.replicated(mesh)
+    frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
     batch_shapes = _batch_shapes(config, latent_shape, text_shape)
+    if pixel_rewards is not None:
+        for name, tokens in pixel_rewards.tokens([""]).items():
+            shape = config.batch_size, tokens.shape[1]
+            batch_shapes[f"tokens_{name}"] = jax.ShapeDtypeStruct(shape, jnp.int32)
     batch_sharding = {
         name: sharding.batch_sharding(mesh, leading=int(name.startswith("scored")))
         for name in batch_shapes
     }
-    if config.reward.name is not None:
+    fresh_sharding = sharding.replicated(mesh)
+    if config.reward.rewards:
+        # A few rows on one machine may be everywhere; several machines each score their own.
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        if config.reward.samples % shards == 0 or jax.process_count() > 1:
+            sharding.check_batch(mesh, "reward.samples", config.reward.samples)
+            fresh_sharding = sharding.batch_sharding(mesh)
+    if config.reward.trained and config.reward.method == "lrm":
         sharding.check_batch(mesh, "reward.batch_size", config.reward.batch_size)
+    for name in batch_sharding:
+        if name.startswith("walk"):
+            batch_sharding[name] = fresh_sharding
     step = jax.jit(
-        make_step(config, networks, schedule, optimisers),
+        make_step(config, networks, schedule, optimisers, score_real),
         in_shardings=(state_sharding, frozen_sharding, batch_sharding),
-        out_shardings=(state_sharding, sharding.replicated(mesh), sharding.batch_sharding(mesh)),
+        out_shardings=(state_sharding, sharding.replicated(mesh), fresh_sharding),
         donate_argnums=0,
     )
     return Program(
@@ -105,13 +130,21 @@ def _batch_shapes(
     def rows(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
+    c = config.reward
     shapes = {"latent": rows(config.batch_size, *latent), "text": rows(config.batch_size, *text)}
-    if config.reward.name is not None:
-        scored = config.reward.updates, config.reward.batch_size
+    if c.trained and c.method == "lrm":
+        scored = c.updates, c.batch_size
         shapes |= {
-            "scored_latent": rows(*scored, *latent),
+            "scored_latent": rows(*scored, *c.scored_shape(latent)),
             "scored_text": rows(*scored, *text),
-            "scored_reward": rows(*scored),
+            "scored_reward": rows(*scored, len(c.trained)),
             "scored_weight": rows(*scored),
+        }
+    elif c.trained and c.method == "ddpo":
+        states = min(3, len(config.student.timesteps))
+        shapes |= {
+            "walk_states": rows(c.samples, states, *latent),
+            "walk_text": rows(c.samples, *text),
+            "walk_reward": rows(c.samples, len(c.trained)),
         }
     return shapes

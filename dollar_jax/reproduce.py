@@ -32,7 +32,7 @@ from dollar_jax.evaluate.measure import (
 )
 from dollar_jax.evaluate.report import write_metrics
 from dollar_jax.generate import Generator
-from dollar_jax.rewards import get_reward
+from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.train import restore_student, train
 
 SHOWN = 4  # prompts whose videos are on the page
@@ -111,7 +111,7 @@ class Lab:
 
     def __init__(self, workdir: Path, generator: Generator, base: DistillConfig, quick: bool):
         self.workdir, self.generator, self.base, self.quick = workdir, generator, base, quick
-        self.reward = None if base.reward.name is None else get_reward(base.reward.name)
+        self.reward = weighted_sum(base.reward.rewards, load_rewards(base.reward.rewards))
         self._network: NetworkMeasures | None = None
 
     def shown(self, seed: int) -> list[str]:

@@ -182,18 +182,31 @@ def ddim_step(
     Raises:
         ValueError: eta > 0 without noise.
     """
+    mean, sigma = posterior(schedule, x_t, x0_hat, t, t_next, eta)
+    if eta == 0:
+        return mean
+    if noise is None:
+        raise ValueError(f"ddim_step with eta={eta!r} needs noise; pass it, or use eta=0.")
+    return mean + sigma * noise
+
+
+def posterior(
+    schedule: Schedule, x_t: Latent, x0_hat: Latent, t: Time, t_next: Time, eta: float = 1.0
+) -> tuple[Latent, jax.Array]:
+    """Mean and standard deviation, the latter times eta, of q(x_next | x_t, x0_hat) (DOLLAR eq. (8.14)).
+
+    The deviation is [b 1 1 1 1]: 0 where t_next is the clean end.
+    """
     a, b = _coefficients_like(schedule, t, x_t)
     a_next, b_next = _coefficients_like(schedule, t_next, x_t)
     eps = (x_t - a * x0_hat) / _away_from_zero(b)
     if eta == 0:
-        return a_next * x0_hat + b_next * eps
-    if noise is None:
-        raise ValueError(f"ddim_step with eta={eta!r} needs noise; pass it, or use eta=0.")
+        return a_next * x0_hat + b_next * eps, jnp.zeros_like(b_next)
     # Written without a^2 + b^2 = 1, so that it holds off the variance-preserving path too.
     correlation = (a * b_next) / _away_from_zero(a_next * b)
     sigma = eta * b_next * jnp.sqrt(jnp.clip(1.0 - correlation**2, 0.0, 1.0))
     direction = jnp.sqrt(jnp.maximum(b_next**2 - sigma**2, 0.0))
-    return a_next * x0_hat + direction * eps + sigma * noise
+    return a_next * x0_hat + direction * eps, sigma
 
 
 def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:

@@ -16,15 +16,39 @@ from dollar_jax.types import Key, Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RewardStatistics:
-    """Running mean and mean square of the raw reward; `count` is the total decayed weight."""
+    """Running mean and variance of each raw reward that is trained on; `count` is the total decayed weight."""
 
-    mean: Float[Array, ""]
-    square: Float[Array, ""]
+    mean: Float[Array, " k"]
+    variance: Float[Array, " k"]
     count: Float[Array, ""]
 
     @property
-    def std(self) -> Float[Array, ""]:
-        return jnp.sqrt(jnp.maximum(self.square - self.mean**2, 1e-12))
+    def std(self) -> Float[Array, " k"]:
+        return jnp.sqrt(jnp.maximum(self.variance, 1e-12))
+
+    def updated(
+        self, reward: Float[Array, "*b k"], weight: Float[Array, "*b"], decay: float
+    ) -> RewardStatistics:
+        """With more rewards, the old ones' weight decayed once; unchanged when all of `weight` is 0.
+
+        Chan et al.'s update of centred moments: a large mean costs the variance no precision. Rows of
+        which a reward is not finite are left out.
+        """
+        weight = jnp.where(jnp.isfinite(reward).all(-1), weight, 0.0)[..., None]
+        reward = jnp.where(weight > 0, reward, 0.0)
+        rows = tuple(range(reward.ndim - 1))
+        total = weight.sum()
+        count = jnp.where(total > 0, decay * self.count + total, self.count)
+        share = total / jnp.maximum(count, 1e-12)
+        divisor = jnp.maximum(total, 1e-12)
+        mean = jnp.sum(reward * weight, rows) / divisor
+        variance = jnp.sum(jnp.square(reward - mean) * weight, rows) / divisor
+        change = mean - self.mean
+        return RewardStatistics(
+            self.mean + share * change,
+            (1 - share) * (self.variance + share * jnp.square(change)) + share * variance,
+            count,
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -52,11 +76,14 @@ class Optimisers:
 
 
 def init_state(
-    key: Key, teacher: Params, reward_head: Params, optimisers: Optimisers
+    key: Key, teacher: Params, reward_head: Params, optimisers: Optimisers, rewards: int
 ) -> TrainState:
-    """Student, its average and the fake score start as copies of the teacher, in fp32."""
+    """Student, its average and the fake score start as copies of the teacher, in fp32.
+
+    `rewards` counts those that are trained on.
+    """
     master = jax.tree.map(lambda x: x.astype(jnp.float32), teacher)
-    zero = jnp.zeros(())
+    none = jnp.zeros(max(rewards, 1))  # Orbax saves nothing that is empty
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=key,
@@ -64,7 +91,7 @@ def init_state(
         ema=jax.tree.map(jnp.copy, master),
         fake_score=jax.tree.map(jnp.copy, master),
         reward_head=reward_head,
-        reward_statistics=RewardStatistics(zero, zero, zero),
+        reward_statistics=RewardStatistics(none, none, jnp.zeros(())),
         student_optimiser=optimisers.student.init(master),
         fake_score_optimiser=optimisers.fake_score.init(master),
         reward_head_optimiser=optimisers.reward_head.init(reward_head),

@@ -6,7 +6,8 @@
     reward   ← ∇ L_LRM(real ∪ generated)        `reward.updates` times
     average  ← decay · average + (1 - decay) · student
 
-Algorithm 29 steps L_FT on its own; eq. (8.12), and this program, sum it with the others.
+Algorithm 29 steps L_FT on its own; eq. (8.12), and this program, sum it with the others. JAX rewards are
+computed here, on latents decoded here; host rewards come in with a later batch.
 """
 
 from __future__ import annotations
@@ -17,49 +18,73 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from dollar_jax import objectives
 from dollar_jax.config import DistillConfig
-from dollar_jax.objectives import Frozen, Networks
+from dollar_jax.objectives import Fresh, Frozen, Networks
 from dollar_jax.schedule import Schedule
-from dollar_jax.state import Optimisers, RewardStatistics, TrainState
+from dollar_jax.state import Optimisers, TrainState
 from dollar_jax.types import Params
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-JaxReward = Callable[[jax.Array, jax.Array], jax.Array]  # latents, text → rewards, decoding inside
 
 
 def make_step(
-    config: DistillConfig, networks: Networks, schedule: Schedule, optimisers: Optimisers
-) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics, jax.Array]]:
-    """step(state, frozen, batch) → (state, metrics, generated latents); pure, to be jitted over a mesh.
+    config: DistillConfig, networks: Networks, schedule: Schedule, optimisers: Optimisers,
+    score_real: bool = True,
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics, Fresh]]:
+    """step(state, frozen, batch) → (state, metrics, what is to be scored); pure, to be jitted over a mesh.
 
-    `batch` holds `latent` [b t h w c] and `text` [b l d], and with a reward the scored latents that the
-    latent reward model learns from, one set per update: `scored_latent` [u r t h w c], `scored_text`
-    [u r l d], `scored_reward` [u r] and `scored_weight` [u r], 0 in rows to leave out.
+    `batch` holds `latent` [b t h w c] and `text` [b l d], and for each JAX reward that reads prompts
+    `tokens_<label>` [b l]. With `reward.method` "lrm" it also holds the scored latents that the latent
+    reward model learns from, one set per update: `scored_latent` [u r t h w c], `scored_text` [u r l d],
+    `scored_reward` [u r k] for the k rewards trained on and `scored_weight` [u r], 0 in rows to leave out;
+    with "ddpo" the scored walks of an earlier step, `walk_states` [n s t h w c], `walk_text` [n l d] and
+    `walk_reward` [n k], NaN in rows to leave out.
+
+    What is to be scored, empty without rewards, has `reward.samples` rows of g latents each: `latent`
+    [n g t h w c], the generated one and, for the latent reward model with `score_real`, a real one;
+    `predicted` [n g], the latent rewards; `reward` [n g r], NaN where the host has to score; `scale` [n k],
+    what a unit of each trained reward counts; and for "ddpo" the `states` [n s t h w c] of the walk.
     """
     parts: dict[str, Any] = {"config": config, "networks": networks, "schedule": schedule}
+    c = config.reward
+    trained = np.array(c.trained, int)
+    method = c.method if c.trained else None
 
     def step(
         state: TrainState, frozen: Frozen, batch: Batch
-    ) -> tuple[TrainState, Metrics, jax.Array]:
+    ) -> tuple[TrainState, Metrics, Fresh]:
         key = jax.random.fold_in(state.key, state.step)
-        student_key, fake_key = jax.random.split(key)
+        student_key, fake_key, fresh_key = jax.random.split(key, 3)
+        tokens = {k.removeprefix("tokens_"): v for k, v in batch.items() if k.startswith("tokens_")}
         micro = jax.tree.map(
-            lambda x: _micro_batches(x, config.accumulation), (batch["latent"], batch["text"])
+            lambda x: _micro_batches(x, config.accumulation), (batch["latent"], batch["text"], tokens)
         )
-        scale = (state.step >= config.reward.start_step).astype(jnp.float32)
+        statistics = state.reward_statistics
+        beta = objectives.reward_weight(config, state.step)
 
-        def student_loss(params: Params, latent: jax.Array, text: jax.Array, key: jax.Array):
+        def student_loss(params: Params, latent: jax.Array, text: jax.Array, tokens: Any, key: jax.Array):
             return objectives.student(
-                params, state.ema, state.fake_score, state.reward_head, frozen, latent, text,
-                scale * config.reward.weight, key, **parts,
+                params, state.ema, state.fake_score, state.reward_head, frozen, latent, text, beta, key,
+                **parts, statistics=statistics, tokens=tokens,
             )  # fmt: skip
 
         grads, (metrics, generated) = _accumulated(student_loss, state.student, micro, student_key)
+        if method == "ddpo":
+            rewards = batch["walk_reward"]
+            statistics = statistics.updated(rewards, jnp.ones(len(rewards)), c.statistics_decay)
+            advantage = objectives.combined_reward(c, statistics, rewards)
+            policy = functools.partial(objectives.policy, **parts)
+            reinforced, aux = jax.grad(policy, has_aux=True)(
+                state.student, batch["walk_states"], batch["walk_text"], advantage
+            )
+            grads = jax.tree.map(lambda g, r: g + beta * r, grads, reinforced)
+            metrics |= aux
         student, student_optimiser, norm = _apply(
             optimisers.student, grads, state.student_optimiser, state.student
         )
@@ -70,7 +95,7 @@ def make_step(
             grads, aux = _accumulated(
                 lambda p, *rest: objectives.fake_score(p, student, *rest, **parts),
                 params,
-                micro,
+                micro[:2],
                 key,
             )
             params, optimiser, norm = _apply(optimisers.fake_score, grads, optimiser, params)
@@ -83,24 +108,46 @@ def make_step(
         )
         metrics |= _mean(aux)
 
-        head, head_optimiser, statistics = (
-            state.reward_head, state.reward_head_optimiser, state.reward_statistics,
-        )  # fmt: skip
-        if config.reward.name is not None:
-            statistics = _update_statistics(statistics, batch, config.reward.statistics_decay)
+        fresh: Fresh = {}
+        if c.rewards:
+            fresh, text = _to_be_scored(
+                config, networks, schedule, state, student, frozen, micro, generated, fresh_key, score_real
+            )
+            if method == "direct":
+                raw = fresh["reward"][..., trained]
+                statistics = statistics.updated(raw, jnp.ones(raw.shape[:-1]), c.statistics_decay)
+
+        head, head_optimiser = state.reward_head, state.reward_head_optimiser
+        if method == "lrm":
+            scored = tuple(batch[f"scored_{k}"] for k in ("latent", "text", "reward", "weight"))
+            if networks.pixel_rewards is not None and set(trained) <= set(networks.pixel_rewards.columns):
+                # Nothing to wait for: what has just been scored is learned from in every update.
+                rows = [_flat(fresh["latent"]), text, _flat(fresh["reward"])[:, trained]]
+                rows.append(jnp.ones(len(text)))
+                scored = tuple(
+                    jnp.concatenate([old, jnp.broadcast_to(new, (c.updates, *new.shape))], 1)
+                    for old, new in zip(scored, rows, strict=True)
+                )
+            statistics = statistics.updated(scored[2], scored[3], c.statistics_decay)
 
             def head_update(carry, scored):
                 params, optimiser = carry
                 latent, text, reward, weight = scored
-                reward = (reward - statistics.mean) / statistics.std
+                reward = objectives.combined_reward(c, statistics, reward)
                 loss = functools.partial(objectives.reward_head, networks=networks)
                 grads, aux = jax.grad(loss, has_aux=True)(params, latent, text, reward, weight)
                 params, optimiser, norm = _apply(optimisers.reward_head, grads, optimiser, params)
                 return (params, optimiser), aux | {"reward_head_gradient": norm}
 
-            scored = tuple(batch[f"scored_{k}"] for k in ("latent", "text", "reward", "weight"))
             (head, head_optimiser), aux = lax.scan(head_update, (head, head_optimiser), scored)
-            metrics |= _mean(aux) | {"reward_mean": statistics.mean, "reward_std": statistics.std}
+            metrics |= _mean(aux)
+        if method is not None:
+            fresh["scale"] = jnp.broadcast_to(objectives.reward_scale(c, statistics), (c.samples, len(trained)))
+            metrics["reward_weight"] = beta
+            for k, i in enumerate(trained):
+                suffix = f"_{c.rewards[i].label}" if len(trained) > 1 else ""
+                metrics[f"reward_mean{suffix}"] = statistics.mean[k]
+                metrics[f"reward_std{suffix}"] = statistics.std[k]
 
         new = TrainState(
             step=state.step + 1,
@@ -114,9 +161,51 @@ def make_step(
             fake_score_optimiser=fake_optimiser,
             reward_head_optimiser=head_optimiser,
         )
-        return new, metrics, generated
+        return new, metrics, fresh
 
     return step
+
+
+def _to_be_scored(
+    config: DistillConfig, networks: Networks, schedule: Schedule, state: TrainState, student: Params,
+    frozen: Frozen, micro: Any, generated: Fresh, key: jax.Array, score_real: bool,
+) -> tuple[Fresh, jax.Array]:  # fmt: skip
+    """Some rows of the last micro-batch with what the JAX rewards and the latent one say of them; their text."""
+    c = config.reward
+    keys = jax.random.split(key)
+    rows = functools.partial(objectives.scored_rows, count=c.samples)
+    real, text, tokens = jax.tree.map(lambda x: rows(x[-1]), micro)
+    fresh: Fresh = {}
+    if c.trained and c.method == "ddpo":
+        states, x0 = objectives.rollout(
+            config, networks, schedule, student, text, real.shape[1:], keys[0]
+        )
+        fresh, latents = {"states": states}, [x0]
+    elif c.trained and c.method == "lrm" and score_real:
+        latents = [rows(generated["generated"]), real]
+    else:
+        latents = [rows(generated["generated"])]
+    latent = _flat(jnp.stack(latents, 1))
+    latent = objectives.random_run(latent, c.latent_frames, keys[1])
+    text, tokens = jax.tree.map(lambda x: jnp.repeat(x, len(latents), 0), (text, tokens))
+    if "reward" in generated:  # direct: its gradient needed them already
+        reward = generated["reward"]
+    elif networks.pixel_rewards is None:
+        reward = jnp.full((len(latent), len(c.rewards)), jnp.nan)
+    else:
+        reward = lax.stop_gradient(networks.pixel_rewards(frozen.reward, latent, tokens))
+    fresh |= {"latent": latent, "reward": reward}
+    if c.trained and c.method == "lrm":
+        fresh["predicted"] = networks.reward_head(state.reward_head, latent, text)
+    else:
+        fresh["predicted"] = jnp.full(len(latent), jnp.nan)
+    grouped = ("latent", "reward", "predicted")
+    fresh |= {k: fresh[k].reshape(c.samples, len(latents), *fresh[k].shape[1:]) for k in grouped}
+    return fresh, text
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _apply(
@@ -158,17 +247,3 @@ def _accumulated(
 
 def _mean(metrics: Metrics) -> Metrics:
     return {name: value.mean() for name, value in metrics.items()}
-
-
-def _update_statistics(old: RewardStatistics, batch: Batch, decay: float) -> RewardStatistics:
-    """Decayed mean and mean square of the step's raw rewards; unchanged when none was scored."""
-    weight = jnp.where(jnp.isfinite(batch["scored_reward"]), batch["scored_weight"], 0.0)
-    reward = jnp.where(weight > 0, batch["scored_reward"], 0.0)
-    total = weight.sum()
-    count = jnp.where(total > 0, decay * old.count + total, old.count)
-    share = total / jnp.maximum(count, 1e-12)
-
-    def blend(before: jax.Array, now: jax.Array) -> jax.Array:
-        return before + share * (jnp.sum(now * weight) / jnp.maximum(total, 1e-12) - before)
-
-    return RewardStatistics(blend(old.mean, reward), blend(old.square, reward**2), count)

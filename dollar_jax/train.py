@@ -1,8 +1,7 @@
 """`dollar train`: the host's loop around the one compiled step.
 
-While the devices run a step, the host decodes and scores the previous step's latents; the rewards reach
-the latent reward model one step later. What was scored is flushed before a checkpoint, so that a
-resumed run repeats an uninterrupted one to the bit.
+While the devices run a step, host rewards score the previous step's latents. What was scored is taken in
+before a checkpoint, so that a resumed run repeats an uninterrupted one to the bit.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ from dollar_jax.evaluate.video import encode_gif
 from dollar_jax.generate import Generator
 from dollar_jax.objectives import Frozen
 from dollar_jax.program import Program, build_program
-from dollar_jax.rewards import Reward, get_reward
-from dollar_jax.rewards.replay import Replay
+from dollar_jax.rewards import load_rewards
+from dollar_jax.rewards.pixels import pixel_rewards
+from dollar_jax.rewards.scorer import Scorer
 from dollar_jax.state import TrainState, from_items, to_items
 from dollar_jax.visibility import Profile, Throughput, make_throughput, make_watch, readable
 
@@ -48,21 +48,33 @@ def train(
 ) -> TrainState:
     """Distils for `config.steps` steps, from the newest checkpoint in `workdir` if there is one.
 
-    Leaves checkpoints, history.jsonl, TensorBoard events and config.json. Raises ValueError when the
-    workdir holds a run with other settings, FloatingPointError when the loss stops being finite.
+    Leaves checkpoints, history.jsonl, TensorBoard events and config.json. Stops early, with a checkpoint,
+    when config.reward.guard says that the reward is being hacked. Raises ValueError when the workdir
+    holds a run with other settings, FloatingPointError when the loss stops being finite.
     """
     remember_config(config, workdir)
     pipeline = generator.pipeline
     text_shape = generator.null_text.shape[1:]
+    rewards = load_rewards(config.reward.rewards)
+    pixels = pixel_rewards(config.reward, rewards, generator.frames)
     program = build_program(
-        config, pipeline.transformer.network, pipeline.schedule, generator.latent_shape, text_shape
-    )
+        config, pipeline.transformer.network, pipeline.schedule, generator.latent_shape, text_shape,
+        pixel_rewards=pixels, score_real=data.has_latents,
+    )  # fmt: skip
+    decoder = None
+    if rewards:
+        decoder = jax.device_put(pipeline.vae.params, sharding.replicated(program.mesh))
+    reward_params = () if pixels is None else pixels.params(decoder)
     frozen = jax.device_put(
-        Frozen(pipeline.transformer.params, generator.null_text), program.frozen_sharding
+        Frozen(pipeline.transformer.params, generator.null_text, reward_params), program.frozen_sharding
     )
-    reward = None if config.reward.name is None else get_reward(config.reward.name)
-    scorer = None if reward is None else Scorer(config, generator, reward, data.latent_shapes, text_shape)
+    scorer = None
+    if rewards:
+        scorer = Scorer(
+            config, rewards, pixels, generator.frames, decoder, data.latent_shapes, text_shape
+        )
     batches = data.batches(config, program.batch_sharding)
+    guard = config.reward.guard
 
     with Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
@@ -70,26 +82,35 @@ def train(
             state = _restore(checkpoints, program, scorer, batches)
         else:
             state = program.init(jax.random.key(config.seed), frozen.teacher)
+            if config.init is not None:
+                state = _go_on_from(Path(config.init), program, state)
+        hacked = None if scorer is None else scorer.monitor.hacked(guard)
         watch = make_watch(config, workdir, generator, frozen.teacher)
         profile = Profile(config.visibility.profile_steps, workdir, first)
         with Log(workdir, first, config, make_throughput(config, program)) as log:
-            generated = None
+            busy = None
             for step in range(first, config.steps):
+                if hacked:
+                    break
                 profile.before(step)
                 begun = time.perf_counter()
                 rows = next(batches)
-                if generated is None or generated.is_ready():  # the devices had nothing left to do
+                if busy is None or busy.is_ready():  # the devices had nothing left to do
                     log.waited += time.perf_counter() - begun
-                batch = rows["on_device"]
+                batch, captions = rows["on_device"], data.captions_of(rows)
                 if scorer is not None:
-                    batch = batch | scorer.scored(step, rows["latent"].shape[1:])
-                state, metrics, generated = program.step(state, frozen, _put(program, batch))
+                    batch = batch | scorer.inputs(step, captions, rows["latent"].shape[1:])
+                state, metrics, fresh = program.step(state, frozen, _put(program, batch))
+                busy = metrics["student_loss"]
                 if scorer is not None:
-                    scorer.score_pending()
-                    scorer.pend(generated, rows, data.captions_of(rows), data.has_latents)
+                    scorer.collect()
+                    scorer.submit(fresh, rows, captions)
+                    if (step + 1) % config.log_every == 0:
+                        hacked = scorer.monitor.hacked(guard)
                 saving = step + 1 == config.steps or (step + 1) % config.checkpoint_every == 0
+                saving = saving or hacked is not None
                 if saving and scorer is not None:
-                    scorer.score_pending()
+                    scorer.collect()
                 profile.after(step, metrics)
                 host = {} if scorer is None else dict(scorer.latest)
                 if watch.due(step + 1):
@@ -103,7 +124,27 @@ def train(
                         items["replay"] = scorer.state
                     checkpoints.save(step + 1, items)
             profile.close()
+        if hacked:
+            tqdm.write(f"stopped at step {int(state.step)}: {hacked}")
     return state
+
+
+def _go_on_from(workdir: Path, program: Program, state: TrainState) -> TrainState:
+    """The state with another run's student, average and fake score; raises FileNotFoundError without one."""
+    read_config(workdir)
+    items = _abstract(program)
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        parts = checkpoints.restore({name: items[name] for name in ("student", "ema", "fake_score")})
+    return dataclasses.replace(state, **{k: v for item in parts.values() for k, v in item.items()})
+
+
+def _abstract(program: Program) -> dict[str, Any]:
+    """The items of a checkpoint of the state as shapes on the program's mesh."""
+    shapes = jax.eval_shape(to_items, program.state_shapes)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes, sharding.shard(program.mesh, shapes),
+    )  # fmt: skip
 
 
 def _restore(
@@ -112,12 +153,7 @@ def _restore(
     scorer: Scorer | None,
     batches: grain.DatasetIterator,
 ) -> TrainState:
-    shapes = jax.eval_shape(to_items, program.state_shapes)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes, sharding.shard(program.mesh, shapes),
-    )  # fmt: skip
-    like = {**abstract, "data": batches}
+    like = {**_abstract(program), "data": batches}
     if scorer is not None:
         like["replay"] = scorer.state
     items = checkpoints.restore(like)
@@ -135,78 +171,6 @@ def _put(program: Program, batch: Mapping[str, np.ndarray | jax.Array]) -> dict[
         else jax.make_array_from_process_local_data(program.batch_sharding[name], value)
         for name, value in batch.items()
     }
-
-
-class Scorer:
-    """Scores this process's share of the latents with the pixel-space reward, one step behind the devices.
-
-    What is scored is kept apart by the latents' shape: a step learns from those of its own batch's.
-    """
-
-    def __init__(
-        self,
-        config: DistillConfig,
-        generator: Generator,
-        reward: Reward,
-        latent_shapes: Sequence[tuple[int, ...]],
-        text_shape: tuple[int, ...],
-    ):
-        c = self.config = config.reward
-        self.seed = config.seed
-        self.count = max(1, c.samples // jax.process_count())
-        self.stride = config.accumulation
-        self.generator, self.reward = generator, reward
-        self.replays = {tuple(shape): Replay(c.replay, tuple(shape), text_shape) for shape in latent_shapes}
-        self.latest: dict[str, float] = {}
-        self._pending: tuple[jax.Array, np.ndarray, np.ndarray, list[str]] | None = None
-
-    @property
-    def state(self) -> dict[str, dict[str, np.ndarray]]:
-        """What a checkpoint keeps: every replay's state, by its latents' shape."""
-        return {"x".join(map(str, shape)): replay.state for shape, replay in self.replays.items()}
-
-    @state.setter
-    def state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        for shape, replay in self.replays.items():
-            replay.state = {k: np.array(v) for k, v in state["x".join(map(str, shape))].items()}
-
-    def scored(self, step: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """This process's rows of the latent reward model's batches for a step on latents of that shape."""
-        rows = self.config.batch_size // jax.process_count()
-        return self.replays[shape].sample(self.config.updates, rows, [self.seed, step, jax.process_index()])
-
-    def pend(
-        self, generated: jax.Array, batch: Mapping[str, np.ndarray], captions: Sequence[str], real: bool
-    ) -> None:
-        """Leaves a step's generated latents to be scored later, and as many `real` ones where there are any."""
-        # `generated` is the last micro-batch: every stride-th row of the batch.
-        rows = slice(self.stride - 1, None, self.stride)
-        latent, text = (np.asarray(batch[k])[rows][: self.count] for k in ("latent", "text"))
-        latent = latent if real else latent[:0]
-        self._pending = (generated, latent, text, list(captions[rows][: self.count]))
-
-    def score_pending(self) -> None:
-        self.latest = {}
-        if self._pending is None:
-            return
-        generated, real, text, prompts = self._pending
-        self._pending = None
-        latents = np.concatenate([_local_rows(generated)[: self.count], real])
-        # A reward may give a finite number to anything, so what is not finite never counts.
-        finite = np.isfinite(latents).all(axis=(1, 2, 3, 4), keepdims=True)
-        frames = self.generator.decode(np.where(finite, latents, 0.0))
-        kinds = len(latents) // len(text)  # without real latents there is one
-        rewards = np.where(np.ravel(finite), self.reward(frames, prompts * kinds), np.nan)
-        self.replays[latents.shape[1:]].add(latents, np.concatenate([text] * kinds), rewards)
-        for name, row in zip(("generated", "real"), rewards.reshape(kinds, -1), strict=False):
-            if np.isfinite(row).any():
-                self.latest[f"reward_{name}"] = float(row[np.isfinite(row)].mean())
-
-
-def _local_rows(x: jax.Array) -> np.ndarray:
-    """The rows of a batch-sharded array that this process holds, in order, each once."""
-    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 class Log:

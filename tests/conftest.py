@@ -43,7 +43,8 @@ def _types_are_checked(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 TINY = {
     "batch_size": 8, "steps": 20, "log_every": 1, "mesh.data": 1, "consistency.skip": 2,
     "student.timesteps": (1000.0, 700.0, 400.0),
-    "reward.name": "compressibility", "reward.samples": 2, "reward.replay": 12, "reward.batch_size": 8,
+    "reward.rewards": ({"name": "compressibility", "weight": 1.0, "folder": None},),
+    "reward.samples": 2, "reward.replay": 12, "reward.batch_size": 8,
     "reward.updates": 2, "reward.start_step": 0, "reward.head.width": 8,
     "visibility.samples_every": 0,
 }  # fmt: skip

@@ -17,7 +17,7 @@ TRAINING = r"dollar_jax\.(losses|objectives|step|state|optim|sharding|config|tra
 # (rule, the files it holds in, imports forbidden there); both are matched from the start.
 IMPORTS = [
     ("losses and schedule import next to nothing", PURE,
-     rf"(?!(jax|numpy|dollar_jax\.types|{STDLIB})(\.|$))"),
+     rf"(?!(jax|jaxtyping|numpy|dollar_jax\.types|{STDLIB})(\.|$))"),
     ("losses and schedule know no randomness", PURE, r"(random|jax\.random|numpy\.random)\b"),
     ("objectives gets networks as arguments", "dollar_jax/objectives", r"dollar_jax\.models\b"),
     ("models knows nothing of training", "dollar_jax/models/", TRAINING),

@@ -7,6 +7,7 @@ import pytest
 from dollar_jax import train
 from dollar_jax.config import DistillConfig, PretrainConfig, from_config
 
+VIVID = {"name": "vivid", "weight": 1.0, "folder": None}
 VARIANTS = {
     "vsd": (True, False, False),
     "cd": (False, True, False),
@@ -18,7 +19,7 @@ VARIANTS = {
 @pytest.mark.parametrize("losses", VARIANTS)
 def test_each_variant_of_the_demo_turns_on_its_losses(get_config, losses):
     config = from_config(DistillConfig, get_config(losses))
-    assert (config.vsd.weight > 0, config.consistency.weight > 0, config.reward.name is not None) == (
+    assert (config.vsd.weight > 0, config.consistency.weight > 0, config.reward.rewards != ()) == (
         VARIANTS[losses]
     )
     assert isinstance(config.pretrain, PretrainConfig)
@@ -49,7 +50,13 @@ def test_values_arrive_with_their_declared_types(get_config):
         ("batch_size", 8.0, r"config\.batch_size is 8\.0, but must be of type int"),
         ("batch_size", True, r"config\.batch_size is True, but must be of type int"),
         ("vsd.weight", True, r"config\.vsd\.weight is True, but must be of type float"),
-        ("reward.name", 3, r"config\.reward\.name is 3, but must be of type str"),
+        ("reward.rewards", (3,), r"config\.reward\.rewards\[0\] must be a group of settings, not 3"),
+        ("reward.rewards", ({"name": "vivid"},), r"config\.reward\.rewards\[0\] lacks folder, weight"),
+        ("reward.rewards", ({**VIVID, "weight": 0.0}, VIVID), r"names 'vivid' twice"),
+        ("reward.method", "rlhf", r"config\.reward\.method is 'rlhf', .*'lrm', 'direct', 'ddpo'"),
+        ("reward.latent_frames", 0, r"config\.reward\.latent_frames must be at least 1, or None"),
+        ("reward.timeout", 0.0, r"config\.reward\.timeout must be positive"),
+        ("reward.guard.max_fall", 1.0, r"max_fall needs a held-out reward: add one with weight 0"),
         ("student.input", "both", r"config\.student\.input is 'both', .*'forward', 'backward'"),
         ("vsd.score_range", (0.1,), r"config\.vsd\.score_range needs 2 values, not 1"),
         ("vsd.score_range", (0.1, "a"), r"config\.vsd\.score_range\[1\] is 'a'"),
@@ -57,7 +64,7 @@ def test_values_arrive_with_their_declared_types(get_config):
         ("mesh", 8, r"config\.mesh must be a group of settings, not 8"),
         ("student.timesteps", (500.0, 900.0), r"config\.student\.timesteps must descend"),
         ("accumulation", 5, r"config\.batch_size 32 does not divide into 5"),
-        ("reward.samples", 64, r"config\.reward\.samples 64 is more than .* 32"),
+        ("reward.samples", 5, r"config\.reward\.samples 5 does not divide a micro-batch of 32"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(get_config, path, value, message):

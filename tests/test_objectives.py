@@ -20,6 +20,7 @@ RF = Schedule("rf", "velocity", shift=3.0)
 DDPM = Schedule("ddpm", "v")
 SHAPE = (2, 3, 2, 5)
 BATCH = 6
+REWARD = ({"name": "vividness", "weight": 1.0, "folder": None},)
 
 
 def like(value, x):
@@ -74,17 +75,17 @@ KINDS = [(i, t) for i in ("forward", "backward") for t in ("student", "grid")]
 @pytest.mark.parametrize(("source", "times"), KINDS)
 def test_student_loss_is_the_weighted_sum_of_its_parts(make_config, source, times):
     kind = {"student.input": source, "consistency.times": times}
-    off = {"vsd.weight": 0.0, "consistency.weight": 0.0, "reward.name": None}
-    on = {"vsd.weight": 1.0, "consistency.weight": 1.0, "reward.name": "vividness"}
+    off = {"vsd.weight": 0.0, "consistency.weight": 0.0, "reward.rewards": ()}
+    on = {"vsd.weight": 1.0, "consistency.weight": 1.0, "reward.rewards": REWARD}
     alone = {name: student(make_config({**kind, **off, name: on[name]}))[0] for name in off}
     assert all(abs(value) > 1e-3 for value in alone.values())
     total, (metrics, _) = student(
-        make_config({**kind, "vsd.weight": 0.7, "consistency.weight": 0.5, "reward.name": "vividness"})
+        make_config({**kind, "vsd.weight": 0.7, "consistency.weight": 0.5, "reward.rewards": REWARD})
     )
     # The reward's part came with reward_weight already: β_FT is an argument, not a setting.
-    expected = 0.7 * alone["vsd.weight"] + 0.5 * alone["consistency.weight"] + alone["reward.name"]
+    expected = 0.7 * alone["vsd.weight"] + 0.5 * alone["consistency.weight"] + alone["reward.rewards"]
     np.testing.assert_allclose(total, expected, rtol=0, atol=1e-6 * max(map(abs, alone.values())))
-    np.testing.assert_allclose(metrics["latent_reward"], -alone["reward.name"] / 0.3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["latent_reward"], -alone["reward.rewards"] / 0.3, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("source", "times"), KINDS)
@@ -175,7 +176,7 @@ def test_consistency_is_zero_for_the_exact_solution(make_config, path_name, time
     steps = (999.0, 749.0, 499.0, 249.0) if path_name == "ddpm" else (1000.0, 900.0, 750.0, 500.0)
     config = make_config({
         "student.timesteps": steps, "consistency.times": times, "consistency.skip": 5,
-        "consistency.boundary": boundary, "consistency.weight": 1.0, "vsd.weight": 0.0, "reward.name": None,
+        "consistency.boundary": boundary, "consistency.weight": 1.0, "vsd.weight": 0.0, "reward.rewards": (),
         "vsd.score_shift": 1.0,
     })  # fmt: skip
     if times == "grid":

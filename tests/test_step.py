@@ -13,6 +13,8 @@ from dollar_jax.models.wan import WanConfig
 from dollar_jax.objectives import Frozen
 from dollar_jax.optim import make_optimiser
 from dollar_jax.program import build_program, reward_head_network
+from dollar_jax.rewards import JaxReward
+from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import from_items, to_items
 from dollar_jax.weights.pipeline import wan_transformer
@@ -61,19 +63,21 @@ def make_batch(seed, updates=2):
     return {
         "latent": rows(ROWS, *LATENT), "text": rows(ROWS, *TEXT),
         "scored_latent": rows(updates, ROWS, *LATENT), "scored_text": rows(updates, ROWS, *TEXT),
-        "scored_reward": 5 + 2 * rows(updates, ROWS), "scored_weight": np.ones((updates, ROWS), np.float32),
+        "scored_reward": 5 + 2 * rows(updates, ROWS, 1), "scored_weight": np.ones((updates, ROWS), np.float32),
     }  # fmt: skip
 
 
 class Runner:
     """A program with its frozen part; every `start` is a fresh copy of one state."""
 
-    def __init__(self, config):
+    def __init__(self, config, pixels=None):
         self.program = p = build_program(
-            config, NETWORK, Schedule("rf", "velocity", shift=3.0), LATENT, TEXT, jax.devices()[: devices(config)]
-        )
+            config, NETWORK, Schedule("rf", "velocity", shift=3.0), LATENT, TEXT, jax.devices()[: devices(config)],
+            pixel_rewards=pixels,
+        )  # fmt: skip
         null = 0.1 * jax.random.normal(jax.random.key(3), (1, *TEXT))
-        self.frozen = jax.device_put(Frozen(teacher(), null), p.frozen_sharding, may_alias=False)
+        frozen = Frozen(teacher(), null, () if pixels is None else pixels.params(np.float32(0.7)))
+        self.frozen = jax.device_put(frozen, p.frozen_sharding, may_alias=False)
 
     def start(self, items):
         return jax.device_put(from_items(items), self.program.state_sharding, may_alias=False)
@@ -85,8 +89,8 @@ class Runner:
         """State and metrics after `count` steps, on the host."""
         state, history = self.start(items), []
         for seed in range(count):
-            state, metrics, generated = self.step(state, make_batch(seed))
-            history.append({**metrics, "generated": generated})
+            state, metrics, fresh = self.step(state, make_batch(seed))
+            history.append(metrics | {name: fresh[name] for name in ("latent", "predicted", "scale")})
         return host(to_items(state)), host(history)
 
 
@@ -267,6 +271,94 @@ def test_no_reward_at_all_leaves_statistics_and_no_nan(base, initial):
     before, after = initial["reward_head"]["reward_head"], host(state.reward_head)
     np.testing.assert_allclose(after["conv1"]["kernel"], before["conv1"]["kernel"] * (1 - 3e-5) ** 2, rtol=1e-6)
     np.testing.assert_array_equal(after["conv1"]["bias"], before["conv1"]["bias"])
+
+
+# Rewards inside the step
+
+PIXELS = {
+    "vsd.weight": 0.0, "consistency.weight": 0.0, "fake_score.updates": 1, "reward.start_step": 0,
+    "reward.samples": 4, "accumulation": 2, "reward.statistics_decay": 0.5, "batch_size": 8,
+    "reward.rewards": tuple({"name": n, "weight": w, "folder": None} for n, w in (("red", 1.0), ("kept", 0.0))),
+}  # fmt: skip
+
+
+def red(gain, frames, tokens):
+    return gain * frames[..., 0].mean((1, 2, 3)) + 0.01 * tokens[:, 0]
+
+
+def decode_toy(params, latent):
+    return params * latent[..., :3]
+
+
+TOY = [JaxReward(red, "", np.float32(2.0), lambda prompts: np.array([[len(p), 0] for p in prompts])),
+       JaxReward(lambda p, frames, t: frames[..., 1].mean((1, 2, 3)), "")]  # fmt: skip
+
+
+def pixel_runner(make_config, **changes):
+    config = make_config({**BASE, **PIXELS, **changes})
+    return Runner(config, pixel_rewards(config.reward, TOY, decode_toy))
+
+
+def pixel_batch(seed, **more):
+    batch = make_batch(seed)
+    batch["tokens_red"] = np.arange(ROWS * 2, dtype=np.int32).reshape(ROWS, 2)
+    return {**{k: v for k, v in batch.items() if not k.startswith("scored")}, **more}
+
+
+def test_jax_rewards_are_learned_from_in_the_same_step(make_config, quick_compilation):
+    changes = {"mesh.data": 4, "reward.head.use_text": False, "reward.latent_frames": 1}
+    runner = pixel_runner(make_config, **changes)
+    scored = {k: np.zeros_like(v) for k, v in make_batch(0).items() if k.startswith("scored")}
+    scored["scored_latent"] = scored["scored_latent"][:, :, :1]  # runs of one frame
+    state = runner.program.init(jax.random.key(0), runner.frozen.teacher)
+    head = host(state.reward_head)
+    state, metrics, fresh = runner.step(state, pixel_batch(0, **scored))
+    fresh, metrics = host(fresh), host(metrics)
+    assert fresh["latent"].shape == (4, 2, 1, *LATENT[1:])
+    # The last micro-batch is rows 1, 3, 5 and 7; their captions' first tokens are 2, 6, 10 and 14.
+    frames = 0.7 * fresh["latent"][..., :3]
+    expected = 2 * frames[..., 0].mean((2, 3, 4)) + 0.01 * np.array([2, 6, 10, 14])[:, None]
+    np.testing.assert_allclose(fresh["reward"][..., 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(fresh["reward"][..., 1], frames[..., 1].mean((2, 3, 4)), rtol=1e-5, atol=1e-7)
+    real = make_batch(0)["latent"][1::2]
+    assert all((fresh["latent"][i, 1, 0] == real[i]).all((1, 2, 3)).any() for i in range(4))
+    np.testing.assert_allclose(metrics["reward_mean"], expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["reward_std"], expected.std(), rtol=1e-4)
+    np.testing.assert_allclose(fresh["scale"], 1 / expected.std(), rtol=1e-4)
+    changed = jax.tree.map(lambda a, b: (a != b).any(), head, host(state.reward_head))
+    assert all(jax.tree.leaves(changed))
+    assert metrics["reward_regression"] > 0.1
+
+
+def test_walks_of_a_step_are_reinforced_in_a_later_one(make_config, quick_compilation):
+    runner = pixel_runner(make_config, **{"reward.method": "ddpo"})
+    nothing = {
+        "walk_states": np.zeros((4, 3, *LATENT), np.float32), "walk_text": np.zeros((4, *TEXT), np.float32),
+        "walk_reward": np.full((4, 1), np.nan, np.float32),
+    }  # fmt: skip
+    initial = host(to_items(runner.program.init(jax.random.key(0), runner.frozen.teacher)))
+    state, metrics, fresh = runner.step(runner.start(initial), pixel_batch(0, **nothing))
+    assert float(metrics["student_gradient"]) == 0 and float(metrics["policy"]) == 0
+    fresh = host(fresh)
+    assert fresh["states"].shape == (4, 3, *LATENT) and fresh["latent"].shape == (4, 1, *LATENT)
+    walk = {"walk_states": fresh["states"], "walk_text": make_batch(0)["text"][1::2],
+            "walk_reward": fresh["reward"][:, 0, :1]}  # fmt: skip
+    state, metrics, _ = runner.step(state, pixel_batch(1, **walk))
+    assert float(metrics["student_gradient"]) > 1e-4
+    np.testing.assert_allclose(metrics["reward_mean"], walk["walk_reward"].mean(), rtol=1e-5)
+
+
+def test_direct_rewards_move_the_student_and_leave_the_head(make_config, quick_compilation):
+    runner = pixel_runner(make_config, **{"reward.method": "direct", "accumulation": 1})
+    initial = host(to_items(runner.program.init(jax.random.key(0), runner.frozen.teacher)))
+    state, metrics, fresh = runner.step(runner.start(initial), pixel_batch(0))
+    assert float(metrics["student_gradient"]) == 0  # nothing is known yet of the reward's scale
+    first = host(fresh)["reward"][..., 0]
+    state, metrics, _ = runner.step(state, pixel_batch(1))
+    assert float(metrics["student_gradient"]) > 1e-4
+    assert float(metrics["reward_std"]) > 0 and first.std() > 0
+    head = initial["reward_head"]["reward_head"]
+    jax.tree.map(np.testing.assert_array_equal, host(state.reward_head), head)
 
 
 # Accumulation

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -13,7 +14,10 @@ import pytest
 
 from dollar_jax import train as loop
 from dollar_jax.checkpoint import Checkpoints
+from dollar_jax.config import RewardGuard
 from dollar_jax.data.latents import EncodedVideos
+from dollar_jax.program import reward_head_network
+from dollar_jax.rewards import Reward
 from dollar_jax.state import to_items
 
 STEPS = 6
@@ -50,11 +54,13 @@ def one_program():
     """A run's program is built once, not once per resumption: the same settings give the same one."""
     build, built = loop.build_program, {}
 
-    def remembered(config, *args):
+    def remembered(config, *args, **rewards):
         # Without its mappings a config can be hashed; what is replaced is no concern of the program.
-        key = dataclasses.replace(config, pretrain=None, log_every=1, keep_checkpoints=1)
+        reward = dataclasses.replace(config.reward, timeout=1.0, guard=RewardGuard(4, None, None))
+        other = {"pretrain": None, "log_every": 1, "keep_checkpoints": 1, "init": None, "reward": reward}
+        key = dataclasses.replace(config, **other)
         if key not in built:
-            built[key] = build(config, *args)
+            built[key] = build(config, *args, **rewards)
         return built[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -91,8 +97,12 @@ def history(workdir):
     return [{k: v for k, v in line.items() if k not in timings} for line in loop.read_history(workdir)]
 
 
-def scorer(generator, config, reward=None):
-    return loop.Scorer(config, generator, reward, [generator.latent_shape], generator.null_text.shape[1:])
+def make_scorer(generator, config, reward=None):
+    """A scorer of one reward, a host one unless given."""
+    return loop.Scorer(
+        config, [reward or Reward(lambda frames, prompts: np.zeros(len(frames)), "")], None, generator.frames,
+        generator.pipeline.vae.params, [generator.latent_shape], generator.null_text.shape[1:],
+    )  # fmt: skip
 
 
 def replay(workdir, like):
@@ -104,7 +114,7 @@ def assert_same_run(workdir, state, whole, generator, config):
     there, expected = whole
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert history(workdir) == history(there)
-    like = scorer(generator, config).state
+    like = make_scorer(generator, config).state
     jax.tree.map(np.testing.assert_array_equal, replay(workdir, like), replay(there, like))
 
 
@@ -122,8 +132,8 @@ def test_a_run_leaves_its_history_and_items(whole, generator, config):
     assert sampled == [3, 6]
     assert {path.name for path in (workdir / "samples").iterdir()} == {"step_000003.mp4", "step_000006.mp4"}
     # Two generated and two real latents per step, in a ring of twelve.
-    like = scorer(generator, config).state
-    (kept,) = replay(workdir, like).values()
+    parts = replay(workdir, make_scorer(generator, config).state)
+    (kept,) = (part for name, part in parts.items() if name.startswith("replay_"))
     assert int(kept["added"]) == 4 * STEPS and (kept["weight"] == 1).all()
     assert int(state["progress"]["step"]) == STEPS
 
@@ -205,22 +215,108 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(train, whole, c
     jax.tree.map(np.testing.assert_array_equal, state, whole[1])
 
 
+def test_a_run_goes_on_from_another_ones_student(train, whole, config, tmp_path):
+    there, expected = whole
+    begun = dataclasses.replace(config, init=str(there), steps=0)
+    state = train(tmp_path / "run", begun)
+    for name in ("student", "ema", "fake_score"):
+        jax.tree.map(np.testing.assert_array_equal, state[name], expected[name])
+    assert int(state["progress"]["step"]) == 0
+    with pytest.raises(FileNotFoundError, match="nowhere holds no run"):
+        train(tmp_path / "other", dataclasses.replace(begun, init=str(tmp_path / "nowhere")))
+
+
+# Rewards that misbehave
+
+
+def always(act):
+    return lambda frames, prompts: act()
+
+
+def sometimes(act):
+    calls = itertools.count()
+    return lambda frames, prompts: act() if next(calls) % 2 else frames.mean((1, 2, 3, 4))
+
+
+def hang():
+    time.sleep(3)
+    return np.zeros(4)
+
+
+FAULTS = {
+    "raised": lambda: 1 / 0,
+    "timed out": hang,
+    "not finite": lambda: np.full(4, np.nan),
+    "wrong shape": lambda: np.zeros((4, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("how", [always, sometimes])
+def test_a_faulty_reward_neither_stops_training_nor_corrupts_the_latent_model(
+    train, config, monkeypatch, tmp_path, kind, how
+):
+    faulty = Reward(how(FAULTS[kind]), "")
+    monkeypatch.setattr(loop, "load_rewards", lambda terms: [faulty])
+    changed = dataclasses.replace(config, reward=dataclasses.replace(config.reward, timeout=0.1))
+    with pytest.warns(RuntimeWarning, match="the reward 'compressibility'") as said:
+        state = train(tmp_path, changed)
+    assert len([w for w in said if "is left out" not in str(w.message)]) == 1
+    lines = history(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert lines[-1][f"faults_compressibility_{kind.replace(' ', '_')}"] >= 2
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    untouched = jax.tree.map(
+        lambda a, b: (a == b).all(), state["reward_head"]["reward_head"], first_head(config)
+    )
+    assert all(jax.tree.leaves(untouched)) == (how is always)
+    assert ("reward_generated" in lines[-1] or "reward_generated" in lines[-2]) == (how is sometimes)
+
+
+def first_head(config):
+    """The latent reward model as every run with these settings begins."""
+    network = reward_head_network(config, 4, 8)
+    return jax.tree.map(np.array, jax.jit(network.init)(jax.random.split(jax.random.key(config.seed))[1]))
+
+
+def test_a_hacked_reward_stops_the_run_for_good(train, config, tmp_path, capsys):
+    guard = RewardGuard(4, min_correlation=1.1, max_fall=None)  # which nothing reaches
+    changed = dataclasses.replace(config, reward=dataclasses.replace(config.reward, guard=guard))
+    state = train(tmp_path, changed)
+    # Two samples per step, a window of four, each known one step later.
+    assert int(state["progress"]["step"]) == 3
+    assert "stopped at step 3: latent and true reward correlate by" in capsys.readouterr().out
+    assert "reward_fresh_correlation" in history(tmp_path)[-1]
+    again = train(tmp_path, changed)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
 def test_latents_and_rewards_that_are_not_finite_are_not_learned_from(generator, config, data):
+    seen = []
+
     def reward(frames, prompts):
         assert np.isfinite(frames).all()
-        return np.array([1.0, np.nan, 2.0, 4.0], np.float32)
+        seen.append(prompts)
+        return np.array([1.0, 2.0, np.nan, 4.0], np.float32)
 
-    scoring = scorer(generator, config, reward)
-    rows = [data[i] for i in range(2)]
+    scorer = make_scorer(generator, config, Reward(reward, ""))
+    rows = [data[i] for i in range(8)]
     batch = {name: np.stack([row[name] for row in rows]) for name in ("latent", "text")}
-    generated = np.array(batch["latent"])
-    generated[0, 0, 0, 0, 0] = np.nan
-    scoring.pend(jax.numpy.asarray(generated), batch, ["a", "b"], real=True)
-    scoring.score_pending()
-    (kept,) = scoring.state.values()
-    assert kept["reward"][:3].tolist() == [2.0, 4.0, 0.0]
-    np.testing.assert_array_equal(kept["latent"][:2], batch["latent"])
-    assert scoring.latest == {"reward_real": 3.0}
+    # Two rows of the batch, the first and the middle one, each generated and real.
+    latent = np.stack([batch["latent"][[0, 4]] + 1, batch["latent"][[0, 4]]], 1)
+    latent[0, 0, 0, 0, 0, 0] = np.nan
+    unscored = np.full((2, 2, 1), np.nan)
+    fresh = {"latent": latent, "predicted": np.zeros((2, 2)), "reward": unscored, "scale": np.ones((2, 1))}
+    scorer.submit({k: jax.numpy.asarray(v) for k, v in fresh.items()}, batch, list("abcdefgh"))
+    with pytest.warns(RuntimeWarning, match="a reward that is not finite"):
+        scorer.collect()
+    assert seen == [["a", "a", "e", "e"]]
+    kept = scorer.replays[generator.latent_shape].state
+    assert kept["reward"][:3, 0].tolist() == [2.0, 4.0, 0.0]
+    np.testing.assert_array_equal(kept["latent"][:2], batch["latent"][[0, 4]])
+    np.testing.assert_array_equal(kept["text"][:2], batch["text"][[0, 4]])
+    assert scorer.latest == {"reward_real": 3.0, "faults_compressibility_not_finite": 1.0}
 
 
 def test_history_is_json_and_drops_what_comes_after(tmp_path):
@@ -236,7 +332,7 @@ def test_history_is_json_and_drops_what_comes_after(tmp_path):
 
 @pytest.fixture
 def make_replay():
-    return functools.partial(loop.Replay, latent=(1, 1, 1, 1), text=(1, 1))
+    return functools.partial(Replay, latent=(1, 1, 1, 1), text=(1, 1))
 
 
 def rows(values):

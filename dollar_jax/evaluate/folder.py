@@ -17,7 +17,7 @@ from dollar_jax.evaluate.frechet import frechet_distance
 from dollar_jax.evaluate.quality import diversity, motion, temporal_flicker, unit_range
 from dollar_jax.evaluate.vendi import pixel_features, vendi_score
 from dollar_jax.evaluate.video import read_video
-from dollar_jax.rewards import Reward
+from dollar_jax.rewards import AnyReward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def measure_folder(
     folder: Path,
     features: Features | None = None,
     reference: Path | None = None,
-    reward: Reward | None = None,
+    reward: AnyReward | None = None,
 ) -> dict[str, Any]:
     """Flicker and motion over all videos; diversity, Vendi and LPIPS within the prompts that have several.
 

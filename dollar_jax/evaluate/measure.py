@@ -19,7 +19,7 @@ from dollar_jax.evaluate.frechet import frechet_distance
 from dollar_jax.evaluate.quality import motion, temporal_flicker
 from dollar_jax.frames import to_uint8
 from dollar_jax.generate import Generator, Sampler, subset, video_keys
-from dollar_jax.rewards import Reward
+from dollar_jax.rewards import AnyReward
 from dollar_jax.types import Params
 
 
@@ -75,7 +75,7 @@ def measure(
     generator: Generator,
     rows: dict[str, Drawn],
     plan: Plan,
-    reward: Reward | None,
+    reward: AnyReward | None,
     network: NetworkMeasures | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
     """Per row: alignment, reward, vendi, flicker, nfe, seconds per video, ...; and its videos, uint8 [n t h w 3].
@@ -128,7 +128,7 @@ def network_measures(features: Features, quick: bool = False) -> NetworkMeasures
 
 
 def quality(
-    drawn: np.ndarray, plan: Plan, reward: Reward | None, network: NetworkMeasures | None = None
+    drawn: np.ndarray, plan: Plan, reward: AnyReward | None, network: NetworkMeasures | None = None
 ) -> dict[str, float]:
     """The measures of a plan's videos, floats in [0, 1] in the order of its prompts."""
     count = len(plan.captions)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +174,7 @@ class ResnetBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t h w c"], past: Past, latent: Array | None
     ) -> Float[Array, "b t h w d"]:
-        condition = (latent,) if self.spatial else ()
+        condition: tuple[Any, ...] = (latent,) if self.spatial else ()
         y = self.conv1(jax.nn.silu(self.norm1(x, *condition)), past)
         y = self.conv2(jax.nn.silu(self.norm2(y, *condition)), past)
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))

@@ -1,7 +1,8 @@
 """DOLLAR's latent reward model: a small network that predicts a pixel reward from the latent.
 
-Architecture after DOLLAR tables 8.10 (image) and 8.11 (text and image); eqs. (8.10) and (8.11)
-train and use it. Every latent frame is scored alone and the scores are averaged.
+Architecture after DOLLAR tables 8.9 to 8.11; eqs. (8.10) and (8.11) train and use it. For images and for
+text and images, every latent frame is scored alone and the scores are averaged; for videos and for text
+and videos that is one choice, and convolving over time too is the other.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ class RewardHeadConfig:
     second_kernel: int = 3
     second_stride: int = 2
     second_padding: int = 1
+    temporal_kernel: int = 1  # more convolves over time too, with zeros before and after the clip
     group_norm: bool = True
     groups: int = 32
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        if self.temporal_kernel < 1 or self.temporal_kernel % 2 == 0:
+            raise ValueError(f"temporal_kernel must be odd and positive, not {self.temporal_kernel}")
         if self.group_norm and self.width % self.groups:
             raise ValueError(f"width {self.width} does not divide into {self.groups} groups")
 
@@ -58,10 +62,11 @@ class RewardHead(nnx.Module):
         types = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype), "rngs": rngs}
 
         def conv(channels: int, kernel: int, stride: int, padding: int) -> nnx.Conv:
-            pads = ((padding, padding),) * 2
-            return nnx.Conv(
-                channels, c.width, (kernel, kernel), strides=(stride, stride), padding=pads, **types
-            )
+            size, strides = [kernel] * 2, [stride] * 2
+            pads = [(padding, padding)] * 2
+            if (time := c.temporal_kernel) > 1:
+                size, strides, pads = [time, *size], [1, *strides], [(time // 2, time // 2), *pads]
+            return nnx.Conv(channels, c.width, size, strides=strides, padding=pads, **types)
 
         def norm() -> nnx.GroupNorm | None:
             # Statistics in fp32, as everywhere.
@@ -98,13 +103,13 @@ class RewardHead(nnx.Module):
         return self.score(features)[..., 0].astype(jnp.float32).mean(axis=1)
 
     def _frames(self, latent: Float[Array, "b t h w c"]) -> Float[Array, "b t width"]:
-        x = latent.reshape(-1, *latent.shape[2:])
+        x = latent if self.config.temporal_kernel > 1 else latent.reshape(-1, *latent.shape[2:])
         for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
             x = conv(x)
             x = jax.nn.silu(x if norm is None else norm(x)).astype(self.config.dtype)
         if not x.size:
             raise ValueError(f"a latent of h, w = {latent.shape[2:4]} is too small for this stem")
-        return self.feature(x.mean(axis=(1, 2))).reshape(*latent.shape[:2], -1)
+        return self.feature(x.mean(axis=(-3, -2))).reshape(*latent.shape[:2], -1)
 
     def _attend(
         self, features: Float[Array, "b t width"], text: Float[Array, "b l d"]

@@ -129,7 +129,7 @@ def _see_only_now(kernel: Array, identity: bool) -> Array:
     if identity:
         dim_in, dim_out = kernel.shape[-2:]
         now = jnp.broadcast_to(jnp.tile(jnp.eye(dim_in), dim_out // dim_in), now.shape)
-    return jnp.zeros_like(kernel).at[-1].set(now)
+    return jnp.zeros_like(kernel).at[-1].set(now.astype(kernel.dtype))
 
 
 class CausalConv3d(_Conv):

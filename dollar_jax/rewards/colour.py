@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 SHARE = 0.03  # of a frame's pixels: about the smallest object of the default domain
 
 
-def vividness(frames: np.ndarray | jax.Array, prompts: Sequence[str]) -> Float[Array, " b"]:
+def vividness(frames: jax.Array) -> Float[Array, " b"]:
     """Mean over a clip of max(rgb) - min(rgb), the chroma, of each frame's most coloured 3%; [b]."""
-    del prompts
     x = jnp.asarray(frames, jnp.float32)
     chroma = (x.max(-1) - x.min(-1)).reshape(*x.shape[:2], -1)
     count = max(1, round(SHARE * chroma.shape[-1]))

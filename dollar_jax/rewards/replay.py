@@ -6,20 +6,25 @@ import numpy as np
 
 
 class Replay:
-    """A ring of (latent, text, reward). What `sample` draws depends only on the content and the seed."""
+    """A ring of (latent, text, reward). What `sample` draws depends only on the content and the seed.
 
-    def __init__(self, capacity: int, latent: tuple[int, ...], text: tuple[int, ...]):
+    A row's `reward` may hold several rewards; `rewards` is its shape.
+    """
+
+    def __init__(
+        self, capacity: int, latent: tuple[int, ...], text: tuple[int, ...], rewards: tuple[int, ...] = ()
+    ):
         self.state = {
             "latent": np.zeros((capacity, *latent), np.float32),
             "text": np.zeros((capacity, *text), np.float32),
-            "reward": np.zeros((capacity,), np.float32),
+            "reward": np.zeros((capacity, *rewards), np.float32),
             "weight": np.zeros((capacity,), np.float32),
             "added": np.zeros((), np.int64),
         }
 
     def add(self, latent: np.ndarray, text: np.ndarray, reward: np.ndarray) -> None:
-        """Adds rows, over the oldest ones; rows whose reward is not finite are left out."""
-        good = np.isfinite(reward)
+        """Adds rows, over the oldest ones; rows of which a reward is not finite are left out."""
+        good = np.isfinite(reward).all(axis=tuple(range(1, reward.ndim)))
         rows = {"latent": latent[good], "text": text[good], "reward": reward[good]}
         rows["weight"] = np.ones(good.sum(), np.float32)
         slots = (int(self.state["added"]) + np.arange(good.sum())) % len(self.state["weight"])

@@ -156,7 +156,7 @@ def model_card(
     weights = {
         "variational score distillation (VSD)": config.vsd.weight,
         "consistency distillation (CD), β_CD": config.consistency.weight,
-        "latent reward (LRM), β_FT": config.reward.weight if config.reward.name else 0.0,
+        "latent reward (LRM), β_FT": config.reward.weight if config.reward.trained else 0.0,
     }
     rows = {k: v for k, v in metrics.items() if isinstance(v, Mapping) and "nfe" in v}
     columns = sorted({c for row in rows.values() for c, v in row.items() if isinstance(v, float | int)})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dollar_jax.schedule import Path as DiffusionPath
-from dollar_jax.schedule import Schedule
+from dollar_jax.schedule import Prediction, Schedule
 
 # Per flow-matching scheduler: its field for the time shift; and the fields that change what sampling means, with
 # diffusers' default where the file leaves them out and the value this implementation has.
@@ -35,7 +35,7 @@ _FLOWS: dict[str, tuple[str, dict[str, tuple[Any, Any]]]] = {
     ),
 }  # fmt: skip
 
-_PREDICTIONS = {"v_prediction": "v", "epsilon": "eps", "sample": "x0"}
+_PREDICTIONS: dict[str, Prediction] = {"v_prediction": "v", "epsilon": "eps", "sample": "x0"}
 _COGVIDEOX = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -62,7 +62,7 @@ def schedule_of(fields: Mapping[str, Any], path: DiffusionPath, file: Path) -> S
     Raises ValueError naming the field that asks for something else.
     """
     schedulers = _FLOWS if path == "rf" else _DDPMS
-    name = fields.get("_class_name")
+    name = str(fields.get("_class_name"))
     if name not in schedulers:
         raise ValueError(f"{file} is a {name}; the schedulers known are {', '.join(schedulers)}")
     for field, (default, value) in schedulers[name][1].items():

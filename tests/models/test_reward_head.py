@@ -32,6 +32,28 @@ def test_parameter_counts_are_the_papers():
     assert count(network(text_dim=4096)) == 763_009 + 512
 
 
+def test_convolving_over_time_adds_its_taps_alone():
+    taps = 12 * 128 * 4 * 4, 128 * 128 * 3 * 3
+    assert count(network(temporal_kernel=3)) == 189_441 + 2 * sum(taps)
+    assert count(network(temporal_kernel=3, text_dim=4096, group_norm=False)) == 763_009 + 2 * sum(taps)
+
+
+@pytest.mark.parametrize("text_dim", [None, 16], ids=["video", "text-video"])
+def test_a_temporal_model_sees_the_order_of_the_frames(text_dim):
+    latent = jax.random.normal(jax.random.key(1), (2, 4, 12, 20, 12))
+    text = None if text_dim is None else jax.random.normal(jax.random.key(2), (2, 3, text_dim))
+
+    def effect(kernel):
+        net = network(temporal_kernel=kernel, text_dim=text_dim)
+        params = jax.jit(net.init)(jax.random.key(0))
+        score = jax.jit(lambda x: net.apply(params, x, text))
+        gradient = jax.jit(jax.grad(lambda x: net.apply(params, x, text).sum()))(latent)
+        assert jnp.all(jnp.abs(gradient).max(axis=(2, 3, 4)) > 1e-7)  # of every frame
+        return jnp.abs(score(latent) - score(latent[:, ::-1])).max()
+
+    assert effect(3) > 1e-4 and effect(1) < 1e-5
+
+
 def test_image_score_averages_the_frames():
     net = network()
     params, apply = jax.jit(net.init)(jax.random.key(0)), jax.jit(net.apply)
@@ -93,5 +115,7 @@ def test_misuse_is_refused(with_text):
         jax.eval_shape(network().apply, network().shapes, latent, text)
     with pytest.raises(ValueError, match="too small"):
         net.apply(params, latent[:, :, :1, :1], text)
+    with pytest.raises(ValueError, match="temporal_kernel must be odd and positive, not 2"):
+        RewardHeadConfig(temporal_kernel=2)
     with pytest.raises(ValueError, match="groups"):
         RewardHeadConfig(width=100)

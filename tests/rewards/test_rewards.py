@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dollar_jax.rewards import REWARDS, Reward, get_reward
+from dollar_jax.config import RewardTerm
+from dollar_jax.rewards import REWARDS, JaxReward, Reward, get_reward, load_rewards, weighted_sum
 from dollar_jax.rewards.colour import SHARE, vividness
 from dollar_jax.rewards.jpeg import QUALITY, compressibility
 from dollar_jax.rewards.replay import Replay
@@ -68,8 +69,8 @@ def test_vividness_is_the_chroma_of_the_most_coloured_pixels():
 
 def test_vividness_has_the_gradient_of_its_definition():
     clip = jnp.asarray(frames(2, 2, 5, 5, 3))
-    assert REWARDS["vividness"].differentiable
-    gradient = np.asarray(jax.grad(lambda x: vividness(x, ["", ""]).sum())(clip))
+    assert isinstance(REWARDS["vividness"], JaxReward)
+    gradient = np.asarray(jax.grad(lambda x: vividness(x).sum())(clip))
     assert np.isfinite(gradient).all()
     # One pixel per frame: +1/2 on its largest channel, -1/2 on its smallest, for two frames.
     np.testing.assert_allclose(
@@ -103,14 +104,14 @@ def test_every_reward_gives_one_number_per_clip(name):
 
 def test_bad_answers_are_refused():
     for answer in (0.0, np.zeros((2, 1)), np.zeros(3)):
-        reward = Reward(lambda frames, prompts, answer=answer: answer, False, "")
+        reward = Reward(lambda frames, prompts, answer=answer: answer, "")
         with pytest.raises(ValueError, match=r"gave shape .* for 2 videos; it must give one number per"):
             reward(frames(2, 1, 8, 8, 3), ["", ""])
 
 
 def test_rewards_get_frames_and_prompts_as_they_are():
     reward = Reward(
-        lambda frames, prompts: [float(p) + f.sum() for f, p in zip(frames, prompts, strict=True)], False, ""
+        lambda frames, prompts: [float(p) + f.sum() for f, p in zip(frames, prompts, strict=True)], ""
     )
     np.testing.assert_array_equal(reward(np.ones((2, 1, 2, 2, 3)), ["1", "2"]), [13.0, 14.0])
 
@@ -118,6 +119,65 @@ def test_rewards_get_frames_and_prompts_as_they_are():
 def test_unknown_rewards_are_refused():
     with pytest.raises(ValueError, match="there is no reward 'beauty'; there are .*compressibility, vividness"):
         get_reward("beauty")
+
+
+MINE = """
+import numpy as np
+from dollar_jax.rewards import JaxReward
+
+def brightness(frames, prompts):
+    '''Mean brightness.
+
+    More words.'''
+    return frames.mean((1, 2, 3, 4))
+
+redness = JaxReward(lambda params, frames, tokens: params["gain"] * frames[..., 0].mean((1, 2, 3)), "red",
+                    {"gain": np.float32(2.0)})
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    return path
+
+
+def test_rewards_of_ones_own_are_found_in_files_and_modules(mine, monkeypatch):
+    clips = frames(2, 2, 4, 4, 3)
+    host, traced = get_reward(f"{mine}:brightness"), get_reward(f"{mine}:redness")
+    assert isinstance(host, Reward) and isinstance(traced, JaxReward)
+    assert host.meaning == "Mean brightness."
+    np.testing.assert_allclose(host(clips, ["", ""]), clips.mean((1, 2, 3, 4)), rtol=1e-6)
+    np.testing.assert_allclose(traced(clips, ["", ""]), 2 * clips[..., 0].mean((1, 2, 3)), rtol=1e-6)
+    monkeypatch.syspath_prepend(mine.parent)
+    np.testing.assert_array_equal(get_reward("mine:brightness")(clips, ["", ""]), host(clips, ["", ""]))
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "message"),
+    [
+        ("MINE:absent", None, "has no function 'absent'"),
+        ("MINE:number", None, "has no function 'number'"),
+        ("nowhere.py:f", None, "cannot be imported: FileNotFoundError: there is no file nowhere.py"),
+        ("no_such_module:f", None, "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("vivid", "weights", "'vivid' has no weights to read; set its `folder` to None"),
+    ],
+)
+def test_unusable_rewards_are_refused(mine, name, folder, message):
+    with pytest.raises(ValueError, match=message):
+        get_reward(name.replace("MINE", str(mine)), folder)
+
+
+def test_a_weighted_sum_leaves_out_what_is_held_out(mine):
+    terms = [RewardTerm(f"{mine}:brightness", 2.0, None), RewardTerm("vividness", -1.0, None),
+             RewardTerm("compressibility", 0.0, None)]  # fmt: skip
+    clips = frames(2, 2, 8, 8, 3)
+    total = weighted_sum(terms, load_rewards(terms))
+    expected = 2 * clips.mean((1, 2, 3, 4)) - np.asarray(vividness(clips))
+    np.testing.assert_allclose(total(clips, ["", ""]), expected, rtol=1e-5)
+    assert weighted_sum(terms[2:], load_rewards(terms[2:])) is None
 
 
 # --- replay ---------------------------------------------------------------------------------------

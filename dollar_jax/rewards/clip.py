@@ -1,0 +1,80 @@
+"""Rewards on CLIP: HPSv2 (arXiv 2306.09341), PickScore (arXiv 2305.01569), LAION's aesthetic score.
+
+Each is read from a folder with the weights as safetensors, under transformers' or OpenCLIP's names, and
+for those that read prompts CLIP's tokenizer (tokenizer.json, or vocab.json and merges.txt). Every frame is
+scored, a clip's reward is their mean. Weights are held in half precision, in which HPSv2's are published.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dollar_jax.models.clip import VIT_H_14, VIT_L_14, CLIPConfig, Fit, preprocess
+from dollar_jax.rewards import JaxReward
+from dollar_jax.types import Params
+from dollar_jax.weights.clip import load_clip
+from dollar_jax.weights.pipeline import load_tokenizer, tokenize
+
+# The linear layers of the aesthetic head by their names in its file: no activations between them.
+AESTHETIC_LAYERS = (0, 2, 4, 6, 7)
+
+
+def hpsv2(folder: Path) -> JaxReward:
+    """HPSv2, v2.0 or v2.1 as the weights are: the cosine of image and prompt, about 0.27."""
+    return _agreement(folder, "pad", "how people like the picture for its prompt (HPSv2)")
+
+
+def pickscore(folder: Path) -> JaxReward:
+    """PickScore as a cosine, about 0.21: the published model multiplies it by its logit scale, 100."""
+    return _agreement(folder, "crop", "how people would pick the picture for its prompt (PickScore)")
+
+
+def _agreement(folder: Path, fit: Fit, meaning: str) -> JaxReward:
+    config, network, params, _ = load_clip(folder, _as_reward(VIT_H_14))
+    tokenizer, length = load_tokenizer(folder), config.max_position_embeddings
+
+    def cosine(params: Params, frames: jax.Array, tokens: jax.Array | None) -> jax.Array:
+        pixels = preprocess(frames.reshape(-1, *frames.shape[2:]), config.image_size, fit)
+        images = network.apply(params, pixels, method="embed_images")
+        text = network.apply(params, tokens, method="embed_text")
+        return jnp.einsum("btp,bp->b", images.reshape(*frames.shape[:2], -1), text) / frames.shape[1]
+
+    def ids(prompts: Sequence[str]) -> np.ndarray:
+        return tokenize(tokenizer, prompts, length)[0]
+
+    return JaxReward(cosine, meaning, params, ids)
+
+
+def aesthetic(folder: Path) -> JaxReward:
+    """LAION's aesthetic predictor v2 (sac+logos+ava1-l14-linearMSE): 1 to 10, on CLIP ViT-L/14's image.
+
+    Its head's `layers.*` are in the same file as the tower.
+    """
+    preset = dataclasses.replace(_as_reward(VIT_L_14), text=None)
+    config, network, tower, head = load_clip(folder, preset, apart="layers.")
+    try:
+        layers = [(head[f"layers.{i}.weight"].T, head[f"layers.{i}.bias"]) for i in AESTHETIC_LAYERS]
+    except KeyError as error:
+        raise ValueError(
+            f"{folder} has no tensor {error.args[0]!r}: the aesthetic head belongs in the tower's file"
+        ) from error
+
+    def score(params: Params, frames: jax.Array, tokens: jax.Array | None) -> jax.Array:
+        pixels = preprocess(frames.reshape(-1, *frames.shape[2:]), config.image_size)
+        x = network.apply(params["tower"], pixels, method="embed_images")
+        for kernel, bias in params["head"]:
+            x = x @ kernel + bias
+        return x.reshape(frames.shape[:2]).mean(1)
+
+    return JaxReward(score, "how beautiful the picture is (LAION)", {"tower": tower, "head": layers})
+
+
+def _as_reward(preset: CLIPConfig) -> CLIPConfig:
+    # A reward is only differentiated to compare with; then each layer is computed again.
+    return dataclasses.replace(preset, param_dtype="float16", remat="full")

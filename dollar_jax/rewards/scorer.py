@@ -1,0 +1,215 @@
+"""What happens to rewards on the host: scoring beside the devices, the replay, and what is known of both.
+
+While the devices run a step, host rewards score what the previous one generated; they reach the student,
+or its latent reward model, one step later. All that a later step depends on is in `Scorer.state`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dollar_jax.config import DistillConfig
+from dollar_jax.rewards import AnyReward, JaxReward
+from dollar_jax.rewards.host import HostScorer
+from dollar_jax.rewards.monitor import Monitor
+from dollar_jax.rewards.pixels import Decode, PixelRewards
+from dollar_jax.rewards.replay import Replay
+from dollar_jax.types import Params
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step's latents under way: what the step said of them, their text, whether they are finite.
+
+    `shape` is that of the latents of the step's batch.
+    """
+
+    fresh: Mapping[str, jax.Array]
+    text: np.ndarray
+    finite: jax.Array
+    shape: Shape
+
+
+class Scorer:
+    """Scores this process's share of each step's latents, one step behind the devices.
+
+    `decode(params, latent)` gives frames in [0, 1]; it is dispatched like a step and not waited for.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        rewards: Sequence[AnyReward],
+        pixels: PixelRewards | None,
+        decode: Decode,
+        decoder: Params,
+        latent_shapes: Sequence[tuple[int, ...]],
+        text_shape: tuple[int, ...],
+    ):
+        c = self.config = config.reward
+        self.seed, self.accumulation = config.seed, config.accumulation
+        self.pixels = pixels
+        self.hosts = {
+            i: HostScorer(c.rewards[i].label, reward, c.timeout, c.retries)
+            for i, reward in enumerate(rewards)
+            if not isinstance(reward, JaxReward)
+        }
+        self.latest: dict[str, float] = {}
+        self._decoder = decoder
+        self._decode = functools.cache(
+            lambda sharding: jax.jit(
+                functools.partial(_decode_finite, decode), out_shardings=(sharding, sharding)
+            )
+        )
+        self._trained, self._held_out = np.array(c.trained, int), np.array(c.held_out, int)
+        self._pending: _Pending | None = None
+        # Data with aspect buckets has latents of several shapes: a step learns from those of its batch's.
+        self.replays: dict[Shape, Replay] = {}
+        self.walks: dict[Shape, dict[str, np.ndarray]] = {}
+        for shape in map(tuple, latent_shapes):
+            if c.trained and c.method == "lrm":
+                scored = c.scored_shape(shape)
+                self.replays[shape] = Replay(c.replay, scored, text_shape, (len(c.trained),))
+            elif c.trained and c.method == "ddpo":
+                rows, states = c.samples // jax.process_count(), min(3, len(config.student.timesteps))
+                self.walks[shape] = {
+                    "walk_states": np.zeros((rows, states, *shape), np.float32),
+                    "walk_text": np.zeros((rows, *text_shape), np.float32),
+                    "walk_reward": np.full((rows, len(c.trained)), np.nan, np.float32),
+                }
+        self.monitor = Monitor(c.guard.window, [c.rewards[i].label for i in c.held_out])
+
+    @property
+    def state(self) -> dict[str, dict[str, np.ndarray]]:
+        """All that is to be checkpointed; nothing may be pending."""
+        parts = {"monitor": self.monitor.state}
+        parts |= {f"replay_{_name(shape)}": replay.state for shape, replay in self.replays.items()}
+        return parts | {f"walk_{_name(shape)}": walk for shape, walk in self.walks.items()}
+
+    @state.setter
+    def state(self, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        copies = {name: {k: np.array(v) for k, v in part.items()} for name, part in parts.items()}
+        self.monitor.state = copies["monitor"]
+        for shape, replay in self.replays.items():
+            replay.state = copies[f"replay_{_name(shape)}"]
+        for shape in self.walks:
+            self.walks[shape] = copies[f"walk_{_name(shape)}"]
+
+    def inputs(self, step: int, captions: Sequence[str], shape: Shape) -> dict[str, np.ndarray]:
+        """This process's rows of what a step on latents of `shape` needs of rewards; see `step.make_step`."""
+        c, rows = self.config, {}
+        if shape in self.replays:
+            share = c.batch_size // jax.process_count()
+            rows = self.replays[shape].sample(c.updates, share, [self.seed, step, jax.process_index()])
+        elif shape in self.walks:
+            rows = self.walks[shape]
+            # Each walk counts once.
+            self.walks[shape] = {**rows, "walk_reward": np.full_like(rows["walk_reward"], np.nan)}
+        if self.pixels is not None:
+            rows = rows | {f"tokens_{k}": v for k, v in self.pixels.tokens(captions).items()}
+        return rows
+
+    def submit(
+        self, fresh: Mapping[str, jax.Array], batch: Mapping[str, np.ndarray], captions: Sequence[str]
+    ) -> None:
+        """Has the latents of a step scored, which the devices may still be computing."""
+        count, kinds = fresh["latent"].shape[:2]
+        # What is scored is of the last micro-batch, every accumulation-th row, and evenly from that.
+        rows = np.arange(len(captions))[self.accumulation - 1 :: self.accumulation]
+        # Each process has its share of the rows that are scored, or with a single one all of them.
+        rows = rows.reshape(count // jax.process_count(), -1)[:, 0].repeat(kinds)
+        finite = jnp.ones((count * kinds,), bool)
+        if self.hosts:
+            latent = fresh["latent"]
+            frames, finite = self._decode(latent.sharding)(self._decoder, latent)
+            prompts = [captions[int(i)] for i in rows]
+            for host in self.hosts.values():
+                host.submit(LocalRows(frames), prompts)
+        shape = tuple(np.shape(batch["latent"])[1:])
+        self._pending = _Pending(fresh, np.asarray(batch["text"])[rows], finite, shape)
+
+    def collect(self) -> None:
+        """Waits for what was submitted, and takes it in."""
+        self.latest = {}
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        fresh, text, shape = pending.fresh, pending.text, pending.shape
+        local = {name: local_rows(value) for name, value in fresh.items()}
+        kinds = fresh["latent"].shape[1]
+        latent, predicted = (local[k].reshape(-1, *local[k].shape[2:]) for k in ("latent", "predicted"))
+        rewards = np.array(local["reward"].reshape(len(latent), -1))
+        for i, host in self.hosts.items():
+            # A reward may give a finite number to anything, so what is not finite never counts.
+            rewards[:, i] = np.where(local_rows(pending.finite), host.collect(), np.nan)
+        trained = rewards[:, self._trained]
+        if shape in self.replays:
+            self.replays[shape].add(latent, text, trained)
+        elif shape in self.walks:
+            good = np.isfinite(trained).all(1, keepdims=True)
+            self.walks[shape] = {
+                "walk_states": local["states"],
+                "walk_text": text,
+                "walk_reward": np.where(good, trained, np.nan).astype(np.float32),
+            }
+        generated = slice(None, None, kinds)
+        if len(self._trained):
+            total = (trained * local["scale"].repeat(kinds, 0)).sum(1)
+            self.monitor.add(predicted[generated], total[generated], rewards[generated][:, self._held_out])
+        else:
+            nothing = np.full(len(latent[generated]), np.nan)
+            self.monitor.add(nothing, nothing, rewards[generated][:, self._held_out])
+        self._log(rewards.reshape(-1, kinds, rewards.shape[1]))
+
+    def _log(self, rewards: np.ndarray) -> None:
+        """Means of [row, kind, reward]: of the weighted sum of raw rewards, and of each if there are several."""
+        c = self.config
+        for kind, name in zip(range(rewards.shape[1]), ("generated", "real"), strict=False):
+            row = rewards[:, kind]
+            weights = np.array([c.rewards[i].weight for i in c.trained])
+            columns = {f"reward_{name}": row[:, self._trained] @ weights} if c.trained else {}
+            if len(c.rewards) > 1 or not c.trained:
+                columns |= {f"reward_{t.label}_{name}": row[:, i] for i, t in enumerate(c.rewards)}
+            for key, values in columns.items():
+                if np.isfinite(values).any():
+                    self.latest[key] = float(values[np.isfinite(values)].mean())
+        self.latest |= self.monitor.summary()
+        for host in self.hosts.values():
+            for kind, count in host.faults.items():
+                self.latest[f"faults_{host.name}_{kind.replace(' ', '_')}"] = float(count)
+
+
+def _name(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+class LocalRows:
+    """Frames that become this process's rows as NumPy only when, and where, they are looked at."""
+
+    def __init__(self, frames: jax.Array):
+        self.frames = frames
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(local_rows(self.frames), dtype)
+
+
+def _decode_finite(decode: Decode, params: Params, latent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Frames of latents [n g t h w c] as one batch, zeros in the place of latents that are not finite."""
+    latent = latent.reshape(-1, *latent.shape[2:])
+    finite = jnp.isfinite(latent).all(axis=tuple(range(1, latent.ndim)))
+    return decode(params, jnp.where(finite[:, None, None, None, None], latent, 0.0)), finite
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """The rows of a batch-sharded or replicated array that this process holds, in order, each once."""
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

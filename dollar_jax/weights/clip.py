@@ -1,0 +1,141 @@
+"""transformers' `CLIPModel`, and OpenCLIP's names for the same, ↔ `CLIP`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dollar_jax.models.clip import CLIP, CLIPConfig, TowerConfig
+from dollar_jax.models.network import Network, make_network
+from dollar_jax.weights import safetensors_io as files
+from dollar_jax.weights.table import TRANSPOSE, Pairs, Params, Row, Transform, import_params
+
+_TOWER = "{tower:vision_model|text_model}"
+# The patches' convolution [out, 3, p, p] ↔ a dense layer over a patch's (row, column, colour).
+_PATCHES = Transform(
+    lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+    lambda x: x.reshape(round((len(x) / 3) ** 0.5), -1, 3, x.shape[1]).transpose(3, 2, 0, 1),
+)
+
+CLIP_TABLE = [
+    Row("vision_model.embeddings.class_embedding", "vision_model/class_embedding"),
+    Row("vision_model.embeddings.patch_embedding.weight", "vision_model/patch_embedding/kernel", _PATCHES),
+    Row("text_model.embeddings.token_embedding.weight", "text_model/token_embedding"),
+    Row("{tower}.embeddings.position_embedding.weight", f"{_TOWER}/position_embedding"),
+    Row("vision_model.embeddings.position_ids", None),
+    Row("text_model.embeddings.position_ids", None),
+    Row(
+        "{tower}.encoder.layers.{i}.self_attn.{p}.weight",
+        f"{_TOWER}/blocks/{{p:q_proj|k_proj|v_proj|out_proj}}/kernel",
+        TRANSPOSE,
+    ),
+    Row(
+        "{tower}.encoder.layers.{i}.self_attn.{p}.bias",
+        f"{_TOWER}/blocks/{{p:q_proj|k_proj|v_proj|out_proj}}/bias",
+    ),
+    Row("{tower}.encoder.layers.{i}.mlp.{p}.weight", f"{_TOWER}/blocks/{{p:fc1|fc2}}/kernel", TRANSPOSE),
+    Row("{tower}.encoder.layers.{i}.mlp.{p}.bias", f"{_TOWER}/blocks/{{p:fc1|fc2}}/bias"),
+    Row("{tower}.encoder.layers.{i}.{p}.weight", f"{_TOWER}/blocks/{{p:layer_norm[12]}}/scale"),
+    Row("{tower}.encoder.layers.{i}.{p}.bias", f"{_TOWER}/blocks/{{p:layer_norm[12]}}/bias"),
+    Row("{tower}.{p}.weight", f"{_TOWER}/{{p:pre_layrnorm|post_layernorm|final_layer_norm}}/scale"),
+    Row("{tower}.{p}.bias", f"{_TOWER}/{{p:pre_layrnorm|post_layernorm|final_layer_norm}}/bias"),
+    Row("{p}.weight", "{p:visual_projection|text_projection}/kernel", TRANSPOSE),
+    Row("logit_scale", "logit_scale"),
+]
+
+# OpenCLIP's names, and what a pattern's tensor is in transformers' naming.
+_OPENCLIP = [
+    (r"visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"visual\.conv1\.weight", "vision_model.embeddings.patch_embedding.weight"),
+    (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"visual\.ln_pre\.(weight|bias)", r"vision_model.pre_layrnorm.\1"),
+    (r"visual\.ln_post\.(weight|bias)", r"vision_model.post_layernorm.\1"),
+    (r"token_embedding\.weight", "text_model.embeddings.token_embedding.weight"),
+    (r"positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"ln_final\.(weight|bias)", r"text_model.final_layer_norm.\1"),
+]
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.?(weight|bias)")
+_INSIDE = {
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+}  # fmt: skip
+
+
+def from_openclip(pairs: Pairs) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors under transformers' names: OpenCLIP's are renamed, split and transposed, others passed on."""
+    for name, tensor in pairs:
+        if match := _BLOCK.fullmatch(name):
+            visual, layer, part, leaf = match.groups()
+            prefix = f"{'vision' if visual else 'text'}_model.encoder.layers.{layer}"
+            part = part.rstrip("._")
+            if part == "attn.in_proj":
+                for p, piece in zip("qkv", np.split(tensor, 3), strict=True):
+                    yield f"{prefix}.self_attn.{p}_proj.{leaf}", piece
+                continue
+            name = f"{prefix}.{_INSIDE[part]}.{leaf}" if part in _INSIDE else name
+        elif name == "attn_mask":
+            continue
+        elif name in ("visual.proj", "text_projection"):
+            name, tensor = {"visual.proj": "visual_projection.weight"}.get(name, f"{name}.weight"), tensor.T
+        else:
+            for pattern, theirs in _OPENCLIP:
+                if re.fullmatch(pattern, name):
+                    name = re.sub(pattern, theirs, name)
+                    break
+        yield name, tensor
+
+
+def clip_config(fields: Mapping[str, Any], **ours: Any) -> CLIPConfig:
+    """From the config.json of a `CLIPModel`; `ours` are dtype, param_dtype and remat."""
+    from transformers import CLIPConfig as Theirs  # knows what a field that is left out means; slow to import
+
+    if fields.get("model_type") != "clip":
+        raise ValueError(f"config.json is of a {fields.get('model_type')!r} model, not of a CLIPModel")
+    c: Any = Theirs(**fields)
+
+    def tower(theirs: Any) -> TowerConfig:
+        return TowerConfig(**{f.name: getattr(theirs, f.name) for f in dataclasses.fields(TowerConfig)})
+
+    text, vision = c.text_config, c.vision_config
+    # Files from before transformers knew better say 2, and mean the highest id.
+    eos = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
+    return CLIPConfig(
+        tower(vision), tower(text), c.projection_dim, vision.patch_size, vision.image_size,
+        text.vocab_size, text.max_position_embeddings, eos, **ours,
+    )  # fmt: skip
+
+
+def clip_network(config: CLIPConfig) -> Network:
+    return make_network(functools.partial(CLIP, config))
+
+
+def load_clip(
+    folder: Path, preset: CLIPConfig, apart: str | None = None
+) -> tuple[CLIPConfig, Network, Params, dict[str, np.ndarray]]:
+    """Configuration, network, parameters, and the tensors whose names begin with `apart`.
+
+    The folder holds safetensors under transformers' or OpenCLIP's names; its config.json, if there is
+    one, says of which size, else `preset` does. Raises FileNotFoundError or ValueError naming what is wrong.
+    """
+    config = preset
+    if (folder / "config.json").is_file():
+        ours = {name: getattr(preset, name) for name in ("dtype", "param_dtype", "remat")}
+        config = clip_config(files.read_config(folder), **ours)
+        if preset.text is None:
+            config = dataclasses.replace(config, text=None)
+    network, others = clip_network(config), {}
+
+    def towers() -> Iterator[tuple[str, np.ndarray]]:
+        for name, tensor in from_openclip(files.read_tensors(folder)):
+            if apart is not None and name.startswith(apart):
+                others[name] = tensor
+            elif config.text is not None or not name.startswith(("text_", "logit_scale")):
+                yield name, tensor
+
+    return config, network, import_params(CLIP_TABLE, towers(), network.shapes), others

@@ -1,0 +1,127 @@
+"""Rewards on CLIP, read from folders as they are published, against the same sums done with transformers."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from dollar_jax.rewards import get_reward
+from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
+
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "hidden_act": "gelu"}  # fmt: skip
+PROMPTS = ["a red cat", "a dog"]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A tiny CLIPModel in half precision, with CLIP's byte-pair tokenizer of a few words."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("published")
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
+    words = [*letters, "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = transformers.CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[("c", "a"), ("ca", "t</w>")], model_max_length=16
+    )
+    tokenizer.save_pretrained(folder)
+    end = len(words) - 1
+    config = transformers.CLIPConfig(
+        text_config={**TOWER, "vocab_size": len(words), "max_position_embeddings": 16, "eos_token_id": end,
+                     "bos_token_id": end - 1, "pad_token_id": end},
+        vision_config={**TOWER, "image_size": 28, "patch_size": 7}, projection_dim=16,
+    )  # fmt: skip
+    model = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter + 0.1 * torch.randn_like(parameter)).half().float())
+    model.save_pretrained(folder)
+    return folder, model, tokenizer
+
+
+def clips():
+    """Smooth ones: PIL rounds to bytes, which is most of what remains between the two."""
+    y, x = np.mgrid[:40, :60] / 20
+    base = np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1)
+    return np.stack([[0.5 + 0.4 * base * np.cos(k + t) for t in range(2)] for k in range(2)]).astype(np.float32)
+
+
+def torch_images(model, pixels):
+    with torch.no_grad():
+        out = model.visual_projection(model.vision_model(torch.tensor(pixels)).pooler_output)
+    return (out / out.norm(dim=-1, keepdim=True)).numpy()
+
+
+def torch_text(model, tokenizer):
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        out = model.text_projection(model.text_model(input_ids=tokens["input_ids"]).pooler_output)
+    return (out / out.norm(dim=-1, keepdim=True)).numpy()
+
+
+def cropped():
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    pictures = [Image.fromarray(np.uint8(np.rint(255 * f))) for f in clips().reshape(-1, 40, 60, 3)]
+    return processor(pictures, return_tensors="np")["pixel_values"]
+
+
+def padded():
+    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+    pictures = []
+    for frame in clips().reshape(-1, 40, 60, 3):
+        sized = Image.fromarray(np.uint8(np.rint(255 * frame))).resize((28, 19), Image.Resampling.BICUBIC)
+        square = Image.new("RGB", (28, 28))
+        square.paste(sized, (0, 4))
+        pictures.append(square)
+    return processor(pictures, return_tensors="np")["pixel_values"]
+
+
+@pytest.mark.parametrize(("name", "pixels"), [("pickscore", cropped), ("hpsv2", padded)])
+def test_agreement_is_the_mean_cosine_of_frames_and_prompt(published, name, pixels):
+    folder, model, tokenizer = published
+    images = torch_images(model, pixels()).reshape(2, 2, -1)
+    expected = np.einsum("btp,bp->b", images, torch_text(model, tokenizer)) / 2
+    reward = get_reward(name, str(folder))
+    found = reward(clips(), PROMPTS)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    swapped = reward(clips(), PROMPTS[::-1])
+    assert np.abs(found - swapped).min() > 0.01
+    assert np.abs(expected[0] - expected[1]) > 0.01
+
+
+def test_aesthetic_score_is_its_linear_layers_on_the_image(published, tmp_path):
+    folder, model, _ = published
+    rng, sizes = np.random.default_rng(0), {0: (16, 8), 2: (8, 6), 4: (6, 5), 6: (5, 4), 7: (4, 1)}
+    head = {f"layers.{i}.weight": rng.normal(size=s[::-1]).astype(np.float32) for i, s in sizes.items()}
+    head |= {f"layers.{i}.bias": rng.normal(size=s[1]).astype(np.float32) for i, s in sizes.items()}
+    tower = {k: v for k, v in read_tensors(folder) if k.startswith("vis")}
+    write_component(tmp_path, read_config(folder), tower | head, file_name="model.safetensors")
+    x = torch_images(model, cropped())
+    for i in sizes:
+        x = x @ head[f"layers.{i}.weight"].T + head[f"layers.{i}.bias"]
+    expected = x.reshape(2, 2).mean(1)
+    found = get_reward("aesthetic", str(tmp_path))(clips(), PROMPTS)
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+    del head["layers.4.weight"]
+    write_component(tmp_path, read_config(folder), tower | head, file_name="model.safetensors")
+    with pytest.raises(ValueError, match=r"has no tensor 'layers\.4\.weight': the aesthetic head belongs in"):
+        get_reward("aesthetic", str(tmp_path))
+
+
+def test_a_gradient_reaches_the_frames(published):
+    reward = get_reward("pickscore", str(published[0]))
+    tokens = reward.tokenize(PROMPTS)
+    gradient = jax.jit(jax.grad(lambda x: reward.function(reward.params, x, tokens).sum()))(clips())
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1e-6
+
+
+def test_missing_weights_are_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="the reward 'hpsv2' needs its weights: give their folder"):
+        get_reward("hpsv2")
+    with pytest.raises(FileNotFoundError, match="which is not a folder"):
+        get_reward("hpsv2", str(tmp_path / "absent"))
+    with pytest.raises(FileNotFoundError, match="holds no safetensors file"):
+        get_reward("hpsv2", str(tmp_path))

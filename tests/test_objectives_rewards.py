@@ -1,0 +1,254 @@
+"""The ways a reward reaches the student, over closed-form networks."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dollar_jax import objectives, sample
+from dollar_jax import schedule as schedules
+from dollar_jax.objectives import Frozen, Networks
+from dollar_jax.rewards import JaxReward, Reward
+from dollar_jax.rewards.pixels import pixel_rewards
+from dollar_jax.schedule import Schedule
+from dollar_jax.state import RewardStatistics
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SCHEDULES = [Schedule("rf", "velocity", shift=3.0), Schedule("ddpm", "v")]
+SHAPE, BATCH = (3, 2, 2, 3), 4
+STATISTICS = RewardStatistics(jnp.array([0.3, -1.0]), jnp.array([0.25, 4.0]), jnp.float32(9.0))
+TERMS = (
+    {"name": "red", "weight": 0.5, "folder": None}, {"name": "blue", "weight": -2.0, "folder": None},
+    {"name": "kept", "weight": 0.0, "folder": None},
+)  # fmt: skip
+ALONE = {"vsd.weight": 0.0, "consistency.weight": 0.0, "batch_size": BATCH, "reward.samples": 2,
+         "reward.rewards": TERMS}  # fmt: skip
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def mix(params, x, t, text):
+    return params["x"] * x + params["c"] * text.mean((1, 2)).reshape(-1, 1, 1, 1, 1)
+
+
+def decode(params, latent):
+    return jax.nn.sigmoid(params * latent + jnp.array([2.0, 0.0, -1.0]))
+
+
+def reward(channel):
+    def square(gain, frames, tokens):
+        return (gain * frames[..., channel] ** 2).mean((1, 2, 3))
+
+    return JaxReward(square, "", 1.5 + channel)
+
+
+REWARDS = [reward(0), reward(2), reward(1)]
+PARAMS = {"x": jnp.float32(0.4), "c": jnp.float32(-0.7)}
+
+
+def frozen(pixels):
+    return Frozen(PARAMS, normal(8, 1, 3, 4), pixels.params(jnp.float32(0.8)))
+
+
+@pytest.fixture
+def settings(make_config):
+    def make(changes=None):
+        config = make_config({**ALONE, **(changes or {})})
+        pixels = pixel_rewards(config.reward, REWARDS, decode)
+        return config, pixels, Networks(mix, None, pixels)
+
+    return make
+
+
+# The gradient through decoder and rewards
+
+
+def direct_loss(config, networks, params, key=0):
+    return objectives.student(
+        params, PARAMS, PARAMS, None, frozen(networks.pixel_rewards), normal(1, BATCH, *SHAPE),
+        normal(2, BATCH, 3, 4), jnp.float32(0.3), jax.random.key(key), config=config, networks=networks,
+        schedule=SCHEDULES[0], statistics=STATISTICS, tokens={},
+    )  # fmt: skip
+
+
+def test_direct_reward_is_the_standardised_sum_of_the_pixels_rewards(settings):
+    config, pixels, networks = settings({"reward.method": "direct"})
+    total, (metrics, fresh) = direct_loss(config, networks, PARAMS)
+    frames = np.asarray(decode(0.8, fresh["generated"][::2]), np.float64)  # two of four rows, evenly
+    raw = np.stack([(g * frames[..., c] ** 2).mean((1, 2, 3)) for g, c in ((1.5, 0), (3.5, 2), (2.5, 1))], -1)
+    np.testing.assert_allclose(fresh["reward"], raw, rtol=1e-5)
+    expected = (0.5 * (raw[:, 0] - 0.3) / 0.5 - 2.0 * (raw[:, 1] + 1.0) / 2.0).mean()  # the third is held out
+    np.testing.assert_allclose(metrics["pixel_reward"], expected, rtol=1e-5)
+    np.testing.assert_allclose(total, -0.3 * expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [None, 2])
+@pytest.mark.parametrize("remat", [True, False])
+def test_direct_gradient_is_that_of_finite_differences(settings, remat, frames):
+    config, _, networks = settings(
+        {"reward.method": "direct", "reward.remat": remat, "reward.latent_frames": frames}
+    )
+    loss = jax.jit(lambda params: direct_loss(config, networks, params)[0])
+    gradient = jax.grad(loss)(PARAMS)
+    assert ("remat" in str(jax.make_jaxpr(jax.grad(loss))(PARAMS))) == remat
+    for name in PARAMS:
+        ends = [loss({**PARAMS, name: PARAMS[name] + h}) for h in (0.02, -0.02)]
+        np.testing.assert_allclose(gradient[name], (ends[0] - ends[1]) / 0.04, rtol=2e-3, atol=3e-6)
+        assert abs(gradient[name]) > 1e-3
+
+
+def test_bad_host_rewards_cannot_be_differentiated(make_config):
+    config = make_config({**ALONE, "reward.method": "direct"})
+    with pytest.raises(ValueError, match="the reward 'blue' is a host reward, without a gradient"):
+        pixel_rewards(config.reward, [REWARDS[0], Reward(len, ""), REWARDS[2]], decode)
+
+
+def test_host_rewards_have_columns_without_numbers(make_config):
+    config = make_config(ALONE)
+    pixels = pixel_rewards(config.reward, [REWARDS[0], Reward(len, ""), REWARDS[2]], decode)
+    latent = normal(3, 2, *SHAPE).at[1, 0, 0, 0, 0].set(jnp.nan)
+    out = np.asarray(pixels(pixels.params(0.8), latent, {}))
+    assert (np.isfinite(out) == [[True, False, True], [False, False, False]]).all()
+    assert pixel_rewards(config.reward, [Reward(len, "")] * 3, decode) is None
+
+
+# REINFORCE
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["rf", "ddpm"])
+def test_policy_loss_and_gradient_have_their_closed_form(settings, schedule):
+    config, _, networks = settings({"reward.method": "ddpo", "student.timesteps": (990.0, 700.0, 300.0)})
+    states, text = normal(4, 2, 3, *SHAPE), normal(5, 2, 3, 4)
+    advantage = jnp.array([0.7, -1.2])
+    loss = functools.partial(objectives.policy, config=config, networks=networks, schedule=schedule)
+    (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(PARAMS, states, text, advantage)
+
+    x64, elements = np.asarray(states, np.float64), np.prod(SHAPE)
+    expected, slope = 0.0, 0.0
+    for i, (t, t_next) in enumerate([(990.0, 700.0), (700.0, 300.0)]):
+        (a, b), (a2, b2) = (map(float, schedules.coefficients(schedule, jnp.full(1, s))) for s in (t, t_next))
+        x, m = x64[:, i], np.asarray(text, np.float64).mean((1, 2)).reshape(-1, 1, 1, 1, 1)
+        prediction = 0.4 * x - 0.7 * m
+        # velocity: x0 = x - b v; v: x0 = a x - b v. Either has dx0/dv = -b.
+        x0 = (x if schedule.path == "rf" else a * x) - b * prediction
+        # The posterior of x_next given x_t and x0, as a product of two Gaussians.
+        variance = b**2 - (a / a2) ** 2 * b2**2
+        sigma2 = b2**2 * variance / b**2
+        mean = (a2 * variance * x0 + (a / a2) * b2**2 * x) / b**2
+        difference = x64[:, i + 1] - mean
+        weights = np.asarray(advantage).reshape(-1, 1, 1, 1, 1)
+        expected += (weights * difference**2).sum() / (2 * sigma2) / elements / 2
+        slope += (weights * difference * (a2 * variance / b**2) * b * x).sum() / sigma2 / elements / 2
+    np.testing.assert_allclose(value, expected, rtol=2e-4)
+    np.testing.assert_allclose(gradient["x"], slope, rtol=2e-3)
+
+
+def test_walks_that_were_not_scored_move_nothing(settings):
+    config, _, networks = settings({"reward.method": "ddpo"})
+    loss = functools.partial(objectives.policy, config=config, networks=networks, schedule=SCHEDULES[0])
+    states, text = normal(4, 2, 3, *SHAPE), normal(5, 2, 3, 4)
+    both = jax.grad(loss, has_aux=True)(PARAMS, states, text, jnp.array([jnp.nan, 1.0]))[0]
+    one = jax.grad(loss, has_aux=True)(PARAMS, states[1:], text[1:], jnp.array([1.0]))[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-5), both, one)
+
+
+def test_policy_gradient_raises_the_expected_reward(settings):
+    """Its mean is the derivative of E[R], R of the clean end, in what the last two random steps do."""
+    count, schedule, times = 20_000, SCHEDULES[0], (900.0, 600.0, 300.0)
+    config, _, networks = settings({"reward.method": "ddpo", "student.timesteps": times})
+    text, shape = jnp.ones((count, 1, 1)), (1, 1, 1, 1)
+    params = {"x": jnp.float32(0.4), "c": jnp.float32(-0.3)}
+    states, end = jax.jit(
+        lambda key: objectives.rollout(config, networks, schedule, params, text, shape, key)
+    )(jax.random.key(0))
+    assert states.shape == (count, 3, *shape)
+
+    def reward(x0):
+        return -jnp.square(x0 - 1.0).reshape(-1)
+
+    def expected_reward(c):
+        """The steps with another parameter, their start and the clean end's network as they were."""
+        x, moved = states[:, 0], {**params, "c": c}
+        for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+            t, t_next = jnp.full(count, t), jnp.full(count, t_next)
+
+            def step(p, x, t=t, t_next=t_next):
+                x0 = sample.student_prediction(mix, p, schedule, x, t, text)
+                return schedules.posterior(schedule, x, x0, t, t_next)
+
+            mean, deviation = step(params, states[:, i])
+            noise = (states[:, i + 1] - mean) / deviation
+            mean, deviation = step(moved, x)
+            x = mean + deviation * noise
+        return reward(sample.student_prediction(mix, params, schedule, x, jnp.full(count, times[-1]), text)).mean()
+
+    np.testing.assert_allclose(expected_reward(params["c"]), reward(end).mean(), rtol=1e-4)
+    slope = jax.grad(expected_reward)(params["c"])
+    advantage = reward(end) - reward(end).mean()
+    loss = functools.partial(objectives.policy, config=config, networks=networks, schedule=schedule)
+    gradient = jax.grad(loss, has_aux=True)(params, states, text, advantage)[0]["c"]
+    np.testing.assert_allclose(-gradient, slope, rtol=0.1)
+    assert abs(slope) > 0.05
+
+
+# Weights, statistics, rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2]),
+        ({"ramp_steps": 4}, [0, 0, 0, 0.5, 1, 1.5, 2, 2, 2, 2, 2]),
+        (
+            {"ramp_steps": 2, "decay": "cosine", "final_ratio": 0.5},
+            [0, 0, 0, 1, 2] + [1 + 0.5 * (1 + np.cos(np.pi * i / 6)) for i in range(6)],
+        ),
+    ],
+    ids=["constant", "ramp", "cosine"],
+)
+def test_reward_weight_follows_its_schedule(make_config, changes, expected):
+    config = make_config({"steps": 11, "reward.weight": 2.0, "reward.start_step": 3,
+                          **{f"reward.{k}": v for k, v in changes.items()}})  # fmt: skip
+    found = [objectives.reward_weight(config, jnp.int32(step)) for step in range(len(expected))]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_rewards_are_combined_raw_or_standardised(make_config):
+    raw = jnp.array([[1.0, 2.0], [jnp.nan, 1.0]])
+    config = make_config(ALONE).reward
+    combined = objectives.combined_reward(config, STATISTICS, raw)
+    np.testing.assert_allclose(combined, [0.5 * 0.7 / 0.5 - 2 * 3.0 / 2.0, np.nan], rtol=1e-6)
+    plain = dataclasses.replace(config, normalise=False)
+    np.testing.assert_allclose(objectives.combined_reward(plain, STATISTICS, raw), [-3.5, np.nan], rtol=1e-6)
+    unknown = RewardStatistics(jnp.zeros(2), jnp.zeros(2), jnp.zeros(()))
+    np.testing.assert_array_equal(objectives.combined_reward(config, unknown, raw[:1]), [0.0])
+
+
+def test_statistics_keep_their_precision_far_from_zero():
+    """Mean square minus squared mean has no correct digit here."""
+    values = (1e4 + 0.02 * np.random.default_rng(0).normal(size=(50, 4, 2))).astype(np.float32)
+    statistics = RewardStatistics(jnp.zeros(2), jnp.zeros(2), jnp.zeros(()))
+    for step in values:
+        statistics = statistics.updated(jnp.asarray(step), jnp.ones(4), 0.9)
+    shares = np.repeat(0.9 ** np.arange(49, -1, -1), 4)
+    flat = values.reshape(-1, 2).astype(np.float64)
+    mean = np.average(flat, 0, shares)
+    std = np.sqrt(np.average((flat - mean) ** 2, 0, shares))
+    np.testing.assert_allclose(statistics.std, std, rtol=0.02)  # fp32 has steps of 0.001 here
+    np.testing.assert_allclose(statistics.mean, mean, atol=2e-3)
+
+
+def test_runs_of_frames_are_consecutive_and_begin_anywhere():
+    latent = jnp.arange(6.0).reshape(1, 6, 1, 1, 1) + 10 * jnp.arange(64.0).reshape(-1, 1, 1, 1, 1)
+    runs = np.asarray(objectives.random_run(latent, 3, jax.random.key(0)))[..., 0, 0, 0]
+    start = runs[:, 0] - 10 * np.arange(64)
+    np.testing.assert_array_equal(np.diff(runs), 1)
+    assert set(start) == {0, 1, 2, 3}
+    assert objectives.random_run(latent, None, jax.random.key(0)) is latent
+    np.testing.assert_array_equal(objectives.scored_rows(jnp.arange(12), 3), [0, 4, 8])
