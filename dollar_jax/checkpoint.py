@@ -109,11 +109,11 @@ def save_stream(folder: str | Path, arrays: Iterable[tuple[str, np.ndarray]]) ->
             size += array.nbytes
             del array, node
             if size >= _AT_ONCE:
-                v1.partial.save(folder, waiting)
+                v1.partial.save(str(folder), waiting)
                 waiting, size = {}, 0
         if waiting:
-            v1.partial.save(folder, waiting)
-        v1.partial.finalize(folder)
+            v1.partial.save(str(folder), waiting)
+        v1.partial.finalize(str(folder))
 
 
 def restore_tree(folder: str | Path, shapes: Any, shardings: Any = None) -> Any:
@@ -132,7 +132,7 @@ def restore_tree(folder: str | Path, shapes: Any, shardings: Any = None) -> Any:
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
     )
     try:
-        tree = v1.load(folder, like)
+        tree = v1.load(str(folder), like)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{folder} is damaged, or holds the weights of another network: {error}") from error
     return tree if shardings is not None else jax.tree.map(np.asarray, tree)

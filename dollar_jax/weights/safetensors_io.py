@@ -131,7 +131,9 @@ def write_component(
         raise ValueError(f"dtype is {dtype!r}; weights can be written as one of {sorted(_DTYPES)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    pairs: Iterable[tuple[str, np.ndarray]] = (
+        tensors.items() if isinstance(tensors, Mapping) else tensors  # pyright: ignore[reportAssignmentType]
+    )
     shards: list[list[str]] = []
     waiting: dict[str, np.ndarray] = {}
     size = total = 0
