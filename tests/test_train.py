@@ -258,7 +258,8 @@ def test_a_faulty_reward_neither_stops_training_nor_corrupts_the_latent_model(
 ):
     faulty = Reward(how(FAULTS[kind]), "")
     monkeypatch.setattr(loop, "load_rewards", lambda terms: [faulty])
-    changed = dataclasses.replace(config, reward=dataclasses.replace(config.reward, timeout=0.1))
+    patience = 0.1 if kind == "timed out" else 10.0  # a busy machine is no fault
+    changed = dataclasses.replace(config, reward=dataclasses.replace(config.reward, timeout=patience))
     with pytest.warns(RuntimeWarning, match="the reward 'compressibility'") as said:
         state = train(tmp_path, changed)
     assert len([w for w in said if "is left out" not in str(w.message)]) == 1
