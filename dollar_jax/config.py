@@ -246,9 +246,12 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Clips and captions, encoded once by the teacher's own VAE and text encoder."""
+    """Clips and captions, encoded once by the teacher's own VAE and text encoder.
 
-    name: Literal["moving_shapes"]
+    `name` is "moving_shapes", the default domain, or the folder of a data set that `dollar prepare` made.
+    """
+
+    name: str
     train_videos: int
     max_text_length: int
 

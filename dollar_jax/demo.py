@@ -12,8 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dollar_jax.config import DistillConfig
-from dollar_jax.data import shapes
-from dollar_jax.data.latents import load_data
+from dollar_jax.data.latents import clip_size, load_data
 from dollar_jax.evaluate.measure import default_plan, measure, samplers, speedups
 from dollar_jax.evaluate.report import write_metrics, write_report
 from dollar_jax.evaluate.video import side_by_side, write_video
@@ -25,11 +24,6 @@ from dollar_jax.train import read_config, read_history, restore_student, train
 SHOWN = 8  # prompts whose videos are on the page
 
 
-def clip_size(config: DistillConfig) -> tuple[int, int, int]:
-    """Frames, height and width of the videos a configuration trains on."""
-    return {"moving_shapes": (shapes.FRAMES, shapes.SIZE, shapes.SIZE)}[config.data.name]
-
-
 def make_generator(config: DistillConfig, mesh: Mesh | None = None) -> Generator:
     """The teacher of a configuration, ready to sample clips of the default domain.
 
@@ -39,7 +33,7 @@ def make_generator(config: DistillConfig, mesh: Mesh | None = None) -> Generator
         load_teacher(config.teacher, config.compute, mesh),
         config.data.max_text_length,
         config.sampling,
-        clip_size(config),
+        clip_size(config.data),
         config.compute.vae_chunk,
     )
 

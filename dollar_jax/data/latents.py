@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dollar_jax.config import DistillConfig
+from dollar_jax.config import DataConfig, DistillConfig
+from dollar_jax.data import shapes
 from dollar_jax.data.moving_shapes import load_moving_shapes
 from dollar_jax.generate import Generator
 
@@ -46,6 +47,13 @@ class EncodedVideos:
         return iter(
             dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
         )
+
+
+def clip_size(config: DataConfig) -> tuple[int, int, int]:
+    """Frames, height and width of the data's clips; raises ValueError for data that is not known."""
+    if config.name != "moving_shapes":
+        raise ValueError(f"config.data.name is {config.name!r}; the data known is 'moving_shapes'")
+    return shapes.FRAMES, shapes.SIZE, shapes.SIZE
 
 
 def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> EncodedVideos:

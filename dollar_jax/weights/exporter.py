@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig
-from dollar_jax.demo import clip_size
+from dollar_jax.data.latents import clip_size
 from dollar_jax.generate import teacher_folder
 from dollar_jax.schedule import Schedule
 from dollar_jax.train import read_config, restore_weights
@@ -147,7 +147,7 @@ def model_card(
     config: DistillConfig, schedule: Schedule, step: int, ema: bool, metrics: Mapping[str, Any]
 ) -> str:
     """README.md: what the student is, how to sample it, and what its run measured."""
-    frames, height, width = clip_size(config)
+    frames, height, width = clip_size(config.data)
     prompt = "a large red circle moving left slowly"
     snippet = _SNIPPET.format(
         folder=".", field=TIMESTEPS, prompt=prompt, height=height, width=width, frames=frames,
