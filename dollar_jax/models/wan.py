@@ -1,7 +1,9 @@
 """The text-to-video diffusion transformer of Wan 2.1, named as diffusers' `WanTransformer3DModel`.
 
 The parts that condition on an image are left out. What the reference keeps in fp32 is fp32 here
-whatever `dtype` is: norms, modulation, rotary embedding, timestep embedding and the residual sums.
+whatever `dtype` is: norms, modulation, rotary embedding, timestep embedding and the residual sums. The
+weights it keeps in fp32 are so whatever `param_dtype` is: those of the timestep embedder, of the norms of
+the residual stream and the tables of modulation.
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ class ConditionEmbedder(nnx.Module):
         # The highest precision keeps fp32 products exact on accelerators, whose default is lower;
         # these layers see one row per sample.
         exact = {"rngs": rngs, "param_dtype": c.param_dtype, "precision": "highest"}
-        self.time_embedder = MLP(c.freq_dim, c.dim, jax.nn.silu, **exact)
+        self.time_embedder = MLP(
+            c.freq_dim, c.dim, jax.nn.silu, **{**exact, "param_dtype": "float32"}
+        )
         self.time_proj = Linear(c.dim, 6 * c.dim, **exact)
         self.text_embedder = MLP(
             c.text_dim, c.dim, jax.nn.gelu, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype
@@ -137,12 +141,12 @@ class WanBlock(nnx.Module):
         self.attn1 = Attention(c, rngs)
         self.attn2 = Attention(c, rngs)
         self.norm2 = (
-            LayerNorm(c.dim, c.eps, param_dtype=c.param_dtype) if c.cross_attn_norm else None
+            LayerNorm(c.dim, c.eps, param_dtype="float32") if c.cross_attn_norm else None
         )
         self.ffn = FeedForward(
             c.dim, c.ffn_dim, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype
         )
-        self.scale_shift_table = nnx.Param(_table(rngs, (6, c.dim), c.param_dtype))
+        self.scale_shift_table = nnx.Param(_table(rngs, (6, c.dim), "float32"))
         self.eps, self.dtype = c.eps, c.dtype
 
     def __call__(
@@ -182,7 +186,7 @@ class WanTransformer(nnx.Module):
             kernel_init=nnx.initializers.zeros,
             **dense,
         )
-        self.scale_shift_table = nnx.Param(_table(rngs, (2, c.dim), c.param_dtype))
+        self.scale_shift_table = nnx.Param(_table(rngs, (2, c.dim), "float32"))
 
     def __call__(
         self,

@@ -105,6 +105,50 @@ def test_bf16_stays_close_to_fp32(tmp_path):
     assert relative(rounded.astype(jnp.float32), np.asarray(exact)) < 0.05
 
 
+def test_bf16_is_no_worse_than_diffusers_bf16(tmp_path):
+    model = reference(tmp_path, num_layers=3)
+    x, t, text = inputs((3, 4, 6), 5)
+    torch_args = to_torch(x).permute(0, 4, 1, 2, 3), to_torch(t), to_torch(text)
+    half = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = model(*torch_args).sample.permute(0, 2, 3, 4, 1).numpy()
+        theirs = half(torch_args[0].bfloat16(), torch_args[1], torch_args[2].bfloat16()).sample
+    theirs = theirs.float().permute(0, 2, 3, 4, 1).numpy()
+    config, network, params = load(tmp_path, dtype="bfloat16", param_dtype="bfloat16")
+    ours = jax.jit(network.apply)(params, x, t, text).astype(jnp.float32)
+    assert relative(ours, exact) < 1.5 * relative(theirs, exact)
+    kept = {k for k, v in half.state_dict().items() if v.dtype == torch.float32}
+    exported = export_params(wan_table(config), params)
+    assert {k for k, v in exported.items() if v.dtype == np.float32} == kept
+
+
+def equations(jaxpr):
+    """Every equation, those of loops and calls within included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def test_bf16_products_and_fp32_norms_modulation_and_embeddings():
+    config = WanConfig(**TINY, num_layers=2, dtype="bfloat16", param_dtype="bfloat16")
+    network = make_network(lambda rngs: WanTransformer(config, rngs))
+    jaxpr = jax.make_jaxpr(network.apply)(network.shapes, *inputs((3, 4, 4), 5)).jaxpr
+    found = [(e.primitive.name, {v.aval.dtype.name for v in e.invars}) for e in equations(jaxpr)]
+    # Norms and the timestep embedding; the rotary tables are made by numpy.
+    for name in ("rsqrt", "cos", "sin"):
+        assert {"float32"} == set().union(*(kinds for n, kinds in found if n == name)), name
+    products = [kinds for name, kinds in found if name == "dot_general"]
+    # time_embedder's two and time_proj; all others, of the block once and of the rest, are bf16.
+    assert products.count({"float32"}) == 3
+    assert products.count({"bfloat16"}) == len(products) - 3 > 12
+    (scan,) = (e for e in equations(jaxpr) if e.primitive.name == "scan")
+    assert scan.outvars[0].aval.dtype == jnp.bfloat16
+
+
 def test_round_trip_through_our_own_file(tmp_path):
     model = reference(tmp_path / "theirs", num_layers=3)
     config, _, params = load(tmp_path / "theirs")

@@ -1,0 +1,94 @@
+"""The configurations of real teachers: settings, published sizes, and a step that fits together; no weights."""
+
+import runpy
+from pathlib import Path
+
+import diffusers
+import jax
+import pytest
+import torch
+
+from dollar_jax.config import DistillConfig, from_config
+from dollar_jax.models.wan import WanConfig
+from dollar_jax.models.wan_vae import WanVAEConfig
+from dollar_jax.objectives import Frozen
+from dollar_jax.program import build_program
+from dollar_jax.schedule import Schedule
+from dollar_jax.weights.pipeline import wan_transformer, wan_vae
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+# Parameters as published for Wan-AI/Wan2.1-T2V-1.3B-Diffusers and -14B-Diffusers.
+SIZES = [(SMALL, 1_418_996_800), ({}, 14_288_491_584)]
+
+
+def read(name, *losses):
+    settings = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*losses)
+    return from_config(DistillConfig, settings)
+
+
+def count(shapes):
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("name", ["wan_1_3b", "wan_14b", "paper"])
+def test_the_whole_method_is_on_and_can_be_taken_apart(name):
+    config = read(name)
+    assert config.vsd.weight == 1 and config.consistency.weight == 0.5 and config.reward.name
+    assert config.compute.dtype == config.compute.teacher_dtype == "bfloat16"
+    assert config.fake_score.updates == config.consistency.skip == 5
+    assert config.pretrain is None
+    assert read(name, "vsd").consistency.weight == 0 and read(name, "cd").vsd.weight == 0
+    assert read(name, "vsd+cd").reward.name is None
+    docstring = (CONFIGS / f"{name}.py").read_text()
+    assert f"dollar train --config=configs/{name}.py --workdir=" in docstring
+    assert f"teachers/{config.teacher.split('/')[1]} --dtype=bfloat16" in docstring
+
+
+def test_the_papers_numbers():
+    config = read("paper")
+    assert (config.batch_size, config.accumulation, config.steps) == (56, 7, 40_000)
+    assert (config.vsd.guidance_weight, config.consistency.guidance_weight) == (3.5, 7.5)
+    assert WanVAEConfig().latent_shape(129, 192, 320) == (33, 24, 40, 16)
+
+
+@pytest.mark.parametrize("fields, published", SIZES)
+def test_transformers_have_the_published_number_of_parameters(fields, published):
+    with torch.device("meta"):
+        theirs = diffusers.WanTransformer3DModel(**fields)
+    assert sum(p.numel() for p in theirs.parameters()) == published
+    assert count(wan_transformer(WanConfig(**fields)).shapes) == published
+
+
+def test_the_vae_has_as_many_parameters_as_diffusers():
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderKLWan()
+    assert count(wan_vae(WanVAEConfig()).shapes) == sum(p.numel() for p in theirs.parameters())
+
+
+@pytest.mark.parametrize(
+    "name, fields, clip",
+    [
+        pytest.param("wan_1_3b", SMALL, (81, 480, 832), marks=pytest.mark.slow),
+        pytest.param("wan_14b", {}, (81, 480, 832), marks=pytest.mark.slow),
+        ("paper", SMALL, (129, 192, 320)),
+    ],
+)
+def test_the_step_fits_together_on_eight_devices(name, fields, clip):
+    config = read(name)
+    wan = WanConfig(
+        **fields, dtype=config.compute.dtype, param_dtype=config.compute.teacher_dtype,
+        remat=config.compute.remat, scan_layers=config.compute.scan_layers,
+    )  # fmt: skip
+    latent, text = WanVAEConfig().latent_shape(*clip), (config.data.max_text_length, wan.text_dim)
+    transformer = wan_transformer(wan)
+    program = build_program(config, transformer, Schedule("rf", "velocity", shift=3.0), latent, text)
+    null_text = jax.ShapeDtypeStruct((1, *text), "float32")
+    frozen = Frozen(transformer.shapes, null_text)
+    state, metrics, generated = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, program.state_shapes)
+    assert all(jax.tree.leaves(same))
+    assert generated.shape == (config.batch_size // config.accumulation, *latent)
+    assert {"vsd", "consistency", "latent_reward", "fake_score", "reward_regression"} <= metrics.keys()
+    for params in (state.student, state.fake_score, state.ema):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
