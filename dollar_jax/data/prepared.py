@@ -131,8 +131,8 @@ class PreparedVideos:
                 f"{config.batch_size}"
             )
         datasets = [
-            _endless(part, config, functools.partial(self._row, shape=self.about["latent_shapes"][name]))
-            for name, part in whole.items()
+            _endless(part, config, number, functools.partial(self._row, shape=self.about["latent_shapes"][name]))
+            for number, (name, part) in enumerate(whole.items())
         ]
         mixed = datasets[0]
         if len(datasets) > 1:
@@ -153,9 +153,11 @@ class PreparedVideos:
         return {"latent": latent, "text": text, "caption": record["caption"].decode()}
 
 
-def _endless(records: Records, config: DistillConfig, row: Any) -> grain.IterDataset:
+def _endless(records: Records, config: DistillConfig, number: int, row: Any) -> grain.IterDataset:
+    """Batches of the `number`-th bucket, whose order and noise are its own."""
     share = slice(jax.process_index(), None, jax.process_count())
-    dataset = grain.MapDataset.source(records).seed(config.seed).shuffle().repeat()[share].random_map(row)
+    dataset = grain.MapDataset.source(records).seed(config.seed + 1_000_003 * number).shuffle().repeat()
+    dataset = dataset[share].random_map(row)
     # Damaged records fall out here, before batches are made.
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
     return dataset.to_iter_dataset(reading).batch(config.batch_size // jax.process_count(), drop_remainder=True)

@@ -151,6 +151,7 @@ def command(source, teacher, out, *more):
     return ["prepare", f"--source={source}", f"--teacher={teacher}", f"--out={out}", *sizes, *more]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a fork server")
 def test_five_kills_and_the_same_bytes(videos, teacher, tmp_path, monkeypatch):
