@@ -135,8 +135,8 @@ def student(
         "student_loss": total,
         "latent_mean": generated.mean(),
         "latent_std": generated.std(),
-        "latent_mean_drift": generated.mean() - x0.mean(),
-        "latent_std_ratio": generated.std() / (x0.std() + 1e-12),
+        "data_mean": x0.mean(),
+        "data_std": x0.std(),
     }
     return total, (metrics, fresh)
 

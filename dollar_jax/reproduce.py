@@ -101,7 +101,7 @@ def reproduce(
         videos={key: _videos(workdir, key) for key in labels},
         prompts=lab.shown(0),
         commands=commands,
-        settings=json.dumps(dataclasses.asdict(base), indent=2),
+        config_text=json.dumps(dataclasses.asdict(base), indent=2),
         seconds=time.perf_counter() - start,
     )
 

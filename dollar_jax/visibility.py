@@ -232,12 +232,20 @@ def _is_jaxpr(x: Any) -> bool:
 
 
 def readable(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The step's metrics with `fake_score_bin_k`, the mean loss at each quarter of the timesteps from clean to
-    noise, in place of the sums and counts it is made of; a quarter without a sample is left out."""
+    """The step's metrics as they are looked at.
+
+    `fake_score_bin_k` is the mean loss at each quarter of the timesteps from clean to noise, in place of the
+    sums and counts it is made of; a quarter without a sample is left out. `latent_mean_drift` and
+    `latent_std_ratio` set the generated latents against the data's.
+    """
     values = dict(metrics)
     for k in range(SCORE_BINS):
         if (name := f"fake_score_sum_{k}") in values:
             total, count = values.pop(name), values.pop(f"fake_score_count_{k}")
             if count:
                 values[f"fake_score_bin_{k}"] = total / count
+    if "data_std" in values:
+        values["latent_mean_drift"] = values["latent_mean"] - values["data_mean"]
+        if values["data_std"]:
+            values["latent_std_ratio"] = values["latent_std"] / values["data_std"]
     return values

@@ -175,6 +175,12 @@ def test_the_fake_scores_loss_is_told_apart_by_timestep(make_config):
     assert readable({"fake_score_sum_0": 0.0, "fake_score_count_0": 0.0, "vsd": 1.0}) == {"vsd": 1.0}
 
 
+def test_latents_are_set_against_the_data():
+    values = readable({"latent_mean": 0.5, "latent_std": 0.6, "data_mean": 0.1, "data_std": 1.2})
+    assert values["latent_mean_drift"] == pytest.approx(0.4)
+    assert values["latent_std_ratio"] == pytest.approx(0.5)
+
+
 def test_a_profile_is_of_the_steps_asked_for(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))

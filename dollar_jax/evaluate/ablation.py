@@ -16,12 +16,10 @@ from dollar_jax.evaluate.page import (
     duration,
     escape,
     figure,
+    settings,
     signed,
     videos_section,
     write_page,
-)
-from dollar_jax.evaluate.page import (
-    settings as settings_section,
 )
 from dollar_jax.evaluate.video import replace_file
 
@@ -63,6 +61,16 @@ class Claim:
     values: list[float]
     holds: Callable[[float], bool]
     digits: int = 3
+    ratio: bool = False  # the values are factors rather than differences
+
+    def show(self, value: float) -> str:
+        return f"×{figure(value, self.digits)}" if self.ratio else signed(value, self.digits)
+
+    @property
+    def spread(self) -> str:
+        """Mean ± deviation over the seeds."""
+        deviation = float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+        return f"{self.show(float(np.mean(self.values)))} ± {figure(deviation, self.digits)}"
 
     @property
     def verdict(self) -> str:
@@ -79,7 +87,7 @@ def write_ablation(
     videos: Mapping[str, Mapping[str, np.ndarray]],
     prompts: Sequence[str],
     commands: Sequence[str],
-    settings: str,
+    config_text: str,
     seconds: float,
 ) -> Path:
     """Writes `reproduction.html`, which opens offline, `reproduction.csv` and `reproduction.md`; the page's path.
@@ -99,7 +107,7 @@ def write_ablation(
         _videos_section(prompts, videos, labels, 4),
         "<section><h2>Commands</h2><details><summary>The training of every cell</summary>"
         f"<pre>{escape(chr(10).join(commands))}</pre></details></section>",
-        settings_section(settings),
+        settings(config_text),
     ])  # fmt: skip
     return path
 
@@ -152,9 +160,9 @@ def paper_claims(results: Sequence[Result]) -> list[Claim]:
         Claim("4-step alignment of VSD + CD + LRM within 2 points of the teacher’s: difference",
               difference("alignment", full, base), lambda v: v >= -0.02),
         Claim("4-step diffusion is faster by at least half of what evaluations allow (×25)",
-              speedup("vsd_cd_lrm", four), lambda v: v >= 12.5, 1),
+              speedup("vsd_cd_lrm", four), lambda v: v >= 12.5, 1, True),
         Claim("1-step diffusion is faster by at least half of what evaluations allow (×100)",
-              speedup("vsd_cd_lrm", "student_1"), lambda v: v >= 50, 1),
+              speedup("vsd_cd_lrm", "student_1"), lambda v: v >= 50, 1, True),
     ]  # fmt: skip
     return [claim for claim in claims if claim.values]
 
@@ -175,17 +183,26 @@ def _tiles(claims: Sequence[Claim], seeds: int, seconds: float) -> str:
     return f'<dl class="tiles">{body}</dl>'
 
 
-def _spread(mean: float, std: float, digits: int) -> str:
-    return f"{figure(mean, digits)} ± {figure(std, digits)}"
+def _row(measures: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Mean ± deviation of every measure, a dash where there is none."""
+    cells = []
+    for name, (_, digits) in MEASURES.items():
+        if name not in measures:
+            cells.append("–")
+        elif name == "nfe":
+            cells.append(f"{measures[name][0]:g}")
+        else:
+            cells.append(" ± ".join(figure(value, digits) for value in measures[name]))
+    return cells
 
 
 def _claims_section(claims: Sequence[Claim]) -> str:
     body = ""
     for claim in claims:
-        values = ", ".join(signed(v, claim.digits) for v in claim.values)
+        values = ", ".join(map(claim.show, claim.values))
         kind = {"yes": "best", "no": "worst"}.get(claim.verdict, "soft")
         body += (
-            f'<tr><th scope="row">{escape(claim.sentence)}</th><td>{_claim_value(claim)}</td>'
+            f'<tr><th scope="row">{escape(claim.sentence)}</th><td>{claim.spread}</td>'
             f'<td>{values}</td><td><span class="{kind}">{claim.verdict}</span></td></tr>'
         )
     return (
@@ -195,23 +212,11 @@ def _claims_section(claims: Sequence[Claim]) -> str:
     )
 
 
-def _claim_value(claim: Claim) -> str:
-    spread = float(np.std(claim.values, ddof=1)) if len(claim.values) > 1 else 0.0
-    return f"{signed(float(np.mean(claim.values)), claim.digits)} ± {figure(spread, claim.digits)}"
-
-
 def _table_section(table: Table, labels: Mapping[str, str]) -> str:
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading, _ in MEASURES.values())
     body = ""
     for (method, sampler), measures in table.items():
-        cells = ""
-        for measure, (_, digits) in MEASURES.items():
-            if measure not in measures:
-                cells += '<td><span class="soft">–</span></td>'
-            elif measure == "nfe":
-                cells += f"<td>{measures[measure][0]:g}</td>"
-            else:
-                cells += f"<td>{_spread(*measures[measure], digits)}</td>"
+        cells = "".join(f"<td>{text}</td>" for text in _row(measures))
         body += f'<tr><th scope="row">{escape(name_of(method, sampler, labels))}</th>{cells}</tr>'
     return (
         '<section><h2>Measures</h2><div class="wide"><table><thead><tr><th scope="col">Sampler</th>'
@@ -276,9 +281,8 @@ def _markdown(table: Table, claims: Sequence[Claim], labels: Mapping[str, str]) 
 
     text = line(["sampler", *(heading for heading, _ in MEASURES.values())]) + line(["---"] * (len(MEASURES) + 1))
     for (method, sampler), measures in table.items():
-        cells = [_spread(*measures[m], d) if m in measures else "–" for m, (_, d) in MEASURES.items()]
-        text += line([name_of(method, sampler, labels), *cells])
+        text += line([name_of(method, sampler, labels), *_row(measures)])
     text += "\n" + line(["claim", "mean ± deviation", "holds"]) + line(["---"] * 3)
     for claim in claims:
-        text += line([claim.sentence, _claim_value(claim), claim.verdict])
+        text += line([claim.sentence, claim.spread, claim.verdict])
     return text
