@@ -190,7 +190,7 @@ def verify(video: np.ndarray) -> Reading:
 
     The object is what differs in chroma from the background (which varies in luma only). Each
     frame's soft mask is fitted with every shape over position and radius; the best overlap names the
-    shape. Direction and speed come from the fitted positions of the nearest five frames; an object
+    shape. Direction and speed come from the fitted positions up to two frames to either side; an object
     that stands still has neither.
     """
     frames = np.asarray(video, np.float32) / (255 if video.dtype == np.uint8 else 1)
@@ -217,9 +217,8 @@ def verify(video: np.ndarray) -> Reading:
 
     hue = np.degrees(np.arctan2(np.sqrt(3) * (colour[:, 1] - colour[:, 2]),
                                 2 * colour[:, 0] - colour[:, 1] - colour[:, 2]))  # fmt: skip
-    # A window as long at the ends as in the middle: two frames alone place an object too roughly.
-    before = np.clip(np.arange(len(frames)) - 2, 0, max(len(frames) - 5, 0))
-    after = np.minimum(before + 4, len(frames) - 1)
+    step = np.arange(len(frames))
+    before, after = np.maximum(step - 2, 0), np.minimum(step + 2, len(frames) - 1)
     dx, dy = ((a[after] - a[before]) / np.maximum(after - before, 1) for a in (x, y))
     sideways = np.abs(dx) >= np.abs(dy)
     direction = np.where(sideways, (dx > 0).astype(int), 2 + (dy > 0).astype(int))
