@@ -1,8 +1,8 @@
-"""The default domain: captioned videos of one shape moving over a plain background.
+"""The default domain: captioned videos of one shape moving over a shaded background.
 
 A caption names five attributes, "a small red circle moving left slowly". Everything else varies without
-a caption and is what diversity measures: position, exact radius, speed and colour, the background's grey
-and its tint. `verify` reads the five attributes back off every frame of a video.
+a caption and is what diversity measures: position, exact radius, speed and colour, the background's grey,
+its tint and its slope from light to dark. `verify` reads the five attributes back off every frame of a video.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ ATTRIBUTES = {
 VOCABULARY = ("a", "moving", *itertools.chain.from_iterable(ATTRIBUTES.values()))
 
 # Radius of the disc of equal area, in pixels; speed in pixels per frame.
-RADII = {"small": (4.4, 5.0), "large": (6.8, 7.6)}
-RADIUS_THRESHOLD = 5.9
-PACES = {"slowly": (0.25, 0.40), "quickly": (0.70, 0.85)}
-PACE_THRESHOLD = 0.55
+RADII = {"small": (3.8, 4.5), "large": (6.0, 6.8)}
+RADIUS_THRESHOLD = 5.2
+PACES = {"slowly": (0.25, 0.40), "quickly": (0.85, 1.05)}
+PACE_THRESHOLD = 0.62
 HUES = {colour: 60.0 * i for i, colour in enumerate(COLOURS)}  # degrees
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y points down
 
@@ -131,9 +131,12 @@ def render(caption: Caption, rng: np.random.Generator) -> np.ndarray:
 
     hue = HUES[caption.colour] + rng.uniform(-10, 10)
     colour = _rgb(hue, saturation=rng.uniform(0.5, 1), value=rng.uniform(0.6, 1))
+    angle = rng.uniform(0, 2 * np.pi)
+    slope = (np.cos(angle) * (_GRID_X - SIZE / 2) + np.sin(angle) * (_GRID_Y - SIZE / 2)) / SIZE
+    grey = rng.uniform(0.2, 0.8) + rng.uniform(0, 0.3) * slope
     tint = rng.normal(size=3)
     tint = 0.05 * rng.uniform() * (tint - tint.mean()) / np.linalg.norm(tint - tint.mean())
-    background = rng.uniform(0.2, 0.8) + tint
+    background = grey[..., None] + tint
     video = background * (1 - mask) + colour * mask
     return np.round(255 * np.clip(video, 0, 1)).astype(np.uint8)
 
