@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,10 @@ from absl import flags
 
 FLAGS = flags.FlagValues()
 DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
+
+
+# Errors whose message says all.
+EXPECTED = (flags.Error, ValueError, OSError, SyntaxError, FloatingPointError)
 
 
 class Command(NamedTuple):
@@ -54,15 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if extra:
             raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
         command.run()
-    except (flags.Error, ValueError, OSError, SyntaxError, FloatingPointError) as error:
-        if os.environ.get("DOLLAR_TRACEBACK"):
+    except (*EXPECTED, KeyboardInterrupt) as error:
+        if os.environ.get("DOLLAR_TRACEBACK") and not isinstance(error, KeyboardInterrupt):
             raise
-        print(f"dollar {name}: {_sentence(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        return _report(name, error)
+    return 0
+
+
+def _report(name: str, error: BaseException) -> int:
+    """Shows what ended a command, in a sentence where it was to be expected; the exit code."""
+    if isinstance(error, KeyboardInterrupt):
         print(f"\ndollar {name}: interrupted; run it again to go on", file=sys.stderr)
         return 130
-    return 0
+    if isinstance(error, EXPECTED):
+        print(f"dollar {name}: {_sentence(error)}", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    return 1
 
 
 def _sentence(error: Exception) -> str:
@@ -115,6 +128,17 @@ def _define_demo(_: list[str]) -> None:
 
 
 def _define_train(arguments: list[str]) -> None:
+    _define_config(arguments)
+    _define_workdir()
+    flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0, the same for every process; not needed on Cloud "
+        "TPU, GKE and SLURM, where the environment says it.", flag_values=FLAGS,
+    )  # fmt: skip
+    flags.DEFINE_integer("num_processes", None, "Processes of the run.", 1, flag_values=FLAGS)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", 0, flag_values=FLAGS)
+
+
+def _define_pretrain(arguments: list[str]) -> None:
     _define_config(arguments)
     _define_workdir()
 
@@ -178,14 +202,18 @@ def _demo() -> None:
 
 
 def _train() -> None:
+    from dollar_jax import distributed
     from dollar_jax.data.latents import load_data
     from dollar_jax.demo import make_generator
     from dollar_jax.train import train
 
     _prepare_jax()
     config, workdir = _distill_config(FLAGS.config), Path(FLAGS.workdir)
-    generator = make_generator(config)
-    train(config, workdir, generator, load_data(config, generator, workdir))
+    with distributed.joined(
+        FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, lambda error: _report("train", error)
+    ):
+        generator = make_generator(config)
+        train(config, workdir, generator, load_data(config, generator, workdir))
     print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
 
 
@@ -260,5 +288,5 @@ COMMANDS = {
     "train": Command("distil a teacher; resumes what it finds in the workdir", _define_train, _train),
     "sample": Command("draw videos from a run's student, or from its teacher", _define_sample, _sample),
     "evaluate": Command("sample and measure a run again", _define_evaluate, _evaluate),
-    "pretrain": Command("train the default domain's teacher from nothing", _define_train, _pretrain),
+    "pretrain": Command("train the default domain's teacher from nothing", _define_pretrain, _pretrain),
 }

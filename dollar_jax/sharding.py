@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -94,6 +95,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Rows over data × fsdp, after `leading` axes that are whole everywhere."""
     return NamedSharding(mesh, P(*[None] * leading, *BATCH))
+
+
+def local_rows(where: NamedSharding, count: int) -> np.ndarray:
+    """The rows, of `count`, that this process's devices hold, in order."""
+    parts = where.addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[part] for part in parts]))
+
+
+def put(tree: Any, where: Any) -> Any:
+    """Host arrays, the same on every process, as global arrays; each device gets only its part."""
+
+    def place(x: Any, s: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, s, lambda index: np.asarray(x[index]))
+
+    return jax.tree.map(place, tree, where)
+
+
+def put_rows(value: np.ndarray, rows: np.ndarray, where: NamedSharding, count: int) -> jax.Array:
+    """This process's `rows` of `count` as part of one global array."""
+
+    def part(index: Any) -> np.ndarray:
+        return value[np.isin(rows, np.arange(*index[0].indices(count)))]
+
+    return jax.make_array_from_callback((count, *value.shape[1:]), where, part)
 
 
 def _name(entry: Any) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -36,7 +39,7 @@ HISTORY = "history.jsonl"
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 # Settings that may change between a run and its resumption.
-_CHANGEABLE = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "pretrain"}
+_CHANGEABLE = {"mesh", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "pretrain"}
 
 
 def train(
@@ -53,12 +56,13 @@ def train(
     program = build_program(
         config, pipeline.transformer.network, pipeline.schedule, generator.latent_shape, text_shape
     )
-    frozen = jax.device_put(
+    frozen = sharding.put(
         Frozen(pipeline.transformer.params, generator.null_text), program.frozen_sharding
     )
     reward = None if config.reward.name is None else get_reward(config.reward.name)
     scorer = None if reward is None else Scorer(config, generator, reward, text_shape)
-    batches = data.batches(config)
+    rows = sharding.local_rows(program.batch_sharding["latent"], config.batch_size)
+    batches = data.batches(config, rows)
 
     with Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
@@ -66,14 +70,14 @@ def train(
             state = _restore(checkpoints, program, scorer, batches)
         else:
             state = program.init(jax.random.key(config.seed), frozen.teacher)
-        with Log(workdir, first, config) as log:
+        with Log(workdir, first, config) as log, Trace(workdir) as trace:
             for step in range(first, config.steps):
-                rows = next(batches)
-                captions = [str(data.captions[i]) for i in rows["index"]]
-                batch = {"latent": rows["latent"], "text": rows["text"]}
-                if scorer is not None:
-                    batch |= scorer.scored(step)
-                state, metrics, generated = program.step(state, frozen, _put(program, batch))
+                batch = dict(next(batches))
+                captions = [str(data.captions[i]) for i in batch.pop("index")]
+                scored = {} if scorer is None else scorer.scored(step)
+                placed = _put(program, rows, batch | scored)
+                state, metrics, generated = program.step(state, frozen, placed)
+                trace.step(metrics)
                 if scorer is not None:
                     scorer.score_pending()
                     scorer.pend(generated, batch, captions)
@@ -110,16 +114,24 @@ def _restore(
     return from_items(items)
 
 
-def _put(program: Program, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Each process's rows as the global arrays of the step."""
+def _put(
+    program: Program, rows: np.ndarray, batch: Mapping[str, np.ndarray]
+) -> dict[str, jax.Array]:
+    """The step's global arrays: of this process's `rows` of the videos, and of what every process has whole."""
+    shapes, places = program.batch_shapes, program.batch_sharding
     return {
-        name: jax.make_array_from_process_local_data(program.batch_sharding[name], value)
+        name: sharding.put(value, places[name])
+        if name.startswith("scored")
+        else sharding.put_rows(value, rows, places[name], shapes[name].shape[0])
         for name, value in batch.items()
     }
 
 
 class Scorer:
-    """Scores this process's share of the latents with the pixel-space reward, one step behind the devices."""
+    """Scores this process's share of the latents with the pixel-space reward, one step behind the devices.
+
+    What was scored goes to all processes, so that each has the same replay.
+    """
 
     def __init__(
         self,
@@ -138,9 +150,8 @@ class Scorer:
         self._pending: tuple[jax.Array, np.ndarray, np.ndarray, list[str]] | None = None
 
     def scored(self, step: int) -> dict[str, np.ndarray]:
-        """This process's rows of the latent reward model's batches for a step."""
-        rows = self.config.batch_size // jax.process_count()
-        return self.replay.sample(self.config.updates, rows, [self.seed, step, jax.process_index()])
+        """The latent reward model's batches for a step; the same on every process."""
+        return self.replay.sample(self.config.updates, self.config.batch_size, [self.seed, step])
 
     def pend(
         self, generated: jax.Array, batch: Mapping[str, np.ndarray], captions: Sequence[str]
@@ -162,16 +173,65 @@ class Scorer:
         finite = np.isfinite(latents).all(axis=(1, 2, 3, 4), keepdims=True)
         frames = self.generator.decode(np.where(finite, latents, 0.0))
         rewards = np.where(np.ravel(finite), self.reward(frames, prompts * 2), np.nan)
-        self.replay.add(latents, np.concatenate([text, text]), rewards)
+        scored = (latents, np.concatenate([text, text]), rewards)
+        if jax.process_count() > 1:
+            scored = jax.tree.map(_all_halves, multihost_utils.process_allgather(scored))
+        self.replay.add(*scored)
+        rewards = scored[-1]
         for name, row in zip(("generated", "real"), rewards.reshape(2, -1), strict=True):
             if np.isfinite(row).any():
                 self.latest[f"reward_{name}"] = float(row[np.isfinite(row)].mean())
+
+
+def _all_halves(x: np.ndarray) -> np.ndarray:
+    """[processes, 2 n, ...] → [2 · processes · n, ...]: all generated latents, then all real ones."""
+    x = np.asarray(x).reshape(len(x), 2, -1, *x.shape[2:])
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
 
 
 def _local_rows(x: jax.Array) -> np.ndarray:
     """The rows of a batch-sharded array that this process holds, in order, each once."""
     shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+class Trace:
+    """At the signal USR1, a profile of the next steps of this process in WORKDIR/profile, for XProf."""
+
+    STEPS = 3
+
+    def __init__(self, workdir: Path):
+        self.folder = workdir / "profile"
+        self._asked = False
+        self._left = 0
+
+    def __enter__(self) -> Trace:
+        # Python takes signals in its main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGUSR1, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR1, self._before)
+        if self._left:
+            jax.profiler.stop_trace()
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+
+    def step(self, metrics: Mapping[str, jax.Array]) -> None:
+        """After each step is dispatched; `metrics` are what it will leave."""
+        if self._left:
+            self._left -= 1
+            if not self._left:
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+                print(f"the profile of {self.STEPS} steps is in {self.folder}", flush=True)
+        elif self._asked:
+            self._asked = False
+            jax.profiler.start_trace(str(self.folder))
+            self._left = self.STEPS
 
 
 class Log:
@@ -278,7 +338,8 @@ def remember_config(config: DistillConfig, workdir: Path) -> None:
                     f"{workdir} holds a run with config.{name} = {before.get(name)!r}, not "
                     f"{now.get(name)!r}: choose another workdir, or the run's own settings to resume it"
                 )
-    _replace(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    if jax.process_index() == 0:
+        _replace(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def read_config(workdir: Path) -> DistillConfig:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.moving_shapes import load_moving_shapes
+from dollar_jax.distributed import wait_for
 from dollar_jax.generate import Generator
 
 
@@ -28,31 +29,39 @@ class EncodedVideos:
     def __len__(self) -> int:
         return len(self.latent)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"latent": self.latent[index], "text": self.text[index], "index": np.int32(index)}
+    def batches(self, config: DistillConfig, rows: np.ndarray) -> grain.DatasetIterator:
+        """Shuffled batches without end, of each only `rows`; the position can be checkpointed.
 
-    def batches(self, config: DistillConfig) -> grain.DatasetIterator:
-        """This process's share of shuffled batches without end; its position can be checkpointed.
-
-        Raises ValueError when there are fewer videos than a batch needs.
+        It counts whole batches, so that a run may go on with another number of processes. Each batch is a
+        mapping of `latent`, `text` and `index`, the videos' places in `captions`. Raises ValueError when
+        there are fewer videos than a batch needs.
         """
         if len(self) < config.batch_size:
             raise ValueError(
                 f"there are {len(self)} training videos, fewer than config.batch_size {config.batch_size}"
             )
-        share = slice(jax.process_index(), None, jax.process_count())
-        dataset = grain.MapDataset.source(self).seed(config.seed).shuffle().repeat()[share]
-        dataset = dataset.batch(config.batch_size // jax.process_count(), drop_remainder=True)
+
+        def load(index: np.ndarray) -> dict[str, Any]:
+            here = index[rows]
+            return {"latent": self.latent[here], "text": self.text[here], "index": here}
+
+        dataset = grain.MapDataset.range(len(self)).seed(config.seed).shuffle().repeat()
+        dataset = dataset.batch(config.batch_size, drop_remainder=True).map(load)
         return iter(
             dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
         )
 
 
 def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> EncodedVideos:
-    """The training split of config.data, encoded; rendered and encoded into `workdir/data` the first time."""
+    """The training split of config.data, encoded; rendered and encoded into `workdir/data` the first time.
+
+    Of several processes the first does that, and the others wait for its file.
+    """
     folder = workdir / "data"
     cache = folder / f"latents_{config.data.train_videos}.npz"
-    if not cache.exists():
+    if jax.process_index() > 0:
+        wait_for(cache, "the encoded videos")
+    elif not cache.exists():
         folder.mkdir(parents=True, exist_ok=True)
         sizes = {"train": config.data.train_videos}
         records = load_moving_shapes(folder, "train", sizes)
