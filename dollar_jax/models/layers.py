@@ -11,6 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dollar_jax.models import placement
+
 Remat = Literal["none", "full", "dots", "attention"]
 Initializer = Callable[..., Array]
 Block = TypeVar("Block", bound=nnx.Module)
@@ -92,7 +94,13 @@ def run_blocks(
     graphdef, params = nnx.split(blocks)
 
     def body(x: Array, layer: nnx.State) -> tuple[Array, None]:
-        return nnx.merge(graphdef, layer)(x, *args), None
+        return place(nnx.merge(graphdef, layer)(x, *args)), None
+
+    def place(x: Array) -> Array:
+        # What a scan carries has one placement throughout; left to itself XLA may choose a worse one.
+        return placement.constrain(x, placement.CONTEXT, None)
+
+    x = place(x)
 
     if remat != "none":
         policy = {
