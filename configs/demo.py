@@ -49,6 +49,13 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
         "keep_checkpoints": 1,
         "log_every": 5,
         "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1},
+        "compute": {
+            "dtype": "float32",
+            "teacher_dtype": "float32",
+            "remat": "none",
+            "scan_layers": True,
+            "vae_chunk": config_dict.placeholder(int),  # the whole clip at once
+        },
         "data": {"name": "moving_shapes", "train_videos": 1024, "max_text_length": 12},
         "sampling": {"num_steps": 50, "guidance_weight": 1.0, "eta": 0.0},
         "student": {

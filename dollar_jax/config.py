@@ -263,6 +263,26 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How networks are computed: nothing here changes what they are, but for rounding.
+
+    `dtype` is that of the transformer's matrix products; norms, modulation, rotary and timestep embeddings
+    stay fp32, as do the student's and fake score's own weights. `remat` says what the backward pass keeps
+    of a block (see `models.layers.run_blocks`).
+    """
+
+    dtype: Literal["float32", "bfloat16"]
+    teacher_dtype: Literal["float32", "bfloat16"]  # of the frozen teacher's and text encoder's weights
+    remat: Literal["none", "full", "dots", "attention"]
+    scan_layers: bool  # one compiled block instead of a program as long as the network is deep
+    vae_chunk: int | None  # latent frames the video VAE takes at a time; None is the whole clip
+
+    def __post_init__(self) -> None:
+        if self.vae_chunk is not None and self.vae_chunk < 1:
+            raise ValueError(f"config.compute.vae_chunk must be at least 1 or None, not {self.vae_chunk}")
+
+
+@dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """`dollar train` and `dollar demo`."""
 
@@ -275,6 +295,7 @@ class DistillConfig:
     keep_checkpoints: int
     log_every: int
     mesh: MeshConfig
+    compute: ComputeConfig
     data: DataConfig
     sampling: SamplingConfig
     student: StudentConfig

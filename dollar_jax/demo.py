@@ -26,10 +26,11 @@ SHOWN = 8  # prompts whose videos are on the page
 def make_generator(config: DistillConfig) -> Generator:
     """The teacher of a configuration, ready to sample clips of the default domain."""
     return Generator(
-        load_teacher(config.teacher),
+        load_teacher(config.teacher, config.compute),
         config.data.max_text_length,
         config.sampling,
         (shapes.FRAMES, shapes.SIZE, shapes.SIZE),
+        config.compute.vae_chunk,
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dollar_jax import sample
-from dollar_jax.config import SamplingConfig
+from dollar_jax.config import ComputeConfig, SamplingConfig
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
 from dollar_jax.types import Params
@@ -23,9 +23,15 @@ SHIPPED_TEACHERS = {"moving_shapes": Path(__file__).parent / "assets" / "moving_
 Sampler = Callable[[Params, jax.Array, Any], jax.Array]  # params, key per video, text → latent
 
 
-def load_teacher(name: str) -> Pipeline:
-    """The shipped teacher of that name, or the pipeline folder at that path."""
-    return load_pipeline(SHIPPED_TEACHERS.get(name, Path(name)))
+def load_teacher(name: str, compute: ComputeConfig | None = None) -> Pipeline:
+    """The shipped teacher of that name, or the pipeline folder at that path; in fp32 unless `compute` is given."""
+    folder = SHIPPED_TEACHERS.get(name, Path(name))
+    if compute is None:
+        return load_pipeline(folder)
+    return load_pipeline(
+        folder, param_dtype=compute.teacher_dtype, dtype=compute.dtype, remat=compute.remat,
+        scan_layers=compute.scan_layers,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Generator:
     max_text_length: int
     sampling: SamplingConfig
     clip: tuple[int, int, int]  # frames, height, width
+    vae_chunk: int | None = None  # latent frames encoded or decoded at a time; None is all
 
     @functools.cached_property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -62,7 +69,8 @@ class Generator:
 
         def encode(params: Params, frames: jax.Array) -> jax.Array:
             frames = frames.astype(jnp.float32) / 127.5 - 1
-            return normalise(vae.network.apply(params, frames, method="encode")[0], vae.config)
+            mean, _ = vae.network.apply(params, frames, method="encode", chunk=self.vae_chunk)
+            return normalise(mean, vae.config)
 
         return jax.jit(encode)
 
@@ -75,7 +83,8 @@ class Generator:
         vae = self.pipeline.vae
 
         def decode(params: Params, latent: jax.Array) -> jax.Array:
-            frames = vae.network.apply(params, denormalise(latent, vae.config), method="decode")
+            raw = denormalise(latent, vae.config)
+            frames = vae.network.apply(params, raw, method="decode", chunk=self.vae_chunk)
             return (frames + 1) / 2
 
         return jax.jit(decode)

@@ -3,15 +3,17 @@
 The first frame has a latent frame of its own, every further four frames share one, so that
 1 + 4n frames become 1 + n latent frames. Every convolution in time looks backwards only.
 
-`encode` and `decode` work on the whole clip at once. The reference walks through a clip chunk by
-chunk with a cache of past features; for the causal convolutions both are the same function, but for
-two places where the chunk boundaries show, kept here: the temporal strided convolution passes the
-first frame through, and the temporal upsampling neither doubles the first frame nor sees it.
+`encode` and `decode` take the whole clip at once, or `chunk` latent frames at a time, which costs the
+memory of a chunk: every layer that looks back then gets the last frames it saw from the chunk before
+(`Past`). Both are the same function. The start of the clip shows in two places, as in the reference:
+the temporal strided convolution passes the first frame through, and the temporal upsampling neither
+doubles the first frame nor sees it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,6 +56,15 @@ class WanVAEConfig:
             raise ValueError("attn_scales must be empty: attention is in the middle blocks only")
         if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
             raise ValueError(f"latents_mean and latents_std need z_dim = {self.z_dim} entries each")
+        time = 2 ** sum(self.temperal_downsample)
+        space = 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)
+        if (self.scale_factor_temporal, self.scale_factor_spatial) != (time, space):
+            raise ValueError(
+                f"scale_factor_temporal {self.scale_factor_temporal} and scale_factor_spatial "
+                f"{self.scale_factor_spatial} do not fit this VAE: temperal_downsample "
+                f"{self.temperal_downsample} makes {time}, dim_mult {self.dim_mult} and patch_size "
+                f"{self.patch_size} make {space}"
+            )
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(t, h, w, c) of the latent of a clip; raises ValueError when the clip does not divide."""
@@ -64,6 +75,52 @@ class WanVAEConfig:
                 f"1 + a multiple of {time}, height and width multiples of {space}"
             )
         return (frames - 1) // time + 1, height // space, width // space, self.z_dim
+
+
+class Past:
+    """What the causal layers of a stack remember of a clip between two of its chunks.
+
+    Layers ask in the order in which they run: `carried` holds the last frames each of them saw in the
+    chunk before, None at the start of the clip, and `left` fills with those of this chunk.
+    """
+
+    def __init__(self, carried: list[Array] | None = None):
+        self.first = carried is None
+        self.left: list[Array] = []
+        self._carried = iter(carried or ())
+
+    def extend(self, x: Float[Array, "b t h w c"], frames: int) -> Float[Array, "b t2 h w c"]:
+        """x after the `frames` frames before it, zeros at the start of the clip."""
+        if self.first:
+            seen = jnp.pad(x, ((0, 0), (frames, 0), (0, 0), (0, 0), (0, 0)))
+        else:
+            seen = jnp.concatenate([next(self._carried), x], 1)
+        self.left.append(seen[:, seen.shape[1] - frames :])
+        return seen
+
+
+def _in_chunks(
+    run: Callable[[Array, Past], Array], x: Float[Array, "b t h w c"], unit: int, chunk: int | None
+) -> Array:
+    """run(x, past) of 1 + n · unit frames, `chunk` units at a time, or all at once for None.
+
+    The first chunk takes the first frame and what does not divide; a scan runs through the others.
+    """
+    units = (x.shape[1] - 1) // unit
+    if chunk is None or units <= chunk:
+        return run(x, Past())
+    head = 1 + unit * (units % chunk)
+    past = Past()
+    start = run(x[:, :head], past)
+
+    def body(carried: list[Array], part: Array) -> tuple[list[Array], Array]:
+        past = Past(carried)
+        out = run(part, past)
+        return past.left, out
+
+    parts = rearrange(x[:, head:], "b (n t) h w c -> n b t h w c", t=unit * chunk)
+    _, rest = jax.lax.scan(body, past.left, parts)
+    return jnp.concatenate([start, rearrange(rest, "n b t h w c -> b (n t) h w c")], 1)
 
 
 _uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # as PyTorch's
@@ -130,25 +187,28 @@ class CausalConv3d(_Conv):
 
     def __init__(
         self, dim_in: int, dim_out: int, kernel: tuple[int, int, int], c: WanVAEConfig,
-        rngs: nnx.Rngs, *, stride: int = 1, pad: bool = True, identity: bool = False,
+        rngs: nnx.Rngs, *, stride: int = 1, identity: bool = False,
     ):  # fmt: skip
         super().__init__(kernel, dim_in, dim_out, c, rngs)
-        self.stride, self.pad = stride, pad
+        self.stride = stride
         if kernel[0] > 1:
             self.kernel[...] = _see_only_now(self.kernel[...], identity)
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h w d"]:
+    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t h2 w2 d"]:
+        seen = past.extend(x, self.kernel.shape[0] - 1)
+        if past.first and x.shape[1] == 1:  # the taps before the last would see nothing but zeros
+            seen = x
+        return self.inside(seen)
+
+    def inside(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 d"]:
+        """The convolution without padding in time; a clip shorter than the kernel sees its last taps."""
         kernel, bias = self.parameters()
         x = x.astype(self.dtype)
-        if self.pad and x.shape[1] == 1:  # the taps before the last would see nothing but padding
-            return _conv2d(x, kernel[-1]) + bias
-        taps = kernel.shape[0]
-        if self.pad:
-            x = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0), (0, 0), (0, 0)))
+        taps = min(kernel.shape[0], x.shape[1])
         last = x.shape[1] - taps
         y = bias
-        for tap in range(taps):
-            y = y + _conv2d(x[:, tap : last + tap + 1 : self.stride], kernel[tap])
+        for tap, weight in enumerate(kernel[-taps:]):
+            y = y + _conv2d(x[:, tap : last + tap + 1 : self.stride], weight)
         return y
 
 
@@ -176,10 +236,10 @@ class ResidualBlock(nnx.Module):
         if dim_in != dim_out:
             self.conv_shortcut = CausalConv3d(dim_in, dim_out, (1, 1, 1), c, rngs)
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w d"]:
-        h = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
-        x = self.conv1(jax.nn.silu(self.norm1(x)))
-        return h + self.conv2(jax.nn.silu(self.norm2(x)))
+    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t h w d"]:
+        h = self.conv_shortcut.inside(x) if hasattr(self, "conv_shortcut") else x
+        x = self.conv1(jax.nn.silu(self.norm1(x)), past)
+        return h + self.conv2(jax.nn.silu(self.norm2(x)), past)
 
 
 class AttentionBlock(nnx.Module):
@@ -203,14 +263,16 @@ class Downsample(nnx.Module):
     def __init__(self, dim: int, time: bool, c: WanVAEConfig, rngs: nnx.Rngs):
         self.resample = Conv2d(dim, dim, 3, c, rngs, stride=2)
         if time:
-            self.time_conv = CausalConv3d(
-                dim, dim, (3, 1, 1), c, rngs, stride=2, pad=False, identity=True
-            )
+            self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), c, rngs, stride=2, identity=True)
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 c"]:
+    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t2 h2 w2 c"]:
         x = self.resample(x)
-        if hasattr(self, "time_conv") and x.shape[1] > 1:
-            x = jnp.concatenate([x[:, :1], self.time_conv(x)], 1)
+        if hasattr(self, "time_conv"):
+            seen = past.extend(x, 1)
+            if not past.first:
+                x = self.time_conv.inside(seen)
+            elif x.shape[1] > 1:
+                x = jnp.concatenate([x[:, :1], self.time_conv.inside(x)], 1)
         return x
 
 
@@ -222,11 +284,14 @@ class Upsample(nnx.Module):
         if time:
             self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1), c, rngs, identity=True)
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 d"]:
-        if hasattr(self, "time_conv") and x.shape[1] > 1:
-            pairs = self.time_conv(x[:, 1:])
-            pairs = rearrange(pairs, "b t h w (two c) -> b (t two) h w c", two=2)
-            x = jnp.concatenate([x[:, :1].astype(pairs.dtype), pairs], 1)
+    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t2 h2 w2 d"]:
+        if hasattr(self, "time_conv"):
+            single = 1 if past.first else 0
+            seen = past.extend(x[:, single:], 2)
+            if x.shape[1] > single:
+                pairs = self.time_conv.inside(seen)
+                pairs = rearrange(pairs, "b t h w (two c) -> b (t two) h w c", two=2)
+                x = jnp.concatenate([x[:, :single].astype(pairs.dtype), pairs], 1)
         return self.resample(jnp.repeat(jnp.repeat(x, 2, 2), 2, 3))
 
 
@@ -237,8 +302,8 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([ResidualBlock(dim, dim, c, rngs) for _ in range(2)])
         self.attentions = nnx.List([AttentionBlock(dim, c, rngs)])
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t h w c"]:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, past)), past)
 
 
 class Encoder(nnx.Module):
@@ -259,11 +324,11 @@ class Encoder(nnx.Module):
         self.norm_out = RMSNorm(dims[-1], c)
         self.conv_out = CausalConv3d(dims[-1], 2 * c.z_dim, (3, 3, 3), c, rngs)
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 z"]:
-        x = self.conv_in(x)
+    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t2 h2 w2 z"]:
+        x = self.conv_in(x, past)
         for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(self.mid_block(x))))
+            x = block(x, past)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.mid_block(x, past))), past)
 
 
 class UpBlock(nnx.Module):
@@ -276,9 +341,9 @@ class UpBlock(nnx.Module):
         self.resnets = nnx.List([ResidualBlock(dim, dim_out, c, rngs) for dim in dims])
         self.upsamplers = nnx.List([] if time is None else [Upsample(dim_out, time, c, rngs)])
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 d"]:
+    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t2 h2 w2 d"]:
         for block in (*self.resnets, *self.upsamplers):
-            x = block(x)
+            x = block(x, past)
         return x
 
 
@@ -300,11 +365,11 @@ class Decoder(nnx.Module):
         self.norm_out = RMSNorm(dims[-1], c)
         self.conv_out = CausalConv3d(dims[-1], c.out_channels, (3, 3, 3), c, rngs)
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 d"]:
-        x = self.mid_block(self.conv_in(x))
+    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t2 h2 w2 d"]:
+        x = self.mid_block(self.conv_in(x, past), past)
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+            x = block(x, past)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), past)
 
 
 class WanVAE(nnx.Module):
@@ -318,21 +383,36 @@ class WanVAE(nnx.Module):
         self.decoder = Decoder(c, rngs)
 
     def encode(
-        self, frames: Float[Array, "b t h w 3"]
+        self, frames: Float[Array, "b t h w 3"], chunk: int | None = None
     ) -> tuple[Float[Array, "b t2 h2 w2 z"], Float[Array, "b t2 h2 w2 z"]]:
-        """Posterior mean and log-variance of the raw, unnormalised latent of frames in [-1, 1]."""
+        """Posterior mean and log-variance of the raw, unnormalised latent of frames in [-1, 1].
+
+        `chunk` is how many latent frames are made at a time; None is all of them.
+        """
         p = self.config.patch_size or 1
-        x = rearrange(frames, "b t (h p) (w q) c -> b t h w (c q p)", p=p, q=p)
-        mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, -1)
+
+        def run(frames: Array, past: Past) -> Array:
+            x = rearrange(frames, "b t (h p) (w q) c -> b t h w (c q p)", p=p, q=p)
+            return self.quant_conv.inside(self.encoder(x, past))
+
+        moments = _in_chunks(run, frames, self.config.scale_factor_temporal, chunk)
+        mean, log_variance = jnp.split(moments, 2, -1)
         return mean, jnp.clip(log_variance, -30, 20)
 
     def decode(
-        self, latent: Float[Array, "b t h w z"], clip: bool = True
+        self, latent: Float[Array, "b t h w z"], clip: bool = True, chunk: int | None = None
     ) -> Float[Array, "b t2 h2 w2 3"]:
-        """Frames in [-1, 1] of a raw latent; `clip=False` leaves the values free, for training."""
+        """Frames in [-1, 1] of a raw latent; `clip=False` leaves the values free, for training.
+
+        `chunk` is how many latent frames are decoded at a time; None is all of them.
+        """
         p = self.config.patch_size or 1
-        x = self.decoder(self.post_quant_conv(latent))
-        x = rearrange(x, "b t h w (c q p) -> b t (h p) (w q) c", p=p, q=p)
+
+        def run(latent: Array, past: Past) -> Array:
+            x = self.decoder(self.post_quant_conv.inside(latent), past)
+            return rearrange(x, "b t h w (c q p) -> b t (h p) (w q) c", p=p, q=p)
+
+        x = _in_chunks(run, latent, 1, chunk)
         return jnp.clip(x, -1, 1) if clip else x
 
     def __call__(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:

@@ -56,17 +56,23 @@ def umt5_encoder(config: UMT5Config) -> Network:
     return make_network(lambda rngs: UMT5Encoder(config, rngs))
 
 
-def load_pipeline(folder: str | Path, **transformer_options: Any) -> Pipeline:
+def load_pipeline(
+    folder: str | Path, param_dtype: str = "float32", **transformer_options: Any
+) -> Pipeline:
     """Loads a pipeline folder; `transformer_options` are our fields of WanConfig (dtype, remat, …).
+
+    `param_dtype` is what the weights of transformer and text encoder are held in; the VAE's stay fp32.
 
     Raises FileNotFoundError or ValueError naming the file, tensor or field that is wrong.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json")
-    wan = wan_config(_config(folder, "transformer"), **transformer_options)
+    wan = wan_config(
+        _config(folder, "transformer"), param_dtype=param_dtype, **transformer_options
+    )
     vae = wan_vae_config(_config(folder, "vae"))
-    text = umt5_config(_config(folder, "text_encoder"))
+    text = umt5_config(_config(folder, "text_encoder"), param_dtype=param_dtype)
     network = wan_vae(vae)
     return Pipeline(
         _load(folder / "transformer", wan, wan_transformer(wan), wan_table(wan)),

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from dollar_jax.models.network import make_network
-from dollar_jax.models.wan_vae import CausalConv3d, RMSNorm, WanVAE, WanVAEConfig, denormalise, normalise
+from dollar_jax.models.wan_vae import (
+    CausalConv3d,
+    Past,
+    RMSNorm,
+    WanVAE,
+    WanVAEConfig,
+    denormalise,
+    normalise,
+)
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 from dollar_jax.weights.table import export_params, import_params
 from dollar_jax.weights.wan_vae import wan_vae_config, wan_vae_config_json, wan_vae_table
@@ -105,6 +113,32 @@ def test_encode_and_decode_match(saved, name, frames):
     assert relative(ours, decoded) < TOLERANCE
 
 
+@pytest.mark.parametrize("name, chunk", [("patched", 1), ("patched", 3), ("full", 1)])
+def test_chunks_make_the_same_numbers_as_the_whole_clip(saved, name, chunk):
+    # 17 frames are 5 latent frames: 4 chunks of 1 after the first frame, or 2 + 3.
+    _, model, config, vae, params = saved[name]
+    video, latent = clip(17), noise(2, *config.latent_shape(17, 16, 24))
+    parts = jit(functools.partial(vae.network.apply, method="encode", chunk=chunk))(params, video)
+    for part, whole in zip(parts, vae.encode(params, video), strict=True):
+        assert relative(part, np.asarray(whole)) < 1e-5
+    parts = jit(functools.partial(vae.network.apply, method="decode", chunk=chunk))(params, latent)
+    assert relative(parts, np.asarray(vae.decode(params, latent))) < 1e-5
+    with torch.no_grad():
+        assert relative(parts, to_numpy(model.decode(to_torch(latent)).sample)) < TOLERANCE
+
+
+@pytest.mark.parametrize("method, frames, size", [("encode", 65, (64, 96, 3)), ("decode", 17, (8, 12, 4))])
+def test_a_long_clip_costs_the_memory_of_a_chunk(saved, method, frames, size):
+    _, _, _, vae, params = saved["full"]
+    x = jax.ShapeDtypeStruct((1, frames, *size), np.float32)
+
+    def temporary(chunk):
+        run = jit(functools.partial(vae.network.apply, method=method, chunk=chunk))
+        return run.lower(params, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(1) < 0.3 * temporary(None)
+
+
 def test_gradient_of_decode_matches(saved):
     _, model, config, vae, params = saved["patched"]
     latent = noise(2, *config.latent_shape(5, 16, 24))
@@ -190,7 +224,7 @@ def test_fresh_convolutions_in_time_repeat_the_present():
         network = make_network(make)
         params = jit(network.init)(jax.random.key(0))
         assert not np.any(params["kernel"][:-1]), "a fresh network looks at the past"
-        out[name] = network.apply(params, x)
+        out[name] = network.apply(params, x, Past())
     np.testing.assert_allclose(out["same"], x, atol=1e-6)
     np.testing.assert_allclose(out["twice"], np.concatenate([x, x], -1), atol=1e-6)
     assert np.std(out["random"]) > 0.1
@@ -210,6 +244,8 @@ def test_clips_that_do_not_divide_are_refused(size):
         ({"attn_scales": [1.0]}, "attn_scales must be empty"),
         ({"temperal_downsample": [True]}, "temperal_downsample has 1 entries"),
         ({"latents_std": [1.0]}, "need z_dim = 4"),
+        ({"scale_factor_spatial": 16}, r"scale_factor_spatial 16 do not fit .* make 8$"),
+        ({"temperal_downsample": [False, True]}, r"scale_factor_temporal 4 .* makes 2, dim_mult"),
         ({"base_dim": None}, "lacks base_dim"),
     ],
 )
