@@ -37,7 +37,8 @@ TEXT = UMT5Config(vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_
 SETTINGS = {
     "batch_size": 8, "steps": 4, "checkpoint_every": 2, "log_every": 1, "data.train_videos": 16,
     "consistency.skip": 1, "reward.samples": 8, "reward.batch_size": 8, "reward.replay": 64,
-    "reward.start_step": 0, "reward.head.width": 8, "student.optimiser.warmup_steps": 1, "fake_score.updates": 1, "reward.updates": 1,
+    "reward.start_step": 0, "reward.head.width": 8, "student.optimiser.warmup_steps": 1,
+    "fake_score.updates": 1, "reward.updates": 1,
     # As in test_step: an eps that keeps rounding noise from being blown up.
     **{f"{part}.optimiser.eps": 1e-3 for part in ("student", "fake_score", "reward")},
 }  # fmt: skip
@@ -119,7 +120,7 @@ def test_two_processes_train_as_one_and_their_checkpoint_serves_another_number(l
     workdir = tmp_path / "run"
     shutil.copytree(alone[0] / "data", workdir / "data")
     first = train(launch, workdir, 2, 2, steps=2, **{"mesh.data": 2, "mesh.fsdp": 2})
-    assert len(first) == 2 and all("reward_generated" in line for line in first)
+    assert len(first) == 2 and "reward_generated" in first[-1]
     assert "distilling" not in Path(f"{workdir}.1.log").read_text(), "only process 0 shows progress"
     assert len(list((workdir / "events").iterdir())) == 1
     assert_same(train(launch, workdir, 1, 2, **{"mesh.data": 1, "mesh.fsdp": 2}), alone[1])
