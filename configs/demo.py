@@ -55,6 +55,8 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "remat": "none",
             "scan_layers": True,
             "vae_chunk": config_dict.placeholder(int),  # the whole clip at once
+            "attention": "auto",
+            "context_parallel": "gather",
         },
         "data": {"name": "moving_shapes", "train_videos": 1024, "max_text_length": 12},
         "sampling": {"num_steps": 50, "guidance_weight": 1.0, "eta": 0.0},

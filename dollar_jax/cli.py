@@ -143,6 +143,17 @@ def _define_pretrain(arguments: list[str]) -> None:
     _define_workdir()
 
 
+def _define_plan(arguments: list[str]) -> None:
+    _define_config(arguments)
+    flags.DEFINE_string("topology", None, "Chips, such as v5p:2x2x2 or v6e:8x8.", flag_values=FLAGS)
+    flags.mark_flag_as_required("topology", FLAGS)
+    flags.DEFINE_string("mesh", None, "Such as fsdp=16,context=4; config.mesh unless given.", flag_values=FLAGS)
+    flags.DEFINE_string("video", None, "HEIGHTxWIDTHxFRAMES; the data's own unless given.", flag_values=FLAGS)
+    flags.DEFINE_enum("what", "train", ["train", "sample", "decode", "text"], "The program.", flag_values=FLAGS)
+    flags.DEFINE_bool("search", False, "Try meshes and remat policies, and rank them.", flag_values=FLAGS)
+    flags.DEFINE_string("json", None, "File for the figures as JSON.", flag_values=FLAGS)
+
+
 def _define_sample(_: list[str]) -> None:
     _define_workdir()
     flags.DEFINE_multi_string("prompt", None, "What to show; may be given more than once.", flag_values=FLAGS)
@@ -217,6 +228,30 @@ def _train() -> None:
     print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
 
 
+def _plan() -> None:
+    import json
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from tqdm import tqdm
+
+    from dollar_jax import plan
+
+    config = _distill_config(FLAGS.config)
+    if FLAGS.mesh:
+        config = dataclasses.replace(config, mesh=plan.parse_mesh(FLAGS.mesh))
+    rest = (FLAGS.topology, FLAGS.what, plan.parse_video(FLAGS.video) if FLAGS.video else None)
+    if FLAGS.search:
+        found = plan.rank(list(tqdm(plan.search(config, *rest), "compiling", unit="plan")))
+    else:
+        found = [plan.plan(config, *rest)]
+    if not found:
+        raise ValueError("no mesh divides this batch over these chips: change config.batch_size")
+    print(plan.table(found))
+    if FLAGS.json:
+        fields = [dataclasses.asdict(p) for p in found]
+        Path(FLAGS.json).write_text(json.dumps(fields if FLAGS.search else fields[0], indent=2) + "\n")
+
+
 def _pretrain() -> None:
     from dollar_jax.pretrain import pretrain
 
@@ -288,5 +323,6 @@ COMMANDS = {
     "train": Command("distil a teacher; resumes what it finds in the workdir", _define_train, _train),
     "sample": Command("draw videos from a run's student, or from its teacher", _define_sample, _sample),
     "evaluate": Command("sample and measure a run again", _define_evaluate, _evaluate),
+    "plan": Command("compile for TPU chips that need not be there: memory, operations, time", _define_plan, _plan),
     "pretrain": Command("train the default domain's teacher from nothing", _define_pretrain, _pretrain),
 }

@@ -30,7 +30,8 @@ def load_teacher(name: str, compute: ComputeConfig | None = None) -> Pipeline:
         return load_pipeline(folder)
     return load_pipeline(
         folder, param_dtype=compute.teacher_dtype, dtype=compute.dtype, remat=compute.remat,
-        scan_layers=compute.scan_layers,
+        scan_layers=compute.scan_layers, attention=compute.attention,
+        context_parallel=compute.context_parallel,
     )  # fmt: skip
 
 

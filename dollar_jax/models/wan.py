@@ -126,7 +126,8 @@ class Attention(nnx.Module):
         self.norm_q = RMSNorm(c.dim, c.eps, param_dtype=c.param_dtype)
         self.norm_k = RMSNorm(c.dim, c.eps, param_dtype=c.param_dtype)
         self.heads, self.dtype = c.num_attention_heads, c.dtype
-        self.implementation, self.context_parallel = c.attention, c.context_parallel
+        self.implementation: Implementation = c.attention
+        self.context_parallel: ContextParallel = c.context_parallel
 
     def __call__(
         self,

@@ -44,6 +44,16 @@ class Pipeline:
     schedule: Schedule
 
 
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a pipeline folder says of its networks, without their weights."""
+
+    transformer: WanConfig
+    vae: WanVAEConfig
+    text_encoder: UMT5Config
+    schedule: Schedule
+
+
 def wan_transformer(config: WanConfig) -> Network:
     return make_network(lambda rngs: WanTransformer(config, rngs))
 
@@ -79,6 +89,17 @@ def load_pipeline(
         _load(folder / "vae", vae, network, wan_vae_table(network.shapes)),
         _load(folder / "text_encoder", text, umt5_encoder(text), UMT5_TABLE),
         load_tokenizer(folder / "tokenizer"),
+        _schedule(folder),
+    )
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """From a folder's JSON files alone; raises as `load_pipeline` does."""
+    folder = Path(folder)
+    return Architecture(
+        wan_config(_config(folder, "transformer")),
+        wan_vae_config(_config(folder, "vae")),
+        umt5_config(_config(folder, "text_encoder")),
         _schedule(folder),
     )
 
