@@ -213,6 +213,8 @@ def _demo() -> None:
 
 
 def _train() -> None:
+    import jax
+
     from dollar_jax import distributed
     from dollar_jax.data.latents import load_data
     from dollar_jax.demo import make_generator
@@ -225,7 +227,8 @@ def _train() -> None:
     ):
         generator = make_generator(config)
         train(config, workdir, generator, load_data(config, generator, workdir))
-    print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
+        if jax.process_index() == 0:
+            print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
 
 
 def _plan() -> None:

@@ -179,17 +179,19 @@ class _Module:
 def _window_share(attributes: str) -> float:
     """The share of a convolution's window that meets data.
 
-    A product with batch axes may come as a convolution over them, padded so that of the whole window only
-    one place ever meets data.
+    A product with batch axes may come as a convolution over them, so far dilated or padded that of the
+    whole window only one place ever meets data.
     """
-    found = re.search(r"window=\{size=([\dx]+)", attributes)
-    pads = re.search(r"pad=([\d_x]+)", attributes)
-    if found is None or pads is None:
-        return 1.0
+    found = re.search(r"window=\{(.*?)\}", attributes)
+    fields = dict(field.split("=") for field in found[1].split()) if found else {}
+    sizes = fields.pop("size", "").split("x")
     share = 1.0
-    for size, pad in zip(found[1].split("x"), pads[1].split("x"), strict=False):
-        if int(size) > 1 and pad.split("_")[0] == str(int(size) - 1):
-            share /= int(size)
+    for i, size in enumerate(int(s) for s in sizes if s):
+        at = {name: values.split("x")[i] for name, values in fields.items()}
+        dilated = at.pop("lhs_dilate", "1") == str(size)
+        padded = at.pop("pad", "0_0").partition("_")[0] == str(size - 1)
+        if size > 1 and (dilated or padded):
+            share /= size
     return share
 
 

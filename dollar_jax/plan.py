@@ -54,13 +54,13 @@ CHIPS = {
     "v6e": Chip(31.25, 918, 1640, 448),
 }
 _XXL = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
-# Teachers that can be planned for before they are downloaded, by the names of their folders.
+# Teachers that can be planned for before they are there, by the names of their folders.
 KNOWN = {
-    "Wan2.1-T2V-1.3B-Diffusers": Architecture(
+    "wan_1_3b": Architecture(
         WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30), WanVAEConfig(), _XXL,
         Schedule("rf", "velocity", shift=3.0),
     ),
-    "Wan2.1-T2V-14B-Diffusers": Architecture(
+    "wan_14b": Architecture(
         WanConfig(), WanVAEConfig(), _XXL, Schedule("rf", "velocity", shift=5.0)
     ),
 }  # fmt: skip

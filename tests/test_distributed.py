@@ -86,9 +86,10 @@ def launch(tmp_path_factory, pytestconfig):
     yield start
     for process in started:
         process.kill()
+        process.wait()
 
 
-def finish(group, workdir, seconds=400):
+def finish(group, workdir, seconds=900):
     for i, process in enumerate(group):
         code = process.wait(timeout=seconds)
         assert code == 0, Path(f"{workdir}.{i}.log").read_text()[-3000:]
@@ -160,7 +161,7 @@ def test_an_error_in_one_process_ends_all_with_its_message(launch, alone, tmp_pa
     assert group[0].wait(timeout=120) not in (None, 0)
 
 
-def wait_for(happens, group, seconds=400):
+def wait_for(happens, group, seconds=900):
     end = time.monotonic() + seconds
     while not happens():
         assert time.monotonic() < end and all(p.poll() is None for p in group)
