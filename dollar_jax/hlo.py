@@ -150,10 +150,10 @@ class _Module:
             kernel = _dims(self.shapes[i.operands[1]])
             per_output = math.prod(kernel) / kernel[labels[1].index("o")]
             return 2.0 * out * per_output * _window_share(i.rest)
-        if i.opcode == "custom-call" and (found := re.search(r"splash_m[hq]a_(fwd|dq|dkv)", i.rest)):
-            # Its first operands with heads, tokens and channels are queries and keys.
-            arrays = [_dims(self.shapes[o]) for o in i.operands if o in self.shapes]
-            q, k = [a for a in arrays if len(a) >= 3 and a[-1] != a[-2]][:2]
+        if i.opcode == "custom-call" and (found := re.search(r"splash_m[hq]a_(fwd|dq|dkv)", i.name)):
+            # XLA names the call after the kernel, whose first operands but for integers are queries and keys.
+            shapes = [self.shapes[o] for o in i.operands if o in self.shapes]
+            q, k = [_dims(shape) for shape in shapes if shape.startswith(("f", "bf"))][:2]
             return 2.0 * KERNELS[found[1]] * math.prod(q) * k[-2]
         return 0.0
 
