@@ -56,6 +56,8 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "remat": "none",
             "scan_layers": True,
             "vae_chunk": config_dict.placeholder(int),  # the whole clip at once
+            "attention": "auto",
+            "context_parallel": "gather",
         },
         "data": {
             "name": "moving_shapes",  # or the folder that dollar prepare left

@@ -64,6 +64,8 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "remat": "attention",
             "scan_layers": True,
             "vae_chunk": 1,
+            "attention": "auto",
+            "context_parallel": "gather",
         },
         "data": {**demo["data"], "name": "data/wan_480p", "max_text_length": 512},
         "sampling": {"num_steps": 50, "guidance_weight": 4.0, "eta": 0.0, "solver": "unipc"},

@@ -34,7 +34,8 @@ class Checkpoints:
     def save(self, step: int, items: Mapping[str, Any]) -> None:
         """Saves the items: pytrees of arrays, or a Grain iterator, whose position is kept."""
         args = {
-            name: grain.checkpoint.CheckpointSave(item)  # type: ignore[call-arg]
+            # Every process is at the same position, so that one file serves any number of processes.
+            name: ocp.args.JsonSave(item.get_state())  # type: ignore[call-arg]
             if isinstance(item, grain.DatasetIterator)
             else ocp.args.StandardSave(item)  # type: ignore[call-arg]
             for name, item in items.items()
@@ -56,12 +57,17 @@ class Checkpoints:
             if not (self.folder / str(step) / name).exists():
                 raise FileNotFoundError(f"the checkpoint {self.folder / str(step)} has no {name}")
         args = {
-            name: grain.checkpoint.CheckpointRestore(item)  # type: ignore[call-arg]
+            name: ocp.args.JsonRestore()  # type: ignore[call-arg]
             if isinstance(item, grain.DatasetIterator)
             else ocp.args.StandardRestore(jax.tree.map(_abstract, item))  # type: ignore[call-arg]
             for name, item in like.items()
         }
-        return dict(self._manager.restore(step, args=ocp.args.Composite(**args)))
+        restored = dict(self._manager.restore(step, args=ocp.args.Composite(**args)))
+        for name, item in like.items():
+            if isinstance(item, grain.DatasetIterator):
+                item.set_state(restored[name])
+                restored[name] = item
+        return restored
 
     def close(self) -> None:
         """Waits for saves under way."""
@@ -71,8 +77,10 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # A save under way waits for every process, and after an error one of them may be gone.
+        if error is None or jax.process_count() == 1:
+            self.close()
 
 
 def _abstract(x: Any) -> Any:

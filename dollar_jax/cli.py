@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,10 @@ from absl import flags
 
 FLAGS = flags.FlagValues()
 DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
+
+
+# Errors whose message says all.
+EXPECTED = (flags.Error, ValueError, OSError, SyntaxError, FloatingPointError)
 
 
 class Command(NamedTuple):
@@ -59,15 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if extra and not command.takes:
             raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
         command.run(*extra)
-    except (flags.Error, ValueError, OSError, SyntaxError, FloatingPointError) as error:
-        if os.environ.get("DOLLAR_TRACEBACK"):
+    except (*EXPECTED, KeyboardInterrupt) as error:
+        if os.environ.get("DOLLAR_TRACEBACK") and not isinstance(error, KeyboardInterrupt):
             raise
-        print(f"dollar {name}: {_sentence(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        return _report(name, error)
+    return 0
+
+
+def _report(name: str, error: BaseException) -> int:
+    """Shows what ended a command, in a sentence where it was to be expected; the exit code."""
+    if isinstance(error, KeyboardInterrupt):
         print(f"\ndollar {name}: interrupted; run it again to go on", file=sys.stderr)
         return 130
-    return 0
+    if isinstance(error, EXPECTED):
+        print(f"dollar {name}: {_sentence(error)}", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    return 1
 
 
 def _sentence(error: Exception) -> str:
@@ -122,6 +135,28 @@ def _define_demo(_: list[str]) -> None:
 def _define_train(arguments: list[str]) -> None:
     _define_config(arguments)
     _define_workdir()
+    flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0, the same for every process; not needed on Cloud "
+        "TPU, GKE and SLURM, where the environment says it.", flag_values=FLAGS,
+    )  # fmt: skip
+    flags.DEFINE_integer("num_processes", None, "Processes of the run.", 1, flag_values=FLAGS)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", 0, flag_values=FLAGS)
+
+
+def _define_pretrain(arguments: list[str]) -> None:
+    _define_config(arguments)
+    _define_workdir()
+
+
+def _define_plan(arguments: list[str]) -> None:
+    _define_config(arguments)
+    flags.DEFINE_string("topology", None, "Chips, such as v5p:2x2x2 or v6e:8x8.", flag_values=FLAGS)
+    flags.mark_flag_as_required("topology", FLAGS)
+    flags.DEFINE_string("mesh", None, "Such as fsdp=16,context=4; config.mesh unless given.", flag_values=FLAGS)
+    flags.DEFINE_string("video", None, "HEIGHTxWIDTHxFRAMES; the data's own unless given.", flag_values=FLAGS)
+    flags.DEFINE_enum("what", "train", ["train", "sample", "decode", "text"], "The program.", flag_values=FLAGS)
+    flags.DEFINE_bool("search", False, "Try meshes and remat policies, and rank them.", flag_values=FLAGS)
+    flags.DEFINE_string("json", None, "File for the figures as JSON.", flag_values=FLAGS)
 
 
 def _define_distillation(arguments: list[str]) -> None:
@@ -293,6 +328,9 @@ def _demo() -> None:
 
 
 def _train() -> None:
+    import jax
+
+    from dollar_jax import distributed
     from dollar_jax.data.latents import load_data
     from dollar_jax.demo import make_generator
     from dollar_jax.sharding import make_mesh
@@ -303,9 +341,37 @@ def _train() -> None:
     if FLAGS.profile:
         visibility = dataclasses.replace(config.visibility, profile_steps=3)
         config = dataclasses.replace(config, visibility=visibility)
-    generator = make_generator(config, mesh=make_mesh(config.mesh))
-    train(config, workdir, generator, load_data(config, generator, workdir))
-    print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
+    with distributed.joined(
+        FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, lambda error: _report("train", error)
+    ):
+        generator = make_generator(config, mesh=make_mesh(config.mesh))
+        train(config, workdir, generator, load_data(config, generator, workdir))
+        if jax.process_index() == 0:
+            print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
+
+
+def _plan() -> None:
+    import json
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from tqdm import tqdm
+
+    from dollar_jax import plan
+
+    config = _distill_config(FLAGS.config)
+    if FLAGS.mesh:
+        config = dataclasses.replace(config, mesh=plan.parse_mesh(FLAGS.mesh))
+    rest = (FLAGS.topology, FLAGS.what, plan.parse_video(FLAGS.video) if FLAGS.video else None)
+    if FLAGS.search:
+        found = plan.rank(list(tqdm(plan.search(config, *rest), "compiling", unit="plan")))
+    else:
+        found = [plan.plan(config, *rest)]
+    if not found:
+        raise ValueError("no mesh divides this batch over these chips: change config.batch_size")
+    print(plan.table(found))
+    if FLAGS.json:
+        fields = [dataclasses.asdict(p) for p in found]
+        Path(FLAGS.json).write_text(json.dumps(fields if FLAGS.search else fields[0], indent=2) + "\n")
 
 
 def _pretrain() -> None:
@@ -548,7 +614,8 @@ COMMANDS = {
     "evaluate": Command("sample and measure a run again", _define_evaluate, _evaluate),
     "import": Command("a diffusers pipeline to a teacher folder that shards", _define_import, _import, "SRC DST"),
     "export": Command("a run's student to a folder that diffusers loads", _define_export, _export, "DST"),
-    "pretrain": Command("train the default domain's teacher from nothing", _define_train, _pretrain),
+    "plan": Command("compile for TPU chips that need not be there: memory, operations, time", _define_plan, _plan),
+    "pretrain": Command("train the default domain's teacher from nothing", _define_pretrain, _pretrain),
     "reproduce": Command("the paper's ablation on the default domain, as one page", _define_reproduce, _reproduce),
     "vbench-score": Command(
         "VBench's result files to its Quality, Semantic and Total", _define_vbench_score, _vbench_score, "FILE…"

@@ -372,6 +372,10 @@ class ComputeConfig:
     remat: Literal["none", "full", "dots", "attention"]
     scan_layers: bool  # one compiled block instead of a program as long as the network is deep
     vae_chunk: int | None  # latent frames the video VAE takes at a time; None is the whole clip
+    # The kernel of the transformer's attention: "auto" goes by the platform (see `models.attention`).
+    attention: Literal["auto", "splash", "cudnn", "xla"]
+    # How the keys of a sequence that is shared over the mesh's context axis meet.
+    context_parallel: Literal["gather", "ulysses"]
 
     def __post_init__(self) -> None:
         if self.vae_chunk is not None and self.vae_chunk < 1:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from dollar_jax import sample, sharding
 from dollar_jax.config import ComputeConfig, MeshConfig, SamplingConfig
 from dollar_jax.frames import to_uint8
+from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
 from dollar_jax.sharding import shard
@@ -34,6 +35,12 @@ def teacher_folder(name: str) -> Path:
     return SHIPPED_TEACHERS.get(name, Path(name))
 
 
+def transformer_options(compute: ComputeConfig) -> dict[str, Any]:
+    """The fields of a transformer's configuration that say how it is computed."""
+    names = ("dtype", "remat", "scan_layers", "attention", "context_parallel")
+    return {name: getattr(compute, name) for name in names}
+
+
 def load_teacher(
     name: str, compute: ComputeConfig | None = None, mesh: Mesh | None = None
 ) -> Pipeline:
@@ -46,8 +53,16 @@ def load_teacher(
         return load_pipeline(folder)
     return load_pipeline(
         folder, compute.teacher_dtype, None if mesh is None else functools.partial(shard, mesh),
-        dtype=compute.dtype, remat=compute.remat, scan_layers=compute.scan_layers,
+        **transformer_options(compute),
     )  # fmt: skip
+
+
+def decode_frames(
+    vae: Network, config: Any, chunk: int | None, params: Params, latent: jax.Array
+) -> jax.Array:
+    """Frames in [0, 1] of normalised latents, `chunk` latent frames at a time if given."""
+    frames = vae.apply(params, denormalise(latent, config), method="decode", chunk=chunk)
+    return (frames + 1) / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +122,7 @@ class Generator:
     def frames(self, params: Params, latent: jax.Array) -> jax.Array:
         """Frames in [0, 1] of normalised latents, with the VAE's parameters given: pure, to be traced."""
         vae = self.pipeline.vae
-        raw = denormalise(latent, vae.config)
-        frames = vae.network.apply(params, raw, method="decode", chunk=self.vae_chunk)
-        return (frames + 1) / 2
+        return decode_frames(vae.network, vae.config, self.vae_chunk, params, latent)
 
     @functools.cached_property
     def _decode(self) -> Any:

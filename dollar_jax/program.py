@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -104,8 +104,9 @@ def build_program(
     for name in batch_sharding:
         if name.startswith("walk"):
             batch_sharding[name] = fresh_sharding
+    _check_transformer(mesh, transformer, latent_shape, text_shape)
     step = jax.jit(
-        make_step(config, networks, schedule, optimisers, score_real),
+        on_mesh(mesh, make_step(config, networks, schedule, optimisers, score_real)),
         in_shardings=(state_sharding, frozen_sharding, batch_sharding),
         out_shardings=(state_sharding, sharding.replicated(mesh), fresh_sharding),
         donate_argnums=0,
@@ -113,6 +114,29 @@ def build_program(
     return Program(
         mesh, step, state_shapes, state_sharding, frozen_sharding, batch_shapes, batch_sharding,
         jax.jit(init, out_shardings=state_sharding),
+    )  # fmt: skip
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function traced for a mesh, whose axes the models then name (`models.placement`)."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
+
+
+def _check_transformer(
+    mesh: Mesh, transformer: Network, latent: tuple[int, ...], text: tuple[int, int]
+) -> None:
+    """Traces one forward: heads that do not divide over the mesh are an error here, before any compilation."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    shapes = ((rows, *latent), (rows,), (rows, *text))
+    jax.eval_shape(
+        on_mesh(mesh, transformer.apply),
+        transformer.shapes, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
     )  # fmt: skip
 
 

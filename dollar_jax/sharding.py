@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,18 +22,27 @@ from dollar_jax.config import MeshConfig
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = P(("data", "fsdp"))
 
+# Parameters are shared over all devices that would otherwise hold copies, and gathered layer by layer.
+FSDP = ("fsdp", "context")
+ALL = ("tensor", "fsdp", "context")
+
 RULES: tuple[tuple[str, P], ...] = (
     # The reward head is small.
     (r"(.*/)?reward_head.*", P()),
     (r"reward_statistics/.*", P()),
-    # Stacked blocks: [layer, in, out].
-    (r"(.*/)?blocks/.*/(to_q|to_k|to_v|proj_in|linear)/kernel", P(None, "fsdp", "tensor")),
-    (r"(.*/)?blocks/.*/(to_out|proj_out)/kernel", P(None, "tensor", "fsdp")),
+    # Stacked blocks: [layer, in, out]. Wan's and CogVideoX' names, then UMT5's.
+    (r"(.*/)?blocks/.*/(to_q|to_k|to_v|proj_in)/kernel", P(None, FSDP, "tensor")),
+    (r"(.*/)?blocks/.*/(to_out|proj_out)/kernel", P(None, "tensor", FSDP)),
     (r"(.*/)?blocks/.*/(to_q|to_k|to_v|proj_in)/bias", P(None, "tensor")),
-    (r"(.*/)?blocks/.*(bias|scale|scale_shift_table)", P()),
-    # The rest of the transformer: [in, out].
-    (r"(.*/)?(patch_embedding|linear_1|time_proj|text_proj|linear)/kernel", P("fsdp", "tensor")),
-    (r"(.*/)?(proj_out|linear_2)/kernel", P("tensor", "fsdp")),
+    (r"(.*/)?blocks/(.*/)?(q|k|v|wi_0|wi_1)/kernel", P(None, FSDP, "tensor")),
+    (r"(.*/)?blocks/(.*/)?(o|wo)/kernel", P(None, "tensor", FSDP)),
+    # A modulation is read whole by every token.
+    (r"(.*/)?blocks/.*/linear/kernel", P(None, None, ALL)),
+    (r"(.*/)?blocks/.*(bias|scale|scale_shift_table|relative_attention_bias/embedding)", P()),
+    # The rest of the transformer: [in, out]. One of the two may be a patch, too few to share.
+    (r"(.*/)?(patch_embedding|linear_1|time_proj|text_proj|linear)/kernel", P(None, ALL)),
+    (r"(.*/)?(proj_out|linear_2)/kernel", P(ALL, None)),
+    (r"(.*/)?shared/embedding", P(None, ALL)),
     (r"(.*/)?(bias|scale|scale_shift_table)", P()),
     # Counters and keys.
     (r"(.*/)?(step|key|count)", P()),
@@ -39,7 +50,10 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over AXES; raises ValueError when the devices do not fill it exactly."""
+    """The mesh over AXES; of devices in several slices, `data` goes over the network between these.
+
+    Raises ValueError when the devices do not fill it exactly.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
     if sizes.count(-1) == 1:
@@ -51,9 +65,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"the mesh {named} needs {math.prod(sizes)} devices, but there are {len(devices)}: "
             "set config.mesh so that the product of its axes is the number of devices"
         )
-    if sizes[2] != 1:
-        raise ValueError("config.mesh.context must be 1: sequence parallelism is not there yet")
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        if sizes[0] % len(slices):
+            raise ValueError(
+                f"the devices are {len(slices)} slices, so config.mesh.data must be a multiple of that, "
+                f"not {sizes[0]}: only data goes over the network between them"
+            )
+        inside = (sizes[0] // len(slices), *sizes[1:])
+        array = mesh_utils.create_hybrid_device_mesh(
+            inside, (len(slices), 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        array = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, (AxisType.Auto,) * len(AXES))
 
 
 def check_batch(mesh: Mesh, name: str, size: int) -> None:
@@ -77,10 +102,12 @@ def shard(mesh: Mesh, tree: Any) -> Any:
         if spec is None:
             raise ValueError(f"no sharding rule matches {name!r} of shape {leaf.shape}")
         for size, axes in zip(leaf.shape, spec, strict=False):
-            shards = mesh.shape[axes] if axes else 1
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            shards = math.prod(mesh.shape[axis] for axis in axes)
             if size % shards:
                 raise ValueError(
-                    f"{name!r} of shape {leaf.shape} does not divide by mesh axis {axes} = {shards}"
+                    f"{name!r} of shape {leaf.shape} does not divide by mesh axes "
+                    f"{' × '.join(axes)} = {shards}"
                 )
         return NamedSharding(mesh, spec)
 
@@ -94,6 +121,36 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Rows over data × fsdp, after `leading` axes that are whole everywhere."""
     return NamedSharding(mesh, P(*[None] * leading, *BATCH))
+
+
+def local_rows(where: jax.sharding.Sharding, count: int) -> np.ndarray:
+    """The rows, of `count`, that this process's devices hold, in order."""
+    parts = where.addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[part] for part in parts]))
+
+
+def put(tree: Any, where: Any) -> Any:
+    """Host arrays, the same on every process, as global arrays; each device gets only its part.
+
+    `where` may be a prefix of the tree. What is on devices already, whole on this process's or shared over
+    those of all, is moved where it must be.
+    """
+
+    def place(x: Any, s: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and (s.is_fully_addressable or not x.is_fully_addressable):
+            return jax.device_put(x, s)
+        return jax.make_array_from_callback(x.shape, s, lambda index: np.asarray(x[index]))
+
+    return jax.tree.map(place, tree, jax.tree.broadcast(where, tree))
+
+
+def put_rows(value: np.ndarray, rows: np.ndarray, where: NamedSharding, count: int) -> jax.Array:
+    """This process's `rows` of `count` as part of one global array."""
+
+    def part(index: Any) -> np.ndarray:
+        return value[np.isin(rows, np.arange(*index[0].indices(count)))]
+
+    return jax.make_array_from_callback((count, *value.shape[1:]), where, part)
 
 
 def _name(entry: Any) -> str:

@@ -40,7 +40,7 @@ HISTORY = "history.jsonl"
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 # Settings that may change between a run and its resumption.
-_CHANGEABLE = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "visibility", "pretrain"}
+_CHANGEABLE = {"mesh", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "visibility", "pretrain"}
 
 
 def train(
@@ -63,9 +63,9 @@ def train(
     )  # fmt: skip
     decoder = None
     if rewards:
-        decoder = jax.device_put(pipeline.vae.params, sharding.replicated(program.mesh))
+        decoder = sharding.put(pipeline.vae.params, sharding.replicated(program.mesh))
     reward_params = () if pixels is None else pixels.params(decoder)
-    frozen = jax.device_put(
+    frozen = sharding.put(
         Frozen(pipeline.transformer.params, generator.null_text, reward_params), program.frozen_sharding
     )
     scorer = None
@@ -73,7 +73,8 @@ def train(
         scorer = Scorer(
             config, rewards, pixels, generator.frames, decoder, data.latent_shapes, text_shape
         )
-    batches = data.batches(config, program.batch_sharding)
+    rows = sharding.local_rows(program.batch_sharding["latent"], config.batch_size)
+    batches = data.batches(config, rows, program.batch_sharding)
     guard = config.reward.guard
 
     with Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
@@ -86,25 +87,28 @@ def train(
                 state = _go_on_from(Path(config.init), program, state)
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
         watch = make_watch(config, workdir, generator, frozen.teacher)
-        profile = Profile(config.visibility.profile_steps, workdir, first)
-        with Log(workdir, first, config, make_throughput(config, program)) as log:
+        throughput = make_throughput(config, program)
+        with (
+            Log(workdir, first, config, throughput) as log,
+            Profile(config.visibility.profile_steps, workdir, first) as profile,
+        ):
             busy = None
             for step in range(first, config.steps):
                 if hacked:
                     break
                 profile.before(step)
                 begun = time.perf_counter()
-                rows = next(batches)
+                read = next(batches)
                 if busy is None or busy.is_ready():  # the devices had nothing left to do
                     log.waited += time.perf_counter() - begun
-                batch, captions = rows["on_device"], data.captions_of(rows)
+                batch, captions = read["on_device"], data.captions_of(read)
                 if scorer is not None:
-                    batch = batch | scorer.inputs(step, captions, rows["latent"].shape[1:])
-                state, metrics, fresh = program.step(state, frozen, _put(program, batch))
+                    batch = batch | scorer.inputs(step, captions, read["latent"].shape[1:])
+                state, metrics, fresh = program.step(state, frozen, _put(program, rows, batch))
                 busy = metrics["student_loss"]
                 if scorer is not None:
                     scorer.collect()
-                    scorer.submit(fresh, rows, captions)
+                    scorer.submit(fresh, read, captions)
                     if (step + 1) % config.log_every == 0:
                         hacked = scorer.monitor.hacked(guard)
                 saving = step + 1 == config.steps or (step + 1) % config.checkpoint_every == 0
@@ -123,8 +127,7 @@ def train(
                     if scorer is not None:
                         items["replay"] = scorer.state
                     checkpoints.save(step + 1, items)
-            profile.close()
-        if hacked:
+        if hacked and jax.process_index() == 0:
             tqdm.write(f"stopped at step {int(state.step)}: {hacked}")
     return state
 
@@ -163,14 +166,23 @@ def _restore(
     return from_items(items)
 
 
-def _put(program: Program, batch: Mapping[str, np.ndarray | jax.Array]) -> dict[str, jax.Array]:
-    """Each process's rows as the global arrays of the step; what is on the devices already stays as it is."""
-    return {
-        name: value
-        if isinstance(value, jax.Array)
-        else jax.make_array_from_process_local_data(program.batch_sharding[name], value)
-        for name, value in batch.items()
-    }
+def _put(
+    program: Program, rows: np.ndarray, batch: Mapping[str, np.ndarray | jax.Array]
+) -> dict[str, jax.Array]:
+    """The step's global arrays: of this process's `rows` of the videos, and of what every process has whole.
+
+    What is on the devices already stays as it is.
+    """
+
+    def place(name: str, value: np.ndarray | jax.Array) -> jax.Array:
+        where = program.batch_sharding[name]
+        if isinstance(value, jax.Array):
+            return value
+        if name.startswith(("scored", "walk")):
+            return sharding.put(value, where)
+        return sharding.put_rows(value, rows, where, program.batch_shapes[name].shape[0])
+
+    return {name: place(name, value) for name, value in batch.items()}
 
 
 class Log:
@@ -295,7 +307,8 @@ def remember_config(config: DistillConfig, workdir: Path) -> None:
                     f"{workdir} holds a run with config.{name} = {before.get(name)!r}, not "
                     f"{now.get(name)!r}: choose another workdir, or the run's own settings to resume it"
                 )
-    _replace(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    if jax.process_index() == 0:
+        _replace(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def read_config(workdir: Path) -> DistillConfig:

@@ -6,7 +6,9 @@ Losses of distillation say little about quality; these do. Nothing here changes 
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -149,28 +151,50 @@ def make_watch(
 
 
 class Profile:
-    """An XProf trace of `steps` steps into `workdir/profile`, once the first ones have run."""
+    """XProf traces of this process in `workdir/profile`: of `steps` steps once the first ones have run, and of
+    `ON_SIGNAL` steps whenever the signal USR1 asks for them.
+    """
+
+    ON_SIGNAL = 3
 
     def __init__(self, steps: int, workdir: Path, first: int):
-        self.start, self.stop = first + PROFILE_AFTER, first + PROFILE_AFTER + steps
-        self.folder, self.running = workdir / "profile", False
-        self.wanted = steps > 0
+        self.start, self.steps = first + PROFILE_AFTER, steps
+        self.folder = workdir / "profile"
+        self._stop: int | None = None  # the step before which the running trace ends
+        self._asked = False
+
+    def __enter__(self) -> Profile:
+        # Python takes signals in its main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGUSR1, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR1, self._before)
+        self.close()
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
 
     def before(self, step: int) -> None:
-        if self.wanted and step == self.start:
+        count = self.steps if step == self.start else 0
+        if self._asked:
+            count, self._asked = self.ON_SIGNAL, False
+        if count and self._stop is None:
             jax.profiler.start_trace(str(self.folder))
-            self.running = True
+            self._stop = step + count
 
     def after(self, step: int, result: Any) -> None:
         """`step` has been dispatched, and `result` is what it gives."""
-        if self.running and step + 1 == self.stop:
+        if self._stop is not None and step + 1 >= self._stop:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        if self.running:
+        if self._stop is not None:
             jax.profiler.stop_trace()
-            self.running = False
+            self._stop = None
 
 
 @dataclasses.dataclass(frozen=True)

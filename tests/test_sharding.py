@@ -75,8 +75,8 @@ def test_bad_trees_are_refused_by_path():
     m = mesh(fsdp=8)
     with pytest.raises(ValueError, match=r"no sharding rule matches 'student/mystery/weights' .*\(8, 8\)"):
         sharding.shard(m, {"student": {"mystery": {"weights": jnp.zeros((8, 8))}}})
-    with pytest.raises(ValueError, match=r"'ema/linear_1/kernel' of shape \(12, 8\).*axis fsdp = 8"):
-        sharding.shard(m, {"ema": {"linear_1": {"kernel": jnp.zeros((12, 8))}}})
+    with pytest.raises(ValueError, match=r"'ema/linear_1/kernel' of shape \(8, 12\).*tensor × fsdp × context = 8"):
+        sharding.shard(m, {"ema": {"linear_1": {"kernel": jnp.zeros((8, 12))}}})
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1, 1), (16, 1, 1, 1), (-1, 3, 1, 1), (-1, -1, 1, 1), (0, 8, 1, 1)])
@@ -87,6 +87,55 @@ def test_bad_mesh_is_one_sentence(sizes):
 
 def test_minus_one_takes_what_is_left():
     assert dict(mesh(data=-1, tensor=2).shape) == {"data": 4, "fsdp": 1, "context": 1, "tensor": 2}
+
+
+def test_bad_heads_are_refused_before_any_compilation(make_config):
+    """Twelve heads over eight devices, and Ulysses, which shares a tensor part's heads out again."""
+    for changes, options, message in [
+        ({"mesh.tensor": 8}, {}, "12 heads do not divide over the mesh's tensor axis of 8"),
+        (
+            {"mesh.tensor": 2, "mesh.context": 4}, {"context_parallel": "ulysses"},
+            "6 heads per device do not divide over the mesh's context axis of 4, as 'ulysses' needs",
+        ),
+    ]:  # fmt: skip
+        network = wan_transformer(dataclasses.replace(WAN_1_3B, num_layers=1, **options))
+        with pytest.raises(ValueError, match=message):
+            build_program(make_config(changes), network, Schedule("rf", "velocity"), LATENT, TEXT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU chip as jax's mesh functions see it: four slices of 2 × 2 × 1."""
+
+    id: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
+    core_on_chip: int = 0
+
+    @property
+    def slice_index(self):
+        return self.id // 4
+
+    process_index = slice_index
+
+    @property
+    def coords(self):
+        return (self.id % 2, self.id // 2 % 2, 0)
+
+
+def test_only_data_goes_over_the_network_between_slices():
+    chips = [Chip(i) for i in range(16)]
+    array = sharding.make_mesh(MeshConfig(4, 2, 2, 1), chips).devices
+    assert array.shape == (4, 2, 2, 1)
+    for row in array:
+        assert len({chip.slice_index for chip in row.flat}) == 1
+    assert {chip.slice_index for chip in array[:, 0, 0, 0]} == {0, 1, 2, 3}
+    assert sharding.make_mesh(MeshConfig(8, 1, 2, 1), chips).devices.shape == (8, 1, 2, 1)
+
+
+def test_bad_mesh_over_slices_is_one_sentence():
+    with pytest.raises(ValueError, match="4 slices, so config.mesh.data must be a multiple of that, not 2"):
+        sharding.make_mesh(MeshConfig(2, 8, 1, 1), [Chip(i) for i in range(16)])
 
 
 def test_bad_batch_is_refused_before_any_compilation(make_config):

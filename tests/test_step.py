@@ -1,6 +1,7 @@
 """The one compiled step, over real networks of toy size."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -135,9 +136,11 @@ def alone(runner, initial):
         ((), {"data": 8}),
         ((), {"data": 2, "fsdp": 4}),
         ((), {"data": 2, "fsdp": 2, "tensor": 2}),
+        ((), {"data": 1, "fsdp": 2, "context": 4}),
         (BACKWARD, {"data": 2, "fsdp": 2, "tensor": 2}),
+        pytest.param(BACKWARD, {"data": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
-    ids=["data", "fsdp", "tensor", "backward-accumulated"],
+    ids=["data", "fsdp", "tensor", "context", "backward-accumulated", "backward-context"],
 )
 def test_step_is_the_same_on_eight_devices(runner, alone, initial, changes, mesh):
     """A sum missing over an axis, a row on the wrong device or a different random draw fails here."""
@@ -186,6 +189,21 @@ def test_one_compilation_and_donated_state(base, initial):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(base.frozen))
     assert jax.tree.map(lambda x: x.sharding, state) == base.program.state_sharding
     jax.tree.map(np.testing.assert_array_equal, host(base.frozen.teacher), host(teacher()))
+
+
+def test_no_state_buffer_is_copied_and_none_is_moved_in_vain(runner, capfd):
+    """On fsdp × tensor: every array of the state is written where it was read, and XLA found a way there."""
+    program = runner(("mesh.data", 2), ("mesh.fsdp", 2), ("mesh.tensor", 2)).program
+    compiled = program.step.lower(
+        program.state_shapes,
+        Frozen(NETWORK.shapes, jax.ShapeDtypeStruct((1, *TEXT), jnp.float32)),
+        program.batch_shapes,
+    ).compile()
+    header = compiled.as_text().split("entry_computation_layout")[0]
+    pairs = re.findall(r"\{(\d+)\}: \((\d+), \{\}, (?:may|must)-alias\)", header)
+    assert sorted(int(out) for out, _ in pairs) == list(range(len(jax.tree.leaves(program.state_shapes))))
+    assert all(out == into for out, into in pairs)
+    assert "rematerialization" not in capfd.readouterr().err
 
 
 # What a step does

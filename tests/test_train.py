@@ -5,7 +5,9 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import shutil
+import signal
 import time
 
 import jax
@@ -81,7 +83,7 @@ def from_step(n, act):
     """Has `act(batch)` replace the batch of the n-th step from here and of all later ones."""
     put, calls = loop._put, itertools.count(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_put", lambda program, batch: put(program, act(batch) if next(calls) >= n else batch))
+        patch.setattr(loop, "_put", lambda p, rows, b: put(p, rows, act(b) if next(calls) >= n else b))
         yield
 
 
@@ -302,8 +304,7 @@ def test_latents_and_rewards_that_are_not_finite_are_not_learned_from(generator,
         return np.array([1.0, 2.0, np.nan, 4.0], np.float32)
 
     scorer = make_scorer(generator, config, Reward(reward, ""))
-    rows = [data[i] for i in range(8)]
-    batch = {name: np.stack([row[name] for row in rows]) for name in ("latent", "text")}
+    batch = {"latent": data.latent[:8], "text": data.text[:8]}
     # Two rows of the batch, the first and the middle one, each generated and real.
     latent = np.stack([batch["latent"][[0, 4]] + 1, batch["latent"][[0, 4]]], 1)
     latent[0, 0, 0, 0, 0, 0] = np.nan
@@ -318,6 +319,21 @@ def test_latents_and_rewards_that_are_not_finite_are_not_learned_from(generator,
     np.testing.assert_array_equal(kept["latent"][:2], batch["latent"][[0, 4]])
     np.testing.assert_array_equal(kept["text"][:2], batch["text"][[0, 4]])
     assert scorer.latest == {"reward_real": 3.0, "faults_compressibility_not_finite": 1.0}
+
+
+def test_a_signal_profiles_the_next_steps(train, tmp_path):
+    def ask(batch):
+        if not (tmp_path / "asked").exists():
+            (tmp_path / "asked").touch()
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return batch
+
+    before = signal.getsignal(signal.SIGUSR1)
+    with from_step(2, ask):
+        train(tmp_path)
+    assert signal.getsignal(signal.SIGUSR1) is before
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
 
 
 def test_history_is_json_and_drops_what_comes_after(tmp_path):

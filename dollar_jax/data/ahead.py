@@ -6,26 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import grain
-import jax
+import numpy as np
 
 from dollar_jax.config import DistillConfig
+from dollar_jax.sharding import put_rows
 
 
 def read_ahead(
-    batches: grain.IterDataset, config: DistillConfig, sharding: Mapping[str, Any] | None
+    batches: grain.IterDataset, config: DistillConfig, rows: np.ndarray, sharding: Mapping[str, Any] | None
 ) -> grain.IterDataset:
     """Batches whose arrays a thread also puts on the devices, `config.data.prefetch` batches ahead of the step.
 
-    The position that is checkpointed is that of the last batch taken, not of the last one put there.
+    They hold this process's `rows` of the step's batch. The position that is checkpointed is that of the
+    last batch taken, not of the last one put there.
     """
     if sharding is None:
         return batches
 
-    def place(rows: dict[str, Any]) -> dict[str, Any]:
+    def place(batch: dict[str, Any]) -> dict[str, Any]:
         arrays = {
-            name: jax.make_array_from_process_local_data(sharding[name], rows[name]) for name in ("latent", "text")
+            name: put_rows(batch[name], rows, sharding[name], config.batch_size) for name in ("latent", "text")
         }
-        return {**rows, "on_device": arrays}
+        return {**batch, "on_device": arrays}
 
     return grain.experimental.ThreadPrefetchIterDataset(
         batches.map(place), prefetch_buffer_size=config.data.prefetch

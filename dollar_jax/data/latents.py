@@ -17,6 +17,7 @@ from dollar_jax.data import shapes
 from dollar_jax.data.ahead import read_ahead
 from dollar_jax.data.moving_shapes import load_moving_shapes
 from dollar_jax.data.prepared import PreparedVideos, clip_of
+from dollar_jax.distributed import wait_for
 from dollar_jax.generate import Generator
 
 MOVING_SHAPES = "moving_shapes"  # the default domain's name; every other one is a folder's
@@ -33,9 +34,6 @@ class EncodedVideos:
     def __len__(self) -> int:
         return len(self.latent)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"latent": self.latent[index], "text": self.text[index], "index": np.int32(index)}
-
     @property
     def latent_shapes(self) -> list[tuple[int, ...]]:
         """(t, h, w, c) of every latent: there is one."""
@@ -45,26 +43,34 @@ class EncodedVideos:
     def has_latents(self) -> bool:
         return True
 
-    def captions_of(self, rows: dict[str, Any]) -> list[str]:
+    def captions_of(self, batch: dict[str, Any]) -> list[str]:
         """The captions of a batch's rows."""
-        return [str(self.captions[i]) for i in rows["index"]]
+        return [str(self.captions[i]) for i in batch["index"]]
 
-    def batches(self, config: DistillConfig, sharding: Any = None) -> grain.DatasetIterator:
-        """This process's share of shuffled batches without end; its position can be checkpointed.
+    def batches(
+        self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None
+    ) -> grain.DatasetIterator:
+        """Shuffled batches without end, of each only `rows` if given; the position can be checkpointed.
 
-        With the shardings of the step's batch its arrays also come as "on_device", placed ahead of time.
-
-        Raises ValueError when there are fewer videos than a batch needs.
+        It counts whole batches, so that a run may go on with another number of processes. Each batch is a
+        mapping of `latent`, `text` and `index`, the videos' places in `captions`; with the shardings of the
+        step's batch its arrays also come as "on_device", placed ahead of time. Raises ValueError when there
+        are fewer videos than a batch needs.
         """
         if len(self) < config.batch_size:
             raise ValueError(
                 f"there are {len(self)} training videos, fewer than config.batch_size {config.batch_size}"
             )
-        share = slice(jax.process_index(), None, jax.process_count())
-        dataset = grain.MapDataset.source(self).seed(config.seed).shuffle().repeat()[share]
-        dataset = dataset.batch(config.batch_size // jax.process_count(), drop_remainder=True)
+        rows = np.arange(config.batch_size) if rows is None else rows
+
+        def load(index: np.ndarray) -> dict[str, Any]:
+            here = index[rows]
+            return {"latent": self.latent[here], "text": self.text[here], "index": here}
+
+        dataset = grain.MapDataset.range(len(self)).seed(config.seed).shuffle().repeat()
+        dataset = dataset.batch(config.batch_size, drop_remainder=True).map(load)
         dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
-        return iter(read_ahead(dataset, config, sharding))
+        return iter(read_ahead(dataset, config, rows, sharding))
 
 
 def clip_size(config: DataConfig) -> tuple[int, int, int]:
@@ -77,13 +83,16 @@ def clip_size(config: DataConfig) -> tuple[int, int, int]:
 def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> EncodedVideos | PreparedVideos:
     """The training data of config.data: a prepared data set, or the default domain.
 
-    The latter is rendered and encoded into `workdir/data` the first time.
+    The latter is rendered and encoded into `workdir/data` the first time. Of several processes the first
+    does that, and the others wait for its file.
     """
     if config.data.name != MOVING_SHAPES:
         return PreparedVideos(config.data).check(config, generator)
     folder = workdir / "data"
     cache = folder / f"latents_{config.data.train_videos}.npz"
-    if not cache.exists():
+    if jax.process_index() > 0:
+        wait_for(cache, "the encoded videos")
+    elif not cache.exists():
         folder.mkdir(parents=True, exist_ok=True)
         sizes = {"train": config.data.train_videos}
         records = load_moving_shapes(folder, "train", sizes)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
@@ -44,7 +43,7 @@ class Damaged:
 
 
 class Records:
-    """Random access to the records of one bucket; one that is damaged is None, which Grain leaves out."""
+    """Random access to the records of one bucket; one that is damaged is None."""
 
     def __init__(self, info: Any, shards: Sequence[Any], damaged: Damaged):
         self._features, self._shards, self._damaged = info.features, shards, damaged
@@ -63,6 +62,18 @@ class Records:
             self._damaged.note(f"record {index - first} of {self._shards[shard].filename}", error)
             return None
         return self._features.deserialize_example_np(raw)
+
+
+    def readable(self, index: int) -> dict[str, Any]:
+        """The record of that index, or the next one that is not damaged in its place.
+
+        So a damaged record moves none of the others, and processes need not tell each other of it.
+        """
+        for i in range(len(self)):
+            record = self[(index + i) % len(self)]
+            if record is not None:
+                return record
+        raise ValueError(f"every record of {self._shards[0].filename} and its fellows is damaged")
 
 
 class PreparedVideos:
@@ -111,15 +122,17 @@ class PreparedVideos:
             )
         return self
 
-    def captions_of(self, rows: dict[str, Any]) -> list[str]:
+    def captions_of(self, batch: dict[str, Any]) -> list[str]:
         """The captions of a batch's rows."""
-        return [str(caption) for caption in rows["caption"]]
+        return [str(caption) for caption in batch["caption"]]
 
-    def batches(self, config: DistillConfig, sharding: Any = None) -> grain.DatasetIterator:
-        """This process's share of shuffled batches without end; its position can be checkpointed.
+    def batches(
+        self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None
+    ) -> grain.DatasetIterator:
+        """Shuffled batches without end, of each only `rows` if given; as those of `EncodedVideos`.
 
-        Buckets take turns in proportion to their clips, in the same order on every process; one that has fewer
-        clips than a batch is left out, and said to be. Raises ValueError when none is left.
+        Buckets take turns in proportion to their clips; one that has fewer clips than a batch is left out,
+        and said to be. Raises ValueError when none is left.
         """
         whole = {name: part for name, part in self.buckets.items() if len(part) >= config.batch_size}
         for name in self.buckets.keys() - whole.keys():
@@ -130,14 +143,16 @@ class PreparedVideos:
                 f"there are {most} training videos of one size in {self.folder}, fewer than config.batch_size "
                 f"{config.batch_size}"
             )
+        rows = np.arange(config.batch_size) if rows is None else rows
         datasets = [
-            _endless(part, config, number, functools.partial(self._row, shape=self.about["latent_shapes"][name]))
+            _endless(part, config, number, rows, functools.partial(self._row, shape=shape))
             for number, (name, part) in enumerate(whole.items())
+            for shape in [self.about["latent_shapes"][name]]
         ]
         mixed = datasets[0]
         if len(datasets) > 1:
             mixed = grain.IterDataset.mix(datasets, [len(part) for part in whole.values()])
-        return iter(read_ahead(mixed, config, sharding))
+        return iter(read_ahead(mixed, config, rows, sharding))
 
     def _row(self, record: dict[str, Any], rng: np.random.Generator, shape: Sequence[int]) -> dict[str, Any]:
         """A record as a batch's row: a fresh sample of the posterior, padded text; zeros for prompts alone."""
@@ -153,14 +168,23 @@ class PreparedVideos:
         return {"latent": latent, "text": text, "caption": record["caption"].decode()}
 
 
-def _endless(records: Records, config: DistillConfig, number: int, row: Any) -> grain.IterDataset:
-    """Batches of the `number`-th bucket, whose order and noise are its own."""
-    share = slice(jax.process_index(), None, jax.process_count())
-    dataset = grain.MapDataset.source(records).seed(config.seed + 1_000_003 * number).shuffle().repeat()
-    dataset = dataset[share].random_map(row)
-    # Damaged records fall out here, before batches are made.
-    reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-    return dataset.to_iter_dataset(reading).batch(config.batch_size // jax.process_count(), drop_remainder=True)
+def _endless(
+    records: Records, config: DistillConfig, number: int, rows: np.ndarray, row: Any
+) -> grain.IterDataset:
+    """Batches of the `number`-th bucket, whose order and noise are its own; of each, only `rows` are read."""
+
+    def load(places: np.ndarray) -> dict[str, np.ndarray]:
+        parts = []
+        for place, index in places[rows].tolist():
+            # The noise goes by the place in the run, whichever process reads it.
+            rng = np.random.default_rng([config.seed, number, place])
+            parts.append(row(records.readable(index), rng))
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    dataset = grain.MapDataset.range(len(records)).seed(config.seed + 1_000_003 * number).shuffle().repeat()
+    dataset = dataset.map_with_index(lambda place, index: np.array([place, index]))
+    dataset = dataset.batch(config.batch_size, drop_remainder=True).map(load)
+    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
 
 
 def read_about(folder: Path) -> Any:

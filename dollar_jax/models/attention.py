@@ -1,12 +1,28 @@
-"""The one place that computes attention."""
+"""The one place that computes attention: which kernel, and on a mesh which device computes what."""
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
+
+from dollar_jax.models import placement
+from dollar_jax.models.placement import BLOCK, CONTEXT, TENSOR
+
+Implementation = Literal["auto", "splash", "cudnn", "xla"]
+Kernel = Literal["splash", "cudnn", "xla"]
+ContextParallel = Literal["gather", "ulysses"]
+# A rematerialisation policy may keep this, the dearest value to recompute.
+NAME = "attention"
 
 
 def attention(
@@ -17,14 +33,141 @@ def attention(
     mask: Bool[Array, "#b #heads #n m"] | None = None,
     bias: Float[Array, "#b heads n m"] | None = None,
     scale: float | None = None,
-    implementation: Literal["xla", "cudnn"] = "xla",
+    length: int | None = None,
+    implementation: Implementation = "auto",
+    context: ContextParallel | None = None,
 ) -> Float[Array, "b n heads d"]:
     """softmax(q kᵀ · scale + bias) v with the softmax in fp32; `scale` is 1/√d unless given.
 
-    Keys where `mask` is False get no weight; a query without any key averages all of them.
+    Keys where `mask` is False, and those from `length` on, get no weight; a query without any key averages
+    all of them. "auto" is Pallas' splash attention on TPU, cuDNN's flash attention on GPU in 16 bits, and
+    XLA elsewhere and wherever there is a mask or bias.
+
+    On a mesh with a `context` axis (see `models.placement`) queries are shared over it. So are keys in
+    self-attention, whose `context` says how they meet: "gather" collects all keys on every device,
+    "ulysses" trades tokens for heads. With None the keys are whole everywhere, as those of a text are, and
+    queries or heads that do not divide over the mesh are too.
+
+    Raises ValueError when heads or tokens of self-attention do not divide over the mesh.
     """
+    kind = implementation if implementation != "auto" else _choose(q, mask is not None or bias is not None)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if mask is not None or bias is not None:
+        if kind != "xla":
+            raise ValueError(f"attention by {kind!r} takes no mask and no bias; 'xla' does")
+        out = jax.nn.dot_product_attention(
+            q, k, v, bias=bias, mask=mask, scale=scale, key_value_seq_lengths=_lengths(k, length),
+            implementation="xla",
+        )  # fmt: skip
+        return checkpoint_name(out, NAME)
+    local = functools.partial(_local, kind=kind, scale=scale, length=length)
+    if placement.mesh() is None:
+        return local(q, k, v)
+    if context is not None:
+        _check(q, k, context)
+    if kind == "xla" and (context is None or placement.axis_size(CONTEXT) == 1):
+        # XLA shares its own operations out as well as we could.
+        q = placement.constrain(q, None if context else CONTEXT, TENSOR)
+        return local(q, *(placement.constrain(x, None, TENSOR) for x in (k, v)))
+
+    over = placement.rows(q.shape[0])
+    heads = TENSOR if q.shape[2] % placement.axis_size(TENSOR) == 0 else None
+    tokens = P(over, CONTEXT if q.shape[1] % placement.axis_size(CONTEXT) == 0 else None, heads)
+    keys = P(over, CONTEXT if context else None, heads)
+    inner = {None: local, "gather": _gathered(local), "ulysses": _ulysses(local)}[context]
+    return jax.shard_map(inner, in_specs=(tokens, keys, keys), out_specs=tokens, check_vma=False)(q, k, v)
+
+
+def _choose(q: Array, masked: bool) -> Kernel:
+    platform = placement.platform()
+    if masked:
+        return "xla"
+    if platform == "tpu":
+        return "splash"
+    return "cudnn" if platform in ("cuda", "gpu") and q.dtype.itemsize == 2 else "xla"
+
+
+def _check(q: Array, k: Array, context: ContextParallel) -> None:
+    heads, parts = q.shape[2], placement.axis_size(TENSOR)
+    if heads % parts:
+        raise ValueError(f"{heads} heads do not divide over the mesh's tensor axis of {parts}")
+    share = placement.axis_size(CONTEXT)
+    if context == "ulysses" and heads // parts % share:
+        raise ValueError(
+            f"{heads // parts} heads per device do not divide over the mesh's context axis of {share}, "
+            "as 'ulysses' needs; 'gather' does not"
+        )
+    for tokens in (q.shape[1], k.shape[1]):
+        if tokens % share:
+            raise ValueError(f"{tokens} tokens do not divide over the mesh's context axis of {share}")
+
+
+def _gathered(local):
+    def run(q: Array, k: Array, v: Array) -> Array:
+        k, v = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k, v))
+        return local(q, k, v)
+
+    return run
+
+
+def _ulysses(local):
+    def run(q: Array, k: Array, v: Array) -> Array:
+        q, k, v = (jax.lax.all_to_all(x, CONTEXT, 2, 1, tiled=True) for x in (q, k, v))
+        return jax.lax.all_to_all(local(q, k, v), CONTEXT, 1, 2, tiled=True)
+
+    return run
+
+
+def _local(q: Array, k: Array, v: Array, *, kind: Kernel, scale: float, length: int | None) -> Array:
+    """Attention on one device, of all keys to some queries or heads."""
+    if kind == "splash":
+        return _splash(q, k, v, scale, k.shape[1] if length is None else length)
     out = jax.nn.dot_product_attention(
-        q, k, v, bias=bias, mask=mask, scale=scale, implementation=implementation
+        q, k, v, scale=scale, key_value_seq_lengths=_lengths(k, length), implementation=kind
     )
-    # The name lets a rematerialisation policy keep this, the dearest value to recompute.
-    return checkpoint_name(out, "attention")
+    return checkpoint_name(out, NAME)
+
+
+def _lengths(k: Array, length: int | None) -> Array | None:
+    if length is None or length == k.shape[1]:
+        return None
+    return jnp.full(k.shape[:1], length, jnp.int32)
+
+
+def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
+    """Pallas' kernel over sequences padded to whole blocks; interpreted where there is no TPU.
+
+    It knows neither a batch nor a scale. Padding is a segment of its own, which no real query looks at.
+    """
+    n, m = q.shape[1], k.shape[1]
+    block_q, block_k = _block(n), _block(m)
+    q, k, v = _padded(q * scale, block_q), _padded(k, block_k), _padded(v, block_k)
+    queries, keys = q.shape[2], k.shape[2]
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.FullMask((queries, keys))] * q.shape[1]),
+        block_sizes=splash.BlockSizes(
+            block_q=block_q, block_kv=block_k, block_kv_compute=block_k,
+            block_q_dkv=block_q, block_kv_dkv=block_k, block_kv_dkv_compute=block_k,
+            block_q_dq=block_q, block_kv_dq=block_k,
+        ),
+        head_shards=1, q_seq_shards=1, residual_checkpoint_name=NAME,
+        interpret=placement.platform() != "tpu",
+    )  # fmt: skip
+    segments = None
+    if length < keys:
+        segments = splash.SegmentIds(
+            q=jnp.zeros(queries, jnp.int32), kv=jnp.asarray(np.arange(keys) >= length, jnp.int32)
+        )
+    out: Array = jax.vmap(kernel, (0, 0, 0, None))(q, k, v, segments)  # pyright: ignore[reportAssignmentType]
+    return out[:, :, :n].swapaxes(1, 2)
+
+
+def _block(tokens: int) -> int:
+    """The block, of at most 1,024 tokens, that wastes the least padding."""
+    if tokens <= 4 * BLOCK:
+        return -(-tokens // BLOCK) * BLOCK
+    return min(range(8 * BLOCK, 3 * BLOCK, -BLOCK), key=lambda size: -(-tokens // size) * size)
+
+
+def _padded(x: Float[Array, "b n heads d"], block: int) -> Float[Array, "b heads p d"]:
+    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))

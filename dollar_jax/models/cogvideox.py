@@ -8,7 +8,6 @@ modulation, rotary embedding, timestep embedding and the residual sums are fp32 
 from __future__ import annotations
 
 import dataclasses
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dollar_jax.models.attention import attention
+from dollar_jax.models import placement
+from dollar_jax.models.attention import ContextParallel, Implementation, attention
 from dollar_jax.models.embeddings import (
     Rotary,
     axis_angles,
@@ -33,6 +33,7 @@ from dollar_jax.models.layers import (
     LayerNorm,
     Linear,
     Remat,
+    check_compute,
     run_blocks,
     stack_blocks,
 )
@@ -71,10 +72,11 @@ class CogVideoXConfig:
     param_dtype: str = "float32"
     remat: Remat = "none"
     scan_layers: bool = True
+    attention: Implementation = "auto"
+    context_parallel: ContextParallel = "gather"
 
     def __post_init__(self) -> None:
-        if self.remat not in get_args(Remat):
-            raise ValueError(f"remat is {self.remat!r}; it can be one of {get_args(Remat)}")
+        check_compute(self.remat, self.attention, self.context_parallel)
         # A quarter of the channels is for time, three eighths each for height and width, all in pairs.
         rotary = self.use_rotary_positional_embeddings
         name, dim = ("attention_head_dim", self.attention_head_dim) if rotary else ("the width", self.dim)
@@ -119,15 +121,24 @@ class Attention(nnx.Module):
         self.norm_q = LayerNorm(c.attention_head_dim, 1e-6, param_dtype=c.param_dtype)
         self.norm_k = LayerNorm(c.attention_head_dim, 1e-6, param_dtype=c.param_dtype)
         self.heads, self.dtype = c.num_attention_heads, c.dtype
+        self.implementation: Implementation = c.attention
+        self.context_parallel: ContextParallel = c.context_parallel
 
-    def __call__(self, x: Float[Array, "b n d"], rotary: Rotary | None) -> Float[Array, "b n d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], rotary: Rotary | None, length: int
+    ) -> Float[Array, "b n d"]:
+        """Tokens from `length` on are padding."""
+
         def split(y: Array) -> Array:
             return y.reshape(*y.shape[:2], self.heads, -1)
 
         q, k = self.norm_q(split(self.to_q(x))), self.norm_k(split(self.to_k(x)))
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        out = attention(q.astype(self.dtype), k.astype(self.dtype), split(self.to_v(x)))
+        out = attention(
+            q.astype(self.dtype), k.astype(self.dtype), split(self.to_v(x)), length=length,
+            implementation=self.implementation, context=self.context_parallel,
+        )  # fmt: skip
         return self.to_out(out.reshape(x.shape))
 
 
@@ -145,9 +156,10 @@ class CogVideoXBlock(nnx.Module):
         time: Float[Array, "b e"],
         is_text: Bool[Array, "n 1"],
         rotary: Rotary | None,
+        length: int,
     ) -> Float[Array, "b n d"]:
         y, gate = self.norm1(x, time, is_text)
-        x = (x + gate * self.attn1(y, rotary)).astype(self.dtype)
+        x = (x + gate * self.attn1(y, rotary, length)).astype(self.dtype)
         y, gate = self.norm2(x, time, is_text)
         return (x + gate * self.ff(y)).astype(self.dtype)
 
@@ -202,12 +214,16 @@ class CogVideoXTransformer(nnx.Module):
             video = (video + sinusoids(grid, c)).astype(c.dtype)
 
         y = jnp.concatenate([self.text_proj(text), video], axis=1)
+        tokens = y.shape[1]
+        y = placement.pad_tokens(y, axis=1)
+        if rotary is not None:
+            rotary = placement.pad_tokens(rotary[0], axis=0), placement.pad_tokens(rotary[1], axis=0)
         is_text = jnp.arange(y.shape[1])[:, None] < length
         y = run_blocks(
-            self.blocks, y, time, is_text, rotary,
+            self.blocks, y, time, is_text, rotary, tokens,
             length=c.num_layers, remat=c.remat, scan=c.scan_layers,
         )  # fmt: skip
-        y = self.norm_out(self.norm_final(y[:, length:]), time)
+        y = self.norm_out(self.norm_final(y[:, length:tokens]), time)
         return unpatchify(self.proj_out(y), grid, patch)
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:

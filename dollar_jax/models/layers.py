@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from dollar_jax.models import placement
+from dollar_jax.models.attention import ContextParallel, Implementation
 
 Remat = Literal["none", "full", "dots", "attention"]
 Initializer = Callable[..., Array]
@@ -99,6 +102,18 @@ class FeedForward(nnx.Module):
         return self.proj_out(jax.nn.gelu(self.proj_in(x)))
 
 
+def check_compute(remat: str, implementation: str, context_parallel: str) -> None:
+    """Raises ValueError naming the one of these settings of a transformer that is no choice."""
+    choices = {
+        "remat": (remat, Remat),
+        "attention": (implementation, Implementation),
+        "context_parallel": (context_parallel, ContextParallel),
+    }
+    for name, (value, kind) in choices.items():
+        if value not in get_args(kind):
+            raise ValueError(f"{name} is {value!r}; it can be one of {get_args(kind)}")
+
+
 def stack_blocks(build: Callable[[nnx.Rngs], Block], length: int, rngs: nnx.Rngs) -> Block:
     """`length` blocks as one module whose parameters have a leading axis of that length."""
     return nnx.vmap(build)(rngs.split(length))
@@ -116,7 +131,13 @@ def run_blocks(
     graphdef, params = nnx.split(blocks)
 
     def body(x: Array, layer: nnx.State) -> tuple[Array, None]:
-        return nnx.merge(graphdef, layer)(x, *args), None
+        return place(nnx.merge(graphdef, layer)(x, *args)), None
+
+    def place(x: Array) -> Array:
+        # What a scan carries has one placement throughout; left to itself XLA may choose a worse one.
+        return placement.constrain(x, placement.CONTEXT, None)
+
+    x = place(x)
 
     if remat != "none":
         policy = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import cast, get_args
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dollar_jax.models.attention import attention
+from dollar_jax.models import placement
+from dollar_jax.models.attention import ContextParallel, Implementation, attention
 from dollar_jax.models.embeddings import (
     Rotary,
     patchify,
@@ -34,6 +35,7 @@ from dollar_jax.models.layers import (
     Linear,
     Remat,
     RMSNorm,
+    check_compute,
     layer_norm,
     run_blocks,
     stack_blocks,
@@ -65,12 +67,13 @@ class WanConfig:
     param_dtype: str = "float32"
     remat: Remat = "none"
     scan_layers: bool = True
+    attention: Implementation = "auto"
+    context_parallel: ContextParallel = "gather"
 
     def __post_init__(self) -> None:
         if self.qk_norm != "rms_norm_across_heads":
             raise ValueError(f"qk_norm is {self.qk_norm!r}; Wan has only 'rms_norm_across_heads'")
-        if self.remat not in get_args(Remat):
-            raise ValueError(f"remat is {self.remat!r}; it can be one of {get_args(Remat)}")
+        check_compute(self.remat, self.attention, self.context_parallel)
         if self.attention_head_dim % 2 or self.freq_dim % 2:
             raise ValueError(
                 f"attention_head_dim {self.attention_head_dim} and freq_dim {self.freq_dim} "
@@ -117,13 +120,18 @@ class Attention(nnx.Module):
         self.norm_q = RMSNorm(c.dim, c.eps, param_dtype=c.param_dtype)
         self.norm_k = RMSNorm(c.dim, c.eps, param_dtype=c.param_dtype)
         self.heads, self.dtype = c.num_attention_heads, c.dtype
+        self.implementation: Implementation = c.attention
+        self.context_parallel: ContextParallel = c.context_parallel
 
     def __call__(
         self,
         x: Float[Array, "b n d"],
         context: Float[Array, "b m d"],
         rotary: Rotary | None = None,
+        length: int | None = None,
     ) -> Float[Array, "b n d"]:
+        """Self-attention when `rotary` is given; of its tokens those from `length` on are padding."""
+
         def split(y: Array) -> Array:
             return y.reshape(*y.shape[:2], self.heads, -1)
 
@@ -132,7 +140,11 @@ class Attention(nnx.Module):
         v = split(self.to_v(context))
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        out = attention(q.astype(self.dtype), k.astype(self.dtype), v)
+        out = attention(
+            q.astype(self.dtype), k.astype(self.dtype), v, length=length,
+            implementation=self.implementation,
+            context=None if rotary is None else self.context_parallel,
+        )  # fmt: skip
         return self.to_out(out.reshape(x.shape))
 
 
@@ -155,12 +167,13 @@ class WanBlock(nnx.Module):
         text: Float[Array, "b l d"],
         modulation: Float[Array, "b 6 d"],
         rotary: Rotary,
+        length: int,
     ) -> Float[Array, "b n d"]:
         table = self.scale_shift_table[...] + modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
 
         y = self._modulate(x, shift1, scale1)
-        x = (x + self.attn1(y, y, rotary) * gate1).astype(self.dtype)
+        x = (x + self.attn1(y, y, rotary, length) * gate1).astype(self.dtype)
         y = x if self.norm2 is None else self.norm2(x).astype(self.dtype)
         x = x + self.attn2(y, text)
         y = self._modulate(x, shift2, scale2)
@@ -205,14 +218,20 @@ class WanTransformer(nnx.Module):
         )
         time, modulation, text = self.condition_embedder(t, text)
 
-        y = self.patch_embedding(patchify(x, c.patch_size))
+        y = patchify(x, c.patch_size)
+        tokens = y.shape[1]
+        y = placement.pad_tokens(y, axis=1)
+        rotary = placement.pad_tokens(rotary[0], axis=0), placement.pad_tokens(rotary[1], axis=0)
+        text = placement.constrain(text, None, None)
+        y = self.patch_embedding(placement.constrain(y, placement.CONTEXT, None))
         y = run_blocks(
-            self.blocks, y, text, modulation, rotary,
+            self.blocks, y, text, modulation, rotary, tokens,
             length=c.num_layers, remat=c.remat, scan=c.scan_layers,
         )  # fmt: skip
         shift, scale = jnp.split(self.scale_shift_table[...] + time[:, None], 2, axis=1)
         y = self.proj_out(layer_norm(y, c.eps) * (1 + scale) + shift)
-        return unpatchify(y, grid, c.patch_size)
+        y = placement.constrain(y, placement.CONTEXT, None)
+        return unpatchify(y[:, :tokens], grid, c.patch_size)
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         c, (*size, channels) = self.config, shape

@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
+from dollar_jax import sharding
 from dollar_jax.config import DistillConfig
 from dollar_jax.rewards import AnyReward, JaxReward
 from dollar_jax.rewards.host import HostScorer
@@ -30,10 +32,12 @@ Shape = tuple[int, ...]
 class _Pending:
     """A step's latents under way: what the step said of them, their text, whether they are finite.
 
-    `shape` is that of the latents of the step's batch.
+    `here` are those rows of `fresh` that this process holds, `text` theirs. `shape` is that of the latents
+    of the step's batch.
     """
 
     fresh: Mapping[str, jax.Array]
+    here: np.ndarray
     text: np.ndarray
     finite: jax.Array
     shape: Shape
@@ -42,6 +46,7 @@ class _Pending:
 class Scorer:
     """Scores this process's share of each step's latents, one step behind the devices.
 
+    What was scored goes to all processes, so that each has the same replay, and stops when the others do.
     `decode(params, latent)` gives frames in [0, 1]; it is dispatched like a step and not waited for.
     """
 
@@ -80,11 +85,11 @@ class Scorer:
                 scored = c.scored_shape(shape)
                 self.replays[shape] = Replay(c.replay, scored, text_shape, (len(c.trained),))
             elif c.trained and c.method == "ddpo":
-                rows, states = c.samples // jax.process_count(), min(3, len(config.student.timesteps))
+                states = min(3, len(config.student.timesteps))
                 self.walks[shape] = {
-                    "walk_states": np.zeros((rows, states, *shape), np.float32),
-                    "walk_text": np.zeros((rows, *text_shape), np.float32),
-                    "walk_reward": np.full((rows, len(c.trained)), np.nan, np.float32),
+                    "walk_states": np.zeros((c.samples, states, *shape), np.float32),
+                    "walk_text": np.zeros((c.samples, *text_shape), np.float32),
+                    "walk_reward": np.full((c.samples, len(c.trained)), np.nan, np.float32),
                 }
         self.monitor = Monitor(c.guard.window, [c.rewards[i].label for i in c.held_out])
 
@@ -105,11 +110,13 @@ class Scorer:
             self.walks[shape] = copies[f"walk_{_name(shape)}"]
 
     def inputs(self, step: int, captions: Sequence[str], shape: Shape) -> dict[str, np.ndarray]:
-        """This process's rows of what a step on latents of `shape` needs of rewards; see `step.make_step`."""
+        """What a step on latents of `shape` needs of rewards; see `step.make_step`.
+
+        The scored latents or walks are the same on every process; the tokens are of this process's captions.
+        """
         c, rows = self.config, {}
         if shape in self.replays:
-            share = c.batch_size // jax.process_count()
-            rows = self.replays[shape].sample(c.updates, share, [self.seed, step, jax.process_index()])
+            rows = self.replays[shape].sample(c.updates, c.batch_size, [self.seed, step])
         elif shape in self.walks:
             rows = self.walks[shape]
             # Each walk counts once.
@@ -121,49 +128,55 @@ class Scorer:
     def submit(
         self, fresh: Mapping[str, jax.Array], batch: Mapping[str, np.ndarray], captions: Sequence[str]
     ) -> None:
-        """Has the latents of a step scored, which the devices may still be computing."""
+        """Has the latents of a step scored, which the devices may still be computing.
+
+        `batch` and `captions` are this process's rows of the step's batch.
+        """
         count, kinds = fresh["latent"].shape[:2]
+        here = sharding.local_rows(fresh["latent"].sharding, count)
         # What is scored is of the last micro-batch, every accumulation-th row, and evenly from that.
         rows = np.arange(len(captions))[self.accumulation - 1 :: self.accumulation]
-        # Each process has its share of the rows that are scored, or with a single one all of them.
-        rows = rows.reshape(count // jax.process_count(), -1)[:, 0].repeat(kinds)
+        rows = rows.reshape(len(here), -1)[:, 0]
         finite = jnp.ones((count * kinds,), bool)
         if self.hosts:
             latent = fresh["latent"]
             frames, finite = self._decode(latent.sharding)(self._decoder, latent)
-            prompts = [captions[int(i)] for i in rows]
+            prompts = [captions[int(i)] for i in rows.repeat(kinds)]
             for host in self.hosts.values():
                 host.submit(LocalRows(frames), prompts)
         shape = tuple(np.shape(batch["latent"])[1:])
-        self._pending = _Pending(fresh, np.asarray(batch["text"])[rows], finite, shape)
+        self._pending = _Pending(fresh, here, np.asarray(batch["text"])[rows], finite, shape)
 
     def collect(self) -> None:
-        """Waits for what was submitted, and takes it in."""
+        """Waits for what was submitted, on every process, and takes it in."""
         self.latest = {}
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        fresh, text, shape = pending.fresh, pending.text, pending.shape
-        local = {name: local_rows(value) for name, value in fresh.items()}
-        kinds = fresh["latent"].shape[1]
-        latent, predicted = (local[k].reshape(-1, *local[k].shape[2:]) for k in ("latent", "predicted"))
-        rewards = np.array(local["reward"].reshape(len(latent), -1))
+        shape, kinds = pending.shape, pending.fresh["latent"].shape[1]
+        rows = {name: local_rows(value) for name, value in pending.fresh.items()}
+        rows |= {"text": pending.text, "reward": np.array(rows["reward"])}
         for i, host in self.hosts.items():
             # A reward may give a finite number to anything, so what is not finite never counts.
-            rewards[:, i] = np.where(local_rows(pending.finite), host.collect(), np.nan)
-        trained = rewards[:, self._trained]
+            scored = np.where(local_rows(pending.finite), host.collect(), np.nan)
+            rows["reward"][..., i] = scored.reshape(-1, kinds)
+        rows = of_all_processes(pending.here, rows)
+        latent, predicted, rewards = (
+            rows[k].reshape(-1, *rows[k].shape[2:]) for k in ("latent", "predicted", "reward")
+        )
+        text, trained = rows["text"].repeat(kinds, 0), rewards[:, self._trained]
         if shape in self.replays:
             self.replays[shape].add(latent, text, trained)
         elif shape in self.walks:
             good = np.isfinite(trained).all(1, keepdims=True)
             self.walks[shape] = {
-                "walk_states": local["states"],
+                "walk_states": rows["states"],
                 "walk_text": text,
                 "walk_reward": np.where(good, trained, np.nan).astype(np.float32),
             }
         generated = slice(None, None, kinds)
         if len(self._trained):
-            total = (trained * local["scale"].repeat(kinds, 0)).sum(1)
+            total = (trained * rows["scale"].repeat(kinds, 0)).sum(1)
             self.monitor.add(predicted[generated], total[generated], rewards[generated][:, self._held_out])
         else:
             nothing = np.full(len(latent[generated]), np.nan)
@@ -213,3 +226,15 @@ def local_rows(x: jax.Array) -> np.ndarray:
     """The rows of a batch-sharded or replicated array that this process holds, in order, each once."""
     shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def of_all_processes(here: np.ndarray, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All rows in order, of which each process has those that `here` numbers.
+
+    Of a row that several have, the first one's counts, so that all have the same.
+    """
+    if jax.process_count() == 1:
+        return rows
+    parts = jax.tree.map(np.asarray, multihost_utils.process_allgather((here, rows), tiled=True))
+    _, first = np.unique(parts[0], return_index=True)
+    return {name: x[first] for name, x in parts[1].items()}

@@ -26,7 +26,7 @@ _FIXED = {
     "patch_bias": True,
 }
 # Fields of CogVideoXConfig that are no part of config.json.
-_OURS = ("dtype", "param_dtype", "remat", "scan_layers")
+_OURS = ("dtype", "param_dtype", "remat", "scan_layers", "attention", "context_parallel")
 
 
 def cogvideox_table(config: CogVideoXConfig) -> list[Row]:
@@ -93,7 +93,7 @@ def _output_kernel(config: CogVideoXConfig) -> Transform:
 
 
 def cogvideox_config(fields: Mapping[str, Any], **ours: Any) -> CogVideoXConfig:
-    """From a component's config.json; `ours` are dtype, param_dtype, remat and scan_layers."""
+    """From a component's config.json; `ours` are the fields of CogVideoXConfig after the blank."""
     for name, value in _FIXED.items():
         if fields.get(name, value) != value:
             raise ValueError(

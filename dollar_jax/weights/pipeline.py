@@ -54,6 +54,20 @@ class Pipeline:
         return family_of(self.transformer.config)
 
 
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a pipeline folder says of its networks, without their weights."""
+
+    transformer: Any
+    vae: Any
+    text_encoder: UMT5Config
+    schedule: Schedule
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.transformer)
+
+
 def wan_transformer(config: WanConfig) -> Network:
     return make_network(lambda rngs: WanTransformer(config, rngs))
 
@@ -216,6 +230,14 @@ def read_family(folder: Path) -> Family:
         if class_name != kind.class_name:
             raise ValueError(f"{path} has the {name} {class_name}; a {family.pipeline} has a {kind.class_name}")
     return family
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """From a folder's JSON files alone; raises as `load_pipeline` does."""
+    folder = Path(folder)
+    family = read_family(folder)
+    configs = {name: getattr(family, name).read(files.read_config(folder / name)) for name in COMPONENTS}
+    return Architecture(**configs, schedule=read_schedule(folder))
 
 
 def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> None:

@@ -15,7 +15,7 @@ CLASS_NAME = "WanTransformer3DModel"
 # Fields of config.json that condition on an image, with the values a text-to-video model has.
 _IMAGE_FIELDS = {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
 # Fields of WanConfig that are no part of config.json.
-_OURS = ("dtype", "param_dtype", "remat", "scan_layers")
+_OURS = ("dtype", "param_dtype", "remat", "scan_layers", "attention", "context_parallel")
 
 
 def wan_table(config: WanConfig) -> list[Row]:
@@ -61,7 +61,7 @@ def _patch_kernel(config: WanConfig) -> Transform:
 
 
 def wan_config(fields: Mapping[str, Any], **ours: Any) -> WanConfig:
-    """From a component's config.json; `ours` are dtype, param_dtype, remat and scan_layers."""
+    """From a component's config.json; `ours` are the fields of WanConfig after the blank."""
     for name, value in _IMAGE_FIELDS.items():
         if fields.get(name) != value:
             raise ValueError(

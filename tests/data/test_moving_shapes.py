@@ -126,6 +126,9 @@ def config(batch_size=4, seed=0) -> Any:
     return SimpleNamespace(batch_size=batch_size, seed=seed)
 
 
+ALL = np.arange(4)
+
+
 def take(iterator, count):
     return [next(iterator) for _ in range(count)]
 
@@ -136,7 +139,7 @@ def indices(batches):
 
 def test_batches_hold_matching_rows_and_every_video_once_per_epoch():
     data = videos(12)
-    batches = take(data.batches(config()), 6)
+    batches = take(data.batches(config(), ALL), 6)
     for batch in batches:
         assert batch["latent"].shape == (4, 1, 2, 2, 3)
         assert batch["text"].shape == (4, 2, 5)
@@ -150,31 +153,39 @@ def test_batches_hold_matching_rows_and_every_video_once_per_epoch():
 
 
 def test_batches_depend_on_the_seed_alone():
-    one, again, other = (indices(take(videos(12).batches(config(seed=seed)), 5)) for seed in (3, 3, 4))
+    one, again, other = (indices(take(videos(12).batches(config(seed=seed), ALL), 5)) for seed in (3, 3, 4))
     np.testing.assert_array_equal(one, again)
     assert np.any(one != other)
 
 
 def test_batches_go_on_from_a_saved_position():
     data = videos(10)  # an epoch ends within a batch
-    iterator = data.batches(config())
+    iterator = data.batches(config(), ALL)
     assert isinstance(iterator, grain.DatasetIterator)
     take(iterator, 4)
     state = iterator.get_state()
     rest = indices(take(iterator, 5))
-    resumed = data.batches(config())
+    resumed = data.batches(config(), ALL)
     resumed.set_state(state)
     np.testing.assert_array_equal(indices(take(resumed, 5)), rest)
 
 
+def test_processes_share_the_very_batches_of_one():
+    data = videos(10)
+    whole = indices(take(data.batches(config(), ALL), 5))
+    for rows in ([0, 1], [2, 3], [1, 3]):
+        part = take(data.batches(config(), np.array(rows)), 5)
+        np.testing.assert_array_equal(indices(part), whole[:, rows])
+        np.testing.assert_array_equal(part[0]["latent"][:, 0, 0, 0, 0], whole[0, rows])
+
+
 def test_fewer_videos_than_a_batch_are_refused():
     with pytest.raises(ValueError, match=r"3 training videos, fewer than config.batch_size 4"):
-        videos(3).batches(config())
+        videos(3).batches(config(), ALL)
 
 
 def test_encoded_videos_are_immutable_rows():
     data = videos(3)
     assert len(data) == 3
-    assert data[1].keys() == {"latent", "text", "index"}
     with pytest.raises(dataclasses.FrozenInstanceError):
         data.latent = data.text  # pyright: ignore[reportAttributeAccessIssue]

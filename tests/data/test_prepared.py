@@ -18,6 +18,7 @@ from dollar_jax.data.prepare import prepare
 from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.state import to_items
 
+ROWS = np.arange(3)
 SHAPES = {(2, 2, 4, 4), (2, 4, 2, 4)}
 
 
@@ -89,7 +90,7 @@ def test_the_position_is_exact_although_batches_are_placed_ahead(config):
     c = small(config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     sharding = {"latent": here, "text": here}
-    iterator = PreparedVideos(c.data).batches(c, sharding)
+    iterator = PreparedVideos(c.data).batches(c, ROWS, sharding)
     assert isinstance(iterator, grain.DatasetIterator)
     first = take(iterator, 5)
     state = iterator.get_state()
@@ -97,28 +98,32 @@ def test_the_position_is_exact_although_batches_are_placed_ahead(config):
     for batch in rest:
         np.testing.assert_array_equal(batch["on_device"]["latent"], batch["latent"])
         np.testing.assert_array_equal(batch["on_device"]["text"], batch["text"])
-    again = PreparedVideos(c.data).batches(c, sharding)
+    again = PreparedVideos(c.data).batches(c, ROWS, sharding)
     same(take(again, 5), first)
-    resumed = PreparedVideos(c.data).batches(c, sharding)
+    resumed = PreparedVideos(c.data).batches(c, ROWS, sharding)
     resumed.set_state(json.loads(json.dumps(state)))
     same(take(resumed, 9), rest)
     with pytest.raises(AssertionError):
         same(take(PreparedVideos(c.data).batches(replace(c, seed=1)), 5), first)
 
 
-def test_processes_share_an_epoch_and_take_the_same_bucket(config, monkeypatch):
-    c = small(config, 2)
-    monkeypatch.setattr(prepared.jax, "process_count", lambda: 2)
-    halves = []
-    for index in range(2):
-        monkeypatch.setattr(prepared.jax, "process_index", lambda index=index: index)
-        halves.append(take(PreparedVideos(c.data).batches(c), 18))
-    monkeypatch.undo()
-    alone = take(PreparedVideos(c.data).batches(replace(c, batch_size=1)), 18)
-    for a, b in zip(*halves, strict=True):
-        assert a["latent"].shape == b["latent"].shape
-    both = Counter(str(b["caption"][0]) for half in halves for b in half)
-    assert both == Counter(str(b["caption"][0]) for b in alone * 2)
+def test_processes_share_the_very_batches_of_one_and_read_their_rows_alone(config, monkeypatch):
+    c, read = small(config), []
+    whole = take(PreparedVideos(c.data).batches(c), 12)
+    monkeypatch.setattr(prepared.Records, "readable", lambda self, i, real=prepared.Records.readable: (
+        read.append(i), real(self, i))[1])  # fmt: skip
+    for rows in ([0, 1], [2], [0, 2]):
+        read.clear()
+        iterator = PreparedVideos(c.data).batches(c, np.array(rows))
+        part = take(iterator, 12)
+        same(part, [{name: b[name][rows] for name in ("latent", "text", "caption")} for b in whole])
+        assert len(read) % len(rows) == 0 and len(read) < 3 * 12 * len(rows)  # some are read ahead
+    # Another number of processes goes on from where this one was.
+    other = PreparedVideos(c.data).batches(c, np.array([1]))
+    iterator = PreparedVideos(c.data).batches(c, np.array([0, 2]))
+    take(iterator, 5)
+    other.set_state(iterator.get_state())
+    same(take(other, 7), [{name: b[name][[1]] for name in ("latent", "text", "caption")} for b in whole[5:]])
 
 
 def test_a_bucket_smaller_than_a_batch_is_left_out(config, whole, settings, generator, videos, tmp_path, capsys):

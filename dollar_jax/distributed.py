@@ -1,0 +1,87 @@
+"""Several processes as one run: joined by what the environment says, and left together."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+
+# After so long without a sign of life a process counts as dead, and all others end.
+HEARTBEAT_SECONDS = 60
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    report: Callable[[BaseException], int],
+) -> Iterator[None]:
+    """Within it, jax's devices are those of all processes. Enter it before the first use of a device.
+
+    With none of the three given, the environment decides: Cloud TPU VMs (whose metadata JAX asks), GKE and
+    SLURM start several processes, anything else is one. When a process of several fails, `report` shows
+    the error and gives its exit code; the process then ends at once, and the others with it: they would
+    otherwise wait for it for ever. Raises ValueError when the three do not go together.
+    """
+    several = _start(coordinator_address, num_processes, process_id)
+    try:
+        yield
+    except BaseException as error:
+        if not several:
+            raise
+        code = report(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Leaving in an orderly way would wait for the others, who wait for this one.
+        os._exit(code)
+    if several:
+        jax.distributed.shutdown()
+
+
+def _start(address: str | None, count: int | None, index: int | None) -> bool:
+    given = (address, count, index)
+    if address is None or count is None or index is None:
+        if given != (None, None, None):
+            raise ValueError(
+                "--coordinator_address, --num_processes and --process_id go together: give all three or none"
+            )
+        if not in_cluster(os.environ):
+            return False
+    else:
+        if not 0 <= index < count:
+            raise ValueError(f"--process_id={index} is not among 0 to {count - 1}")
+        if not address.rpartition(":")[2].isdigit():
+            raise ValueError(f"--coordinator_address={address} has no port; it is HOST:PORT of process 0")
+    try:
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except RuntimeError as error:
+        raise ValueError(f"the processes could not find each other: {str(error).splitlines()[0]}") from error
+    return True
+
+
+def in_cluster(environ: Mapping[str, str]) -> bool:
+    """Whether these variables, or TPU chips in the machine, say that JAX can find its fellow processes."""
+    if int(environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_LOCALID" in environ:
+        return True
+    if environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+        return False
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def wait_for(path: Path, what: str) -> None:
+    """Returns once `path`, which process 0 writes, is there; all processes must see the same folder."""
+    waited = 0
+    while not path.exists():
+        if waited % 60 == 10:
+            print(f"process {jax.process_index()} waits for process 0 to write {what}, {path}", flush=True)
+        time.sleep(1)
+        waited += 1

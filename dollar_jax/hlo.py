@@ -1,0 +1,205 @@
+"""Counting in programs: matrix products of a jaxpr, and what XLA's optimised HLO does to one chip.
+
+XLA's own cost analysis counts the body of a loop once, however often it runs, and sees no operation in a
+Pallas kernel. Here loops count as often as they run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+from typing import Any
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Matrix products of a splash attention kernel, each of 2 · heads · queries · keys · channels operations.
+KERNELS = {"fwd": 2, "dq": 3, "dkv": 4}
+# They name or pass on what others have made.
+_FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
+    "after-all", "partition-id", "replica-id", "opt-barrier", "copy-start", "copy-done", "iota",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one execution on one chip: matrix operations, bytes moved to and from memory, bytes sent by kind.
+
+    Every result is taken to be written once and read once.
+    """
+
+    flops: float
+    memory_bytes: float
+    collective_bytes: dict[str, float]
+
+
+def cost(text: str) -> Cost:
+    """What the optimised HLO module in `text` does on one chip."""
+    module = _Module(text)
+    total = module.total(module.entry)
+    return Cost(total["flops"], total["memory"], {k: total[k] for k in COLLECTIVES if total[k]})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+
+
+class _Module:
+    def __init__(self, text: str):
+        self.computations: dict[str, list[_Instruction]] = {}
+        self.shapes: dict[str, str] = {}
+        here: list[_Instruction] = []
+        self.entry = ""
+        for line in text.splitlines():
+            if line and not line[0].isspace():
+                if found := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+                    here = self.computations[found[2]] = []
+                    self.entry = found[2] if found[1] else self.entry
+            elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line):
+                instruction = _instruction(found[1], found[2])
+                if instruction is not None:
+                    here.append(instruction)
+                    self.shapes[instruction.name] = instruction.shape
+
+    @functools.cache  # noqa: B019 (a module lives as long as its count)
+    def total(self, name: str) -> Counter[str]:
+        """The cost of a computation and of all it calls."""
+        total: Any = Counter()  # whose values may be fractions, which its type does not say
+        for i in self.computations[name]:
+            inner: Counter[str] = Counter()
+            if i.opcode == "while":
+                times = self._trips(i)
+                for part in re.findall(r"(?:body|condition)=%?([\w.\-]+)", i.rest):
+                    inner.update({k: v * times for k, v in self.total(part).items()})
+            elif i.opcode == "conditional":
+                listed = re.search(r"branch_computations=\{(.*?)\}", i.rest)
+                branches = re.findall(r"%([\w.\-]+)", listed[1] if listed else "")
+                branches += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", i.rest)
+                inner.update(max((self.total(b) for b in branches), key=lambda c: c["memory"]))
+            elif i.opcode in ("fusion", "call", "async-start"):
+                called = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", i.rest)
+                inner.update(self.total(called[1]) if called else {})
+            if i.opcode == "fusion":
+                del inner["memory"]
+            total.update(inner)
+            total["flops"] += self._flops(i)
+            kind = i.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                total[kind] += self._sent(i, kind)
+            if i.opcode not in _FREE and not i.opcode.endswith("-done"):
+                total["memory"] += 2 * _bytes(i.shape)
+        return total
+
+    def _trips(self, i: _Instruction) -> int:
+        if found := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', i.rest):
+            return int(found[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", i.rest)
+        assert condition is not None
+        # A counted loop compares with its count.
+        inside = [c for c in self.computations[condition[1]] if c.opcode == "constant"]
+        constants = [int(c.operands[0]) for c in inside if c.shape[0] in "su"]
+        return max(constants, default=1)
+
+    def _flops(self, i: _Instruction) -> float:
+        out = math.prod(_dims(i.shape))
+        if i.opcode == "dot":
+            axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
+            assert axes is not None
+            shape = _dims(self.shapes[i.operands[0]])
+            return 2.0 * out * math.prod(shape[int(axis)] for axis in axes[1].split(",") if axis)
+        if i.opcode == "convolution":
+            labels = re.search(r"dim_labels=\w+_(\w+)->", i.rest)
+            assert labels is not None
+            kernel = _dims(self.shapes[i.operands[1]])
+            per_output = math.prod(kernel) / kernel[labels[1].index("o")]
+            return 2.0 * out * per_output * _window_share(i.rest)
+        if i.opcode == "custom-call" and (found := re.search(r"splash_m[hq]a_(fwd|dq|dkv)", i.name)):
+            # XLA names the call after the kernel, whose first operands but for integers are queries and keys.
+            shapes = [self.shapes[o] for o in i.operands if o in self.shapes]
+            q, k = [_dims(shape) for shape in shapes if shape.startswith(("f", "bf"))][:2]
+            return 2.0 * KERNELS[found[1]] * math.prod(q) * k[-2]
+        return 0.0
+
+    def _sent(self, i: _Instruction, kind: str) -> float:
+        """Bytes that leave a chip in a ring, or for a permutation at once."""
+        size = max((_bytes(part) for part in _parts(i.shape)), default=0)
+        if i.opcode in ("all-reduce", "all-to-all"):
+            size = _bytes(i.shape)
+        if found := re.search(r"replica_groups=\[\d+,(\d+)\]", i.rest):
+            group = int(found[1])
+        elif found := re.search(r"replica_groups=\{\{([\d,]+)\}", i.rest):
+            group = found[1].count(",") + 1
+        else:
+            group = 0
+        share = (group - 1) / group if group else 1.0
+        return size * {
+            "all-gather": share, "all-reduce": 2 * share, "all-to-all": share, "collective-permute": 1.0,
+            # The largest part of an asynchronous one is its operand, otherwise the shape is the result's.
+            "reduce-scatter": group - 1 if i.opcode == kind else share,
+        }[kind]  # fmt: skip
+
+
+def _window_share(attributes: str) -> float:
+    """The share of a convolution's window that meets data.
+
+    A product with batch axes may come as a convolution over them, so far dilated or padded that of the
+    whole window only one place ever meets data.
+    """
+    found = re.search(r"window=\{(.*?)\}", attributes)
+    fields = dict(field.split("=") for field in found[1].split()) if found else {}
+    sizes = fields.pop("size", "").split("x")
+    share = 1.0
+    for i, size in enumerate(int(s) for s in sizes if s):
+        at = {name: values.split("x")[i] for name, values in fields.items()}
+        dilated = at.pop("lhs_dilate", "1") == str(size)
+        padded = at.pop("pad", "0_0").partition("_")[0] == str(size - 1)
+        if size > 1 and (dilated or padded):
+            share /= size
+    return share
+
+
+def _instruction(name: str, text: str) -> _Instruction | None:
+    shape, text = _balanced(text) if text.startswith("(") else (text.partition(" ")[0], text.partition(" ")[2])
+    found = re.match(r"\s*([\w\-]+)(?=\()", text)
+    if found is None:
+        return None
+    operands, rest = _balanced(text[found.end() :])
+    names = re.findall(r"%([\w.\-]+)", operands)
+    if found[1] == "constant":
+        names = [operands[1:-1]] if operands[1:-1].isdigit() else ["0"]
+    return _Instruction(name, shape, found[1], tuple(names), rest)
+
+
+def _balanced(text: str) -> tuple[str, str]:
+    """The leading parenthesis, and what follows it."""
+    depth = 0
+    for end, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return text[: end + 1], text[end + 1 :]
+    return text, ""
+
+
+def _parts(shape: str) -> list[str]:
+    return [f"{kind}[{dims}]" for kind, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shape)]
+
+
+def _dims(shape: str) -> tuple[int, ...]:
+    found = re.match(r"\(?\w+\[([\d,]*)\]", shape)
+    return tuple(int(d) for d in found[1].split(",") if d) if found else ()
+
+
+def _bytes(shape: str) -> int:
+    total = 0
+    for part in _parts(shape):
+        kind = part.partition("[")[0]
+        bits = 8 if kind in ("pred",) or kind.startswith("f8") else int(re.sub(r"\D", "", kind) or 0)
+        total += bits * math.prod(_dims(part)) // 8
+    return total

@@ -1,0 +1,69 @@
+"""Where activations live on a mesh, said by the models in names of its axes; without a mesh nothing happens.
+
+The mesh is the one of `jax.sharding.use_abstract_mesh`, under which whoever compiles a program traces it.
+Its axes are `data` and `fsdp`, which share the rows of a batch, `context`, which shares the tokens of a
+sequence, and `tensor`, which shares heads and channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+ROWS = ("data", "fsdp")
+CONTEXT = "context"
+TENSOR = "tensor"
+# The kernels of attention work on blocks of so many tokens.
+BLOCK = 128
+
+
+def mesh() -> AbstractMesh | None:
+    """The mesh that is traced for, or None where it is absent or a single device."""
+    here = jax.sharding.get_abstract_mesh()
+    return None if here.empty or here.size == 1 else here
+
+
+def platform() -> str:
+    """What the traced program will run on: the mesh's platform, which need not be this machine's."""
+    here = jax.sharding.get_abstract_mesh()
+    device = None if here.empty else here.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def axis_size(axis: str | tuple[str, ...]) -> int:
+    here = mesh()
+    names = (axis,) if isinstance(axis, str) else axis
+    return 1 if here is None else math.prod(here.shape[name] for name in names)
+
+
+def rows(batch: int) -> tuple[str, ...] | None:
+    """The axes that share a batch of so many rows: none of them unless it divides."""
+    return ROWS if batch % axis_size(ROWS) == 0 else None
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """`x` [b, ...] with its rows over ROWS and the following axes over those named; None is whole."""
+    if mesh() is None:
+        return x
+    named = (axis if axis and x.shape[i] % axis_size(axis) == 0 else None for i, axis in enumerate(axes, 1))
+    return jax.lax.with_sharding_constraint(x, P(rows(x.shape[0]), *named))
+
+
+def padded_length(tokens: int) -> int:
+    """Tokens of a sequence once it is padded to divide over the context axis, in whole blocks when long."""
+    parts = axis_size(CONTEXT)
+    if parts == 1:
+        return tokens
+    step = parts * BLOCK if tokens >= 4 * parts * BLOCK else parts
+    return -(-tokens // step) * step
+
+
+def pad_tokens(x: Array, axis: int) -> Array:
+    """`x` with zeros after the tokens along `axis`, up to their `padded_length`."""
+    count = padded_length(x.shape[axis]) - x.shape[axis]
+    return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)]) if count else x

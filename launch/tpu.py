@@ -1,0 +1,293 @@
+#!/usr/bin/env python3
+"""Cloud TPU VMs from zero to a run that survives preemption; needs only Python and gcloud.
+
+    python launch/tpu.py run --name=wan --zone=us-east5-a --type=v5p-16 --spot --watch -- \\
+        dollar train --config=configs/mine.py --workdir=/bucket/runs/wan
+
+Every command may be given again: it does what is still missing. `run` makes the slice, installs the
+committed tree on every worker, starts the command on all of them and follows worker 0; after a
+preemption the same line makes the slice anew, and the run goes on from its newest checkpoint.
+Arguments may stand in a file, one a line: python launch/tpu.py run @wan.flags -- …
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = Path(__file__).resolve().with_name("worker.sh")
+# The images that come without a framework; https://cloud.google.com/tpu/docs/runtimes
+RUNTIMES = {
+    "v6e": "v2-alpha-tpuv6e",
+    "v5p": "v2-alpha-tpuv5",
+    "v5litepod": "v2-alpha-tpuv5-lite",
+    "v4": "tpu-ubuntu2204-base",
+}
+WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
+GONE = ("FAILED", "SUSPENDED")
+# Exit codes of worker.sh: the command is gone without an exit code; nothing runs.
+KILLED, IDLE = 4, 6
+# What is returned when the machine or the connection, not the command, is at fault.
+LOST = (1, 255, KILLED)
+
+
+class LaunchError(Exception):
+    """One sentence for the user."""
+
+
+class Pod:
+    """One queued resource: `slices` TPU slices that run one program."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.name, self.dry_run = args, args.name, args.dry_run
+
+    # --- gcloud -----------------------------------------------------------------------------------
+
+    def _gcloud(self, *words: str, quiet: bool = False) -> subprocess.CompletedProcess[str]:
+        place = [f"--zone={self.args.zone}"]
+        if self.args.project:
+            place.append(f"--project={self.args.project}")
+        command = ["gcloud", "compute", "tpus", "queued-resources", *words, *place]
+        if self.dry_run:
+            print(shlex.join(command))
+            return subprocess.CompletedProcess(command, 0, "", "")
+        try:
+            if quiet:
+                return subprocess.run(command, text=True, capture_output=True)
+            return subprocess.run(command, text=True)
+        except FileNotFoundError:
+            raise LaunchError("gcloud is not installed; see https://cloud.google.com/sdk/docs/install") from None
+
+    def _must(self, *words: str) -> None:
+        if code := self._gcloud(*words).returncode:
+            raise LaunchError(f"gcloud … {words[0]} {self.name} failed with code {code}; its message is above")
+
+    def state(self) -> str | None:
+        """The queued resource's state, or None where there is none of this name."""
+        found = self._gcloud("describe", self.name, "--format=value(state.state)", quiet=True)
+        if found.returncode == 0:
+            return found.stdout.strip() or None
+        if "NOT_FOUND" in found.stderr:
+            return None
+        raise LaunchError(" ".join(found.stderr.split()) or f"gcloud cannot describe {self.name}")
+
+    def ssh(self, words: Sequence[str], everywhere: bool = True, extra: Sequence[str] = ()) -> int:
+        """Runs worker.sh with these words on all workers, or on worker 0; returns the exit code."""
+        where = "all" if everywhere else "0"
+        command = shlex.join(["bash", "worker.sh", *words])
+        return self._gcloud(
+            "ssh", self.name, f"--node={where}", f"--worker={where}", f"--command={command}", *extra
+        ).returncode
+
+    def _ssh_or_fail(self, *words: str) -> None:
+        if code := self.ssh(words):
+            raise LaunchError(f"worker.sh {words[0]} failed on a worker of {self.name} with exit code {code}")
+
+    # --- the steps --------------------------------------------------------------------------------
+
+    def create(self) -> None:
+        """Asks for the slice unless it is there, clears away what was preempted, waits until it is active."""
+        seen = ""
+        while (state := self.state()) != "ACTIVE":
+            if state and state != seen:
+                print(f"{self.name}: {state}", flush=True)
+            seen = state or ""
+            if state is None or state in GONE:
+                if state in GONE:
+                    self._delete()
+                self._request()
+                if self.dry_run or self.args.no_wait:
+                    return
+            elif state not in WAITING and state not in ("SUSPENDING", "DELETING"):
+                raise LaunchError(f"{self.name} is in the state {state}, which this tool does not know")
+            time.sleep(self.args.poll)
+
+    def _request(self) -> None:
+        a = self.args
+        if not a.type:
+            raise LaunchError("--type is missing: the slice to ask for, such as v5p-16 or v6e-64")
+        runtime = a.runtime or RUNTIMES.get(a.type.split("-")[0])
+        if runtime is None:
+            raise LaunchError(f"--type={a.type} is of no known generation: name its image with --runtime")
+        nodes = [f"--node-id={a.name}"]
+        if a.slices > 1:
+            nodes = [f"--node-count={a.slices}", f"--node-prefix={a.name}"]
+        options = [f"--{o}" for o in ("spot", "reserved") if getattr(a, o)]
+        if a.valid_until_duration:
+            options.append(f"--valid-until-duration={a.valid_until_duration}")
+        if a.service_account:
+            options.append(f"--service-account={a.service_account}")
+        self._must(
+            "create", a.name, *nodes, f"--accelerator-type={a.type}", f"--runtime-version={runtime}", *options
+        )  # fmt: skip
+
+    def install(self) -> None:
+        """The committed tree and its packages on every worker; at once where that commit is already there."""
+        if code := self._install():
+            raise LaunchError(f"installing failed on a worker of {self.name} with exit code {code}")
+
+    def _install(self) -> int:
+        commit = _git("rev-parse", "HEAD")
+        if _git("status", "--porcelain", "--untracked-files=no"):
+            print("note: what is not committed is not installed", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            archive = f"{folder}/dollar.tar.gz"
+            if self.dry_run:
+                print(shlex.join(["git", "archive", f"--output={archive}", commit]))
+            else:
+                _git("archive", f"--output={archive}", commit)
+            files = [archive, str(WORKER), f"{self.name}:"]
+            if code := self._gcloud("scp", *files, "--node=all", "--worker=all").returncode:
+                return code
+        return self.ssh(["install", commit, *([self.args.bucket] if self.args.bucket else [])])
+
+    def run(self) -> None:
+        """Creates, installs, starts and follows; with --watch again after every preemption, until it ends well."""
+        if not self.args.command:
+            raise LaunchError("what shall run? give it after --, such as: -- dollar train --config=…")
+        while True:
+            self.create()
+            code = self._run_once()
+            if self.dry_run or code == 0:
+                return
+            if code not in LOST:
+                raise LaunchError("the run failed; its message is above, more of it in python launch/tpu.py logs")
+            if not self.args.watch:
+                raise LaunchError(
+                    f"{self.name} or the way to it was lost; the same command again goes on where the run was"
+                )
+            print(f"{self.name} or the way to it was lost; looking again", flush=True)
+            time.sleep(self.args.poll)
+
+    def _run_once(self) -> int:
+        """Installs, starts unless it runs, and follows; the exit code of the step that failed, or 0."""
+        if code := self._install():
+            return code
+        code = self.ssh(["running", *self.args.command], everywhere=False)
+        if code == IDLE or self.dry_run:
+            # A worker may not have noticed yet that the others are gone.
+            code = self.ssh(["stop"]) or self.ssh(["start", *self.args.command])
+        if code or self.args.detach:
+            return code
+        return self.ssh(["follow"], everywhere=False)
+
+    def attach(self) -> None:
+        if self.ssh(["follow"], everywhere=False):
+            raise LaunchError("the run failed or the connection broke; its message is above")
+
+    def status(self) -> None:
+        state = self.state()
+        print(f"{self.name}: {state or 'does not exist'}")
+        if state == "ACTIVE":
+            self._ssh_or_fail("status")
+
+    def stop(self) -> None:
+        """Stops the command; the slice stays, and costs."""
+        self._ssh_or_fail("stop")
+
+    def logs(self) -> None:
+        """Each worker's whole log as a file in --out."""
+        if not self.dry_run:
+            Path(self.args.out).mkdir(parents=True, exist_ok=True)
+        if self.ssh(["log"], extra=[f"--output-directory={self.args.out}"]):
+            raise LaunchError(f"the logs of {self.name} could not be fetched")
+        print(f"the logs are in {self.args.out}")
+
+    def profile(self) -> None:
+        """Has every process trace its next steps into WORKDIR/profile, for XProf or TensorBoard."""
+        self._ssh_or_fail("profile")
+
+    def delete(self) -> None:
+        if self.state() is None and not self.dry_run:
+            print(f"{self.name} does not exist: nothing to delete")
+            return
+        self._delete()
+
+    def _delete(self) -> None:
+        self._must("delete", self.name, "--force", "--quiet")
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *words], text=True, capture_output=True)
+    if done.returncode:
+        raise LaunchError(f"git {words[0]} failed: {' '.join(done.stderr.split())}")
+    return done.stdout.strip()
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; what follows `--` is the command to run."""
+    argv = list(argv)
+    command: list[str] = []
+    if "--" in argv:
+        cut = argv.index("--")
+        argv, command = argv[:cut], argv[cut + 1 :]
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--name", required=True, help="of the queued resource and its TPU VMs")
+    common.add_argument("--zone", required=True)
+    common.add_argument("--project", help="gcloud's own unless given")
+    common.add_argument("--dry-run", action="store_true", help="print each command instead of running it")
+    slice_ = argparse.ArgumentParser(add_help=False)
+    slice_.add_argument("--type", help="such as v5p-16 (8 chips; v5p and v4 count cores) or v6e-64 (64 chips)")
+    slice_.add_argument("--slices", type=int, default=1, help="more than one: joined by the data-centre network")
+    slice_.add_argument("--spot", action="store_true", help="cheaper, and may be taken away")
+    slice_.add_argument("--reserved", action="store_true", help="from a reservation of the project's")
+    slice_.add_argument("--runtime", help="software version of the VMs; known for " + ", ".join(RUNTIMES))
+    slice_.add_argument("--service-account", help="that the VMs act as; it must be able to use the bucket")
+    slice_.add_argument("--valid-until-duration", help="give up when not served by then, such as 6h")
+    slice_.add_argument("--poll", type=float, default=30.0, help="seconds between two looks at the state")
+    install = argparse.ArgumentParser(add_help=False)
+    install.add_argument("--bucket", help="Cloud Storage bucket to mount at /bucket on every worker")
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@"
+    )
+    commands = parser.add_subparsers(dest="do", required=True, metavar="COMMAND")
+
+    def add(name: str, about: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=about, description=about, parents=[common, *parents], fromfile_prefix_chars="@"
+        )
+
+    add("create", "ask for the slice and wait until it is there", slice_).add_argument(
+        "--no-wait", action="store_true", help="only ask"
+    )
+    add("install", "put the committed tree and its packages on every worker", install)
+    run = add("run", "create, install, start and follow; again: resume", slice_, install)
+    run.add_argument("--watch", action="store_true", help="make the slice anew whenever it is taken away")
+    run.add_argument("--detach", action="store_true", help="do not follow the log")
+    run.set_defaults(no_wait=False)
+    add("attach", "follow worker 0's log to the end of the command; Ctrl-C leaves it running")
+    add("status", "the slice's state, and what runs on each worker")
+    add("logs", "fetch every worker's log").add_argument("--out", default="logs", help="folder")
+    add("profile", "trace the next steps of the running training into WORKDIR/profile")
+    add("stop", "stop the command on every worker; the slice stays, and costs")
+    add("delete", "give the slice back")
+    args = parser.parse_args(argv)
+    if command and args.do != "run":
+        parser.error(f"{args.do} takes no command after --")
+    args.command = command
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        getattr(Pod(args), args.do)()
+    except LaunchError as error:
+        print(f"tpu.py {args.do}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nleft; what runs on the TPU goes on, and the same command again picks it up", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Several processes on this machine, through the command line: the run of one process, and left together."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dollar_jax import distributed
+from dollar_jax.data import shapes
+from dollar_jax.data.vocabulary import build_tokenizer
+from dollar_jax.models.umt5 import UMT5Config
+from dollar_jax.models.wan import WanConfig
+from dollar_jax.models.wan_vae import WanVAEConfig
+from dollar_jax.schedule import Schedule
+from dollar_jax.train import read_history
+from dollar_jax.weights.pipeline import Component, Pipeline, save_pipeline, umt5_encoder, wan_transformer, wan_vae
+
+ROOT = Path(__file__).parents[1]
+WAN = WanConfig(
+    num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+    freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
+)  # fmt: skip
+VAE = WanVAEConfig(
+    base_dim=4, z_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temperal_downsample=(True, True),
+    latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4, in_channels=12, out_channels=12, patch_size=2,
+)  # fmt: skip
+TEXT = UMT5Config(vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+SETTINGS = {
+    "batch_size": 8, "steps": 4, "checkpoint_every": 2, "log_every": 1, "data.train_videos": 16,
+    "consistency.skip": 1, "reward.samples": 8, "reward.batch_size": 8, "reward.replay": 64,
+    "reward.start_step": 0, "reward.head.width": 8, "student.optimiser.warmup_steps": 1,
+    "fake_score.updates": 1, "reward.updates": 1,
+    # As in test_step: an eps that keeps rounding noise from being blown up.
+    **{f"{part}.optimiser.eps": 1e-3 for part in ("student", "fake_score", "reward")},
+}  # fmt: skip
+
+
+def component(config, network):
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), network.shapes)
+    return Component(config, network, params)
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory, pytestconfig):
+    """launch(workdir, processes, devices, settings) starts `dollar train` and returns the processes."""
+    folder = tmp_path_factory.mktemp("distributed")
+    parts = component(WAN, wan_transformer(WAN)), component(VAE, wan_vae(VAE)), component(TEXT, umt5_encoder(TEXT))
+    tokenizer = build_tokenizer(shapes.VOCABULARY)
+    save_pipeline(folder / "teacher", Pipeline(*parts, tokenizer, Schedule("rf", "velocity", shift=3.0)))
+    started = []
+
+    def start(workdir, processes, devices, **settings):
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            address = f"localhost:{s.getsockname()[1]}"
+        flags = {**SETTINGS, "teacher": folder / "teacher", **settings}
+        command = [sys.executable, "-m", "dollar_jax", "train", "--config=configs/demo.py", f"--workdir={workdir}"]
+        command += [f"--config.{name}={value}" for name, value in flags.items()]
+        env = {
+            **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": str(pytestconfig.cache.mkdir("jax")),
+        }  # fmt: skip
+        group = []
+        for i in range(processes):
+            place = [f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={i}"]
+            with (Path(workdir).parent / f"{Path(workdir).name}.{i}.log").open("a") as log:
+                group.append(
+                    subprocess.Popen(
+                        command + (place if processes > 1 else []), cwd=ROOT, env=env, stdout=log, stderr=log
+                    )
+                )
+        started.extend(group)
+        return group
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def finish(group, workdir, seconds=900):
+    for i, process in enumerate(group):
+        code = process.wait(timeout=seconds)
+        assert code == 0, Path(f"{workdir}.{i}.log").read_text()[-3000:]
+
+
+def train(launch, workdir, *args, **settings):
+    finish(launch(workdir, *args, **settings), workdir)
+    return read_history(workdir)
+
+
+def assert_same(history, expected):
+    assert [line["step"] for line in history] == [line["step"] for line in expected]
+    for line, other in zip(history, expected, strict=True):
+        assert line.keys() == other.keys()
+        for name in line.keys() - {"seconds_per_step"}:
+            np.testing.assert_allclose(line[name], other[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(launch, tmp_path_factory):
+    """Four steps of one process with four devices, and its folder."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    return workdir, train(launch, workdir, 1, 4, **{"mesh.data": 2, "mesh.fsdp": 2})
+
+
+@pytest.mark.multiprocess
+def test_two_processes_train_as_one_and_their_checkpoint_serves_another_number(launch, alone, tmp_path):
+    """Two processes for two steps, then one process on another mesh: the losses of one process throughout."""
+    workdir = tmp_path / "run"
+    shutil.copytree(alone[0] / "data", workdir / "data")
+    first = train(launch, workdir, 2, 2, steps=2, **{"mesh.data": 2, "mesh.fsdp": 2})
+    assert len(first) == 2 and "reward_generated" in first[-1]
+    assert "distilling" not in Path(f"{workdir}.1.log").read_text(), "only process 0 shows progress"
+    assert len(list((workdir / "events").iterdir())) == 1
+    assert_same(train(launch, workdir, 1, 2, **{"mesh.data": 1, "mesh.fsdp": 2}), alone[1])
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_four_processes_resume_the_run_of_one(launch, alone, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(alone[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    history = train(launch, workdir, 4, 1, **{"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2})
+    assert_same(history, alone[1])
+
+
+@pytest.mark.multiprocess
+def test_a_lost_process_ends_the_others(launch, alone, tmp_path):
+    """Killed outright, as by the machine; the other must not wait for it for ever."""
+    workdir = tmp_path / "run"
+    shutil.copytree(alone[0] / "data", workdir / "data")
+    group = launch(workdir, 2, 2, steps=100_000, checkpoint_every=100_000, **{"mesh.data": 2, "mesh.fsdp": 2})
+    wait_for(lambda: len(read_history(workdir)) > 1, group)
+    group[1].send_signal(signal.SIGKILL)
+    assert group[0].wait(timeout=120) not in (None, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_an_error_in_one_process_ends_all_with_its_message(launch, alone, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(alone[0] / "data", workdir / "data")
+    group = launch(workdir, 2, 2, steps=100_000, checkpoint_every=100_000, **{"mesh.data": 2, "mesh.fsdp": 2})
+    wait_for(lambda: len(read_history(workdir)) > 1, group)
+    group[1].send_signal(signal.SIGINT)
+    assert group[1].wait(timeout=120) == 130
+    assert "interrupted" in Path(f"{workdir}.1.log").read_text()
+    assert group[0].wait(timeout=120) not in (None, 0)
+
+
+def wait_for(happens, group, seconds=900):
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end and all(p.poll() is None for p in group)
+        time.sleep(0.1)
+
+
+def test_the_environment_says_whether_there_are_others(monkeypatch):
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    assert distributed.in_cluster(slurm)
+    assert not distributed.in_cluster({**slurm, "SLURM_NTASKS": "1"})
+    assert not distributed.in_cluster({})
+    chips = {"/dev/vfio/[0-9]*": ["/dev/vfio/0"]}
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: chips.get(pattern, []))
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name == "libtpu" or None)
+    assert distributed.in_cluster({})
+    assert distributed.in_cluster({"JAX_PLATFORMS": "tpu,cpu"})
+    assert not distributed.in_cluster({"JAX_PLATFORMS": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("host:1", 2, None), "go together"),
+        (("host:1", 2, 2), "--process_id=2 is not among 0 to 1"),
+        (("host", 2, 0), "--coordinator_address=host has no port"),
+    ],
+)
+def test_bad_flags_are_one_sentence(given, message):
+    with pytest.raises(ValueError, match=message), distributed.joined(*given, report=print):
+        pass
+
+
+def test_an_error_of_a_single_process_is_left_alone(monkeypatch):
+    monkeypatch.setattr(distributed, "in_cluster", lambda environ: False)
+    with pytest.raises(KeyError), distributed.joined(None, None, None, report=json.dumps):
+        raise KeyError

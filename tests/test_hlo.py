@@ -1,0 +1,101 @@
+"""Counting in programs: loops as often as they run, kernels by their shapes, collectives by their groups."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dollar_jax.hlo import cost
+from dollar_jax.visibility import count_flops
+
+MODULE = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,16]{1,0})->f32[8,16]{1,0}}
+
+%fused (a: bf16[8,16], b: bf16[16,16]) -> bf16[8,16] {
+  %a = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[16,16]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %conv = bf16[8,16]{1,0:T(8,128)(2,1)} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body (state: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %state = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %x0 = bf16[8,16]{1,0} get-tuple-element(%state), index=1
+  %w0 = bf16[4,16]{1,0} constant({...})
+  %w = bf16[16,16]{1,0} all-gather(%w0), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %y0 = bf16[8,16]{1,0} fusion(%x0, %w), kind=kOutput, calls=%fused
+  ROOT %next = (s32[], bf16[8,16]{1,0}) tuple(%x0, %y0)
+}
+
+%condition (state.1: (s32[], bf16[8,16])) -> pred[] {
+  %state.1 = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state.1), index=0
+  %end = s32[] constant(30)
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main (p: f32[8,16]) -> f32[8,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  %q = bf16[2,256,128]{2,1,0} parameter(1)
+  %k = bf16[2,512,128]{2,1,0} parameter(2)
+  %start = (s32[], bf16[8,16]{1,0}) tuple(%p)
+  %loop = (s32[], bf16[8,16]{1,0}) while(%start), condition=%condition, body=%body
+  %empty = s8[1,1,1]{2,1,0} constant({...})
+  %splash_mha_fwd_no_residuals.1 = bf16[2,256,128]{2,1,0} custom-call(%empty, %q, %k, %k), custom_call_target="t"
+  %dot = f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %begun = (f32[8,16]{1,0}, f32[8,16]{1,0}) all-reduce-start(%p), replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %out = f32[8,16]{1,0} all-reduce-done(%begun)
+}
+"""
+
+
+def test_loops_kernels_and_collectives_of_optimised_hlo():
+    found = cost(MODULE)
+    products = 30 * 2 * 8 * 16 * 16 + 2 * 8 * 8 * 16
+    assert found.flops == products + 2 * 2 * 2 * 256 * 512 * 128
+    gathered, summed = 16 * 16 * 2 * 3 / 4, 2 * 8 * 16 * 4 / 2
+    assert found.collective_bytes == {"all-gather": 30 * gathered, "all-reduce": summed}
+    # Results that are written and read: the loop's, the kernel's, the product's, the sum's.
+    each_turn = 16 * 16 * 2 + 8 * 16 * 2 + 1
+    assert found.memory_bytes == 2 * (30 * each_turn + 2 * 256 * 128 * 2 + 8 * 8 * 4 + 2 * 8 * 16 * 4)
+
+
+@pytest.mark.parametrize(
+    "window", ["size=12 stride=11 lhs_dilate=12", "size=12 pad=11_11 rhs_reversal=1"], ids=["dilated", "padded"]
+)
+def test_a_product_with_batch_axes_that_comes_as_a_convolution(window):
+    """12 products of [64, 32] and [32, 16]: a window of 12 of which one place at a time meets data."""
+    text = f"""
+ENTRY %main (a: f32[64,32,12], b: f32[32,16,12]) -> f32[64,16,12] {{
+  %a = f32[64,32,12]{{2,1,0}} parameter(0)
+  %b = f32[32,16,12]{{2,1,0}} parameter(1)
+  ROOT %c = f32[64,16,12]{{2,1,0}} convolution(%a, %b), window={{{window}}}, dim_labels=bf0_io0->bf0
+}}
+"""
+    assert cost(text).flops == 12 * 2 * 64 * 32 * 16
+
+
+def test_products_of_a_jaxpr_count_with_their_loops():
+    w = jnp.zeros((16, 16))
+
+    def f(x):
+        x, _ = jax.lax.scan(lambda c, _: (jax.checkpoint(lambda y: jnp.sin(y @ w))(c), None), x, length=7)
+        return jax.lax.cond(x.sum() > 0, lambda y: y, lambda y: y @ w, x)
+
+    one = 2 * 4 * 16 * 16
+    shape = jax.ShapeDtypeStruct((4, 16), jnp.float32)
+    assert count_flops(jax.make_jaxpr(f)(shape).jaxpr) == (7 + 1) * one
+    # Backward each product is recomputed (7), and meets the cotangent once (w is no argument).
+    back = count_flops(jax.make_jaxpr(jax.grad(lambda x: f(x).sum()))(shape).jaxpr)
+    assert back == (8 + 7 + 7 + 1) * one
+
+
+def test_a_convolution_counts_its_kernel_once_per_output():
+    def f(x, k):
+        return jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 8, 8, 3), (5, 5, 3, 4)))
+    assert count_flops(jax.make_jaxpr(f)(*shapes).jaxpr) == pytest.approx(2 * (2 * 8 * 8 * 4) * (5 * 5 * 3))

@@ -1,0 +1,155 @@
+"""`dollar plan` on virtual devices in place of chips; with libtpu, on the TPU compiler."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from dollar_jax import cli, plan
+from dollar_jax.config import MeshConfig
+from dollar_jax.weights.pipeline import wan_transformer
+
+TINY = {"batch_size": 8, "mesh.data": 1, "mesh.fsdp": 4, "mesh.context": 2}
+
+
+@pytest.fixture
+def virtual(monkeypatch):
+    """Eight CPU devices as chips of 1 GiB."""
+    chip = plan.Chip(1.0, 100.0, 1000.0, 100.0)
+    monkeypatch.setattr(plan, "chips", lambda topology: (jax.devices(), chip))
+
+
+def forward_flops(c, tokens, text):
+    """Of one video through a Wan transformer, from its definition."""
+    d, patch = c.dim, math.prod(c.patch_size) * c.in_channels
+    embed = tokens * patch * d + c.freq_dim * d + d * d + 6 * d * d + text * c.text_dim * d + text * d * d
+    attention = 4 * tokens * d * d + 2 * tokens * tokens * d
+    attention += 2 * (tokens + text) * d * d + 2 * tokens * text * d
+    return 2 * (embed + c.num_layers * (attention + 2 * tokens * d * c.ffn_dim) + tokens * d * patch)
+
+
+def test_a_plan_counts_what_a_chip_holds_and_does(virtual, make_config, quick_compilation):
+    config = make_config(TINY)
+    found = plan.plan(config, "v5e:2x4", "sample")
+    architecture = plan._architecture(config)
+    c, times = architecture.transformer, len(config.student.timesteps)
+    t, h, w, _ = architecture.vae.latent_shape(*plan._clip(config, None))
+    tokens = math.prod(s // p for s, p in zip((t, h, w), c.patch_size, strict=True))
+    expected = 8 * times * forward_flops(c, tokens, config.data.max_text_length) / 8 / 1e12
+    assert found.model_tflops == pytest.approx(expected, rel=1e-6)
+    weights = sum(math.prod(s.shape) for s in jax.tree.leaves(wan_transformer(c).shapes)) * 4 / 2**30
+    assert weights / 8 < found.argument_gib < weights / 7
+    assert found.fits and found.collectives_gib and found.collectives_gib["all-gather"] > 0
+    assert found.mesh == {"data": 1, "fsdp": 4, "context": 2, "tensor": 1}
+    shown = plan.table([found])
+    assert "fsdp=4,context=2" in shown and "all-gather, GiB" in shown and found.bound in shown
+
+
+MESSAGE = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm.
+
+  Largest program allocations in hbm:
+
+  1. Size: 12.50G
+     Operator: op_name="jit(step)/while/body/ffn/dot_general" source_file="x.py"
+     Shape: bf16[30,32760,8960]{2,1,0:T(8,128)(2,1)}
+     Unpadded size: 12.50G
+     ==========================
+
+  2. Size: 512.0M
+     Shape: f32[1536,8960]{1,0:T(8,128)}
+     ==========================
+"""
+
+
+def test_what_does_not_fit_is_named_with_a_mend(make_config):
+    config = make_config({"compute.remat": "attention"})
+    common = {
+        "what": "train", "topology": "v5p:2x2x2", "chips": 8, "remat": "attention", "hbm_gib": 95.74,
+        "mesh": {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, "compile_seconds": 1.0, "model_tflops": 1.0,
+    }  # fmt: skip
+    found = plan._too_large(config, MESSAGE, 5.2, common)
+    assert not found.fits and found.peak_gib == 120.5 and found.temp_gib == pytest.approx(115.3)
+    first, second = (line.split() for line in found.largest_buffers)
+    assert first == ["12.50G", "bf16[30,32760,8960]", "jit(step)/while/body/ffn/dot_general"]
+    assert second == ["512.0M", "f32[1536,8960]"]
+    assert found.advice and "remat=full" in found.advice and found.advice in plan.table([found])
+    assert "larger fsdp" in str(plan._too_large(config, MESSAGE, 60.0, common).advice)
+    fits = dataclasses.replace(found, fits=True, roofline_seconds=3.0)
+    faster = dataclasses.replace(fits, roofline_seconds=2.0)
+    assert plan.rank([found, fits, faster]) == [faster, fits, found]
+
+
+def test_a_search_tries_every_split_that_divides_the_batch(virtual, make_config, monkeypatch):
+    tried = []
+    monkeypatch.setattr(plan, "plan", lambda config, *_: tried.append((config.mesh, config.compute.remat)))
+    list(plan.search(make_config({"batch_size": 4}), "v5e:2x4"))
+    assert tried == [
+        (MeshConfig(1, 8 // c, c, 1), remat) for c in (2, 4, 8) for remat in ("attention", "full")
+    ]
+
+
+def test_teachers_can_be_planned_before_they_are_there(make_config):
+    config = make_config({"teacher": "teachers/wan_1_3b"})
+    found = plan._architecture(config)
+    assert (found.transformer.dim, found.transformer.num_layers, found.schedule.shift) == (1536, 30, 3.0)
+    # As published for the forward of one video of 480 × 832 × 81: 283 TFLOP.
+    latent = found.vae.latent_shape(*plan._clip(config, (480, 832, 81)))
+    assert latent == (21, 60, 104, 16)
+    assert forward_flops(found.transformer, 32_760, 512) / 1e12 == pytest.approx(283, abs=1)
+
+
+def test_meshes_and_videos_are_read():
+    assert plan.parse_mesh("fsdp=16,context=4") == MeshConfig(-1, 16, 4, 1)
+    assert plan.parse_video("480x832x81") == (480, 832, 81)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plan.parse_mesh("fsdp=16,model=4"), "'model=4' is not one of data, fsdp"),
+        (lambda: plan.parse_video("480p"), "--video=480p is not HEIGHTxWIDTHxFRAMES"),
+        (lambda: plan.chips("v9:2x2"), "--topology=v9:2x2 is none that is known"),
+        (lambda: plan.chips("v5p"), "--topology=v5p is none that is known"),
+    ],
+)
+def test_bad_requests_are_one_sentence(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_bad_teacher_is_one_sentence(make_config):
+    with pytest.raises(ValueError, match="teachers/nothing is not there; without it only .* wan_1_3b, wan_14b"):
+        plan._architecture(make_config({"teacher": "teachers/nothing"}))
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_without_the_tpu_compiler_there_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["plan", "--config=configs/demo.py", "--topology=v5e:2x2"]) == 2
+    error = capsys.readouterr().err
+    assert "pip install -e '.[plan]'" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install -e '.[plan]'")
+def test_the_tpu_compiler_plans_the_demo(tmp_path):
+    """The whole train step, in a process of its own: libtpu changes how one ends."""
+    command = [
+        sys.executable, "-m", "dollar_jax", "plan", "--config=configs/demo.py", "--topology=v5e:2x2",
+        "--mesh=fsdp=2,context=2", f"--json={tmp_path / 'plan.json'}",
+        # The TPU kernel would compute 128 tokens where this domain has 20.
+        "--config.compute.attention=xla",
+    ]  # fmt: skip
+    root = Path(__file__).parents[1]
+    subprocess.run(command, check=True, cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] and found["hbm_gib"] == 15.75
+    assert 0.7 * found["model_tflops"] < found["compiled_tflops"] < 2 * found["model_tflops"]
+    assert found["roofline_seconds"] > 0 and found["collective_gib"] > 0
