@@ -43,7 +43,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(.*/)?(patch_embedding|linear_1|time_proj|text_proj|linear)/kernel", P(None, ALL)),
     (r"(.*/)?(proj_out|linear_2)/kernel", P(ALL, None)),
     (r"(.*/)?shared/embedding", P(None, ALL)),
-    (r"(.*/)?(bias|scale|scale_shift_table)", P()),
+    (r"(.*/)?(bias|scale|scale_shift_table|relative_attention_bias/embedding)", P()),
     # Counters and keys.
     (r"(.*/)?(step|key|count)", P()),
 )

@@ -87,7 +87,7 @@ def train(
                 state = _go_on_from(Path(config.init), program, state)
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
         watch = make_watch(config, workdir, generator, frozen.teacher)
-        throughput = make_throughput(config, program)
+        throughput = make_throughput(config, program, reward_params)
         with (
             Log(workdir, first, config, throughput) as log,
             Profile(config.visibility.profile_steps, workdir, first) as profile,

@@ -213,8 +213,11 @@ class Throughput:
         return rates
 
 
-def make_throughput(config: DistillConfig, program: Program) -> Throughput:
-    """MFU counts every multiplication of the step as written, those of recomputation too."""
+def make_throughput(config: DistillConfig, program: Program, reward: Params = ()) -> Throughput:
+    """MFU counts every multiplication of the step as written, those of recomputation too.
+
+    `reward` are the parameters of JAX rewards and their decoder, `Frozen.reward`.
+    """
     devices = program.mesh.devices.ravel()
     peak = config.visibility.peak_tflops or PEAK_TFLOPS.get(devices[0].device_kind)
     if peak is None:
@@ -222,6 +225,7 @@ def make_throughput(config: DistillConfig, program: Program) -> Throughput:
     frozen = Frozen(
         program.state_shapes.student,
         jax.ShapeDtypeStruct((1, *program.batch_shapes["text"].shape[1:]), "float32"),
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward),
     )
     jaxpr = jax.make_jaxpr(program.step)(program.state_shapes, frozen, program.batch_shapes)
     return Throughput(config.batch_size, count_flops(jaxpr.jaxpr), peak * 1e12 * len(devices))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from dollar_jax.config import DistillConfig, from_config
+from dollar_jax.generate import transformer_options
 from dollar_jax.models.cogvideox import CogVideoXConfig
 from dollar_jax.models.cogvideox_vae import CogVideoXVAEConfig
 from dollar_jax.models.umt5 import UMT5Config
@@ -43,16 +44,15 @@ def test_the_whole_step_builds_at_real_size(name):
     assert shape == (13, 60, 90, 16)
     compute = config.compute
     transformer = cogvideox_transformer(CogVideoXConfig(
-        **module["TRANSFORMER"], dtype=compute.dtype, param_dtype=compute.teacher_dtype,
-        remat=compute.remat, scan_layers=compute.scan_layers,
+        **module["TRANSFORMER"], param_dtype=compute.teacher_dtype, **transformer_options(compute)
     ))  # fmt: skip
     schedule = Schedule("ddpm", "v", **module["SCHEDULE"])
     text_shape = (config.data.max_text_length, T5_XXL.d_model)
     program = build_program(config, transformer, schedule, shape, text_shape)
     frozen = Frozen(transformer.shapes, jax.ShapeDtypeStruct((1, *text_shape), jnp.float32))
-    state, metrics, generated = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
+    state, metrics, fresh = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, program.state_shapes)
-    assert generated.shape == (config.batch_size, *shape)
+    assert fresh["latent"].shape == (config.reward.samples, 2, *shape)
     assert {"student_loss", "vsd", "consistency"} <= metrics.keys()
 
     ids = jax.ShapeDtypeStruct((1, config.data.max_text_length), jnp.int32)

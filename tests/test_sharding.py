@@ -7,11 +7,13 @@ import pytest
 
 from dollar_jax import sharding
 from dollar_jax.config import MeshConfig
+from dollar_jax.models.cogvideox import CogVideoXConfig
+from dollar_jax.models.umt5 import UMT5Config
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.program import build_program
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import to_items
-from dollar_jax.weights.pipeline import wan_transformer
+from dollar_jax.weights.pipeline import cogvideox_transformer, umt5_encoder, wan_transformer
 
 WAN_1_3B = WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 LATENT, TEXT = (21, 60, 104, 16), (512, 4096)
@@ -51,6 +53,30 @@ def test_every_kernel_and_its_optimiser_state_is_split_by_fsdp(program):
     assert split > 0.99 * 7 * 1.41e9
     whole = sum(math.prod(leaf.shape) for name, leaf in shapes.items() if name.startswith("student/"))
     assert 1.40e9 < whole < 1.43e9
+
+
+T5 = UMT5Config(vocab_size=32128, d_model=4096, d_ff=10240, num_layers=2, num_heads=64)
+ROTARY = CogVideoXConfig(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: cogvideox_transformer(CogVideoXConfig()),
+        lambda: cogvideox_transformer(ROTARY),
+        lambda: umt5_encoder(T5),
+        lambda: umt5_encoder(dataclasses.replace(T5, shared_position_bias=True)),
+    ],
+    ids=["cogvideox-2b", "cogvideox-5b", "umt5", "t5"],
+)
+def test_every_large_network_is_split_over_all_devices(network):
+    """No parameter lacks a rule, and a device of eight holds hardly more than an eighth."""
+    shapes = network().shapes
+    for m in (mesh(fsdp=4, tensor=2), mesh(fsdp=2, context=4)):
+        placed = leaves(sharding.shard(m, shapes))
+        sizes = {name: leaf.size for name, leaf in leaves(shapes).items()}
+        here = sum(math.prod(placed[name].shard_shape(leaf.shape)) for name, leaf in leaves(shapes).items())
+        assert here < 1.02 * sum(sizes.values()) / 8
 
 
 def test_the_teacher_lies_as_the_student_does(program):
