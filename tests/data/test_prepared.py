@@ -207,10 +207,10 @@ def one_program():
     """A run's program is built once, not once per resumption."""
     build, built = loop.build_program, {}
 
-    def remembered(config, *args):
+    def remembered(config, *args, **rewards):
         key = replace(config, pretrain=None)
         if key not in built:
-            built[key] = build(config, *args)
+            built[key] = build(config, *args, **rewards)
         return built[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -240,12 +240,12 @@ def test_a_run_on_two_buckets_compiles_twice_and_resumes_to_the_bit(
 
     put, calls = loop._put, 0
 
-    def die_at_the_fourth(program, batch):
+    def die_at_the_fourth(program, rows, batch):
         nonlocal calls
         calls += 1
         if calls == 4:
             raise Killed
-        return put(program, batch)
+        return put(program, rows, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_put", die_at_the_fourth)
@@ -253,7 +253,7 @@ def test_a_run_on_two_buckets_compiles_twice_and_resumes_to_the_bit(
             run(config, generator, tmp_path / "killed")
     resumed = run(config, generator, tmp_path / "killed")
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    timings = {"seconds_per_step", "data_wait"}
+    timings = {"seconds_per_step", "data_wait", "videos_per_second"}
     for one, other in zip(history, loop.read_history(tmp_path / "killed"), strict=True):
         assert {k: v for k, v in one.items() if k not in timings} == {
             k: v for k, v in other.items() if k not in timings
