@@ -104,7 +104,7 @@ def assert_same(history, expected):
     assert [line["step"] for line in history] == [line["step"] for line in expected]
     for line, other in zip(history, expected, strict=True):
         assert line.keys() == other.keys()
-        for name in line.keys() - {"seconds_per_step"}:
+        for name in line.keys() - {"seconds_per_step", "data_wait", "videos_per_second"}:
             np.testing.assert_allclose(line[name], other[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
