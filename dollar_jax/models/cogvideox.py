@@ -202,7 +202,8 @@ class CogVideoXTransformer(nnx.Module):
         """`t` in [0, 999]; every row of `text` is attended to, as in CogVideoX those of padding are."""
         c = self.config
         grid, patch = self._grid(x.shape[1:]), (1, c.patch_size, c.patch_size)
-        time = self.time_embedding(timestep_embedding(t, c.dim))
+        # Whole rows, as in Wan.
+        time = placement.constrain(self.time_embedding(timestep_embedding(t, c.dim)), None)
         video = self.patch_embedding(patchify(x, patch))
         length = text.shape[1]
         rotary = None

@@ -104,6 +104,8 @@ class ConditionEmbedder(nnx.Module):
     ) -> tuple[Float[Array, "b dim"], Float[Array, "b 6 dim"], Float[Array, "b l dim"]]:
         """The embedded time, the six modulations every block starts from, and the text."""
         time = self.time_embedder(timestep_embedding(t, self.freq_dim))
+        # Whole rows: to share their channels, XLA would trade the whole of the next kernel for another part.
+        time = placement.constrain(time, None)
         modulation = self.time_proj(jax.nn.silu(time))
         return time, modulation.reshape(t.shape[0], 6, -1), self.text_embedder(text)
 
