@@ -20,6 +20,7 @@ from dollar_jax.config import RewardGuard
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.program import reward_head_network
 from dollar_jax.rewards import Reward
+from dollar_jax.rewards.replay import Replay
 from dollar_jax.state import to_items
 
 STEPS = 6
