@@ -140,7 +140,8 @@ class Lab:
             places = self._places(len(plan.captions))
             folder = self.workdir / "cells"
             folder.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(folder / f"{key}.npz", **{n: v[places] for n, v in videos.items()})
+            kept: dict[str, Any] = {name: clips[places] for name, clips in videos.items()}
+            np.savez_compressed(folder / f"{key}.npz", **kept)
         else:
             # Optimisers and all, a checkpoint is far larger than what it was made for.
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
