@@ -50,9 +50,9 @@ def test_the_whole_step_builds_at_real_size(name):
     text_shape = (config.data.max_text_length, T5_XXL.d_model)
     program = build_program(config, transformer, schedule, shape, text_shape)
     frozen = Frozen(transformer.shapes, jax.ShapeDtypeStruct((1, *text_shape), jnp.float32))
-    state, metrics, generated = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
+    state, metrics, fresh = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, program.state_shapes)
-    assert generated.shape == (config.batch_size, *shape)
+    assert fresh["latent"].shape == (config.reward.samples, 2, *shape)
     assert {"student_loss", "vsd", "consistency"} <= metrics.keys()
 
     ids = jax.ShapeDtypeStruct((1, config.data.max_text_length), jnp.int32)

@@ -34,12 +34,12 @@ def count(shapes):
 @pytest.mark.parametrize("name", ["wan_1_3b", "wan_14b", "paper"])
 def test_the_whole_method_is_on_and_can_be_taken_apart(name):
     config = read(name)
-    assert config.vsd.weight == 1 and config.consistency.weight == 0.5 and config.reward.name
+    assert config.vsd.weight == 1 and config.consistency.weight == 0.5 and config.reward.trained
     assert config.compute.dtype == config.compute.teacher_dtype == "bfloat16"
     assert config.fake_score.updates == config.consistency.skip == 5
     assert config.pretrain is None
     assert read(name, "vsd").consistency.weight == 0 and read(name, "cd").vsd.weight == 0
-    assert read(name, "vsd+cd").reward.name is None
+    assert read(name, "vsd+cd").reward.rewards == ()
     docstring = (CONFIGS / f"{name}.py").read_text()
     assert f"dollar train --config=configs/{name}.py --workdir=" in docstring
     assert f"teachers/{config.teacher.split('/')[1]} --dtype=bfloat16" in docstring
@@ -85,10 +85,10 @@ def test_the_step_fits_together_on_eight_devices(name, fields, clip):
     program = build_program(config, transformer, Schedule("rf", "velocity", shift=3.0), latent, text)
     null_text = jax.ShapeDtypeStruct((1, *text), "float32")
     frozen = Frozen(transformer.shapes, null_text)
-    state, metrics, generated = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
+    state, metrics, fresh = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, program.state_shapes)
     assert all(jax.tree.leaves(same))
-    assert generated.shape == (config.batch_size // config.accumulation, *latent)
+    assert fresh["latent"].shape == (config.reward.samples, 2, *latent)
     assert {"vsd", "consistency", "latent_reward", "fake_score", "reward_regression"} <= metrics.keys()
     for params in (state.student, state.fake_score, state.ema):
         assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}

@@ -135,7 +135,7 @@ def test_the_commands_are_the_cells(get_config):
         config = changed(experiment_of(get_config, method.losses), method.changes)
         assert (config.vsd.weight > 0) == ("vsd" in method.losses)
         assert (config.consistency.weight > 0) == ("cd" in method.losses)
-        assert (config.reward.name is not None) == ("lrm" in method.losses)
+        assert bool(config.reward.rewards) == ("lrm" in method.losses)
     grid = changed(experiment_of(get_config, "cd"), dict(METHODS[-1].changes))
     assert (grid.consistency.times, grid.consistency.skip) == ("grid", 5)
     with pytest.raises(ValueError, match="no field 'consistency.m'"):
@@ -188,7 +188,7 @@ def test_two_methods_are_trained_and_measured(toy_generator, make_config, monkey
     def experiment(losses):
         return make_config({
             "vsd.weight": float("vsd" in losses), "consistency.weight": 0.5 * ("cd" in losses),
-            "reward.name": "compressibility" if "lrm" in losses else None,
+            "reward.rewards": ({"name": "compressibility", "weight": 1.0, "folder": None},) * ("lrm" in losses),
             "student.timesteps": (1000.0, 700.0, 400.0, 200.0),
         })  # fmt: skip
 

@@ -136,7 +136,7 @@ def test_throughput_and_its_share_of_the_peak():
 def test_a_steps_operations_are_those_of_its_forwards(make_config, toy_generator):
     """VSD alone: student 1 and its gradient 2, guided teacher 2, fake score 1; then student 1, fake score 3."""
     config = make_config({
-        "mesh.data": 8, "reward.name": None, "consistency.weight": 0.0, "fake_score.updates": 1,
+        "mesh.data": 8, "reward.rewards": (), "consistency.weight": 0.0, "fake_score.updates": 1,
         "visibility.peak_tflops": 2.0,
     })  # fmt: skip
     network, schedule = toy_generator.pipeline.transformer.network, toy_generator.pipeline.schedule

@@ -163,7 +163,9 @@ class Scorer:
             }
         generated = slice(None, None, kinds)
         if len(self._trained):
-            total = (trained * local["scale"].repeat(kinds, 0)).sum(1)
+            scale = local["scale"].repeat(kinds, 0)
+            # Without a known deviation a reward counts nothing, which says nothing of its latent model.
+            total = np.where(scale.any(1), (trained * scale).sum(1), np.nan)
             self.monitor.add(predicted[generated], total[generated], rewards[generated][:, self._held_out])
         else:
             nothing = np.full(len(latent[generated]), np.nan)

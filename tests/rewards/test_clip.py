@@ -115,7 +115,8 @@ def test_aesthetic_score_is_its_linear_layers_on_the_image(published, tmp_path):
 def test_a_gradient_reaches_the_frames(published):
     reward = get_reward("pickscore", str(published[0]))
     tokens = jnp.asarray(reward.tokenize(PROMPTS))
-    gradient = jax.jit(jax.grad(lambda x: reward.function(reward.params, x, tokens).sum()))(clips())
+    total = jax.jit(jax.grad(lambda x, params, tokens: reward.function(params, x, tokens).sum()))
+    gradient = total(clips(), reward.params, tokens)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1e-6
 
 
