@@ -132,7 +132,9 @@ def test_policy_loss_and_gradient_have_their_closed_form(settings, schedule):
     x64, elements = np.asarray(states, np.float64), np.prod(SHAPE)
     expected, slope = 0.0, 0.0
     for i, (t, t_next) in enumerate([(990.0, 700.0), (700.0, 300.0)]):
-        (a, b), (a2, b2) = (map(float, schedules.coefficients(schedule, jnp.full(1, s))) for s in (t, t_next))
+        (a, b), (a2, b2) = (
+            [float(v[0]) for v in schedules.coefficients(schedule, jnp.full(1, s))] for s in (t, t_next)
+        )
         x, m = x64[:, i], np.asarray(text, np.float64).mean((1, 2)).reshape(-1, 1, 1, 1, 1)
         prediction = 0.4 * x - 0.7 * m
         # velocity: x0 = x - b v; v: x0 = a x - b v. Either has dx0/dv = -b.

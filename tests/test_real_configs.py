@@ -35,12 +35,12 @@ def count(shapes):
 @pytest.mark.parametrize("name", ["wan_1_3b", "wan_14b", "paper"])
 def test_the_whole_method_is_on_and_can_be_taken_apart(name):
     config = read(name)
-    assert config.vsd.weight == 1 and config.consistency.weight == 0.5 and config.reward.rewards
+    assert config.vsd.weight == 1 and config.consistency.weight == 0.5 and config.reward.trained
     assert config.compute.dtype == config.compute.teacher_dtype == "bfloat16"
     assert config.fake_score.updates == config.consistency.skip == 5
     assert config.pretrain is None
     assert read(name, "vsd").consistency.weight == 0 and read(name, "cd").vsd.weight == 0
-    assert not read(name, "vsd+cd").reward.rewards
+    assert read(name, "vsd+cd").reward.rewards == ()
     docstring = (CONFIGS / f"{name}.py").read_text()
     assert f"dollar train --config=configs/{name}.py --workdir=" in docstring
     assert f"teachers/{config.teacher.split('/')[1]} --dtype=bfloat16" in docstring

@@ -188,7 +188,7 @@ def test_two_methods_are_trained_and_measured(toy_generator, make_config, monkey
     def experiment(losses):
         return make_config({
             "vsd.weight": float("vsd" in losses), "consistency.weight": 0.5 * ("cd" in losses),
-            **({} if "lrm" in losses else {"reward.rewards": ()}),
+            "reward.rewards": ({"name": "compressibility", "weight": 1.0, "folder": None},) * ("lrm" in losses),
             "student.timesteps": (1000.0, 700.0, 400.0, 200.0),
         })  # fmt: skip
 

@@ -275,7 +275,7 @@ def test_a_faulty_reward_neither_stops_training_nor_corrupts_the_latent_model(
         lambda a, b: (a == b).all(), state["reward_head"]["reward_head"], first_head(config)
     )
     assert all(jax.tree.leaves(untouched)) == (how is always)
-    assert ("reward_generated" in lines[-1] or "reward_generated" in lines[-2]) == (how is sometimes)
+    assert any("reward_generated" in line for line in lines) == (how is sometimes)
 
 
 def first_head(config):
@@ -288,9 +288,10 @@ def test_a_hacked_reward_stops_the_run_for_good(train, config, tmp_path, capsys)
     guard = RewardGuard(4, min_correlation=1.1, max_fall=None)  # which nothing reaches
     changed = dataclasses.replace(config, reward=dataclasses.replace(config.reward, guard=guard))
     state = train(tmp_path, changed)
-    # Two samples per step, a window of four, each known one step later.
-    assert int(state["progress"]["step"]) == 3
-    assert "stopped at step 3: latent and true reward correlate by" in capsys.readouterr().out
+    # Two samples per step, a window of four; the reward's scale is known from the third step on, whose samples
+    # are known at its checkpoint, those of the fourth one step later.
+    assert int(state["progress"]["step"]) == 5
+    assert "stopped at step 5: latent and true reward correlate by" in capsys.readouterr().out
     assert "reward_fresh_correlation" in history(tmp_path)[-1]
     again = train(tmp_path, changed)
     jax.tree.map(np.testing.assert_array_equal, again, state)

@@ -176,7 +176,9 @@ class Scorer:
             }
         generated = slice(None, None, kinds)
         if len(self._trained):
-            total = (trained * rows["scale"].repeat(kinds, 0)).sum(1)
+            scale = rows["scale"].repeat(kinds, 0)
+            # Without a known deviation a reward counts nothing, which says nothing of its latent model.
+            total = np.where(scale.any(1), (trained * scale).sum(1), np.nan)
             self.monitor.add(predicted[generated], total[generated], rewards[generated][:, self._held_out])
         else:
             nothing = np.full(len(latent[generated]), np.nan)

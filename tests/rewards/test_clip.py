@@ -1,6 +1,7 @@
 """Rewards on CLIP, read from folders as they are published, against the same sums done with transformers."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -113,8 +114,9 @@ def test_aesthetic_score_is_its_linear_layers_on_the_image(published, tmp_path):
 
 def test_a_gradient_reaches_the_frames(published):
     reward = get_reward("pickscore", str(published[0]))
-    tokens = reward.tokenize(PROMPTS)
-    gradient = jax.jit(jax.grad(lambda x: reward.function(reward.params, x, tokens).sum()))(clips())
+    tokens = jnp.asarray(reward.tokenize(PROMPTS))
+    total = jax.jit(jax.grad(lambda x, params, tokens: reward.function(params, x, tokens).sum()))
+    gradient = total(clips(), reward.params, tokens)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1e-6
 
 

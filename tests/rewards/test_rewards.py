@@ -94,7 +94,7 @@ def test_vivid_is_the_share_of_coloured_pixels_that_are_bright_and_saturated():
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_every_reward_gives_one_number_per_clip(name):
-    clips = frames(3, 2, 16, 8, 3) * np.array([1, 0.5, 0.2]).reshape(3, 1, 1, 1, 1)
+    clips = frames(3, 3, 16, 8, 3) * np.array([1, 0.5, 0.2]).reshape(3, 1, 1, 1, 1)
     rewards = get_reward(name)(clips, ["a", "b", "c"])
     assert rewards.dtype == np.float32
     assert rewards.shape == (3,)

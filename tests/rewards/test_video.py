@@ -21,7 +21,9 @@ def waves(dy, dx, frames=5, size=32):
 @pytest.mark.parametrize(("dy", "dx"), [(0.0, 0.0), (0.5, 0.0), (0.0, -1.0), (0.6, 0.8), (1.0, 1.0)])
 def test_motion_is_the_speed_in_pixels_per_frame(dy, dx):
     found = motion(jnp.asarray(waves(dy, dx)[None]))[0]
-    np.testing.assert_allclose(found, np.hypot(dy, dx), rtol=0.05, atol=1e-3)
+    # A wave of k radians per pixel that moves by d is seen 2 tan(kd / 2) / (d sin k) times too fast: 1.075
+    # for the finest wave here along the diagonal.
+    np.testing.assert_allclose(found, np.hypot(dy, dx), rtol=0.08, atol=1e-3)
 
 
 def test_a_plain_clip_does_not_move_and_noise_does():
