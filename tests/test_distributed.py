@@ -138,6 +138,7 @@ def test_four_processes_resume_the_run_of_one(launch, alone, tmp_path):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_lost_process_ends_the_others(launch, alone, tmp_path):
     """Killed outright, as by the machine; the other must not wait for it for ever."""
     workdir = tmp_path / "run"
