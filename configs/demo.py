@@ -59,6 +59,11 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "attention": "auto",
             "context_parallel": "gather",
         },
+        "lora": {
+            "rank": 0,  # student and fake score are trained whole
+            "alpha": 8.0,
+            "targets": ("blocks/attn./to_(q|k|v|out)", "blocks/ffn?/proj_(in|out)"),
+        },
         "data": {
             "name": "moving_shapes",  # or the folder that dollar prepare left
             "train_videos": 1024,

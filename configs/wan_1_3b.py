@@ -67,6 +67,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "attention": "auto",
             "context_parallel": "gather",
         },
+        "lora": {**demo["lora"], "alpha": 64.0},  # with --config.lora.rank=64: adapters only
         "data": {**demo["data"], "name": "data/wan_480p", "max_text_length": 512},
         "sampling": {"num_steps": 50, "guidance_weight": 4.0, "eta": 0.0, "solver": "unipc"},
         "student": {

@@ -253,6 +253,9 @@ def _define_export(_: list[str]) -> None:
     _define_workdir()
     flags.DEFINE_bool("ema", True, "The student's moving average rather than its raw weights.", flag_values=FLAGS)
     flags.DEFINE_enum("dtype", "float32", ["float32", "float16", "bfloat16"], "Of the student.", flag_values=FLAGS)
+    flags.DEFINE_bool(
+        "adapter", False, "Only the low-rank adapters of a run with config.lora, for load_lora_weights.", flag_values=FLAGS
+    )
     flags.DEFINE_string("shard_size", "5GB", "The most that a weight file holds.", flag_values=FLAGS)
 
 
@@ -586,7 +589,7 @@ def _export(*names: str) -> None:
         raise ValueError(f"--shard_size={FLAGS.shard_size} must be a size such as 500MB or 5GB")
     export_run(
         Path(FLAGS.workdir), Path(names[0]), ema=FLAGS.ema, dtype=FLAGS.dtype,
-        shard_size=int(size[1]) * units[size[2]],
+        shard_size=int(size[1]) * units[size[2]], adapter=FLAGS.adapter,
     )  # fmt: skip
     print(f"The student is in {names[0]}; its README.md says how diffusers samples it.")
 

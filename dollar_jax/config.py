@@ -383,6 +383,28 @@ class ComputeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of student and fake score on the frozen teacher (arXiv 2106.09685).
+
+    With `rank` 0 both are trained whole. Otherwise the teacher's weights are held once for all three, and
+    state, average and checkpoints hold only the adapters, scaled by alpha / rank. `targets` are regular
+    expressions for the paths of dense layers, such as `blocks/attn1/to_q`.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or (self.rank and not self.targets):
+            raise ValueError("config.lora needs a rank of at least 0, and targets where it is not 0")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / max(self.rank, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class VisibilityConfig:
     """What a run shows of itself, see `visibility`; none of it changes the training.
 
@@ -424,6 +446,7 @@ class DistillConfig:
     log_every: int
     mesh: MeshConfig
     compute: ComputeConfig
+    lora: LoraConfig
     data: DataConfig
     sampling: SamplingConfig
     student: StudentConfig

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dollar_jax import sharding
-from dollar_jax.config import DistillConfig
+from dollar_jax.config import DistillConfig, LoraConfig
+from dollar_jax.models import lora
 from dollar_jax.models.network import Network, make_network
 from dollar_jax.models.reward_head import RewardHead, RewardHeadConfig
 from dollar_jax.objectives import Frozen, Networks
@@ -67,16 +68,26 @@ def build_program(
         make_optimiser(config.reward.optimiser, config.steps * config.reward.updates),
     )
     use_text = config.reward.head.use_text
+    adapted = student_network(transformer, config.lora)
+    structure = jax.tree.structure(adapted.shapes)
+
+    def denoiser(params: Params, *args: Any) -> jax.Array:
+        network = adapted if jax.tree.structure(params) == structure else transformer
+        return network.apply(params, *args)
+
     networks = Networks(
-        transformer.apply,
+        denoiser,
         lambda params, latent, text: head.apply(params, latent, text if use_text else None),
         pixel_rewards,
     )
 
     def init(key: jax.Array, teacher: Params) -> TrainState:
         state_key, head_key = jax.random.split(key)
+        start = teacher
+        if config.lora.rank:
+            start = lora.adapters(adapted.init(jax.random.fold_in(key, 2)))
         return init_state(
-            state_key, teacher, head.init(head_key), optimisers, len(config.reward.trained)
+            state_key, start, head.init(head_key), optimisers, len(config.reward.trained)
         )
 
     state_shapes = jax.eval_shape(init, jax.random.key(0), transformer.shapes)
@@ -115,6 +126,18 @@ def build_program(
         mesh, step, state_shapes, state_sharding, frozen_sharding, batch_shapes, batch_sharding,
         jax.jit(init, out_shardings=state_sharding),
     )  # fmt: skip
+
+
+def student_network(transformer: Network, config: LoraConfig) -> Network:
+    """The transformer as student and fake score are: with adapters if there are to be some."""
+    if not config.rank:
+        return transformer
+    return lora.adapt(transformer, config.rank, config.alpha, config.targets)
+
+
+def student_params(config: LoraConfig, teacher: Params, trained: Params) -> Params:
+    """Parameters of the transformer itself: what was trained, or the teacher's with those adapters merged."""
+    return lora.merge(teacher, trained, config.scale) if config.rank else trained
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

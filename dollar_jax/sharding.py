@@ -24,14 +24,18 @@ BATCH = P(("data", "fsdp"))
 
 # Parameters are shared over all devices that would otherwise hold copies, and gathered layer by layer.
 FSDP = ("fsdp", "context")
-# In the mesh's own order: with "tensor" first the partitioner of jaxlib 0.10.2 swaps rows of a batch between devices
-# where it moves such a kernel's product inside a scan (test_step's backward-accumulated finds it).
+# In the mesh's own order: with "tensor" first the partitioner of jaxlib 0.10.2 swaps rows of a batch
+# between devices where it moves such a kernel's product inside a scan (test_step finds it).
 ALL = ("fsdp", "context", "tensor")
 
 RULES: tuple[tuple[str, P], ...] = (
     # The reward head is small.
     (r"(.*/)?reward_head.*", P()),
     (r"reward_statistics/.*", P()),
+    # Low-rank adapters: [layer, in, rank] and [layer, rank, out].
+    (r"(.*/)?blocks/.*/adapter/down", P(None, FSDP, None)),
+    (r"(.*/)?blocks/.*/adapter/up", P(None, None, FSDP)),
+    (r"(.*/)?adapter/(down|up)", P()),
     # Stacked blocks: [layer, in, out]. Wan's and CogVideoX' names, then UMT5's.
     (r"(.*/)?blocks/.*/(to_q|to_k|to_v|proj_in)/kernel", P(None, FSDP, "tensor")),
     (r"(.*/)?blocks/.*/(to_out|proj_out)/kernel", P(None, "tensor", FSDP)),

@@ -76,13 +76,13 @@ class Optimisers:
 
 
 def init_state(
-    key: Key, teacher: Params, reward_head: Params, optimisers: Optimisers, rewards: int
+    key: Key, start: Params, reward_head: Params, optimisers: Optimisers, rewards: int
 ) -> TrainState:
-    """Student, its average and the fake score start as copies of the teacher, in fp32.
+    """Student, its average and the fake score start as fp32 copies of `start`: the teacher, or new adapters.
 
     `rewards` counts those that are trained on.
     """
-    master = jax.tree.map(lambda x: x.astype(jnp.float32), teacher)
+    master = jax.tree.map(lambda x: x.astype(jnp.float32), start)
     none = jnp.zeros(max(rewards, 1))  # Orbax saves nothing that is empty
     return TrainState(
         step=jnp.zeros((), jnp.int32),

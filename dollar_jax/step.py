@@ -24,6 +24,7 @@ from jax import lax
 
 from dollar_jax import objectives
 from dollar_jax.config import DistillConfig
+from dollar_jax.models import lora
 from dollar_jax.objectives import Fresh, Frozen, Networks
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import Optimisers, TrainState
@@ -66,11 +67,14 @@ def make_step(
             lambda x: _micro_batches(x, config.accumulation), (batch["latent"], batch["text"], tokens)
         )
         statistics = state.reward_statistics
+        # Of adapters the whole network is made with the teacher's weights, which are there anyway.
+        whole = functools.partial(lora.combine, frozen.teacher) if config.lora.rank else _same
+        ema, fake_score = whole(state.ema), whole(state.fake_score)
         beta = objectives.reward_weight(config, state.step)
 
         def student_loss(params: Params, latent: jax.Array, text: jax.Array, tokens: Any, key: jax.Array):
             return objectives.student(
-                params, state.ema, state.fake_score, state.reward_head, frozen, latent, text, beta, key,
+                whole(params), ema, fake_score, state.reward_head, frozen, latent, text, beta, key,
                 **parts, statistics=statistics, tokens=tokens,
             )  # fmt: skip
 
@@ -79,8 +83,9 @@ def make_step(
             rewards = batch["walk_reward"]
             statistics = statistics.updated(rewards, jnp.ones(len(rewards)), c.statistics_decay)
             advantage = objectives.combined_reward(c, statistics, rewards)
-            policy = functools.partial(objectives.policy, **parts)
-            reinforced, aux = jax.grad(policy, has_aux=True)(
+            reinforced, aux = jax.grad(
+                lambda p, *rest: objectives.policy(whole(p), *rest, **parts), has_aux=True
+            )(
                 state.student, batch["walk_states"], batch["walk_text"], advantage
             )
             grads = jax.tree.map(lambda g, r: g + beta * r, grads, reinforced)
@@ -93,7 +98,7 @@ def make_step(
         def fake_update(carry, key):
             params, optimiser = carry
             grads, aux = _accumulated(
-                lambda p, *rest: objectives.fake_score(p, student, *rest, **parts),
+                lambda p, *rest: objectives.fake_score(whole(p), whole(student), *rest, **parts),
                 params,
                 micro[:2],
                 key,
@@ -111,7 +116,7 @@ def make_step(
         fresh: Fresh = {}
         if c.rewards:
             fresh, text = _to_be_scored(
-                config, networks, schedule, state, student, frozen, micro, generated, fresh_key, score_real
+                config, networks, schedule, state, whole(student), frozen, micro, generated, fresh_key, score_real
             )
             if method == "direct":
                 raw = fresh["reward"][..., trained]
@@ -202,6 +207,10 @@ def _to_be_scored(
     grouped = ("latent", "reward", "predicted")
     fresh |= {k: fresh[k].reshape(c.samples, len(latents), *fresh[k].shape[1:]) for k in grouped}
     return fresh, text
+
+
+def _same(params: Params) -> Params:
+    return params
 
 
 def _flat(x: jax.Array) -> jax.Array:

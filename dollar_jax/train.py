@@ -7,6 +7,7 @@ before a checkpoint, so that a resumed run repeats an uninterrupted one to the b
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -23,13 +24,15 @@ from tqdm import tqdm
 
 from dollar_jax import sharding
 from dollar_jax.checkpoint import Checkpoints
-from dollar_jax.config import DistillConfig, from_config
+from dollar_jax.config import DistillConfig, LoraConfig, from_config
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.evaluate.video import encode_gif
 from dollar_jax.generate import Generator
+from dollar_jax.models import lora
+from dollar_jax.models.network import Network
 from dollar_jax.objectives import Frozen
-from dollar_jax.program import Program, build_program
+from dollar_jax.program import Program, build_program, student_network, student_params
 from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.rewards.scorer import Scorer
@@ -76,6 +79,9 @@ def train(
     rows = sharding.local_rows(program.batch_sharding["latent"], config.batch_size)
     batches = data.batches(config, rows, program.batch_sharding)
     guard = config.reward.guard
+    sampled = functools.partial(student_params, config.lora)
+    if config.lora.rank:
+        sampled = jax.jit(sampled, out_shardings=program.frozen_sharding.teacher)
 
     with Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
@@ -118,7 +124,7 @@ def train(
                 profile.after(step, metrics)
                 host = {} if scorer is None else dict(scorer.latest)
                 if watch.due(step + 1):
-                    seen, video, warnings = watch.samples(step + 1, state.ema)
+                    seen, video, warnings = watch.samples(step + 1, sampled(frozen.teacher, state.ema))
                     log.show(step + 1, video, warnings)
                     host |= seen
                 log.step(step + 1, metrics, host, saving or watch.due(step + 1))
@@ -321,11 +327,19 @@ def read_config(workdir: Path) -> DistillConfig:
 
 def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> Any:
     """The newest student's parameters, and nothing else of the checkpoint; the average unless `ema` is False."""
-    return restore_weights(workdir, generator.pipeline.transformer.network.shapes, ema)[1]
+    transformer = generator.pipeline.transformer
+    config = read_config(workdir).lora
+    _, params = restore_trained(workdir, transformer.network, config, ema)
+    return student_params(config, transformer.params, params)
 
 
-def restore_weights(workdir: Path, shapes: Any, ema: bool) -> tuple[int, Any]:
-    """The newest checkpoint's step, and its student or the student's average, for a network of these shapes."""
+def restore_trained(
+    workdir: Path, transformer: Network, config: LoraConfig, ema: bool
+) -> tuple[int, Any]:
+    """The newest checkpoint's step, and what was trained of its student, or that's average: all or adapters."""
+    shapes = student_network(transformer, config).shapes
+    if config.rank:
+        shapes = lora.adapters(shapes)
     name = "ema" if ema else "student"
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = {

@@ -172,6 +172,40 @@ def test_initial_state_is_the_same_on_eight_devices(runner, base, initial):
     assert kernel.addressable_shards[0].data.shape == (2, 4, 16)
 
 
+# Low-rank adapters
+
+LORA = (("lora.rank", 2), ("lora.targets", ("blocks/attn./to_(q|v|out)", "blocks/ffn/proj_(in|out)")))
+
+
+def test_adapters_start_where_the_whole_network_does(runner, base, initial, alone):
+    """The same losses in the first step; then only adapters have moved, and they are all the state holds."""
+    adapted = runner(*LORA)
+    items = host(to_items(adapted.program.init(jax.random.key(0), adapted.frozen.teacher)))
+    for name in ("student", "ema", "fake_score"):
+        paths = {jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree_util.tree_leaves_with_path(items[name])}
+        assert paths and all("/adapter/" in path for path in paths)
+    state, history = adapted.run(items, 2)
+    first, whole = history[0], alone(())[1][0]
+    same = ("vsd", "consistency", "student_loss", "latent_std")
+    for name in same:
+        np.testing.assert_allclose(first[name], whole[name], rtol=1e-5, err_msg=name)
+    assert all(np.abs(history[1][name] - alone(())[1][1][name]) > 0 for name in same[:2])
+    moved = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state["student"], items["student"])), strict=True)]
+    assert all(moved)
+    jax.tree.map(np.testing.assert_array_equal, host(adapted.frozen.teacher), host(teacher()))
+
+
+def test_adapters_are_the_same_on_eight_devices(runner):
+    one, eight = runner(*LORA), runner(*LORA, ("mesh.data", 2), ("mesh.fsdp", 2), ("mesh.tensor", 2))
+    items = host(to_items(one.program.init(jax.random.key(0), one.frozen.teacher)))
+    (state, metrics), (state8, metrics8) = one.run(items, 3), eight.run(items, 3)
+    for name, value in metrics[-1].items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(metrics8[-1][name], value, rtol=1e-5, atol=1e-5 * scale, err_msg=name)
+    for a, b in zip(jax.tree.leaves(state["student"]), jax.tree.leaves(state8["student"]), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * np.abs(a).max())
+
+
 # One program
 
 

@@ -22,8 +22,28 @@ xavier = nnx.initializers.xavier_uniform()
 _small = nnx.initializers.normal(0.02)
 
 
+class Adapter(nnx.Module):
+    """scale · x D U of low rank (LoRA, arXiv 2106.09685), zero at first: D [*l, in, rank], U [*l, rank, out].
+
+    `layers` is the leading shape of a stack of layers.
+    """
+
+    def __init__(
+        self, layers: tuple[int, ...], dim_in: int, dim_out: int, rank: int, scale: float, rngs: nnx.Rngs
+    ) -> None:
+        bound = dim_in**-0.5
+        down = jax.random.uniform(rngs.params(), (*layers, dim_in, rank), minval=-bound, maxval=bound)
+        self.down = nnx.Param(down)
+        self.up = nnx.Param(jnp.zeros((*layers, rank, dim_out)))
+        self.scale = scale
+
+    def __call__(self, x: Float[Array, "*b i"], precision: jax.lax.PrecisionLike) -> Float[Array, "*b o"]:
+        inner = jnp.matmul(x, self.down[...].astype(x.dtype), precision=precision)
+        return self.scale * jnp.matmul(inner, self.up[...].astype(x.dtype), precision=precision)
+
+
 class Linear(nnx.Module):
-    """x W + b in `dtype`, with W [in, out] held in `param_dtype`."""
+    """x W + b in `dtype`, with W [in, out] held in `param_dtype`; plus a low-rank adapter's output if it has one."""
 
     def __init__(
         self,
@@ -40,10 +60,13 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (dim_in, dim_out), param_dtype))
         self.bias = nnx.Param(jnp.zeros((dim_out,), param_dtype)) if bias else None
         self.dtype, self.precision = dtype, precision
+        self.adapter: Adapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        kernel = self.kernel[...].astype(self.dtype)
-        out = jnp.matmul(x.astype(self.dtype), kernel, precision=self.precision)
+        x = x.astype(self.dtype)
+        out = jnp.matmul(x, self.kernel[...].astype(self.dtype), precision=self.precision)
+        if self.adapter is not None:
+            out += self.adapter(x, self.precision)
         return out if self.bias is None else out + self.bias[...].astype(self.dtype)
 
 

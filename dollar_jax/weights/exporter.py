@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.latents import clip_size
 from dollar_jax.generate import teacher_folder
+from dollar_jax.models import lora
+from dollar_jax.program import student_params
 from dollar_jax.schedule import Schedule
-from dollar_jax.train import read_config, restore_weights
+from dollar_jax.train import read_config, restore_trained
+from dollar_jax.types import Params
+from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights.pipeline import (
     IMPORTED,
     Component,
@@ -25,20 +30,23 @@ from dollar_jax.weights.pipeline import (
     save_component,
     write_json,
 )
+from dollar_jax.weights.table import Row, export_stream
 
 # A name that begins with an underscore passes diffusers' check of a scheduler's fields.
 TIMESTEPS = "_student_timesteps"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
 def export_run(
-    workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size: int
+    workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size: int, adapter: bool = False
 ) -> None:
     """Writes `folder`, which diffusers' `WanPipeline.from_pretrained` loads and `dollar import` imports.
 
     The transformer is the newest student of the run, its average with `ema`, in `dtype` and in files of at
-    most `shard_size` bytes. VAE, text encoder and tokenizer are the teacher's. The folder appears
-    when it is whole.
+    most `shard_size` bytes. VAE, text encoder and tokenizer are the teacher's. Adapters (config.lora) are
+    merged into the teacher's weights; or, with `adapter`, the folder holds them alone, for
+    `load_lora_weights`, and the scheduler. The folder appears when it is whole.
 
     Raises FileNotFoundError, FileExistsError or ValueError naming what is wrong.
     """
@@ -49,29 +57,57 @@ def export_run(
     schedule = read_schedule(teacher)
     if schedule.path != "rf":
         raise ValueError("only students of rectified-flow teachers can be exported")
+    if adapter and not config.lora.rank:
+        raise ValueError(f"{workdir} trained the student whole (config.lora.rank is 0): it has no adapter")
     parts = read_parts(teacher)
     student = parts["transformer"]
-    step, params = restore_weights(workdir, student.network.shapes, ema)
+    step, params = restore_trained(workdir, student.network, config.lora, ema)
 
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
     partial.mkdir(parents=True)
-    for name, part in tqdm(parts.items(), "exporting"):
-        if name == "transformer":
-            component = Component(student.config, student.network, params)
-            save_component(partial, name, component, dtype, shard_size)
-        elif (teacher / name / IMPORTED).is_dir():
-            save_component(partial, name, load_component(teacher / name, part), "float32", shard_size)
-        else:
-            shutil.copytree(teacher / name, partial / name)
-    shutil.copytree(teacher / "tokenizer", partial / "tokenizer")
+    if adapter:
+        tensors = adapter_tensors(params, config.lora.scale, student.table)
+        files.write_file(partial / ADAPTER_FILE, tensors, dtype)
+    else:
+        if config.lora.rank:
+            params = student_params(config.lora, load_component(teacher / "transformer", student).params, params)
+        for name, part in tqdm(parts.items(), "exporting"):
+            if name == "transformer":
+                component = Component(student.config, student.network, params)
+                save_component(partial, name, component, dtype, shard_size)
+            elif (teacher / name / IMPORTED).is_dir():
+                save_component(partial, name, load_component(teacher / name, part), "float32", shard_size)
+            else:
+                shutil.copytree(teacher / name, partial / name)
+        shutil.copytree(teacher / "tokenizer", partial / "tokenizer")
+        index = json.loads((teacher / "model_index.json").read_text())
+        write_json(partial / "model_index.json", index | {"scheduler": ["diffusers", SCHEDULER]})
     write_json(partial / "scheduler" / "scheduler_config.json", scheduler(config, schedule))
-    index = json.loads((teacher / "model_index.json").read_text())
-    write_json(partial / "model_index.json", index | {"scheduler": ["diffusers", SCHEDULER]})
     path = workdir / "metrics.json"
     metrics = json.loads(path.read_text()) if path.is_file() else {}
-    (partial / "README.md").write_text(model_card(config, schedule, step, ema, metrics))
+    (partial / "README.md").write_text(model_card(config, schedule, step, ema, metrics, adapter))
     partial.rename(folder)
+
+
+def adapter_tensors(adapters: Params, scale: float, table: Sequence[Row]) -> dict[str, np.ndarray]:
+    """The tensors of `load_lora_weights` by PEFT's names; the scale, 1 for PEFT without an alpha, is in B.
+
+    A is [rank, in] and B [out, rank], as dense layers are there; one pair for each layer of a stack.
+    """
+
+    def kernels(tree: Params, leaf: str) -> Params:
+        return {
+            name: {"kernel": np.asarray(value[lora.NAME][leaf])} if lora.NAME in value else kernels(value, leaf)
+            for name, value in tree.items()
+        }
+
+    tensors = {}
+    for leaf, part, factor in (("down", "lora_A", 1.0), ("up", "lora_B", scale)):
+        for name, tensor in export_stream(table, kernels(adapters, leaf)):
+            name = f"transformer.{name.removesuffix('.weight')}.{part}.weight"
+            tensors[name] = (tensor * np.float32(factor)).astype(tensor.dtype)
+    return tensors
 
 
 def scheduler(config: DistillConfig, schedule: Schedule) -> dict[str, Any]:
@@ -123,7 +159,7 @@ _SNIPPET = """\
 import torch
 from diffusers import WanPipeline
 
-pipe = WanPipeline.from_pretrained("{folder}")
+{load}
 # The scheduler takes its times from the number of steps; the student has times of its own.
 scheduler = pipe.scheduler
 sigmas = [t / scheduler.config.num_train_timesteps for t in scheduler.config["{field}"]]
@@ -143,14 +179,23 @@ video = pipe(
 """
 
 
+_LOAD = 'pipe = WanPipeline.from_pretrained(".")'
+_LOAD_ADAPTER = """\
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+pipe = WanPipeline.from_pretrained("{teacher}")  # the teacher, with this adapter and this scheduler
+pipe.load_lora_weights(".")
+pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("scheduler")"""
+
+
 def model_card(
-    config: DistillConfig, schedule: Schedule, step: int, ema: bool, metrics: Mapping[str, Any]
+    config: DistillConfig, schedule: Schedule, step: int, ema: bool, metrics: Mapping[str, Any], adapter: bool = False
 ) -> str:
     """README.md: what the student is, how to sample it, and what its run measured."""
     frames, height, width = clip_size(config.data)
     prompt = "a large red circle moving left slowly"
     snippet = _SNIPPET.format(
-        folder=".", field=TIMESTEPS, prompt=prompt, height=height, width=width, frames=frames,
+        load=_LOAD_ADAPTER.format(teacher=config.teacher) if adapter else _LOAD, field=TIMESTEPS, prompt=prompt, height=height, width=width, frames=frames,
         length=config.data.max_text_length,
     )  # fmt: skip
     weights = {

@@ -169,6 +169,12 @@ def write_component(
     (folder / "config.json").write_text(text)
 
 
+def write_file(path: Path, tensors: Mapping[str, np.ndarray], dtype: str) -> None:
+    """One safetensors file, with floating tensors in `dtype`."""
+    cast = {name: _cast(array, _DTYPES[dtype]) for name, array in tensors.items()}
+    save_file(cast, path, metadata={"format": "pt"})
+
+
 def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     floating = array.dtype in _DTYPES.values() or array.dtype == np.float64
     return np.asarray(array, dtype=dtype if floating else None, order="C")

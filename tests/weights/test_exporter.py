@@ -18,8 +18,10 @@ from safetensors.numpy import load_file
 from dollar_jax import cli
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.demo import make_generator
+from dollar_jax.models import lora
+from dollar_jax.program import student_network
 from dollar_jax.sample import few_step_sample
-from dollar_jax.train import CHECKPOINTS, remember_config
+from dollar_jax.train import CHECKPOINTS, remember_config, restore_student
 from dollar_jax.weights.pipeline import load_pipeline
 from dollar_jax.weights.safetensors_io import list_tensors, read_tensors
 
@@ -98,7 +100,50 @@ def test_half_precision(run, tmp_path):
     assert {x.dtype.name for _, x in read_tensors(folder / "vae")} == {"float32"}
 
 
-def test_the_card_samples_the_same_video_as_we_do(run, exported, monkeypatch):
+@pytest.fixture(scope="module")
+def adapted(wan_folder, make_config, tmp_path_factory):
+    """A run that trained low-rank adapters."""
+    workdir = tmp_path_factory.mktemp("adapted")
+    config = make_config({"teacher": str(wan_folder), "data.train_videos": 8, "lora.rank": 2, "lora.alpha": 6.0})
+    remember_config(config, workdir)
+    shapes = lora.adapters(student_network(load_pipeline(wan_folder).transformer.network, config.lora).shapes)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), "float32"), shapes)
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        checkpoints.save(7, {"ema": {"ema": params}})
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def adapter(adapted, tmp_path_factory):
+    return export(adapted, tmp_path_factory.mktemp("exported") / "adapter", "--adapter")
+
+
+def test_an_adapter_is_a_file_that_load_lora_weights_takes(wan_folder, adapted, adapter, tmp_path):
+    """In diffusers the teacher with the adapter computes what the export with it merged does."""
+    assert {p.name for p in adapter.iterdir()} == {"pytorch_lora_weights.safetensors", "scheduler", "README.md"}
+    tensors = load_file(adapter / "pytorch_lora_weights.safetensors")
+    assert tensors["transformer.blocks.0.attn1.to_q.lora_A.weight"].shape[0] == 2
+    merged = export(adapted, tmp_path / "merged")
+    whole = diffusers.WanTransformer3DModel.from_pretrained(merged / "transformer")
+    pipe = diffusers.WanPipeline.from_pretrained(wan_folder)
+    c = whole.config
+    torch.manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(2, c.in_channels, 2, 4, 4), "timestep": torch.tensor([300.0, 900.0]),
+        "encoder_hidden_states": torch.randn(2, 3, c.text_dim), "return_dict": False,
+    }  # fmt: skip
+    with torch.no_grad():
+        plain = pipe.transformer(**inputs)[0]
+        pipe.load_lora_weights(str(adapter))
+        ours, theirs = whole(**inputs)[0], pipe.transformer(**inputs)[0]
+    assert (theirs - plain).abs().max() > 0.01
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("trained", "folder"), [("run", "exported"), ("adapted", "adapter")])
+def test_the_card_samples_the_same_video_as_we_do(trained, folder, monkeypatch, request):
+    run, exported = request.getfixturevalue(trained), request.getfixturevalue(folder)
     card = (exported / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     (prompt,) = re.findall(r'^    "(.*)",$', snippet, re.MULTILINE)
@@ -108,7 +153,7 @@ def test_the_card_samples_the_same_video_as_we_do(run, exported, monkeypatch):
     times = config.student.timesteps
     noise = jax.random.normal(jax.random.key(2), (1, *generator.latent_shape))
     renoise = [jax.random.normal(k, noise.shape) for k in jax.random.split(jax.random.key(3), len(times))]
-    params = load_pipeline(exported).transformer.params
+    params = restore_student(run, generator)
     pipeline = generator.pipeline
     latent = jax.jit(
         lambda params, noise, text: few_step_sample(
@@ -154,6 +199,7 @@ def test_the_card_tells_of_the_run(run, exported, tmp_path):
         (["--shard_size=much"], "--shard_size=much must be a size such as 500MB"),
         (["--workdir=nowhere"], "nowhere holds no run"),
         (["another"], "give the new folder"),
+        (["--adapter"], "trained the student whole (config.lora.rank is 0)"),
     ],
 )
 def test_what_is_refused(capsys, run, tmp_path, flags, message):

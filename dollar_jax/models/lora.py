@@ -1,0 +1,76 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) as parameters of their own beside a network's frozen ones.
+
+A network's parameters with adapters are its own nested dict with an `adapter` in each adapted dense layer;
+`combine` and `adapters` put the two together and apart, and `merge` adds the adapters to the kernels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dollar_jax.models.layers import Adapter, Linear
+from dollar_jax.models.network import Network, make_network
+from dollar_jax.types import Params
+
+NAME = "adapter"
+
+
+def adapt(network: Network, rank: int, alpha: float, targets: Sequence[str]) -> Network:
+    """The network with adapters of `rank`, scaled by alpha / rank, on the dense layers that `targets` name.
+
+    A target is a regular expression that matches all of a layer's path, such as `blocks/attn1/to_q`.
+    Raises ValueError for one that matches no dense layer.
+    """
+
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        module = network.build(rngs)
+        layers = {"/".join(map(str, path)): part for path, part in nnx.iter_modules(module)}
+        dense = {path: part for path, part in layers.items() if isinstance(part, Linear)}
+        for target in targets:
+            found = [part for path, part in dense.items() if re.fullmatch(target, path)]
+            if not found:
+                raise ValueError(
+                    f"config.lora.targets: {target!r} names no dense layer; there are {', '.join(sorted(dense))}"
+                )
+            for part in found:
+                *stack, dim_in, dim_out = part.kernel.shape
+                part.adapter = Adapter(tuple(stack), dim_in, dim_out, rank, alpha / rank, rngs)
+        return module
+
+    return make_network(build)
+
+
+def adapters(params: Params) -> Params:
+    """Only the adapters of parameters that have some."""
+    parts = {}
+    for name, value in params.items():
+        if name == NAME:
+            parts[name] = value
+        elif isinstance(value, dict) and (inside := adapters(value)):
+            parts[name] = inside
+    return parts
+
+
+def combine(params: Params, adapters: Params) -> Params:
+    """The network's own parameters with the adapters put in."""
+    both: dict[str, Any] = dict(params)
+    for name, value in adapters.items():
+        both[name] = value if name == NAME else combine(params[name], value)
+    return both
+
+
+def merge(params: Params, adapters: Params, scale: float) -> Params:
+    """fp32 parameters without adapters that compute the same: W + scale · D U; `scale` is alpha / rank."""
+    merged: dict[str, Any] = {}
+    for name, value in params.items():
+        inside = adapters.get(name, {})
+        merged[name] = merge(value, inside, scale) if isinstance(value, dict) else jnp.asarray(value, "float32")
+    if NAME in adapters:
+        low = adapters[NAME]
+        merged["kernel"] += scale * jnp.matmul(low["down"], low["up"], precision="highest")
+    return merged
