@@ -254,7 +254,7 @@ def _define_export(_: list[str]) -> None:
     flags.DEFINE_bool("ema", True, "The student's moving average rather than its raw weights.", flag_values=FLAGS)
     flags.DEFINE_enum("dtype", "float32", ["float32", "float16", "bfloat16"], "Of the student.", flag_values=FLAGS)
     flags.DEFINE_bool(
-        "adapter", False, "Only the low-rank adapters of a run with config.lora, for load_lora_weights.", flag_values=FLAGS
+        "adapter", False, "Only the adapters of a run with config.lora, for load_lora_weights.", flag_values=FLAGS
     )
     flags.DEFINE_string("shard_size", "5GB", "The most that a weight file holds.", flag_values=FLAGS)
 

@@ -43,7 +43,7 @@ class Adapter(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x W + b in `dtype`, with W [in, out] held in `param_dtype`; plus a low-rank adapter's output if it has one."""
+    """x W + b in `dtype`, with W [in, out] held in `param_dtype`; plus the adapter's output if it has one."""
 
     def __init__(
         self,

@@ -189,13 +189,15 @@ pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("scheduler")"""
 
 
 def model_card(
-    config: DistillConfig, schedule: Schedule, step: int, ema: bool, metrics: Mapping[str, Any], adapter: bool = False
-) -> str:
+    config: DistillConfig, schedule: Schedule, step: int, ema: bool, metrics: Mapping[str, Any],
+    adapter: bool = False,
+) -> str:  # fmt: skip
     """README.md: what the student is, how to sample it, and what its run measured."""
     frames, height, width = clip_size(config.data)
     prompt = "a large red circle moving left slowly"
     snippet = _SNIPPET.format(
-        load=_LOAD_ADAPTER.format(teacher=config.teacher) if adapter else _LOAD, field=TIMESTEPS, prompt=prompt, height=height, width=width, frames=frames,
+        load=_LOAD_ADAPTER.format(teacher=config.teacher) if adapter else _LOAD,
+        field=TIMESTEPS, prompt=prompt, height=height, width=width, frames=frames,
         length=config.data.max_text_length,
     )  # fmt: skip
     weights = {

@@ -67,9 +67,10 @@ def test_adapters_are_added_to_the_kernels(adapted, inputs):
     np.testing.assert_allclose(NETWORK.apply(merged, *inputs), apart, rtol=1e-4, atol=1e-4)
     assert np.abs(apart - NETWORK.apply(params, *inputs)).max() > 0.1
     low = trained["blocks"]["ffn"]["proj_in"]["adapter"]
-    change = merged["blocks"]["ffn"]["proj_in"]["kernel"] - params["blocks"]["ffn"]["proj_in"]["kernel"]
-    np.testing.assert_allclose(change, 2.0 * np.einsum("lir,lro->lio", low["down"], low["up"]), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(merged["blocks"]["ffn"]["proj_out"]["kernel"], params["blocks"]["ffn"]["proj_out"]["kernel"])
+    change = jax.tree.map(np.subtract, merged, params)["blocks"]["ffn"]
+    expected = 2.0 * np.einsum("lir,lro->lio", low["down"], low["up"])
+    np.testing.assert_allclose(change["proj_in"]["kernel"], expected, rtol=1e-4, atol=1e-5)
+    assert not np.any(change["proj_out"]["kernel"])
 
 
 def test_adapters_keep_to_the_dtype_of_the_products():
@@ -84,5 +85,5 @@ def test_adapters_keep_to_the_dtype_of_the_products():
 
 
 def test_bad_targets_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"config.lora.targets: 'blocks/attn9' names no dense layer; .*blocks/attn1/to_q"):
+    with pytest.raises(ValueError, match=r"'blocks/attn9' names no dense layer; .*blocks/attn1/to_q"):
         lora.adapt(NETWORK, RANK, ALPHA, ("blocks/attn9",))
