@@ -52,7 +52,8 @@ def test_every_command_has_help(capsys, name):
     assert not err
     assert out.startswith(f"dollar {name}")
     assert cli.COMMANDS[name].summary in out.splitlines()[0]
-    assert {"import": "--dtype", "prepare": "--out", "vbench-score": "--json", "plan": "--topology"}.get(name, "--workdir") in out
+    flags = {"import": "--dtype", "prepare": "--out", "vbench-score": "--json", "plan": "--topology"}
+    assert flags.get(name, "--workdir") in out
 
 
 def test_an_unknown_command(capsys):
