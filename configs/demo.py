@@ -183,11 +183,18 @@ def pretrain() -> ConfigDict:
         },
         "vae_videos": 4096,
         "vae_phases": (
-            {"frames": 1, "batch_size": 64, "steps": 5000, "learning_rate": 3e-3, "kl_weight": 1e-5},
-            {"frames": 9, "batch_size": 4, "steps": 4500, "learning_rate": 2e-3, "kl_weight": 1e-5},
-            {"frames": 17, "batch_size": 4, "steps": 1000, "learning_rate": 5e-4, "kl_weight": 1e-5},
-            {"frames": 9, "batch_size": 4, "steps": 2600, "learning_rate": 1.5e-3, "kl_weight": 5e-4},
-            {"frames": 17, "batch_size": 4, "steps": 500, "learning_rate": 5e-4, "kl_weight": 5e-4},
+            {
+                "frames": 1, "batch_size": 64, "steps": 2000,
+                "learning_rate": 5e-3, "adam_learning_rate": 3e-3, "kl_weight": 1e-5,
+            },
+            {
+                "frames": 9, "batch_size": 4, "steps": 3000,
+                "learning_rate": 2.5e-3, "adam_learning_rate": 1.5e-3, "kl_weight": 2e-4,
+            },
+            {
+                "frames": 17, "batch_size": 4, "steps": 2500,
+                "learning_rate": 1.5e-3, "adam_learning_rate": 1e-3, "kl_weight": 4e-4,
+            },
         ),
         "text_encoder": {
             "vocab_size": 24,
@@ -211,10 +218,11 @@ def pretrain() -> ConfigDict:
             "rope_max_seq_len": 64,
         },
         "teacher": {
-            "videos": 10240,
+            "videos": 20480,
             "batch_size": 64,
-            "steps": 3800,
-            "learning_rate": 1.2e-3,
+            "steps": 12000,
+            "learning_rate": 4e-3,
+            "adam_learning_rate": 1.2e-3,
             "ema_decay": 0.999,
             "caption_dropout": 0.1,
             "shift": 3.0,
@@ -222,5 +230,5 @@ def pretrain() -> ConfigDict:
         "guidance_weight": 1.0,
         "num_steps": 50,
         "dtype": "float16",
-        "checkpoint_every": 1000,
+        "checkpoint_every": 500,
     })  # fmt: skip

@@ -72,23 +72,29 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class VAEPhase:
-    """One phase of VAE training: `steps` Adam steps on clips of `frames` frames, a cosine from `learning_rate`."""
+    """One phase of VAE training: `steps` steps on clips of `frames` frames.
+
+    `learning_rate` is Muon's, of the weight matrices; `adam_learning_rate` that of all else. Both follow
+    a cosine.
+    """
 
     frames: int
     batch_size: int
     steps: int
     learning_rate: float
+    adam_learning_rate: float
     kl_weight: float
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherTraining:
-    """Training of the text encoder and DiT together on the denoising loss."""
+    """Training of the text encoder and DiT together on the denoising loss; rates as in `VAEPhase`."""
 
     videos: int
     batch_size: int
     steps: int
     learning_rate: float
+    adam_learning_rate: float
     ema_decay: float
     caption_dropout: float
     shift: float

@@ -63,19 +63,22 @@ def pretrain(config: PretrainConfig, workdir: Path) -> Path:
 
 def fit(
     name: str, folder: Path, loss: Loss, params: Params, batches: Iterator[Any], *,
-    steps: int, learning_rate: float, seed: int, checkpoint_every: int, ema_decay: float = 0.0,
+    steps: int, learning_rate: float, adam_learning_rate: float, seed: int, checkpoint_every: int,
+    ema_decay: float = 0.0,
 ) -> Params:  # fmt: skip
-    """Adam with warm-up and cosine; returns the moving average of the parameters (themselves for decay 0).
+    """Muon and Adam with warm-up and cosine; returns the parameters' moving average (themselves for decay 0).
 
     Checkpoints into `folder` and goes on from what it finds there.
     """
+    share = optax.warmup_cosine_decay_schedule(0, 1, min(200, steps // 10), steps, 0.02)
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adam(
-            optax.warmup_cosine_decay_schedule(
-                0, learning_rate, min(200, steps // 10), steps, 0.02 * learning_rate
-            ),
-            b2=0.99,
+        optax.contrib.muon(
+            lambda count: learning_rate * share(count),
+            adam_learning_rate=lambda count: adam_learning_rate * share(count),
+            adam_b2=0.99,
+            consistent_rms=0.2,  # updates as large as Adam's, whatever the matrix's shape
+            muon_weight_dimension_numbers=_matrices,
         ),
     )
 
@@ -105,6 +108,18 @@ def fit(
             if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
                 checkpoints.save(step + 1, {"state": state, "data": batches})
     return state["ema"]
+
+
+def _matrices(params: Params) -> Any:
+    """Which weights Muon takes, and as what matrix: convolutions, and the stacked layers of transformers."""
+
+    def dimensions(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if path[-1].key != "kernel" or x.ndim < 3:
+            return None
+        inputs = tuple(range(x.ndim - 1)) if x.ndim > 3 else (1,)  # [*kernel, in, out]; [layer, in, out]
+        return optax.contrib.MuonDimensionNumbers(inputs, x.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 def to_unit(video: np.ndarray | jax.Array) -> jax.Array:
@@ -166,8 +181,8 @@ def train_vae(config: PretrainConfig, folder: Path) -> Component:
             f"VAE, clips of {phase.frames}", folder / f"phase_{number}",
             functools.partial(vae_loss, network, phase.kl_weight), params,
             endless(videos, phase.batch_size, config.seed + number, cut),
-            steps=phase.steps, learning_rate=phase.learning_rate, seed=config.seed + number,
-            checkpoint_every=config.checkpoint_every,
+            steps=phase.steps, learning_rate=phase.learning_rate, adam_learning_rate=phase.adam_learning_rate,
+            seed=config.seed + number, checkpoint_every=config.checkpoint_every,
         )  # fmt: skip
     return Component(vae, network, params)
 
@@ -247,13 +262,18 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
         params = jax.tree.map(jnp.asarray, params)
     else:
         params = {"text_encoder": text.init(keys[0]), "transformer": dit.init(keys[1])}
+        # Rotary embeddings turn queries and keys by where they are: with biases of zero there is nothing
+        # but content to turn, and attention begins blind to positions.
+        for i, name in enumerate(("to_q", "to_k")):
+            layer = params["transformer"]["blocks"]["attn1"][name]
+            layer["bias"] = 1.5 * jax.random.normal(jax.random.fold_in(keys[1], i), layer["bias"].shape)
     records = [
         {"latent": z, "ids": i, "mask": m} for z, i, m in zip(latents, ids, mask, strict=True)
     ]
     params = fit(
         "teacher", folder / "checkpoints", loss, params, endless(records, c.batch_size, config.seed),
-        steps=c.steps, learning_rate=c.learning_rate, seed=config.seed,
-        checkpoint_every=config.checkpoint_every, ema_decay=c.ema_decay,
+        steps=c.steps, learning_rate=c.learning_rate, adam_learning_rate=c.adam_learning_rate,
+        seed=config.seed, checkpoint_every=config.checkpoint_every, ema_decay=c.ema_decay,
     )  # fmt: skip
     return Pipeline(
         Component(dit_config, dit, params["transformer"]),
