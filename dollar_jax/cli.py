@@ -446,8 +446,8 @@ def _sample() -> None:
     from dollar_jax.data.latents import clip_size
     from dollar_jax.demo import make_generator
     from dollar_jax.evaluate.files import check_output, read_prompts, write_samples
-    from dollar_jax.generate import sample_prompts, subset
-    from dollar_jax.train import read_config, restore_student
+    from dollar_jax.generate import sample_prompts
+    from dollar_jax.train import read_config
 
     _prepare_jax()
     workdir, out = Path(FLAGS.workdir), Path(FLAGS.out)
@@ -463,17 +463,12 @@ def _sample() -> None:
         config, (FLAGS.frames or frames, FLAGS.height or height, FLAGS.width or width)
     )
     _ = generator.latent_shape  # a size that does not fit is an error before the weights are read
-    weight, teacher_steps = config.sampling.guidance_weight, config.sampling.num_steps
-    teacher = generator.pipeline.transformer.params
     rows: list[tuple[Any, Any]] = []
-    if FLAGS.teacher:
-        steps = FLAGS.steps if FLAGS["steps"].present else teacher_steps
-        rows.append((generator.teacher_sampler(steps, weight), teacher))
-    else:
-        if FLAGS.beside_teacher:
-            rows.append((generator.teacher_sampler(teacher_steps, weight), teacher))
-        sampler = generator.student_sampler(subset(config.student.timesteps, FLAGS.steps))
-        rows.append((sampler, restore_student(workdir, generator, FLAGS.ema)))
+    if FLAGS.teacher or FLAGS.beside_teacher:
+        given = FLAGS.teacher and FLAGS["steps"].present
+        rows.append(_teacher(generator, FLAGS.steps if given else config.sampling.num_steps))
+    if not FLAGS.teacher:
+        rows.append(_student(generator, workdir, config, FLAGS.steps, FLAGS.ema))
     videos = [
         sample_prompts(
             generator, draw, params, prompts, FLAGS.seed, FLAGS.num, FLAGS.batch_size, config.mesh
@@ -482,6 +477,20 @@ def _sample() -> None:
     ]
     write_samples(out, prompts, videos, FLAGS.fps, FLAGS.scale)
     print(out)
+
+
+def _teacher(generator: Any, steps: int) -> tuple[Any, Any]:
+    """A sampler and its parameters, as is `_student`'s."""
+    draw = generator.teacher_sampler(steps, generator.sampling.guidance_weight)
+    return draw, generator.pipeline.transformer.params
+
+
+def _student(generator: Any, workdir: Path, config: Any, steps: int, ema: bool = True) -> tuple[Any, Any]:
+    from dollar_jax.generate import subset
+    from dollar_jax.train import restore_student
+
+    draw = generator.student_sampler(subset(config.student.timesteps, steps))
+    return draw, restore_student(workdir, generator, ema)
 
 
 def _evaluate() -> None:
@@ -520,8 +529,7 @@ def _evaluate() -> None:
 def _vbench_videos() -> None:
     from dollar_jax.demo import make_generator
     from dollar_jax.evaluate.vbench import read_vbench_prompts, write_videos
-    from dollar_jax.generate import subset
-    from dollar_jax.train import read_config, restore_student
+    from dollar_jax.train import read_config
 
     if not FLAGS.workdir or not FLAGS.prompts_file:
         raise ValueError("--vbench needs --workdir and --prompts_file, VBench's own list of prompts")
@@ -530,11 +538,9 @@ def _vbench_videos() -> None:
     counts = read_vbench_prompts(Path(FLAGS.prompts_file), FLAGS.num)
     generator = make_generator(config)
     if FLAGS.teacher:
-        draw = generator.teacher_sampler(config.sampling.num_steps, config.sampling.guidance_weight)
-        params = generator.pipeline.transformer.params
+        draw, params = _teacher(generator, config.sampling.num_steps)
     else:
-        draw = generator.student_sampler(subset(config.student.timesteps, FLAGS.steps))
-        params = restore_student(workdir, generator)
+        draw, params = _student(generator, workdir, config, FLAGS.steps)
     drawn = write_videos(
         folder, counts, generator, draw, params, FLAGS.seed, FLAGS.batch_size, config.mesh
     )

@@ -103,7 +103,7 @@ def build_program(
         name: sharding.batch_sharding(mesh, leading=int(name.startswith("scored")))
         for name in batch_shapes
     }
-    fresh_sharding = sharding.replicated(mesh)
+    fresh_sharding = whole
     if config.reward.rewards:
         # A few rows on one machine may be everywhere; several machines each score their own.
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -119,7 +119,7 @@ def build_program(
     step = jax.jit(
         on_mesh(mesh, make_step(config, networks, schedule, optimisers, score_real)),
         in_shardings=(state_sharding, frozen_sharding, batch_sharding),
-        out_shardings=(state_sharding, sharding.replicated(mesh), fresh_sharding),
+        out_shardings=(state_sharding, whole, fresh_sharding),
         donate_argnums=0,
     )
     return Program(

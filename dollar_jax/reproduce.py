@@ -54,6 +54,7 @@ METHODS = (
     Method("cd", "CD", "cd", {}),
     Method("vsd_cd", "VSD + CD", "vsd+cd", {}),
     Method("vsd_cd_lrm", "VSD + CD + LRM", "vsd+cd+lrm", {}),
+    Method("vsd_cd_ddpo", "VSD + CD + DDPO", "vsd+cd+lrm", {"reward.method": "ddpo"}),
     Method("cd_m1", "CD, grid, m = 1", "cd", {"consistency.times": "grid", "consistency.skip": 1}),
     Method("cd_m5", "CD, grid, m = 5", "cd", {"consistency.times": "grid", "consistency.skip": 5}),
 )
