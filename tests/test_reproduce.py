@@ -18,7 +18,9 @@ from dollar_jax.evaluate.measure import Plan
 from dollar_jax.reproduce import METHODS, changed, reproduce
 
 # By method: alignment of the student in 4 steps with seed 0.
-LEVELS = {"vsd": 0.5, "cd": 0.4, "vsd_cd": 0.6, "vsd_cd_lrm": 0.61, "vsd_cd_ddpo": 0.6, "cd_m1": 0.3, "cd_m5": 0.35}
+LEVELS = {
+    "vsd": 0.5, "cd": 0.4, "vsd_cd": 0.6, "vsd_cd_lrm": 0.61, "vsd_cd_ddpo": 0.6, "cd_m1": 0.3, "cd_m5": 0.35,
+}  # fmt: skip
 
 
 def rows(method, seed):

@@ -26,8 +26,8 @@ from dollar_jax.evaluate.video import replace_file
 INTRODUCTION = (
     "The ablation of DOLLAR (arXiv 2412.15689) in kind: the default domain's teacher, distilled by "
     "variational score distillation (VSD), consistency distillation (CD), both, and both with a reward, by a "
-    "latent reward model (LRM) or by policy gradients (DDPO), each student sampled in 4, 2 and 1 steps. Figures are means over the seeds, with "
-    "the deviation between seeds after ±."
+    "latent reward model (LRM) or by policy gradients (DDPO), each student sampled in 4, 2 and 1 steps. Figures "
+    "are means over the seeds, with the deviation between seeds after ±."
 )
 MEASURES: dict[str, tuple[str, int]] = {  # measure → heading, decimals
     "alignment": ("Alignment", 3),

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -17,31 +18,33 @@ from dollar_jax.data.latents import clip_size
 from dollar_jax.generate import teacher_folder
 from dollar_jax.models import lora
 from dollar_jax.program import student_params
-from dollar_jax.schedule import Schedule
+from dollar_jax.schedule import Schedule, coefficients
 from dollar_jax.train import read_config, restore_trained
 from dollar_jax.types import Params
 from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights.pipeline import (
     IMPORTED,
     Component,
+    family_of,
     load_component,
     read_parts,
     read_schedule,
     save_component,
     write_json,
 )
+from dollar_jax.weights.scheduler import scheduler_json
 from dollar_jax.weights.table import Row, export_stream
 
 # A name that begins with an underscore passes diffusers' check of a scheduler's fields.
 TIMESTEPS = "_student_timesteps"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+SCHEDULERS = {"rf": "FlowMatchEulerDiscreteScheduler", "ddpm": "LCMScheduler"}  # by the diffusion's path
 
 
 def export_run(
     workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size: int, adapter: bool = False
 ) -> None:
-    """Writes `folder`, which diffusers' `WanPipeline.from_pretrained` loads and `dollar import` imports.
+    """Writes `folder`, which the teacher's diffusers pipeline loads and `dollar import` imports.
 
     The transformer is the newest student of the run, its average with `ema`, in `dtype` and in files of at
     most `shard_size` bytes. VAE, text encoder and tokenizer are the teacher's. Adapters (config.lora) are
@@ -55,8 +58,6 @@ def export_run(
     config = read_config(workdir)
     teacher = teacher_folder(config.teacher)
     schedule = read_schedule(teacher)
-    if schedule.path != "rf":
-        raise ValueError("only students of rectified-flow teachers can be exported")
     if adapter and not config.lora.rank:
         raise ValueError(f"{workdir} trained the student whole (config.lora.rank is 0): it has no adapter")
     parts = read_parts(teacher)
@@ -82,11 +83,13 @@ def export_run(
                 shutil.copytree(teacher / name, partial / name)
         shutil.copytree(teacher / "tokenizer", partial / "tokenizer")
         index = json.loads((teacher / "model_index.json").read_text())
-        write_json(partial / "model_index.json", index | {"scheduler": ["diffusers", SCHEDULER]})
+        write_json(partial / "model_index.json", index | {"scheduler": ["diffusers", SCHEDULERS[schedule.path]]})
     write_json(partial / "scheduler" / "scheduler_config.json", scheduler(config, schedule))
     path = workdir / "metrics.json"
     metrics = json.loads(path.read_text()) if path.is_file() else {}
-    (partial / "README.md").write_text(model_card(config, schedule, step, ema, metrics, adapter))
+    pipeline = family_of(student.config).pipeline
+    card = model_card(config, schedule, pipeline, step, ema, metrics, adapter)
+    (partial / "README.md").write_text(card)
     partial.rename(folder)
 
 
@@ -113,14 +116,26 @@ def adapter_tensors(adapters: Params, scale: float, table: Sequence[Row]) -> dic
 def scheduler(config: DistillConfig, schedule: Schedule) -> dict[str, Any]:
     """The scheduler that samples as `sample.few_step_sample` does: predict x0, re-noise, repeat.
 
-    Its shift is 1, for the student's timesteps are shifted already.
+    On the rectified flow its shift is 1, for the student's timesteps are shifted already. The consistency
+    models' scheduler takes the path's final betas, and a scaling that leaves nothing of its boundary condition.
     """
-    return {
-        "_class_name": SCHEDULER,
+    common = {
+        "_class_name": SCHEDULERS[schedule.path],
         "num_train_timesteps": schedule.num_train_timesteps,
-        "shift": 1.0,
-        "stochastic_sampling": True,
         TIMESTEPS: list(config.student.timesteps),
+    }
+    if schedule.path == "rf":
+        return {**common, "shift": 1.0, "stochastic_sampling": True}
+    kept, _ = coefficients(schedule, jnp.arange(schedule.num_train_timesteps, dtype="float32"))
+    products = np.square(np.asarray(kept, np.float64))
+    betas = 1 - products / np.concatenate([[1.0], products[:-1]])
+    return {
+        **common,
+        "trained_betas": betas.tolist(),
+        "prediction_type": scheduler_json(schedule, "ddpm")["prediction_type"],
+        "original_inference_steps": schedule.num_train_timesteps,
+        "timestep_scaling": 1e6,
+        "clip_sample": False,
     }
 
 
@@ -157,21 +172,17 @@ timesteps {timesteps} of {total}.
 
 _SNIPPET = """\
 import torch
-from diffusers import WanPipeline
+from diffusers import {pipeline}
 
 {load}
-# The scheduler takes its times from the number of steps; the student has times of its own.
-scheduler = pipe.scheduler
-sigmas = [t / scheduler.config.num_train_timesteps for t in scheduler.config["{field}"]]
-set_timesteps = scheduler.set_timesteps
-scheduler.set_timesteps = lambda steps, device=None: set_timesteps(steps, device, sigmas=sigmas)
+{times}
 torch.manual_seed(0)
 video = pipe(
     "{prompt}",
     height={height},
     width={width},
     num_frames={frames},
-    num_inference_steps=len(sigmas),
+    {argument},
     guidance_scale=1.0,
     max_sequence_length={length},
     output_type="np",
@@ -179,26 +190,38 @@ video = pipe(
 """
 
 
-_LOAD = 'pipe = WanPipeline.from_pretrained(".")'
+_LOAD = 'pipe = {pipeline}.from_pretrained(".")'
 _LOAD_ADAPTER = """\
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import {scheduler}
 
-pipe = WanPipeline.from_pretrained("{teacher}")  # the teacher, with this adapter and this scheduler
+pipe = {pipeline}.from_pretrained("{teacher}")  # the teacher, with this adapter and this scheduler
 pipe.load_lora_weights(".")
-pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("scheduler")"""
+pipe.scheduler = {scheduler}.from_pretrained("scheduler")"""
+# How the student's own times reach the scheduler: by the pipeline's argument where it has one.
+_TIMES = {
+    "rf": """\
+# The scheduler takes its times from the number of steps; the student has times of its own.
+scheduler = pipe.scheduler
+sigmas = [t / scheduler.config.num_train_timesteps for t in scheduler.config["{field}"]]
+set_timesteps = scheduler.set_timesteps
+scheduler.set_timesteps = lambda steps, device=None: set_timesteps(steps, device, sigmas=sigmas)""",
+    "ddpm": """timesteps = [int(t) for t in pipe.scheduler.config["{field}"]]""",
+}
+_ARGUMENT = {"rf": "num_inference_steps=len(sigmas)", "ddpm": "timesteps=timesteps"}
 
 
 def model_card(
-    config: DistillConfig, schedule: Schedule, step: int, ema: bool, metrics: Mapping[str, Any],
+    config: DistillConfig, schedule: Schedule, pipeline: str, step: int, ema: bool, metrics: Mapping[str, Any],
     adapter: bool = False,
 ) -> str:  # fmt: skip
-    """README.md: what the student is, how to sample it, and what its run measured."""
+    """README.md: what the student is, how diffusers' `pipeline` samples it, and what its run measured."""
     frames, height, width = clip_size(config.data)
     prompt = "a large red circle moving left slowly"
+    names = {"pipeline": pipeline, "scheduler": SCHEDULERS[schedule.path], "teacher": config.teacher}
     snippet = _SNIPPET.format(
-        load=_LOAD_ADAPTER.format(teacher=config.teacher) if adapter else _LOAD,
-        field=TIMESTEPS, prompt=prompt, height=height, width=width, frames=frames,
-        length=config.data.max_text_length,
+        pipeline=pipeline, load=(_LOAD_ADAPTER if adapter else _LOAD).format(**names),
+        times=_TIMES[schedule.path].format(field=TIMESTEPS), argument=_ARGUMENT[schedule.path],
+        prompt=prompt, height=height, width=width, frames=frames, length=config.data.max_text_length,
     )  # fmt: skip
     weights = {
         "variational score distillation (VSD)": config.vsd.weight,
