@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -317,14 +318,15 @@ def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def write_provenance(config: PretrainConfig, metrics: dict[str, Any], folder: Path) -> None:
-    """provenance.json beside the weights: command, config, commit, metrics."""
+    """provenance.json beside the weights: command (of the workdir only its name), config, commit, metrics."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
         capture_output=True,
         text=True,
     ).stdout.strip()
+    words = [re.sub("^--workdir=.*/(?=[^/])", "--workdir=", word) for word in sys.argv[1:]]
     fields = {
-        "command": shlex.join(["dollar", *sys.argv[1:]]),
+        "command": shlex.join(["dollar", *words]),
         "commit": commit or "unknown: not a git checkout",
         "config": dataclasses.asdict(config),
         "metrics": metrics,

@@ -19,8 +19,7 @@ from dollar_jax.weights.pipeline import tokenize
 FOLDER = SHIPPED_TEACHERS["moving_shapes"]
 SEED = 2024  # of videos and noise that the teacher was not measured on
 TOLERANCE = 1e-3
-# What this teacher reaches, less a margin: it is an interim one, and is to reach 0.99 and 0.95.
-FLOORS = {"vae": 0.96, "all_captions": 0.6}
+FLOORS = {"vae": 0.99, "all_captions": 0.95, "held_out": 0.95}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def test_videos_survive_the_vae(generator, validation):
     rebuilt = generator.decode(generator.encode(videos))
     error = np.mean((rebuilt - videos / 255) ** 2)
     assert 10 * np.log10(1 / error) >= 30
-    assert shapes.alignment(rebuilt, captions)["alignment"] >= FLOORS["vae"] - 0.02
+    assert shapes.alignment(rebuilt, captions)["alignment"] >= FLOORS["vae"]
 
 
 def test_latents_are_normalised(generator, validation):
@@ -106,8 +105,8 @@ def test_samples_show_their_captions(generator):
     text = generator.text([str(caption) for caption in captions])
     latent = draw(generator.pipeline.transformer.params, video_keys(SEED, 12), text)
     reached = shapes.alignment(generator.decode(latent), captions)
-    assert reached["alignment"] >= FLOORS["all_captions"] - 0.1  # of 12 videos only
-    assert reached["alignment_colour"] >= 0.8
+    assert reached["alignment"] >= FLOORS["all_captions"]
+    assert min(reached.values()) >= 0.9, reached  # of every attribute, in 12 videos
 
 
 def test_transformer_agrees_with_diffusers(generator):
