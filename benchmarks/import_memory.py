@@ -4,7 +4,7 @@
 
 Writes the teacher as diffusers would (bf16 shards of 5 GB with an index, real sizes throughout; a text encoder
 of toy size with --small-text) and imports it in a process of its own. With --check the transformer is read back,
-which takes its size in memory, compared with what was written bit by bit, and run once on one latent frame. The
+which takes its size in memory, compared with what was written bit by bit, and run once on a short clip. The
 folder holds twice the teacher's size on the disk and is deleted at the end.
 """
 
@@ -110,7 +110,7 @@ def check(folder: Path) -> None:
         np.testing.assert_array_equal(np.asarray(value), made_up(path, value.shape), err_msg=path)
     print(f"{len(flat)} parameters, {sum(x.size for x in flat.values()) / 1e9:.2f} billion values: as written")
     config = transformer.config
-    latent = jnp.ones((1, 1, 8, 8, config.in_channels))
+    latent = jnp.ones((1, 2, 16, 16, config.in_channels))  # 5 frames of 128 × 128
     text = jnp.ones((1, 4, getattr(config, "text_dim", None) or config.text_embed_dim))
     start = time.perf_counter()
     out = jax.jit(transformer.network.apply)(transformer.params, latent, jnp.ones(1), text)

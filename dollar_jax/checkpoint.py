@@ -42,6 +42,10 @@ class Checkpoints:
         }
         self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
+    def wait(self) -> None:
+        """Returns once every save is on disk."""
+        self._manager.wait_until_finished()
+
     def restore(self, like: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
         """The named items of a step (the newest, unless given).
 

@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(name: str, error: BaseException) -> int:
     """Shows what ended a command, in a sentence where it was to be expected; the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        print(f"\ndollar {name}: interrupted; run it again to go on", file=sys.stderr)
-        return 130
+        print(f"\ndollar {name}: {str(error) or 'interrupted; run it again to go on'}", file=sys.stderr)
+        return getattr(error, "exit_code", 130)
     if isinstance(error, EXPECTED):
         print(f"dollar {name}: {_sentence(error)}", file=sys.stderr)
         return 2
@@ -202,7 +202,10 @@ def _define_evaluate(_: list[str]) -> None:
         "videos", None, "Measure this folder of {prompt}-{index}.mp4 instead of drawing any.", flag_values=FLAGS
     )
     flags.DEFINE_string("reference", None, "With --videos: a folder of real videos.", flag_values=FLAGS)
-    flags.DEFINE_string("reward", None, "With --videos: the name of a reward.", flag_values=FLAGS)
+    flags.DEFINE_string(
+        "reward", None, "With --videos: a reward by its name; clip is the fit to the prompts.", flag_values=FLAGS
+    )
+    flags.DEFINE_string("reward_folder", None, "The weights of a reward that has some.", flag_values=FLAGS)
     flags.DEFINE_string(
         "features", None, "Folder with AlexNet's weights (safetensors, torchvision's names; LPIPS's heads lin0 "
         "to lin4 if you have them) for diversity and Fréchet distance; by default the VAE of the run's teacher.",
@@ -519,7 +522,7 @@ def _evaluate() -> None:
 
         folder = Path(FLAGS.videos)
         reference = Path(FLAGS.reference) if FLAGS.reference else None
-        reward = get_reward(FLAGS.reward) if FLAGS.reward else None
+        reward = get_reward(FLAGS.reward, FLAGS.reward_folder) if FLAGS.reward else None
         measures = measure_folder(folder, features, reference, reward)
         write_metrics(FLAGS.out or folder / "metrics.json", measures)
         for name, value in measures.items():

@@ -6,12 +6,15 @@ import contextlib
 import glob
 import importlib.util
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 # After so long without a sign of life a process counts as dead, and all others end.
 HEARTBEAT_SECONDS = 60
@@ -44,6 +47,39 @@ def joined(
         os._exit(code)
     if several:
         jax.distributed.shutdown()
+
+
+class Preempted(KeyboardInterrupt):
+    """An interruption by whoever runs the machine, after which nothing is lost."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+class Preemption:
+    """Whether SIGTERM, the cloud's notice that a machine is taken away, has come.
+
+    Of several processes all hear of it at the same step, whichever was told. Used as a context.
+    """
+
+    def __enter__(self) -> Preemption:
+        self._told, self._before = False, None
+        # JAX listens where there are several; Python lets only the main thread listen.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._tell)
+        return self
+
+    def _tell(self, *_: object) -> None:
+        self._told = True
+
+    def noticed(self, step: int) -> bool:
+        """To be asked once for every step, by every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._told
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
 
 
 def _start(address: str | None, count: int | None, index: int | None) -> bool:

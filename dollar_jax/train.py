@@ -27,6 +27,7 @@ from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import DistillConfig, LoraConfig, from_config
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.data.prepared import PreparedVideos
+from dollar_jax.distributed import Preempted, Preemption
 from dollar_jax.evaluate.video import encode_gif
 from dollar_jax.generate import Generator
 from dollar_jax.models import lora
@@ -53,7 +54,8 @@ def train(
 
     Leaves checkpoints, history.jsonl, TensorBoard events and config.json. Stops early, with a checkpoint,
     when config.reward.guard says that the reward is being hacked. Raises ValueError when the workdir
-    holds a run with other settings, FloatingPointError when the loss stops being finite.
+    holds a run with other settings, FloatingPointError when the loss stops being finite, Preempted
+    after SIGTERM, with a checkpoint.
     """
     remember_config(config, workdir)
     pipeline = generator.pipeline
@@ -97,6 +99,7 @@ def train(
         with (
             Log(workdir, first, config, throughput) as log,
             Profile(config.visibility.profile_steps, workdir, first) as profile,
+            Preemption() as preemption,
         ):
             busy = None
             for step in range(first, config.steps):
@@ -118,7 +121,8 @@ def train(
                     if (step + 1) % config.log_every == 0:
                         hacked = scorer.monitor.hacked(guard)
                 saving = step + 1 == config.steps or (step + 1) % config.checkpoint_every == 0
-                saving = saving or hacked is not None
+                preempted = preemption.noticed(step)
+                saving = saving or hacked is not None or preempted
                 if saving and scorer is not None:
                     scorer.collect()
                 profile.after(step, metrics)
@@ -133,6 +137,9 @@ def train(
                     if scorer is not None:
                         items["replay"] = scorer.state
                     checkpoints.save(step + 1, items)
+                if preempted and step + 1 < config.steps:
+                    checkpoints.wait()
+                    raise Preempted(f"terminated after step {step + 1}, which is saved; run it again to go on")
         if hacked and jax.process_index() == 0:
             tqdm.write(f"stopped at step {int(state.step)}: {hacked}")
     return state

@@ -100,7 +100,8 @@ profile)
 stop)
     if running; then
         kill -TERM -- "-$(<pid)"
-        for _ in {1..100}; do
+        # It saves a checkpoint first.
+        for _ in {1..1200}; do
             running || break
             sleep 0.1
         done

@@ -162,6 +162,19 @@ def test_an_error_in_one_process_ends_all_with_its_message(launch, alone, tmp_pa
     assert group[0].wait(timeout=120) not in (None, 0)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_when_one_process_is_terminated_all_save_and_end(launch, alone, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(alone[0] / "data", workdir / "data")
+    group = launch(workdir, 2, 2, steps=100_000, checkpoint_every=100_000, **{"mesh.data": 2, "mesh.fsdp": 2})
+    wait_for(lambda: len(read_history(workdir)) > 1, group)
+    group[1].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=300) for process in group] == [143, 143]
+    (saved,) = (workdir / "checkpoints").iterdir()
+    assert int(saved.name) == read_history(workdir)[-1]["step"]
+
+
 def wait_for(happens, group, seconds=900):
     end = time.monotonic() + seconds
     while not happens():

@@ -18,6 +18,7 @@ from dollar_jax import train as loop
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import RewardGuard
 from dollar_jax.data.latents import EncodedVideos
+from dollar_jax.distributed import Preempted
 from dollar_jax.program import reward_head_network
 from dollar_jax.rewards import Reward
 from dollar_jax.rewards.replay import Replay
@@ -157,6 +158,23 @@ def test_a_killed_run_resumes_to_the_bit(train, whole, generator, config, tmp_pa
         file.write('{"step": 9, "student_lo')  # cut off in writing
     state = train(tmp_path)
     assert_same_run(tmp_path, state, whole, generator, config)
+
+
+def test_a_run_that_is_terminated_saves_the_step_under_way_first(train, tmp_path):
+    """SIGTERM in the fourth step, between two checkpoints: the fourth is saved, and the fifth comes next."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminated(batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    with from_step(4, terminated), pytest.raises(Preempted, match="step 4"):
+        train(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "4"}
+    state = train(tmp_path)
+    assert int(state["progress"]["step"]) == STEPS
+    assert [line["step"] for line in history(tmp_path)] == list(range(1, STEPS + 1))
 
 
 def test_a_half_written_checkpoint_is_not_one(train, whole, generator, config, tmp_path):

@@ -1,4 +1,4 @@
-"""Rewards on CLIP: HPSv2 (arXiv 2306.09341), PickScore (arXiv 2305.01569), LAION's aesthetic score.
+"""Rewards on CLIP: HPSv2 (arXiv 2306.09341), PickScore (arXiv 2305.01569), LAION's aesthetic score, CLIP itself.
 
 Each is read from a folder with the weights as safetensors, under transformers' or OpenCLIP's names, and
 for those that read prompts CLIP's tokenizer (tokenizer.json, or vocab.json and merges.txt). Every frame is
@@ -35,8 +35,13 @@ def pickscore(folder: Path) -> JaxReward:
     return _agreement(folder, "crop", "how people would pick the picture for its prompt (PickScore)")
 
 
-def _agreement(folder: Path, fit: Fit, meaning: str) -> JaxReward:
-    config, network, params, _ = load_clip(folder, _as_reward(VIT_H_14))
+def clip_score(folder: Path) -> JaxReward:
+    """The cosine of plain CLIP, ViT-L/14 unless the folder says otherwise: the alignment of videos and prompts."""
+    return _agreement(folder, "crop", "how well the picture fits its prompt (CLIP)", VIT_L_14)
+
+
+def _agreement(folder: Path, fit: Fit, meaning: str, preset: CLIPConfig = VIT_H_14) -> JaxReward:
+    config, network, params, _ = load_clip(folder, _as_reward(preset))
     tokenizer, length = load_tokenizer(folder), config.max_position_embeddings
 
     def cosine(params: Params, frames: jax.Array, tokens: jax.Array | None) -> jax.Array:

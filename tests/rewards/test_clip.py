@@ -80,7 +80,7 @@ def padded():
     return processor(pictures, return_tensors="np")["pixel_values"]
 
 
-@pytest.mark.parametrize(("name", "pixels"), [("pickscore", cropped), ("hpsv2", padded)])
+@pytest.mark.parametrize(("name", "pixels"), [("pickscore", cropped), ("hpsv2", padded), ("clip", cropped)])
 def test_agreement_is_the_mean_cosine_of_frames_and_prompt(published, name, pixels):
     folder, model, tokenizer = published
     images = torch_images(model, pixels()).reshape(2, 2, -1)
