@@ -216,7 +216,8 @@ def test_the_student_is_restored_from_its_item_alone(whole, generator, tmp_path)
         loop.restore_student(tmp_path / "run", generator)
 
 
-def test_a_missing_checkpoint_is_one_sentence(generator, tmp_path):
+def test_a_missing_checkpoint_is_one_sentence(config, generator, tmp_path):
+    loop.remember_config(config, tmp_path)
     with pytest.raises(FileNotFoundError, match="checkpoints holds no checkpoint"):
         loop.restore_student(tmp_path, generator)
 

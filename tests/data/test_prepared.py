@@ -118,7 +118,7 @@ def test_processes_share_the_very_batches_of_one_and_read_their_rows_alone(confi
         iterator = PreparedVideos(c.data).batches(c, np.array(rows))
         part = take(iterator, 12)
         same(part, [{name: b[name][rows] for name in ("latent", "text", "caption")} for b in whole])
-        assert len(read) % len(rows) == 0 and len(read) < 3 * 12 * len(rows)  # some are read ahead
+        assert 12 * len(rows) <= len(read) < 3 * 12 * len(rows)  # some are read ahead
     # Another number of processes goes on from where this one was.
     other = PreparedVideos(c.data).batches(c, np.array([1]))
     iterator = PreparedVideos(c.data).batches(c, np.array([0, 2]))
