@@ -115,6 +115,7 @@ def alone(launch, tmp_path_factory):
     return workdir, train(launch, workdir, 1, 4, **{"mesh.data": 2, "mesh.fsdp": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_train_as_one_and_their_checkpoint_serves_another_number(launch, alone, tmp_path):
     """Two processes for two steps, then one process on another mesh: the losses of one process throughout."""

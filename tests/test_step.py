@@ -195,6 +195,7 @@ def test_adapters_start_where_the_whole_network_does(runner, base, initial, alon
     jax.tree.map(np.testing.assert_array_equal, host(adapted.frozen.teacher), host(teacher()))
 
 
+@pytest.mark.slow
 def test_adapters_are_the_same_on_eight_devices(runner):
     one, eight = runner(*LORA), runner(*LORA, ("mesh.data", 2), ("mesh.fsdp", 2), ("mesh.tensor", 2))
     items = host(to_items(one.program.init(jax.random.key(0), one.frozen.teacher)))

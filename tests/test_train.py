@@ -342,6 +342,7 @@ def test_latents_and_rewards_that_are_not_finite_are_not_learned_from(generator,
     assert scorer.latest == {"reward_real": 3.0, "faults_compressibility_not_finite": 1.0}
 
 
+@pytest.mark.slow
 def test_a_signal_profiles_the_next_steps(train, tmp_path):
     def ask(batch):
         if not (tmp_path / "asked").exists():
