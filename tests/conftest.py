@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# With it, virtual devices of one CPU come to the collectives of one program in different orders, and wait for ever.
-FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
+# With that scheduler the virtual devices of a CPU come to one program's collectives in different orders, and
+# wait for each other for ever.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+)
 
 import jax
 import jaxtyping
