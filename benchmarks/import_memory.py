@@ -34,7 +34,7 @@ from dollar_jax.weights.pipeline import COMPONENTS, family_of, load_component, r
 from dollar_jax.weights.scheduler import scheduler_json
 from dollar_jax.weights.table import export_stream, flatten, unflatten
 
-BLOCK = np.random.default_rng(0).normal(size=2**20 + 7).astype("float32") * 0.02
+BLOCK = (0.02 * np.random.default_rng(0).normal(size=2**20 + 7)).astype(jnp.bfloat16)
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def write_source(name: str, folder: Path, small_text: bool) -> None:
 
 def made_up(path: str, shape: tuple[int, ...]) -> np.ndarray:
     """bf16 values of their own for each path: a long list of normal ones, turned by the path's checksum."""
-    return np.resize(np.roll(BLOCK, zlib.crc32(path.encode())), shape).astype(jnp.bfloat16)
+    return np.resize(np.roll(BLOCK, zlib.crc32(path.encode())), shape)
 
 
 def tensors(shapes: Any, table: Any) -> Iterator[tuple[str, np.ndarray]]:
