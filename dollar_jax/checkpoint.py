@@ -105,7 +105,7 @@ def save_stream(folder: str | Path, arrays: Iterable[tuple[str, np.ndarray]]) ->
     The folder appears under its name only when all are in it.
     """
     folder = Path(folder).absolute()
-    host = jax.devices("cpu")[0]
+    host = jax.local_devices(backend="cpu")[0]
     waiting: dict[str, Any] = {}
     size = 0
     context = v1.Context()
@@ -136,7 +136,7 @@ def restore_tree(folder: str | Path, shapes: Any, shardings: Any = None) -> Any:
     """
     folder = Path(folder).absolute()
     if shardings is None:
-        here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         where = jax.tree.map(lambda _: here, shapes)
     else:
         where = shardings
