@@ -133,8 +133,7 @@ def _define_demo(_: list[str]) -> None:
 
 
 def _define_train(arguments: list[str]) -> None:
-    _define_config(arguments)
-    _define_workdir()
+    _define_pretrain(arguments)
     flags.DEFINE_string(
         "coordinator_address", None, "HOST:PORT of process 0, the same for every process; not needed on Cloud "
         "TPU, GKE and SLURM, where the environment says it.", flag_values=FLAGS,

@@ -8,13 +8,14 @@ import importlib.util
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
+
+from dollar_jax.signals import Heard
 
 # After so long without a sign of life a process counts as dead, and all others end.
 HEARTBEAT_SECONDS = 60
@@ -55,31 +56,16 @@ class Preempted(KeyboardInterrupt):
     exit_code = 128 + signal.SIGTERM
 
 
-class Preemption:
-    """Whether SIGTERM, the cloud's notice that a machine is taken away, has come.
-
-    Of several processes all hear of it at the same step, whichever was told. Used as a context.
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """Whether SIGTERM, the cloud's notice that a machine is taken away, has come: to be asked once for every
+    step, by every process. Of several all hear of it at the same step, whichever was told.
     """
-
-    def __enter__(self) -> Preemption:
-        self._told, self._before = False, None
-        # JAX listens where there are several; Python lets only the main thread listen.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._tell)
-        return self
-
-    def _tell(self, *_: object) -> None:
-        self._told = True
-
-    def noticed(self, step: int) -> bool:
-        """To be asked once for every step, by every process."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._told
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+    if jax.process_count() > 1:  # JAX listens
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    with Heard(signal.SIGTERM) as told:
+        yield lambda _: told.take()
 
 
 def _start(address: str | None, count: int | None, index: int | None) -> bool:

@@ -27,7 +27,7 @@ from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import DistillConfig, LoraConfig, from_config
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.data.prepared import PreparedVideos
-from dollar_jax.distributed import Preempted, Preemption
+from dollar_jax.distributed import Preempted, preemption
 from dollar_jax.evaluate.video import encode_gif
 from dollar_jax.generate import Generator
 from dollar_jax.models import lora
@@ -99,7 +99,7 @@ def train(
         with (
             Log(workdir, first, config, throughput) as log,
             Profile(config.visibility.profile_steps, workdir, first) as profile,
-            Preemption() as preemption,
+            preemption() as noticed,
         ):
             busy = None
             for step in range(first, config.steps):
@@ -121,7 +121,7 @@ def train(
                     if (step + 1) % config.log_every == 0:
                         hacked = scorer.monitor.hacked(guard)
                 saving = step + 1 == config.steps or (step + 1) % config.checkpoint_every == 0
-                preempted = preemption.noticed(step)
+                preempted = noticed(step)
                 saving = saving or hacked is not None or preempted
                 if saving and scorer is not None:
                     scorer.collect()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from dollar_jax.frames import to_uint8
 from dollar_jax.generate import Generator, video_keys
 from dollar_jax.objectives import SCORE_BINS, Frozen
 from dollar_jax.program import Program
+from dollar_jax.signals import Heard
 from dollar_jax.types import Params
 
 # Parameters → latents [prompts × videos, t, h, w, c], from the same noise each time.
@@ -161,26 +161,20 @@ class Profile:
         self.start, self.steps = first + PROFILE_AFTER, steps
         self.folder = workdir / "profile"
         self._stop: int | None = None  # the step before which the running trace ends
-        self._asked = False
+        self._asked = Heard(signal.SIGUSR1)
 
     def __enter__(self) -> Profile:
-        # Python takes signals in its main thread alone.
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGUSR1, self._ask)
+        self._asked.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR1, self._before)
+    def __exit__(self, *error: object) -> None:
+        self._asked.__exit__(*error)
         self.close()
-
-    def _ask(self, *_: object) -> None:
-        self._asked = True
 
     def before(self, step: int) -> None:
         count = self.steps if step == self.start else 0
-        if self._asked:
-            count, self._asked = self.ON_SIGNAL, False
+        if self._asked.take():
+            count = self.ON_SIGNAL
         if count and self._stop is None:
             jax.profiler.start_trace(str(self.folder))
             self._stop = step + count

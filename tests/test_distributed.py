@@ -138,25 +138,32 @@ def test_four_processes_resume_the_run_of_one(launch, alone, tmp_path):
     assert_same(history, alone[1])
 
 
-@pytest.mark.multiprocess
-@pytest.mark.slow
-def test_a_lost_process_ends_the_others(launch, alone, tmp_path):
-    """Killed outright, as by the machine; the other must not wait for it for ever."""
+@pytest.fixture
+def under_way(launch, alone, tmp_path):
+    """The folder of a run that would not end by itself, and its two processes, a few steps in."""
     workdir = tmp_path / "run"
     shutil.copytree(alone[0] / "data", workdir / "data")
     group = launch(workdir, 2, 2, steps=100_000, checkpoint_every=100_000, **{"mesh.data": 2, "mesh.fsdp": 2})
-    wait_for(lambda: len(read_history(workdir)) > 1, group)
+    end = time.monotonic() + 900
+    while len(read_history(workdir)) < 2:
+        assert time.monotonic() < end and all(p.poll() is None for p in group)
+        time.sleep(0.1)
+    return workdir, group
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_lost_process_ends_the_others(under_way):
+    """Killed outright, as by the machine; the other must not wait for it for ever."""
+    workdir, group = under_way
     group[1].send_signal(signal.SIGKILL)
     assert group[0].wait(timeout=120) not in (None, 0)
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_an_error_in_one_process_ends_all_with_its_message(launch, alone, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(alone[0] / "data", workdir / "data")
-    group = launch(workdir, 2, 2, steps=100_000, checkpoint_every=100_000, **{"mesh.data": 2, "mesh.fsdp": 2})
-    wait_for(lambda: len(read_history(workdir)) > 1, group)
+def test_an_error_in_one_process_ends_all_with_its_message(under_way):
+    workdir, group = under_way
     group[1].send_signal(signal.SIGINT)
     assert group[1].wait(timeout=120) == 130
     assert "interrupted" in Path(f"{workdir}.1.log").read_text()
@@ -165,22 +172,12 @@ def test_an_error_in_one_process_ends_all_with_its_message(launch, alone, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_when_one_process_is_terminated_all_save_and_end(launch, alone, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(alone[0] / "data", workdir / "data")
-    group = launch(workdir, 2, 2, steps=100_000, checkpoint_every=100_000, **{"mesh.data": 2, "mesh.fsdp": 2})
-    wait_for(lambda: len(read_history(workdir)) > 1, group)
+def test_when_one_process_is_terminated_all_save_and_end(under_way):
+    workdir, group = under_way
     group[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=300) for process in group] == [143, 143]
     (saved,) = (workdir / "checkpoints").iterdir()
     assert int(saved.name) == read_history(workdir)[-1]["step"]
-
-
-def wait_for(happens, group, seconds=900):
-    end = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < end and all(p.poll() is None for p in group)
-        time.sleep(0.1)
 
 
 def test_the_environment_says_whether_there_are_others(monkeypatch):

@@ -142,8 +142,7 @@ def write_component(
         return folder / f".{file_name}.{number}.partial"
 
     def flush() -> None:
-        # Both libraries refuse a file that does not say "pt", although the bytes are the same.
-        save_file(waiting, partial(len(shards)), metadata={"format": "pt"})
+        _save(waiting, partial(len(shards)))
         shards.append(list(waiting))
         waiting.clear()
 
@@ -171,8 +170,12 @@ def write_component(
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray], dtype: str) -> None:
     """One safetensors file, with floating tensors in `dtype`."""
-    cast = {name: _cast(array, _DTYPES[dtype]) for name, array in tensors.items()}
-    save_file(cast, path, metadata={"format": "pt"})
+    _save({name: _cast(array, _DTYPES[dtype]) for name, array in tensors.items()}, path)
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    # diffusers and transformers refuse a file that does not say "pt", although the bytes are the same.
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

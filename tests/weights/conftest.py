@@ -1,12 +1,17 @@
-"""A tiny Wan pipeline with random weights, saved by diffusers itself."""
+"""A tiny Wan pipeline with random weights, saved by diffusers itself, and a model card as its reader uses it."""
+
+import re
 
 import diffusers
+import jax
+import numpy as np
 import pytest
 import torch
 import transformers
 
 from dollar_jax.data import shapes
 from dollar_jax.data.vocabulary import build_tokenizer
+from dollar_jax.sample import few_step_sample
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +48,42 @@ def wan_folder(tmp_path_factory):
     transformer.save_pretrained(folder / "transformer", max_shard_size="20KB")
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
     return folder
+
+
+@pytest.fixture
+def assert_card_samples(monkeypatch):
+    """The card's own snippet, executed in its folder, draws the video that we draw from the same noise.
+
+    `axes` turns our latents' axes into diffusers'; `drawers` are the modules of diffusers that draw noise.
+    Gives the snippet's variables, and how many of our draws of noise it did not make.
+    """
+
+    def check(exported, generator, params, times, axes, drawers):
+        (snippet,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
+        (prompt,) = re.findall(r'^    "(.*)",$', snippet, re.MULTILINE)
+        pipeline = generator.pipeline
+        noise = jax.random.normal(jax.random.key(2), (1, *generator.latent_shape))
+        renoise = [jax.random.normal(k, noise.shape) for k in jax.random.split(jax.random.key(3), len(times))]
+        apply, key = pipeline.transformer.network.apply, jax.random.key(3)
+        latent = jax.jit(
+            lambda params, noise, text: few_step_sample(apply, params, pipeline.schedule, times, noise, text, key)
+        )(params, noise, generator.text([prompt]))
+        ours = generator.decode(latent)[0]
+
+        drawn = iter([noise, *renoise])
+
+        def randn_tensor(shape, **_):
+            value = torch.tensor(np.asarray(next(drawn))).permute(*axes)
+            assert value.shape == shape
+            return value
+
+        for module in drawers:
+            monkeypatch.setattr(module, "randn_tensor", randn_tensor)
+        monkeypatch.chdir(exported)
+        scope = {}
+        exec(snippet, scope)
+        assert ours.std() > 0.01 and np.mean((ours > 0) & (ours < 1)) > 0.5, "nothing to compare"
+        np.testing.assert_allclose(scope["video"], ours, atol=1e-4)
+        return scope, len(list(drawn))
+
+    return check
