@@ -54,7 +54,7 @@ class _Instruction:
 class _Module:
     def __init__(self, text: str):
         self.computations: dict[str, list[_Instruction]] = {}
-        self.shapes: dict[str, str] = {}
+        self.instructions: dict[str, _Instruction] = {}
         here: list[_Instruction] = []
         self.entry = ""
         for line in text.splitlines():
@@ -66,7 +66,7 @@ class _Module:
                 instruction = _instruction(found[1], found[2])
                 if instruction is not None:
                     here.append(instruction)
-                    self.shapes[instruction.name] = instruction.shape
+                    self.instructions[instruction.name] = instruction
 
     @functools.cache  # noqa: B019 (a module lives as long as its count)
     def total(self, name: str) -> Counter[str]:
@@ -100,29 +100,43 @@ class _Module:
     def _trips(self, i: _Instruction) -> int:
         if found := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', i.rest):
             return int(found[1])
-        condition = re.search(r"condition=%?([\w.\-]+)", i.rest)
-        assert condition is not None
-        # A counted loop compares with its count.
-        inside = [c for c in self.computations[condition[1]] if c.opcode == "constant"]
-        constants = [int(c.operands[0]) for c in inside if c.shape[0] in "su"]
-        return max(constants, default=1)
+        condition, body = (re.search(rf"{part}=%?([\w.\-]+)", i.rest) for part in ("condition", "body"))
+        assert condition is not None and body is not None
+        # A counted loop compares with its count; one that XLA has unrolled counts by more than one.
+        inside = self.computations[condition[1]]
+        count = max((int(c.operands[0]) for c in inside if c.opcode == "constant" and c.shape[0] in "su"), default=1)
+        counters = [c for c in inside if c.opcode == "get-tuple-element" and re.match(r"[su]32\[\]", c.shape)]
+        if len(counters) != 1:
+            return count
+        index = re.search(r"index=(\d+)", counters[0].rest)
+        assert index is not None
+        return math.ceil(count / self._increment(self.computations[body[1]][-1].operands[int(index[1])]))
+
+    def _increment(self, name: str) -> int:
+        """What is added to a loop's counter on the way to this value; 1 where that cannot be seen."""
+        total = 0
+        while (i := self.instructions.get(name)) is not None and i.opcode in ("add", "copy", "bitcast"):
+            constants = [j for o in i.operands if (j := self.instructions.get(o)) and j.opcode == "constant"]
+            total += sum(int(c.operands[0]) for c in constants)
+            name = next((o for o in i.operands if o not in {c.name for c in constants}), "")
+        return total or 1
 
     def _flops(self, i: _Instruction) -> float:
         out = math.prod(_dims(i.shape))
         if i.opcode == "dot":
             axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
             assert axes is not None
-            shape = _dims(self.shapes[i.operands[0]])
+            shape = _dims(self.instructions[i.operands[0]].shape)
             return 2.0 * out * math.prod(shape[int(axis)] for axis in axes[1].split(",") if axis)
         if i.opcode == "convolution":
             labels = re.search(r"dim_labels=\w+_(\w+)->", i.rest)
             assert labels is not None
-            kernel = _dims(self.shapes[i.operands[1]])
+            kernel = _dims(self.instructions[i.operands[1]].shape)
             per_output = math.prod(kernel) / kernel[labels[1].index("o")]
             return 2.0 * out * per_output * _window_share(i.rest)
         if i.opcode == "custom-call" and (found := re.search(r"splash_m[hq]a_(fwd|dq|dkv)", i.name)):
             # XLA names the call after the kernel, whose first operands but for integers are queries and keys.
-            shapes = [self.shapes[o] for o in i.operands if o in self.shapes]
+            shapes = [self.instructions[o].shape for o in i.operands if o in self.instructions]
             q, k = [_dims(shape) for shape in shapes if shape.startswith(("f", "bf"))][:2]
             return 2.0 * KERNELS[found[1]] * math.prod(q) * k[-2]
         return 0.0

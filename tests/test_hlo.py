@@ -78,6 +78,37 @@ ENTRY %main (a: f32[64,32,12], b: f32[32,16,12]) -> f32[64,16,12] {{
     assert cost(text).flops == 12 * 2 * 64 * 32 * 16
 
 
+def test_a_loop_that_xla_has_unrolled_counts_by_more_than_one():
+    """As the product of a sharded kernel with what its neighbours send: two of four turns at a time."""
+    text = """
+%body (state: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {
+  %state = (u32[], f32[8,8]{1,0}) parameter(0)
+  %i = u32[] get-tuple-element(%state), index=0
+  %one = u32[] constant(1)
+  %x = f32[8,8]{1,0} get-tuple-element(%state), index=1
+  %first = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %second = f32[8,8]{1,0} dot(%first, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %sooner = u32[] add(%i, %one)
+  %later = u32[] add(%sooner, %one)
+  %passed = u32[] copy(%later)
+  ROOT %next = (u32[], f32[8,8]{1,0}) tuple(%passed, %second)
+}
+
+%condition (state.1: (u32[], f32[8,8])) -> pred[] {
+  %state.1 = (u32[], f32[8,8]{1,0}) parameter(0)
+  %j = u32[] get-tuple-element(%state.1), index=0
+  %end = u32[] constant(4)
+  ROOT %less = pred[] compare(%j, %end), direction=LT
+}
+
+ENTRY %main (p: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {
+  %p = (u32[], f32[8,8]{1,0}) parameter(0)
+  ROOT %loop = (u32[], f32[8,8]{1,0}) while(%p), condition=%condition, body=%body
+}
+"""
+    assert cost(text).flops == 4 * 2 * 8**3
+
+
 def test_products_of_a_jaxpr_count_with_their_loops():
     w = jnp.zeros((16, 16))
 
