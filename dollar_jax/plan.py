@@ -359,8 +359,11 @@ def _local_bytes(leaf: Any, where: Any) -> int:
 def _too_large(config: DistillConfig, failure: str, held: float, common: dict[str, Any]) -> Plan:
     """From the compiler's own account of what does not fit."""
     units = {"K": 2**-20, "M": 2**-10, "G": 1.0}
-    found = re.search(r"Used ([\d.]+)([KMG]) of", failure)
+    # It names all that is used, or the temporaries alone.
+    everything = re.search(r"Used ([\d.]+)([KMG]) of", failure)
+    found = everything or re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", failure)
     used = float(found[1]) * units[found[2]] if found else math.nan
+    used += 0.0 if everything else held
     buffers = []
     for size, rest in re.findall(r"Size: ([\d.]+[KMG])(.*?)(?====|\Z)", failure, re.DOTALL):
         name, shape = re.search(r'op_name="([^"]*)"', rest), re.search(r"Shape: (\S+?)[{\s]", rest)

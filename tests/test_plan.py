@@ -80,6 +80,8 @@ def test_what_does_not_fit_is_named_with_a_mend(make_config):
     assert first == ["12.50G", "bf16[30,32760,8960]", "jit(step)/while/body/ffn/dot_general"]
     assert second == ["512.0M", "f32[1536,8960]"]
     assert found.advice and "remat=full" in found.advice and found.advice in plan.table([found])
+    short = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (61.08G) exceeds available HBM (31.25G)."
+    assert plan._too_large(config, short, 5.2, common).temp_gib == pytest.approx(61.08)
     assert "larger fsdp" in str(plan._too_large(config, MESSAGE, 60.0, common).advice)
     fits = dataclasses.replace(found, fits=True, roofline_seconds=3.0)
     faster = dataclasses.replace(fits, roofline_seconds=2.0)
