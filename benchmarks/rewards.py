@@ -102,10 +102,16 @@ def make_config(videos: int, steps: int) -> DistillConfig:
 
 
 def with_reward(base: DistillConfig, start: Path, name: str, method: Any, weight: float) -> DistillConfig:
-    """The same experiment going on from the distilled student, with a reward from the first step."""
+    """The same experiment going on from the distilled student, with a reward from the first step.
+
+    Of one student's samples, which differ little in their reward, the latent reward model has to see
+    thousands: see docs/rewards.md.
+    """
     reward = dataclasses.replace(
-        base.reward, rewards=(RewardTerm(name, 1.0, None),), method=method, weight=weight, start_step=0
-    )
+        base.reward, rewards=(RewardTerm(name, 1.0, None),), method=method, weight=weight, start_step=0,
+        samples=32, replay=8192, batch_size=64, updates=16,
+        head=dataclasses.replace(base.reward.head, second_stride=1),
+    )  # fmt: skip
     return dataclasses.replace(base, init=str(start), reward=reward)
 
 

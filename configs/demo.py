@@ -62,6 +62,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "vae_chunk": config_dict.placeholder(int),  # the whole clip at once
             "attention": "auto",
             "context_parallel": "gather",
+            "offload": (),
         },
         "lora": {
             "rank": 0,  # student and fake score are trained whole

@@ -66,6 +66,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "vae_chunk": 1,
             "attention": "auto",
             "context_parallel": "gather",
+            "offload": (),
         },
         "lora": {**demo["lora"], "alpha": 64.0},  # with --config.lora.rank=64: adapters only
         "data": {**demo["data"], "name": "data/wan_480p", "max_text_length": 512},

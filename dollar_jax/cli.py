@@ -153,7 +153,8 @@ def _define_plan(arguments: list[str]) -> None:
     flags.mark_flag_as_required("topology", FLAGS)
     flags.DEFINE_string("mesh", None, "Such as fsdp=16,context=4; config.mesh unless given.", flag_values=FLAGS)
     flags.DEFINE_string("video", None, "HEIGHTxWIDTHxFRAMES; the data's own unless given.", flag_values=FLAGS)
-    flags.DEFINE_enum("what", "train", ["train", "sample", "decode", "text"], "The program.", flag_values=FLAGS)
+    programs = ["train", "sample", "decode", "text", "import"]
+    flags.DEFINE_enum("what", "train", programs, "The program.", flag_values=FLAGS)
     flags.DEFINE_bool("search", False, "Try meshes and remat policies, and rank them.", flag_values=FLAGS)
     flags.DEFINE_string("json", None, "File for the figures as JSON.", flag_values=FLAGS)
 

@@ -382,6 +382,9 @@ class ComputeConfig:
     attention: Literal["auto", "splash", "cudnn", "xla"]
     # How the keys of a sequence that is shared over the mesh's context axis meet.
     context_parallel: Literal["gather", "ulysses"]
+    # Parts of the state that lie in the host's memory between their uses: of "ema", "student_optimiser" and
+    # "fake_score_optimiser" any.
+    offload: tuple[Literal["ema", "student_optimiser", "fake_score_optimiser"], ...]
 
     def __post_init__(self) -> None:
         if self.vae_chunk is not None and self.vae_chunk < 1:

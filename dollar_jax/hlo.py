@@ -104,7 +104,8 @@ class _Module:
         assert condition is not None and body is not None
         # A counted loop compares with its count; one that XLA has unrolled counts by more than one.
         inside = self.computations[condition[1]]
-        count = max((int(c.operands[0]) for c in inside if c.opcode == "constant" and c.shape[0] in "su"), default=1)
+        constants = [c for c in inside if c.opcode == "constant" and c.shape[0] in "su"]
+        count = max((int(c.operands[0]) for c in constants), default=1)
         counters = [c for c in inside if c.opcode == "get-tuple-element" and re.match(r"[su]32\[\]", c.shape)]
         if len(counters) != 1:
             return count

@@ -39,7 +39,7 @@ from dollar_jax.schedule import Schedule
 from dollar_jax.visibility import count_flops
 from dollar_jax.weights.pipeline import Architecture, read_architecture
 
-What = Literal["train", "sample", "decode", "text"]
+What = Literal["train", "sample", "decode", "text", "import"]
 GIB = 2**30
 
 
@@ -92,6 +92,7 @@ class Plan:
     chips: int
     mesh: dict[str, int]
     remat: str
+    host_gib: float  # of arguments in the host's memory
     argument_gib: float
     output_gib: float
     temp_gib: float
@@ -148,7 +149,8 @@ def plan(
     used = cost(compiled.as_text())
     roofline, bound = _roofline(used, chip)
     return Plan(
-        **common, argument_gib=argument, output_gib=output, temp_gib=temp,
+        **common, host_gib=memory.host_argument_size_in_bytes / GIB,
+        argument_gib=argument, output_gib=output, temp_gib=temp,
         peak_gib=getattr(memory, "peak_memory_in_bytes", 0) / GIB,
         fits=argument + output + temp <= chip.hbm_gib, compiled_tflops=used.flops / 1e12,
         collective_gib=sum(used.collective_bytes.values()) / GIB,
@@ -230,7 +232,7 @@ def table(plans: Sequence[Plan]) -> str:
         ("mesh", [",".join(f"{a}={n}" for a, n in p.mesh.items() if n > 1) or "1 chip" for p in plans]),
         ("remat", [p.remat for p in plans]),
         *((f"{name}, GiB", [number(getattr(p, f"{name}_gib")) for p in plans])
-          for name in ("argument", "output", "temp", "peak", "hbm")),
+          for name in ("host", "argument", "output", "temp", "peak", "hbm")),
         ("fits", ["yes" if p.fits else "NO" for p in plans]),
         ("model, TFLOP", [number(p.model_tflops) for p in plans]),
         ("compiled, TFLOP", [number(p.compiled_tflops) for p in plans]),
@@ -287,9 +289,13 @@ def _program(
     def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    if what == "train":
+    if what in ("train", "import"):
         pixels = pixel_rewards(config.reward, load_rewards(config.reward.rewards), frames)
         p = build_program(config, transformer, a.schedule, latent, text, devices, pixels)
+        if what == "import":  # from the shards of the imported teacher, the state that training starts from
+            places = (sharding.replicated(p.mesh), p.frozen_sharding.teacher)
+            arguments = (jax.eval_shape(jax.random.key, 0), transformer.shapes)
+            return jax.jit(p.init, in_shardings=places, out_shardings=p.state_sharding), arguments, places, p.mesh
         reward = () if pixels is None else pixels.params(vae.shapes)
         reward = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward)
         frozen = Frozen(transformer.shapes, shape(1, *text), reward)
@@ -369,7 +375,7 @@ def _too_large(config: DistillConfig, failure: str, held: float, common: dict[st
         name, shape = re.search(r'op_name="([^"]*)"', rest), re.search(r"Shape: (\S+?)[{\s]", rest)
         buffers.append(f"{size:>8}  {shape[1] if shape else ''}  {name[1] if name else ''}".rstrip())
     return Plan(
-        **common, argument_gib=held, output_gib=0.0, temp_gib=used - held, peak_gib=used, fits=False,
+        **common, host_gib=0.0, argument_gib=held, output_gib=0.0, temp_gib=used - held, peak_gib=used, fits=False,
         compiled_tflops=None, collective_gib=None, collectives_gib=None, roofline_seconds=None, bound=None,
         largest_buffers=buffers[:8], advice=_advice(config, held, common),
     )  # fmt: skip

@@ -91,7 +91,11 @@ def build_program(
         )
 
     state_shapes = jax.eval_shape(init, jax.random.key(0), transformer.shapes)
-    state_sharding = sharding.shard(mesh, state_shapes)
+    on_chips = sharding.shard(mesh, state_shapes)
+    offload = config.compute.offload
+    state_sharding = dataclasses.replace(
+        on_chips, **{f: sharding.in_host_memory(getattr(on_chips, f), getattr(state_shapes, f)) for f in offload}
+    )
     whole = sharding.replicated(mesh)
     frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
     batch_shapes = _batch_shapes(config, latent_shape, text_shape)
@@ -116,8 +120,14 @@ def build_program(
         if name.startswith("walk"):
             batch_sharding[name] = fresh_sharding
     _check_transformer(mesh, transformer, latent_shape, text_shape)
+    update = make_step(config, networks, schedule, optimisers, score_real)
+
+    def fetched_update(state: TrainState, *rest: Any) -> Any:
+        here = {f: jax.device_put(getattr(state, f), getattr(on_chips, f)) for f in offload}
+        return update(dataclasses.replace(state, **here), *rest)
+
     step = jax.jit(
-        on_mesh(mesh, make_step(config, networks, schedule, optimisers, score_real)),
+        on_mesh(mesh, fetched_update),
         in_shardings=(state_sharding, frozen_sharding, batch_sharding),
         out_shardings=(state_sharding, whole, fresh_sharding),
         donate_argnums=0,

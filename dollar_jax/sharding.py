@@ -124,6 +124,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def in_host_memory(where: Any, shapes: Any) -> Any:
+    """The same placement in the memory of the devices' hosts; scalars stay on the devices."""
+    return jax.tree.map(lambda s, x: s.with_memory_kind("pinned_host") if x.ndim else s, where, shapes)
+
+
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Rows over data × fsdp, after `leading` axes that are whole everywhere."""
     return NamedSharding(mesh, P(*[None] * leading, *BATCH))

@@ -144,7 +144,8 @@ def make_step(
                 params, optimiser, norm = _apply(optimisers.reward_head, grads, optimiser, params)
                 return (params, optimiser), aux | {"reward_head_gradient": norm}
 
-            (head, head_optimiser), aux = lax.scan(head_update, (head, head_optimiser), scored)
+            # Unrolled: small as they are, XLA:CPU's convolutions are many times slower inside a loop.
+            (head, head_optimiser), aux = lax.scan(head_update, (head, head_optimiser), scored, unroll=True)
             metrics |= _mean(aux)
         if method is not None:
             fresh["scale"] = jnp.broadcast_to(objectives.reward_scale(c, statistics), (c.samples, len(trained)))

@@ -37,7 +37,7 @@ from dollar_jax.program import Program, build_program, student_network, student_
 from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.rewards.scorer import Scorer
-from dollar_jax.state import TrainState, from_items, to_items
+from dollar_jax.state import ITEMS, TrainState, from_items, to_items
 from dollar_jax.visibility import Profile, Throughput, make_throughput, make_watch, readable
 
 HISTORY = "history.jsonl"
@@ -128,7 +128,8 @@ def train(
                 profile.after(step, metrics)
                 host = {} if scorer is None else dict(scorer.latest)
                 if watch.due(step + 1):
-                    seen, video, warnings = watch.samples(step + 1, sampled(frozen.teacher, state.ema))
+                    ema = jax.device_put(state.ema, sharding.shard(program.mesh, state.ema))
+                    seen, video, warnings = watch.samples(step + 1, sampled(frozen.teacher, ema))
                     log.show(step + 1, video, warnings)
                     host |= seen
                 log.step(step + 1, metrics, host, saving or watch.due(step + 1))
@@ -157,10 +158,11 @@ def _go_on_from(workdir: Path, program: Program, state: TrainState) -> TrainStat
 def _abstract(program: Program) -> dict[str, Any]:
     """The items of a checkpoint of the state as shapes on the program's mesh."""
     shapes = jax.eval_shape(to_items, program.state_shapes)
+    fields = vars(program.state_sharding)
+    places = {item: {name: fields[name] for name in names} for item, names in ITEMS.items()}
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes, sharding.shard(program.mesh, shapes),
-    )  # fmt: skip
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
+    )
 
 
 def _restore(
