@@ -27,7 +27,7 @@ _FREE = (
 class Cost:
     """Of one execution on one chip: matrix operations, bytes moved to and from memory, bytes sent by kind.
 
-    Every result is taken to be written once and read once.
+    Every result is taken to be written once and read once; what a loop adds to an array in place, alone.
     """
 
     flops: float
@@ -94,8 +94,19 @@ class _Module:
             if kind in COLLECTIVES:
                 total[kind] += self._sent(i, kind)
             if i.opcode not in _FREE and not i.opcode.endswith("-done"):
-                total["memory"] += 2 * _bytes(i.shape)
+                total["memory"] += 2 * self._written(i)
         return total
+
+    def _written(self, i: _Instruction) -> int:
+        """Bytes of a result, of one that is written into a larger array in place those of the slice."""
+        if i.opcode == "dynamic-update-slice":
+            return _bytes(self.instructions[i.operands[1]].shape)
+        called = re.search(r"calls=%?([\w.\-]+)", i.rest) if i.opcode == "fusion" else None
+        if called:
+            return self._written(self.computations[called[1]][-1])
+        if i.opcode in ("bitcast", "tuple"):  # the last of a fusion
+            return sum(self._written(self.instructions[o]) for o in i.operands)
+        return _bytes(i.shape)
 
     def _trips(self, i: _Instruction) -> int:
         if found := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', i.rest):

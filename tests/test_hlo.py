@@ -78,6 +78,29 @@ ENTRY %main (a: f32[64,32,12], b: f32[32,16,12]) -> f32[64,16,12] {{
     assert cost(text).flops == 12 * 2 * 64 * 32 * 16
 
 
+def test_what_is_written_in_place_is_the_slice_alone():
+    text = """
+%fused (a: f32[30,8], b: f32[1,8], i: s32[]) -> (f32[30,8], f32[1,8]) {
+  %a = f32[30,8]{1,0} parameter(0)
+  %b = f32[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %set = f32[30,8]{1,0} dynamic-update-slice(%a, %b, %i, %i)
+  %same = f32[30,8]{1,0} bitcast(%set)
+  ROOT %both = (f32[30,8], f32[1,8]) tuple(%same, %b)
+}
+
+ENTRY %main (p: f32[30,8], q: f32[1,8], k: s32[]) -> f32[30,8] {
+  %p = f32[30,8]{1,0} parameter(0)
+  %q = f32[1,8]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  %kept = (f32[30,8], f32[1,8]) fusion(%p, %q, %k), kind=kLoop, calls=%fused
+  %first = f32[30,8]{1,0} get-tuple-element(%kept), index=0
+  ROOT %out = f32[30,8]{1,0} dynamic-update-slice(%first, %q, %k, %k)
+}
+"""
+    assert cost(text).memory_bytes == 2 * 3 * 8 * 4
+
+
 def test_a_loop_that_xla_has_unrolled_counts_by_more_than_one():
     """As the product of a sharded kernel with what its neighbours send: two of four turns at a time."""
     text = """
