@@ -122,9 +122,13 @@ def build_program(
     _check_transformer(mesh, transformer, latent_shape, text_shape)
     update = make_step(config, networks, schedule, optimisers, score_real)
 
+    def placed(state: TrainState, where: TrainState) -> TrainState:
+        moved = {f: jax.device_put(getattr(state, f), getattr(where, f)) for f in offload}
+        return dataclasses.replace(state, **moved)
+
     def fetched_update(state: TrainState, *rest: Any) -> Any:
-        here = {f: jax.device_put(getattr(state, f), getattr(on_chips, f)) for f in offload}
-        return update(dataclasses.replace(state, **here), *rest)
+        state, *others = update(placed(state, on_chips), *rest)
+        return placed(state, state_sharding), *others
 
     step = jax.jit(
         on_mesh(mesh, fetched_update),
