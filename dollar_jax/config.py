@@ -382,8 +382,7 @@ class ComputeConfig:
     attention: Literal["auto", "splash", "cudnn", "xla"]
     # How the keys of a sequence that is shared over the mesh's context axis meet.
     context_parallel: Literal["gather", "ulysses"]
-    # Parts of the state that lie in the host's memory between their uses: of "ema", "student_optimiser" and
-    # "fake_score_optimiser" any.
+    # Parts of the state whose kernels lie in the host's memory between their uses.
     offload: tuple[Literal["ema", "student_optimiser", "fake_score_optimiser"], ...]
 
     def __post_init__(self) -> None:

@@ -94,7 +94,7 @@ def build_program(
     on_chips = sharding.shard(mesh, state_shapes)
     offload = config.compute.offload
     state_sharding = dataclasses.replace(
-        on_chips, **{f: sharding.in_host_memory(getattr(on_chips, f), getattr(state_shapes, f)) for f in offload}
+        on_chips, **{f: sharding.in_host_memory(getattr(on_chips, f)) for f in offload}
     )
     whole = sharding.replicated(mesh)
     frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
@@ -120,18 +120,18 @@ def build_program(
         if name.startswith("walk"):
             batch_sharding[name] = fresh_sharding
     _check_transformer(mesh, transformer, latent_shape, text_shape)
-    update = make_step(config, networks, schedule, optimisers, score_real)
+    update = make_step(
+        config, networks, schedule, optimisers, score_real, {f: getattr(on_chips, f) for f in offload}
+    )
 
-    def placed(state: TrainState, where: TrainState) -> TrainState:
-        moved = {f: jax.device_put(getattr(state, f), getattr(where, f)) for f in offload}
-        return dataclasses.replace(state, **moved)
-
-    def fetched_update(state: TrainState, *rest: Any) -> Any:
-        state, *others = update(placed(state, on_chips), *rest)
-        return placed(state, state_sharding), *others
+    def put_back(*args: Any) -> Any:
+        # Explicitly: the TPU's compiler refuses to write slices of an output into host memory.
+        state, *others = update(*args)
+        host = {f: jax.device_put(getattr(state, f), getattr(state_sharding, f)) for f in offload}
+        return dataclasses.replace(state, **host), *others
 
     step = jax.jit(
-        on_mesh(mesh, fetched_update),
+        on_mesh(mesh, put_back),
         in_shardings=(state_sharding, frozen_sharding, batch_sharding),
         out_shardings=(state_sharding, whole, fresh_sharding),
         donate_argnums=0,

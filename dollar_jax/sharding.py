@@ -124,9 +124,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def in_host_memory(where: Any, shapes: Any) -> Any:
-    """The same placement in the memory of the devices' hosts; scalars stay on the devices."""
-    return jax.tree.map(lambda s, x: s.with_memory_kind("pinned_host") if x.ndim else s, where, shapes)
+def in_host_memory(where: Any) -> Any:
+    """The same placement with the kernels in the memory of the devices' hosts.
+
+    The rest is small, and of some of it libtpu 0.0.42 mistakes the layout.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, s: s.with_memory_kind("pinned_host") if _name(path[-1]) == "kernel" else s, where
+    )
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

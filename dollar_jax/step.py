@@ -13,7 +13,8 @@ computed here, on latents decoded here; host rewards come in with a later batch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ Metrics = dict[str, jax.Array]
 
 def make_step(
     config: DistillConfig, networks: Networks, schedule: Schedule, optimisers: Optimisers,
-    score_real: bool = True,
+    score_real: bool = True, fetch: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics, Fresh]]:
     """step(state, frozen, batch) → (state, metrics, what is to be scored); pure, to be jitted over a mesh.
 
@@ -51,6 +52,9 @@ def make_step(
     [n g t h w c], the generated one and, for the latent reward model with `score_real`, a real one;
     `predicted` [n g], the latent rewards; `reward` [n g r], NaN where the host has to score; `scale` [n k],
     what a unit of each trained reward counts; and for "ddpo" the `states` [n s t h w c] of the walk.
+
+    `fetch` has, for each field of the state that lies in host memory, where on the devices it goes when it is
+    needed; what becomes of it stays there.
     """
     parts: dict[str, Any] = {"config": config, "networks": networks, "schedule": schedule}
     c = config.reward
@@ -60,6 +64,14 @@ def make_step(
     def step(
         state: TrainState, frozen: Frozen, batch: Batch
     ) -> tuple[TrainState, Metrics, Fresh]:
+        def fetched(field: str, after: Any) -> Any:
+            value = getattr(state, field)
+            if field not in fetch:
+                return value
+            # Not before `after` is known: the compiler would have it on the devices throughout.
+            value, _ = lax.optimization_barrier((value, after))
+            return jax.device_put(value, fetch[field])
+
         key = jax.random.fold_in(state.key, state.step)
         student_key, fake_key, fresh_key = jax.random.split(key, 3)
         tokens = {k.removeprefix("tokens_"): v for k, v in batch.items() if k.startswith("tokens_")}
@@ -69,7 +81,8 @@ def make_step(
         statistics = state.reward_statistics
         # Of adapters the whole network is made with the teacher's weights, which are there anyway.
         whole = functools.partial(lora.combine, frozen.teacher) if config.lora.rank else _same
-        ema, fake_score = whole(state.ema), whole(state.fake_score)
+        average = fetched("ema", state.step)
+        ema, fake_score = whole(average), whole(state.fake_score)
         beta = objectives.reward_weight(config, state.step)
 
         def student_loss(params: Params, latent: jax.Array, text: jax.Array, tokens: Any, key: jax.Array):
@@ -91,7 +104,7 @@ def make_step(
             grads = jax.tree.map(lambda g, r: g + beta * r, grads, reinforced)
             metrics |= aux
         student, student_optimiser, norm = _apply(
-            optimisers.student, grads, state.student_optimiser, state.student
+            optimisers.student, grads, fetched("student_optimiser", optax.tree.norm(grads)), state.student
         )
         metrics["student_gradient"] = norm
 
@@ -108,7 +121,7 @@ def make_step(
 
         (fake, fake_optimiser), aux = lax.scan(
             fake_update,
-            (state.fake_score, state.fake_score_optimiser),
+            (state.fake_score, fetched("fake_score_optimiser", norm)),
             jax.random.split(fake_key, config.fake_score.updates),
         )
         metrics |= _mean(aux)
@@ -159,7 +172,7 @@ def make_step(
             step=state.step + 1,
             key=state.key,
             student=student,
-            ema=optax.incremental_update(student, state.ema, 1 - config.student.ema_decay),
+            ema=optax.incremental_update(student, average, 1 - config.student.ema_decay),
             fake_score=fake,
             reward_head=head,
             reward_statistics=statistics,
