@@ -31,6 +31,6 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
     config.student.input = "forward"
     config.vsd.guidance_weight = 3.5
     config.consistency.guidance_weight = 7.5
-    config.reward.samples = 1
+    config.reward.samples = 8  # one per device
     config.reward.batch_size = 8
     return config

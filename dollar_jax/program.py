@@ -111,7 +111,7 @@ def build_program(
     if config.reward.rewards:
         # A few rows on one machine may be everywhere; several machines each score their own.
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        if config.reward.samples % shards == 0 or jax.process_count() > 1:
+        if config.reward.samples % shards == 0 or sharding.host_count(mesh) > 1:
             sharding.check_batch(mesh, "reward.samples", config.reward.samples)
             fresh_sharding = sharding.batch_sharding(mesh)
     if config.reward.trained and config.reward.method == "lrm":

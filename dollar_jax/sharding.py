@@ -87,6 +87,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(array, AXES, (AxisType.Auto,) * len(AXES))
 
 
+def host_count(mesh: Mesh) -> int:
+    """The machines, one process each, that the mesh's devices belong to; they need not be there to be planned for."""
+    return len({device.process_index for device in mesh.devices.flat})
+
+
 def check_batch(mesh: Mesh, name: str, size: int) -> None:
     """Raises ValueError unless `size` rows divide over the data and fsdp axes."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from dollar_jax import cli, plan
+from dollar_jax import cli, plan, sharding
 from dollar_jax.config import MeshConfig
 from dollar_jax.weights.pipeline import wan_transformer
 
@@ -60,6 +60,13 @@ def test_a_plan_of_an_import_holds_the_teacher_and_leaves_the_state(virtual, mak
     assert weights / 8 < found.argument_gib < weights / 7
     # Student, average, fake score and two moments each of two optimisers.
     assert 7 * weights / 8 < found.output_gib < 7 * weights / 7
+
+
+def test_rewards_that_the_hosts_of_a_slice_cannot_share_are_refused(virtual, make_config, monkeypatch):
+    """As in the run itself, where each host scores samples of its own."""
+    monkeypatch.setattr(sharding, "host_count", lambda mesh: 2)
+    with pytest.raises(ValueError, match="reward.samples is 2, which does not divide over data × fsdp = 4"):
+        plan.plan(make_config({**TINY, "reward.samples": 2}), "v5e:2x4")
 
 
 MESSAGE = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm.
