@@ -88,7 +88,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def host_count(mesh: Mesh) -> int:
-    """The machines, one process each, that the mesh's devices belong to; they need not be there to be planned for."""
+    """How many machines, with a process each, the mesh's devices belong to; none of them need be there."""
     return len({device.process_index for device in mesh.devices.flat})
 
 
