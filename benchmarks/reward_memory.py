@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,8 +73,8 @@ def pixel_reward(remat: bool) -> tuple[Callable[..., jax.Array], Any, Any]:
     return reward, {"vae": vae.shapes, "clip": clip.shapes}, ids
 
 
-def measure(way: str, frames: int, device: Any) -> tuple[float, float, float]:
-    """GiB of parameters and of temporaries, and the seconds of the compilation."""
+def measure(way: str, frames: int, device: Any) -> tuple[float, str, float]:
+    """GiB of parameters and of temporaries, which may be more than the chip has, and the compilation's seconds."""
     shape = WanVAEConfig().latent_shape(frames, HEIGHT, WIDTH)
     latent = jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16)
     reward, params, text = latent_reward(latent) if way == "latent" else pixel_reward("remat" in way)
@@ -83,9 +84,16 @@ def measure(way: str, frames: int, device: Any) -> tuple[float, float, float]:
     )
     start = time.perf_counter()
     lowered = jax.jit(jax.grad(reward), out_shardings=here).lower(*arguments)
-    compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": -1.0})
-    sizes = compiled.memory_analysis()
-    return sizes.argument_size_in_bytes / GIB, sizes.temp_size_in_bytes / GIB, time.perf_counter() - start
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments)) / GIB
+    try:
+        compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": -1.0})
+        temporaries = f"{compiled.memory_analysis().temp_size_in_bytes / GIB:.3f}"
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"HLO temporaries \(([\d.]+)G\)|Used ([\d.]+)G of", str(error))
+        if needed is None:
+            raise
+        temporaries = f"{float(needed[1] or needed[2]):.0f}: does not fit"
+    return held, temporaries, time.perf_counter() - start
 
 
 def main() -> None:
@@ -103,7 +111,7 @@ def main() -> None:
         frames = 1 + 4 * -(-(asked - 1) // 4)
         for way in args.ways:
             parameters, temporaries, seconds = measure(way, frames, device)
-            rows.append(f"| {frames} | {way} | {parameters:.3f} | {temporaries:.3f} | {seconds:.0f} |")
+            rows.append(f"| {frames} | {way} | {parameters:.3f} | {temporaries} | {seconds:.0f} |")
             print(rows[-1], flush=True)
             if args.out is not None:
                 args.out.write_text("\n".join(rows) + "\n")

@@ -191,7 +191,7 @@ def test_two_methods_are_trained_and_measured(toy_generator, make_config, monkey
         return make_config({
             "vsd.weight": float("vsd" in losses), "consistency.weight": 0.5 * ("cd" in losses),
             "reward.rewards": ({"name": "compressibility", "weight": 1.0, "folder": None},) * ("lrm" in losses),
-            "student.timesteps": (1000.0, 700.0, 400.0, 200.0),
+            "student.timesteps": (1000.0, 700.0, 400.0, 200.0), "batch_size": 8, "mesh.data": 8,
         })  # fmt: skip
 
     page = reproduce(experiment, tmp_path, quick=True, seeds=2, steps=2)
