@@ -140,8 +140,9 @@ def plan(
         "model_tflops": _model_flops(what, config, architecture, clip) / len(devices) / 1e12,
     }  # fmt: skip
     if compiled is None:
-        bytes_here = jax.tree.map(_local_bytes, arguments, jax.tree.broadcast(placed, arguments))
-        held = sum(jax.tree.leaves(bytes_here)) / GIB
+        places = jax.tree.leaves(jax.tree.broadcast(placed, arguments))
+        pairs = zip(jax.tree.leaves(arguments), places, strict=True)
+        held = sum(_local_bytes(x, where) for x, where in pairs if where.memory_kind != "pinned_host") / GIB
         return _too_large(config, failure, held, common)
     memory = compiled.memory_analysis()
     argument, temp = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
@@ -388,9 +389,9 @@ def _advice(config: DistillConfig, held: float, common: dict[str, Any]) -> str:
         return "Decode fewer frames at a time: --config.compute.vae_chunk=1"
     if common["what"] == "train" and config.compute.remat == "none":
         return "Keep less of each block for the backward pass: --config.compute.remat=attention, or full"
-    if common["what"] == "train" and config.compute.remat in ("dots", "attention"):
-        return "Keep less of each block for the backward pass: --config.compute.remat=full"
     rows = config.batch_size // config.accumulation // (common["mesh"]["data"] * common["mesh"]["fsdp"])
     if rows > 1:
         return "Take fewer videos at a time: a larger --config.accumulation, or a smaller --config.batch_size"
+    if common["what"] == "train" and config.compute.remat in ("dots", "attention"):
+        return "Keep less of each block for the backward pass: --config.compute.remat=full"
     return "Share each video over more chips: a larger context in --mesh"
