@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# With that scheduler the virtual devices of a CPU come to one program's collectives in different orders, and
-# wait for each other for ever.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-)
+# A device that waits for the others in a collective holds one of the threads that XLA takes from the number of
+# cores. With fewer threads than devices the others may have none left to come with: after 40 s XLA aborts.
+os.environ.setdefault("PJRT_NPROC", "16")
 
 import jax
 import jaxtyping
