@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import runpy
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -295,6 +297,12 @@ def _define_prepare(_: list[str]) -> None:
     define("string", "split", "train", "Split of a tfds: source.")
     define("integer", "process_index", None, "Which of the hosts this is, by default as jax counts them.", 0)
     define("integer", "process_count", None, "How many hosts share the work, all writing to --out.", 1)
+    define(
+        "string", "beam", None,
+        "Share the work through Apache Beam (pip install -e '.[beam]'), with these options of its pipeline, such "
+        "as '--runner=FlinkRunner --parallelism=64', or '' for this machine. All workers must see --source, "
+        "--teacher and --out under the same paths.",
+    )  # fmt: skip
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -393,10 +401,9 @@ def _pretrain() -> None:
 def _prepare() -> None:
     import jax
 
-    from dollar_jax.config import SamplingConfig
     from dollar_jax.data import shapes
-    from dollar_jax.data.prepare import Loader, PrepareSettings, prepare
-    from dollar_jax.generate import SHIPPED_TEACHERS, Generator, load_teacher
+    from dollar_jax.data.prepare import Loader, PrepareSettings, load_generator, prepare
+    from dollar_jax.generate import SHIPPED_TEACHERS
 
     _prepare_jax()
     sizes = {"frames": shapes.FRAMES, "height": shapes.SIZE, "width": shapes.SIZE, "max_text_length": 12}
@@ -419,16 +426,19 @@ def _prepare() -> None:
         batch_size=FLAGS.batch_size,
     )  # fmt: skip
     Loader(settings).items()  # what cannot be read is refused before the teacher is loaded
-    clip = (settings.frames, *settings.buckets[0])
-    generator = Generator(
-        load_teacher(settings.teacher), settings.max_text_length, SamplingConfig(50, 1.0, 0.0), clip
-    )
+    generator = load_generator(settings)
     index = jax.process_index() if FLAGS.process_index is None else FLAGS.process_index
     count = jax.process_count() if FLAGS.process_count is None else FLAGS.process_count
     if index >= count:
         raise ValueError(f"--process_index={index} must be below --process_count={count}")
-    out = Path(FLAGS.out)
-    summary = prepare(settings, generator, out, index, count, FLAGS.workers)
+    out, hand_out = Path(FLAGS.out), None
+    if FLAGS.beam is not None:
+        from dollar_jax.data.beam import hand_out_with_beam
+
+        if count > 1:
+            raise ValueError("with --beam the work is shared by its runner: start dollar prepare on one host only")
+        hand_out = functools.partial(hand_out_with_beam, settings, out, shlex.split(FLAGS.beam))
+    summary = prepare(settings, generator, out, index, count, FLAGS.workers, hand_out)
     what = "clips" if settings.prompts is None else "prompts"
     rejected = f"{summary.rejected} rejected, see {out / 'rejected.jsonl'}" if summary.rejected else "0 rejected"
     print(f"{summary.clips} {what} of {summary.videos} in the list; {rejected}")

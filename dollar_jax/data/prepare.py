@@ -22,8 +22,8 @@ import platform
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -37,10 +37,11 @@ from PIL import Image, ImageDraw
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
+from dollar_jax.config import SamplingConfig
 from dollar_jax.data import sources
 from dollar_jax.data.sources import TFDS, Item
 from dollar_jax.data.videos import ClipSettings, Unusable, array_frames, clips_of, read_clips
-from dollar_jax.generate import Generator
+from dollar_jax.generate import Generator, load_teacher
 
 NAME = "dollar_latents"
 SPLIT = "train"
@@ -123,6 +124,13 @@ def latents_features(settings: PrepareSettings, channels: int, text_dim: int, ti
         if not settings.sample:
             features["latent_std"] = latent
     return tfds.features.FeaturesDict(features)
+
+
+def load_generator(settings: PrepareSettings) -> Generator:
+    """The teacher of the settings, for its VAE and text encoder."""
+    clip = settings.frames, *settings.buckets[0]
+    sampling = SamplingConfig(50, 1.0, 0.0)  # not used here
+    return Generator(load_teacher(settings.teacher), settings.max_text_length, sampling, clip)
 
 
 class Encoder:
@@ -243,12 +251,15 @@ def prepare(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 4,
+    hand_out: Callable[[list[int]], None] | None = None,
 ) -> Summary:
     """Makes the data set in `out`, or goes on making it; the last to be run again says that it is there.
 
     Each of `process_count` hosts, all writing to the same `out`, takes every `process_count`-th unit; host 0 waits
-    for the others and finishes. Raises ValueError before any work for settings, sizes or a source that cannot be,
-    or when `out` holds something else; and in the end when no video at all could be used.
+    for the others and finishes. `hand_out` gets the units that are missing to others' workers, where
+    `encode_units` makes them; it returns when they are there. Raises ValueError before any work for settings,
+    sizes or a source that cannot be, or when `out` holds something else; and in the end when no video at all
+    could be used.
     """
     loader = Loader(settings)
     first = next(loader.items(), None)
@@ -261,28 +272,22 @@ def prepare(
         return _finished(out)
     total = _write_index(parts / "index.jsonl", loader.items())
     units = -(-total // settings.shard_size)
-
-    def mine(unit: int) -> bool:
-        return unit % process_count == process_index
-
-    todo = {unit for unit in range(units) if mine(unit) and not _report(parts, unit).exists()}
+    mine = range(process_index, units, process_count)
+    todo = [unit for unit in mine if not _report(parts, unit).exists()]
     sizes = [min(settings.shard_size, total - unit * settings.shard_size) for unit in range(units)]
-    expected = sum(size for unit, size in enumerate(sizes) if mine(unit))
+    expected = sum(sizes[unit] for unit in mine)
     done = expected - sum(sizes[unit] for unit in todo)
     with tqdm(total=expected, initial=done, desc="preparing", unit="video", smoothing=0.05) as bar:
-        items = (x for x in _read_index(parts / "index.jsonl") if x[0] // settings.shard_size in todo)
-        rejected = 0
-        for unit, members in itertools.groupby(
-            _ahead(loader, items, workers), lambda loaded: loaded[0] // settings.shard_size
-        ):
-            job = _Unit(out, unit, encoder)
-            for index, item, clips in members:
-                job.add(index, item, clips)
-                bar.update()
-                if isinstance(clips, str):
-                    rejected += 1
-                    bar.set_postfix(rejected=rejected, refresh=False)
-            job.close()
+        if hand_out is None:
+            encode_units(todo, encoder, out, workers, bar)
+        elif todo:
+            with ThreadPoolExecutor(1) as pool:
+                handed = pool.submit(hand_out, todo)
+                while not handed.done():
+                    wait([handed], timeout=1)
+                    missing = sum(sizes[unit] for unit in todo if not _report(parts, unit).exists())
+                    bar.update(expected - missing - bar.n)
+                handed.result()
     if process_index:
         try:
             waiting = sum(not _report(parts, unit).exists() for unit in range(units))
@@ -292,6 +297,24 @@ def prepare(
         return summary if parts.exists() else _finished(out)
     _wait(parts, units)
     return _finish(settings, encoder, out, units)
+
+
+def encode_units(
+    units: Collection[int], encoder: Encoder, out: Path, workers: int = 1, bar: Any = None
+) -> None:
+    """Makes these units of the list in `out`, decoding with `workers` threads."""
+    size, rejected = encoder.settings.shard_size, 0
+    items = _read_index(out / PARTS / "index.jsonl", set(units), size)
+    loaded = _ahead(Loader(encoder.settings), items, workers)
+    for unit, members in itertools.groupby(loaded, lambda loaded: loaded[0] // size):
+        job = _Unit(out, unit, encoder)
+        for index, item, clips in members:
+            job.add(index, item, clips)
+            rejected += isinstance(clips, str)
+            if bar is not None:
+                bar.update()
+                bar.set_postfix({"rejected": rejected} if rejected else None, refresh=False)
+        job.close()
 
 
 def _ahead(
@@ -505,10 +528,12 @@ def _write_index(path: Path, items: Iterator[Item]) -> int:
         return sum(1 for _ in file)
 
 
-def _read_index(path: Path) -> Iterator[tuple[int, Item]]:
+def _read_index(path: Path, units: set[int], size: int) -> Iterator[tuple[int, Item]]:
+    """The items, with their places, that belong to these units of `size`."""
     with path.open() as file:
         for index, line in enumerate(file):
-            yield index, json.loads(line)
+            if index // size in units:
+                yield index, json.loads(line)
 
 
 class _Draft:
