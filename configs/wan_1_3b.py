@@ -15,7 +15,8 @@ What the paper leaves unknown and is chosen here: learning rates, betas, decay a
 the VSD normalisation (DMD's) and range of score timesteps (FastGen's, shift 5), the distance of CD (T2V-Turbo's
 pseudo-Huber) and the student's input ("backward", its own way from noise, as users of rival systems advise).
 β_FT counts standard deviations of the reward; the paper's 1.0 with HPSv2 is 0.01 of them. The reward is the
-demo's, which needs no weights.
+demo's, which needs no weights. A row of `reward.replay` is 17 MB of every host's memory and of a checkpoint; the
+more of them the latent reward model sees the better (docs/rewards.md), so take what your hosts can spare.
 """
 
 import runpy
