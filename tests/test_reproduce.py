@@ -4,10 +4,13 @@ import csv
 import functools
 import json
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+from playwright.sync_api import sync_playwright
 
 from dollar_jax import reproduce as module
 from dollar_jax.config import DistillConfig, from_config
@@ -203,13 +206,15 @@ def test_two_methods_are_trained_and_measured(toy_generator, make_config, monkey
     assert not (tmp_path / "runs" / "vsd-seed1" / "checkpoints").exists()
 
 
-@pytest.mark.slow
 def test_the_page_in_a_browser(run, tmp_path):
-    api = pytest.importorskip("playwright.sync_api", reason="the page is looked at where playwright is installed")
-    start, _ = run
-    page_file = start(tmp_path, quick=False)
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch()
+    browsers = filter(None, map(shutil.which, ("chromium", "google-chrome")))
+    with sync_playwright() as playwright:
+        chromium = Path(next(browsers, playwright.chromium.executable_path))
+        if not chromium.exists():
+            pytest.skip("neither Chromium nor Chrome is installed; or: playwright install chromium")
+        start, _ = run
+        page_file = start(tmp_path, quick=False)
+        browser = playwright.chromium.launch(executable_path=chromium)
         for width in (1280, 390):
             page = browser.new_page(viewport={"width": width, "height": 900})
             requests, errors = [], []
