@@ -3,9 +3,9 @@
     python benchmarks/rewards.py --workdir=runs/rewards     # distils the student whose samples these are
     python benchmarks/latent_reward.py --workdir=runs/rewards
 
-The student's four-step samples are drawn and scored once. For each number of them and each stride of the reward
-head's second convolution a head is trained on those alone, by the default experiment's optimiser. The table,
-WORKDIR/latent_reward.md, has the correlation of latent and true reward on the last 256, which no head has seen.
+The student's four-step samples are drawn and scored once. For each number of them and each variant of the reward
+head one is trained on those alone, by the default experiment's optimiser. The table, WORKDIR/latent_reward.md, has
+the correlation of latent and true reward on the last 256, which no head has seen.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rewards import REWARDS, make_config
+from rewards import make_config
 from tqdm import tqdm
 
 from dollar_jax.config import RewardTerm
@@ -31,7 +32,10 @@ from dollar_jax.optim import make_optimiser
 from dollar_jax.rewards import load_rewards
 from dollar_jax.train import restore_student
 
-COUNTS, STRIDES, UPDATES = (512, 2048, 8192), (2, 1), (160, 400, 1000, 2000)
+FINER = {"as in the demo": {}, "second_stride 1": {"second_stride": 1}}
+OVER_TIME = {"as in the demo": {}, "temporal_kernel 3": {"temporal_kernel": 3}}
+HEADS: dict[str, dict[str, dict[str, Any]]] = {"vividness": FINER, "vivid": FINER, "motion": OVER_TIME}
+COUNTS, UPDATES = (512, 2048, 8192), (160, 400, 1000, 2000)
 BATCH, FRESH = 64, 256
 
 
@@ -41,14 +45,14 @@ def main() -> None:
     args = parser.parse_args()
     latents, scores = draw_and_score(args.workdir)
     rows = [
-        f"| reward | samples | stride | {' | '.join(f'{n} updates' for n in UPDATES)} |",
+        f"| reward | head | samples | {' | '.join(f'{n} updates' for n in UPDATES)} |",
         "|---" * (3 + len(UPDATES)) + "|",
     ]
-    for name, values in scores.items():
-        for count in COUNTS:
-            for stride in STRIDES:
-                found = correlations(latents, values, count, stride)
-                rows.append(f"| {name} | {count} | {stride} | {' | '.join(f'{x:.2f}' for x in found)} |")
+    for name, heads in HEADS.items():
+        for head, changes in heads.items():
+            for count in COUNTS:
+                found = correlations(latents, scores[name], count, changes)
+                rows.append(f"| {name} | {head} | {count} | {' | '.join(f'{x:.2f}' for x in found)} |")
                 print(rows[-1], flush=True)
     (args.workdir / "latent_reward.md").write_text("\n".join(rows) + "\n")
 
@@ -61,7 +65,7 @@ def draw_and_score(workdir: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         generator = make_generator(config)
         student = restore_student(workdir / "base", generator)
         draw = generator.student_sampler(subset(config.student.timesteps, 4))
-        rewards = {name: load_rewards([RewardTerm(name, 1.0, None)])[0] for name in REWARDS}
+        rewards = {name: load_rewards([RewardTerm(name, 1.0, None)])[0] for name in HEADS}
         captions = [str(caption) for caption in shapes.all_captions()]
         found: dict[str, list[np.ndarray]] = {"latent": [], **{name: [] for name in rewards}}
         for i in tqdm(range(0, total, BATCH), "drawing"):
@@ -73,14 +77,13 @@ def draw_and_score(workdir: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
                 found[name].append(reward(frames, prompts))
         np.savez(kept, **{name: np.concatenate(values)[:total] for name, values in found.items()})
     with np.load(kept) as file:
-        return file["latent"], {name: file[name] for name in REWARDS}
+        return file["latent"], {name: file[name] for name in HEADS}
 
 
-def correlations(latents: np.ndarray, rewards: np.ndarray, count: int, stride: int) -> list[float]:
+def correlations(latents: np.ndarray, rewards: np.ndarray, count: int, changes: dict[str, Any]) -> list[float]:
     """With the rewards of fresh samples, after each number of UPDATES on the first `count`."""
     reward = make_config(1, 1).reward
-    fields = {**dataclasses.asdict(reward.head), "channels": latents.shape[-1], "second_stride": stride}
-    fields["text_dim"] = None
+    fields = {**dataclasses.asdict(reward.head), "channels": latents.shape[-1], "text_dim": None, **changes}
     del fields["use_text"]
     network = make_network(lambda rngs: RewardHead(RewardHeadConfig(**fields), rngs))
     params = network.init(jax.random.key(0))
