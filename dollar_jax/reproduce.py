@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig, from_config
+from dollar_jax.data import shapes
 from dollar_jax.data.latents import load_data
 from dollar_jax.demo import make_generator
 from dollar_jax.evaluate.ablation import Result, write_ablation
@@ -27,14 +28,16 @@ from dollar_jax.evaluate.measure import (
     default_plan,
     measure,
     network_measures,
-    percentages,
     samplers,
+    seconds_side_by_side,
 )
 from dollar_jax.evaluate.report import write_metrics
 from dollar_jax.generate import Generator
 from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.train import restore_student, train
 
+SPEED = "speed"  # the cell with the time that samplers take
+ROUNDS = 5  # of timing
 SHOWN = 4  # prompts whose videos are on the page
 Experiment = Callable[[str], DistillConfig]  # the losses of configs/demo.py → its settings
 
@@ -93,12 +96,14 @@ def reproduce(
     for key, seed in tqdm(cells, "ablation", unit="cell"):
         config = base if key == "teacher" else methods[key][1]
         results[key, seed] = _read_cell(workdir, key, seed, config, quick) or lab.run(key, seed, config)
+    speed = _read_cell(workdir, SPEED, 0, base, quick) or lab.time(next(iter(methods)), base)
     labels = {"teacher": "Teacher", **{key: method.label for key, (method, _) in methods.items()}}
     commands = [_command(method, common, seed) for method, _ in methods.values() for seed in range(count)]
     return write_ablation(
         workdir,
         [Result(key, seed, rows) for (key, seed), rows in results.items()],
         labels,
+        speed,
         videos={key: _videos(workdir, key) for key in labels},
         prompts=lab.shown(0),
         commands=commands,
@@ -135,8 +140,9 @@ class Lab:
             self._network = network_measures(vae_features(self.generator), self.quick)
         plan = default_plan(seed, self.quick)
         rows, videos = measure(self.generator, drawn, plan, self.reward, self._network)
-        if key == "teacher":
-            percentages(rows, f"teacher_{config.sampling.num_steps}")
+        for row in rows.values():
+            # Taken hours apart from the others': `time` takes them side by side.
+            del row["diffusion_seconds"], row["total_seconds"]
         if seed == 0:
             places = self._places(len(plan.captions))
             folder = self.workdir / "cells"
@@ -147,6 +153,16 @@ class Lab:
             # Optimisers and all, a checkpoint is far larger than what it was made for.
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
         write_metrics(_path(self.workdir, key, seed), {"settings": _settings(config, self.quick), "rows": rows})
+        return rows
+
+    def time(self, key: str, config: DistillConfig) -> dict[str, Any]:
+        """Seconds of the teacher and of a student, whose speed is that of every other's, side by side."""
+        student = restore_student(self.workdir / "runs" / f"{key}-seed0", self.generator)
+        drawn = samplers(self.generator, student, config.student.timesteps)
+        drawn = {name: row for name, row in drawn.items() if not name.startswith("undistilled")}
+        prompts = [str(caption) for caption in shapes.covering_captions()[: self.base.batch_size]]
+        rows = seconds_side_by_side(self.generator, drawn, prompts, ROUNDS)
+        write_metrics(_path(self.workdir, SPEED, 0), {"settings": _settings(config, self.quick), "rows": rows})
         return rows
 
     @staticmethod

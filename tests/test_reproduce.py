@@ -37,10 +37,16 @@ def rows(method, seed):
             "alignment": level + 0.01 * seed - 0.001 * (n == 1), "reward": level / 2, "vendi": 3 + level,
             "vendi_network": 2 + level, "frechet": 1 - level, "flicker": 0.98, "motion": 0.05,
             "nfe": 2 * n if prefix == "teacher" else n,
-            "diffusion_seconds": 0.01 * n, "total_seconds": 0.2 + 0.01 * n,
         }
         for n in counts
     }  # fmt: skip
+
+
+SPEED = {
+    "teacher_50": {"nfe": 100, "diffusion": [0.5, 0.6, 0.4], "total": [0.7, 0.8, 0.6]},
+    "student_4": {"nfe": 4, "diffusion": [0.04, 0.04, 0.04], "total": [0.14, 0.15, 0.13]},
+    "student_1": {"nfe": 1, "diffusion": [0.01, 0.02, 0.01], "total": [0.11, 0.11, 0.11]},
+}
 
 
 class FakeLab:
@@ -65,6 +71,10 @@ class FakeLab:
         cell = {"settings": settings, "rows": found}
         module._path(self.workdir, key, seed).write_text(json.dumps(cell))
         return found
+
+    def time(self, key, config):
+        assert key == "vsd"
+        return SPEED
 
 
 @pytest.fixture
@@ -110,6 +120,7 @@ def test_every_method_runs_with_every_seed_and_leaves_a_page(run, tmp_path):
     chosen = [r for r in lines if (r["method"], r["seed"], r["sampler"]) == ("vsd_cd", "1", "student_2")]
     assert float(chosen[0]["alignment"]) == pytest.approx(0.61)
     assert "| VSD, 4 steps | 0.510 ± 0.010 |" in page.with_suffix(".md").read_text()
+    assert "| Student, 4 steps | 4 | 0.0400 | ×12.5 | 0.1400 | 20.0 |" in page.with_suffix(".md").read_text()
 
 
 def test_a_second_start_runs_only_what_is_missing(run, tmp_path):
@@ -160,20 +171,20 @@ def test_means_and_deviations_are_over_the_seeds():
 
 
 def test_claims_hold_with_every_seed_on_average_or_not():
-    claims = paper_claims(cells(3))
+    claims = paper_claims(cells(3), SPEED)
     verdicts = {claim.sentence.split(":")[0]: claim.verdict for claim in claims}
     assert verdicts["VSD + CD is more diverse than VSD"] == "yes"
     assert verdicts["CD with m = 5 is no worse than with m = 1"] == "yes"
     assert verdicts["With the latent reward model the reward is beyond the teacher’s"] == "no"
     faster = next(claim for claim in claims if "4-step diffusion" in claim.sentence)
-    assert faster.values == pytest.approx([12.5] * 3)
+    assert faster.values == pytest.approx([12.5, 15, 10]) and faster.verdict == "on average"
 
     def mixed(method, seed, found):
         if method == "vsd_cd" and seed == 1:
             found["student_4"]["vendi"] = 3.45  # below VSD's 3.5 with one seed of three
         return found
 
-    claim = paper_claims(cells(3, mixed))[0]
+    claim = paper_claims(cells(3, mixed), SPEED)[0]
     assert claim.verdict == "on average" and claim.values == pytest.approx([0.1, -0.05, 0.1])
 
 
@@ -201,7 +212,11 @@ def test_two_methods_are_trained_and_measured(toy_generator, make_config, monkey
     assert "CD, grid, m = 5, 1 step" in Text(page).text
     found = json.loads((tmp_path / "cells" / "vsd-seed1.json").read_text())["rows"]
     assert set(found) == {"student_4", "student_2", "student_1"}
-    assert {"alignment", "vendi_network", "frechet", "motion", "diffusion_seconds"} <= set(found["student_4"])
+    assert {"alignment", "vendi_network", "frechet", "motion", "nfe"} <= set(found["student_4"])
+    speed = json.loads((tmp_path / "cells" / "speed-seed0.json").read_text())["rows"]
+    assert {"teacher_4", "teacher_1", "student_4", "student_2", "student_1"} < set(speed)
+    for row in speed.values():
+        assert len(row["total"]) == module.ROUNDS and all(np.greater(row["total"], row["diffusion"]))
     assert (tmp_path / "runs" / "vsd-seed0" / "checkpoints").exists()
     assert not (tmp_path / "runs" / "vsd-seed1" / "checkpoints").exists()
 

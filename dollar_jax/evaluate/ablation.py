@@ -38,8 +38,6 @@ MEASURES: dict[str, tuple[str, int]] = {  # measure → heading, decimals
     "flicker": ("Flicker score", 3),
     "motion": ("Motion", 3),
     "nfe": ("NFE", 0),
-    "diffusion_seconds": ("Diffusion, s per video", 4),
-    "total_seconds": ("Whole inference, s per video", 4),
 }
 PLOTTED = ("alignment", "reward", "vendi", "vendi_network", "frechet")
 
@@ -84,6 +82,7 @@ def write_ablation(
     workdir: Path,
     results: Sequence[Result],
     labels: Mapping[str, str],
+    speed: Speed,
     videos: Mapping[str, Mapping[str, np.ndarray]],
     prompts: Sequence[str],
     commands: Sequence[str],
@@ -92,17 +91,19 @@ def write_ablation(
 ) -> Path:
     """Writes `reproduction.html`, which opens offline, `reproduction.csv` and `reproduction.md`; the page's path.
 
-    `labels` names the methods in their order; `videos` holds uint8 [prompts, t, h, w, 3] by method and sampler.
+    `labels` names the methods in their order; `speed` is of the teacher and any student; `videos` holds uint8
+    [prompts, t, h, w, 3] by method and sampler.
     """
     table = summary(results, labels)
-    claims = paper_claims(results)
+    claims = paper_claims(results, speed)
     replace_file(workdir / "reproduction.csv", _csv(results).encode())
-    replace_file(workdir / "reproduction.md", _markdown(table, claims, labels).encode())
+    replace_file(workdir / "reproduction.md", _markdown(table, claims, labels, speed).encode())
     seeds = len({result.seed for result in results})
     path = workdir / "reproduction.html"
     write_page(path, "The ablation, reproduced in kind", INTRODUCTION, _tiles(claims, seeds, seconds), [
         _claims_section(claims),
         _table_section(table, labels),
+        _speed_section(speed),
         *(_plots_section(table, labels, steps) for steps in (4, 1)),
         _videos_section(prompts, videos, labels, 4),
         "<section><h2>Commands</h2><details><summary>The training of every cell</summary>"
@@ -113,6 +114,7 @@ def write_ablation(
 
 
 Table = dict[tuple[str, str], dict[str, tuple[float, float]]]
+Speed = Mapping[str, Mapping[str, Any]]  # sampler → what `measure.seconds_side_by_side` says of it
 
 
 def summary(results: Sequence[Result], labels: Mapping[str, str]) -> Table:
@@ -130,8 +132,8 @@ def summary(results: Sequence[Result], labels: Mapping[str, str]) -> Table:
     return table
 
 
-def paper_claims(results: Sequence[Result]) -> list[Claim]:
-    """The claims that the cells there are can speak to, seed by seed."""
+def paper_claims(results: Sequence[Result], speed: Speed) -> list[Claim]:
+    """The claims that the cells there are can speak to, seed by seed; those of speed round by round."""
     cells = {(result.method, result.seed): result.rows for result in results}
     seeds = sorted({result.seed for result in results})
     teacher = max(cells["teacher", seeds[0]], key=lambda name: int(name.rpartition("_")[2]))
@@ -140,9 +142,8 @@ def paper_claims(results: Sequence[Result]) -> list[Claim]:
         pairs = [(cells.get((a[0], s)), cells.get((b[0], s))) for s in seeds]
         return [x[a[1]][measure] - y[b[1]][measure] for x, y in pairs if x and y]
 
-    def speedup(method: str, sampler: str) -> list[float]:
-        pairs = [(cells["teacher", s], cells.get((method, s))) for s in seeds]
-        return [t[teacher]["diffusion_seconds"] / x[sampler]["diffusion_seconds"] for t, x in pairs if x]
+    def speedup(sampler: str) -> list[float]:
+        return [a / b for a, b in zip(speed[teacher]["diffusion"], speed[sampler]["diffusion"], strict=True)]
 
     four, base = "student_4", ("teacher", teacher)
     full = ("vsd_cd_lrm", four)
@@ -160,9 +161,9 @@ def paper_claims(results: Sequence[Result]) -> list[Claim]:
         Claim("4-step alignment of VSD + CD + LRM within 2 points of the teacher’s: difference",
               difference("alignment", full, base), lambda v: v >= -0.02),
         Claim("4-step diffusion is faster by at least half of what evaluations allow (×25)",
-              speedup("vsd_cd_lrm", four), lambda v: v >= 12.5, 1, True),
+              speedup(four), lambda v: v >= 12.5, 1, True),
         Claim("1-step diffusion is faster by at least half of what evaluations allow (×100)",
-              speedup("vsd_cd_lrm", "student_1"), lambda v: v >= 50, 1, True),
+              speedup("student_1"), lambda v: v >= 50, 1, True),
     ]  # fmt: skip
     return [claim for claim in claims if claim.values]
 
@@ -227,6 +228,40 @@ def _table_section(table: Table, labels: Mapping[str, str]) -> str:
     )
 
 
+SPEED_COLUMNS = (
+    "NFE", "Diffusion, s per video", "Times faster", "Whole inference, s per video", "Share of the teacher’s, %",
+)  # fmt: skip
+
+
+def _speed_rows(speed: Speed) -> list[list[str]]:
+    """The paper's table 8.4: medians over the rounds, beside the sampler that evaluates most."""
+    middle = {name: {k: float(np.median(v)) for k, v in row.items()} for name, row in speed.items()}
+    slowest = max(middle.values(), key=lambda row: row["nfe"])
+    rows = []
+    for name, row in middle.items():
+        kind, _, steps = name.rpartition("_")
+        rows.append([
+            f"{kind.capitalize()}, {steps} {'step' if steps == '1' else 'steps'}", f"{row['nfe']:g}",
+            figure(row["diffusion"], 4), f"×{figure(slowest['diffusion'] / row['diffusion'], 1)}",
+            figure(row["total"], 4), figure(100 * row["total"] / slowest["total"], 1),
+        ])  # fmt: skip
+    return rows
+
+
+def _speed_section(speed: Speed) -> str:
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in SPEED_COLUMNS)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for name, *cells in _speed_rows(speed)
+    )
+    return (
+        '<section><h2>Speed</h2><div class="wide"><table><thead><tr><th scope="col">Sampler</th>'
+        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        '<p class="soft">Taken in turns in one process, on this machine; medians over the rounds. Whole inference '
+        "is text encoder, diffusion and decoder.</p></section>"
+    )
+
+
 def _plots_section(table: Table, labels: Mapping[str, str], steps: int) -> str:
     figures = ""
     teacher = next((key for key in table if key[0] == "teacher"), None)
@@ -275,13 +310,16 @@ def _csv(results: Sequence[Result]) -> str:
     return buffer.getvalue()
 
 
-def _markdown(table: Table, claims: Sequence[Claim], labels: Mapping[str, str]) -> str:
+def _markdown(table: Table, claims: Sequence[Claim], labels: Mapping[str, str], speed: Speed) -> str:
     def line(cells: Sequence[Any]) -> str:
         return f"| {' | '.join(map(str, cells))} |\n"
 
     text = line(["sampler", *(heading for heading, _ in MEASURES.values())]) + line(["---"] * (len(MEASURES) + 1))
     for (method, sampler), measures in table.items():
         text += line([name_of(method, sampler, labels), *_row(measures)])
+    text += "\n" + line(["sampler", *SPEED_COLUMNS]) + line(["---"] * (len(SPEED_COLUMNS) + 1))
+    for row in _speed_rows(speed):
+        text += line(row)
     text += "\n" + line(["claim", "mean ± deviation", "holds"]) + line(["---"] * 3)
     for claim in claims:
         text += line([claim.sentence, claim.spread, claim.verdict])

@@ -112,6 +112,35 @@ def measure(
     return metrics, videos
 
 
+def seconds_side_by_side(
+    generator: Generator, rows: dict[str, Drawn], prompts: Sequence[str], rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Per row `nfe`, and seconds per video in each round: `diffusion`, and with text and decoding `total`.
+
+    In a round every row draws all prompts in its turn, so that what else the machine does falls on all alike.
+    Compilation is excluded.
+    """
+    keys = video_keys(0, len(prompts))
+    text = generator.text(prompts)
+    compiled: dict[str, Any] = {
+        name: row.draw.lower(row.params, keys, text).compile()  # type: ignore[attr-defined]
+        for name, row in rows.items()
+    }
+    generator.decode(np.zeros((len(prompts), *generator.latent_shape), np.float32))
+    found: dict[str, dict[str, Any]] = {
+        name: {"nfe": row.nfe, "diffusion": [], "total": []} for name, row in rows.items()
+    }
+    for _ in tqdm(range(rounds), "timing side by side", unit="round"):
+        for name, row in rows.items():
+            clock: list[float] = []
+            text = _timed(clock, generator.text, prompts)
+            latent = _timed(clock, compiled[name], row.params, keys, text)
+            _timed(clock, generator.decode, latent)
+            found[name]["diffusion"].append(clock[1] / len(prompts))
+            found[name]["total"].append(sum(clock) / len(prompts))
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class NetworkMeasures:
     """Features of a network, and those of real clips [n d] that the Fréchet distance is to."""
