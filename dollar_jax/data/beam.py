@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 try:
-    import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
-    from apache_beam.utils.shared import Shared
+    import apache_beam as beam  # pyright: ignore[reportMissingImports]
+    from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
+    from apache_beam.utils.shared import Shared  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise ValueError("--beam needs Apache Beam: pip install -e '.[beam]'") from error
 

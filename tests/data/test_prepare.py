@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,6 +199,7 @@ def test_three_hosts_share_the_work(whole, settings, generator, tmp_path):
 @pytest.mark.filterwarnings("default")  # Beam's own
 def test_beam_makes_the_same_bytes(whole, settings, generator, tmp_path, monkeypatch):
     """On its direct runner, which sends the pipeline through its portable form; and goes on after a kill."""
+    pytest.importorskip("apache_beam", reason="needs pip install -e '.[beam]'")
     from dollar_jax.data.beam import hand_out_with_beam
 
     monkeypatch.setattr(job, "load_generator", lambda _: generator)
@@ -223,6 +225,7 @@ def test_beam_makes_the_same_bytes(whole, settings, generator, tmp_path, monkeyp
 
 def test_bad_beam_without_beam_or_on_several_hosts(videos, teacher, tmp_path, monkeypatch, capsys):
     run = command(videos, teacher, tmp_path / "out", "--beam=")
+    monkeypatch.setitem(sys.modules, "dollar_jax.data.beam", SimpleNamespace(hand_out_with_beam=None))
     assert cli.main([*run, "--process_index=0", "--process_count=2"]) == 2
     assert "start dollar prepare on one host only" in capsys.readouterr().err
     monkeypatch.delitem(sys.modules, "dollar_jax.data.beam", raising=False)
