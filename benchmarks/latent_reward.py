@@ -32,11 +32,7 @@ from dollar_jax.optim import make_optimiser
 from dollar_jax.rewards import load_rewards
 from dollar_jax.train import restore_student
 
-FINER = {
-    "as in the demo": {},
-    "second_stride 1": {"second_stride": 1},
-    "and feature_silu": {"second_stride": 1, "feature_silu": True},
-}
+FINER = {"as in the demo": {}, "second_stride 1": {"second_stride": 1}}
 OVER_TIME = {"as in the demo": {}, "temporal_kernel 3": {"temporal_kernel": 3}}
 HEADS: dict[str, dict[str, dict[str, Any]]] = {"vividness": FINER, "vivid": FINER, "motion": OVER_TIME}
 COUNTS, UPDATES = (512, 2048, 8192), (160, 400, 1000, 2000)

@@ -109,8 +109,8 @@ def with_reward(base: DistillConfig, start: Path, name: str, method: Any, weight
     """
     reward = dataclasses.replace(
         base.reward, rewards=(RewardTerm(name, 1.0, None),), method=method, weight=weight, start_step=0,
-        samples=32, replay=16384, batch_size=64, updates=16,
-        head=dataclasses.replace(base.reward.head, second_stride=1, feature_silu=True),
+        samples=32, replay=8192, batch_size=64, updates=16,
+        head=dataclasses.replace(base.reward.head, second_stride=1),
     )  # fmt: skip
     return dataclasses.replace(base, init=str(start), reward=reward)
 

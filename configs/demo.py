@@ -143,7 +143,6 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
                 "second_stride": 2,
                 "second_padding": 1,
                 "temporal_kernel": 1,
-                "feature_silu": False,
                 # A group norm would hide the latent's overall scale.
                 "group_norm": False,
                 "groups": 1,

@@ -226,7 +226,6 @@ class RewardHeadSettings:
     second_stride: int
     second_padding: int
     temporal_kernel: int  # 1 scores every latent frame alone and averages; 3 convolves over time too
-    feature_silu: bool  # before the last layer; the paper's tables have none
     group_norm: bool
     groups: int
 

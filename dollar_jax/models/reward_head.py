@@ -37,7 +37,6 @@ class RewardHeadConfig:
     second_stride: int = 2
     second_padding: int = 1
     temporal_kernel: int = 1  # more convolves over time too, with zeros before and after the clip
-    feature_silu: bool = False  # not in the paper's tables, by which the score is linear in the pooled feature
     group_norm: bool = True
     groups: int = 32
     dtype: str = "float32"
@@ -110,8 +109,7 @@ class RewardHead(nnx.Module):
             x = jax.nn.silu(x if norm is None else norm(x)).astype(self.config.dtype)
         if not x.size:
             raise ValueError(f"a latent of h, w = {latent.shape[2:4]} is too small for this stem")
-        feature = self.feature(x.mean(axis=(-3, -2))).reshape(*latent.shape[:2], -1)
-        return jax.nn.silu(feature) if self.config.feature_silu else feature
+        return self.feature(x.mean(axis=(-3, -2))).reshape(*latent.shape[:2], -1)
 
     def _attend(
         self, features: Float[Array, "b t width"], text: Float[Array, "b l d"]

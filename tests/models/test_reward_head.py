@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from dollar_jax.models.network import make_network
 from dollar_jax.models.reward_head import RewardHead, RewardHeadConfig
@@ -53,16 +52,6 @@ def test_a_temporal_model_sees_the_order_of_the_frames(text_dim):
         return jnp.abs(score(latent) - score(latent[:, ::-1])).max()
 
     assert effect(3) > 1e-4 and effect(1) < 1e-5
-
-
-def test_the_silu_before_the_last_layer():
-    latent = jax.random.normal(jax.random.key(1), (2, 3, 24, 40, 12))
-    plain, bent = (
-        RewardHead(RewardHeadConfig(channels=12, feature_silu=silu), nnx.Rngs(0)) for silu in (False, True)
-    )
-    features = plain._frames(latent)
-    np.testing.assert_allclose(bent(latent), plain.score(jax.nn.silu(features))[..., 0].mean(1), rtol=1e-5)
-    assert np.abs(bent(latent) - plain(latent)).min() > 1e-4
 
 
 def test_image_score_averages_the_frames():
