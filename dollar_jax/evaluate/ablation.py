@@ -203,12 +203,12 @@ def _claims_section(claims: Sequence[Claim]) -> str:
         values = ", ".join(map(claim.show, claim.values))
         kind = {"yes": "best", "no": "worst"}.get(claim.verdict, "soft")
         body += (
-            f'<tr><th scope="row">{escape(claim.sentence)}</th><td>{claim.spread}</td>'
-            f'<td>{values}</td><td><span class="{kind}">{claim.verdict}</span></td></tr>'
+            f'<tr><th scope="row">{escape(claim.sentence)}</th>'
+            f'<td><span class="{kind}">{claim.verdict}</span></td><td>{claim.spread}</td><td>{values}</td></tr>'
         )
     return (
         '<section><h2>The paper’s claims</h2><div class="wide"><table><thead><tr><th scope="col">Claim</th>'
-        '<th scope="col">Mean ± deviation</th><th scope="col">By seed</th><th scope="col">Holds</th></tr>'
+        '<th scope="col">Holds</th><th scope="col">Mean ± deviation</th><th scope="col">One by one</th></tr>'
         f"</thead><tbody>{body}</tbody></table></div></section>"
     )
 

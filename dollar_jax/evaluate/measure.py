@@ -118,7 +118,7 @@ def seconds_side_by_side(
     """Per row `nfe`, and seconds per video in each round: `diffusion`, and with text and decoding `total`.
 
     In a round every row draws all prompts in its turn, so that what else the machine does falls on all alike.
-    Compilation is excluded.
+    Compilation is excluded, and a first round that warms up.
     """
     keys = video_keys(0, len(prompts))
     text = generator.text(prompts)
@@ -130,14 +130,15 @@ def seconds_side_by_side(
     found: dict[str, dict[str, Any]] = {
         name: {"nfe": row.nfe, "diffusion": [], "total": []} for name, row in rows.items()
     }
-    for _ in tqdm(range(rounds), "timing side by side", unit="round"):
+    for i in tqdm(range(1 + rounds), "timing side by side", unit="round"):
         for name, row in rows.items():
             clock: list[float] = []
             text = _timed(clock, generator.text, prompts)
             latent = _timed(clock, compiled[name], row.params, keys, text)
             _timed(clock, generator.decode, latent)
-            found[name]["diffusion"].append(clock[1] / len(prompts))
-            found[name]["total"].append(sum(clock) / len(prompts))
+            if i:
+                found[name]["diffusion"].append(clock[1] / len(prompts))
+                found[name]["total"].append(sum(clock) / len(prompts))
     return found
 
 
