@@ -3,7 +3,7 @@
     python benchmarks/rewards.py --workdir=runs/rewards --seconds=300
 
 One student of the default domain is distilled without a reward. From it each way goes on for the same
-wall-clock time, compilation excluded, with one differentiable and one black-box reward, on the same data and
+wall-clock time, compilation excluded, with one differentiable and two black-box rewards, on the same data and
 seed; direct gradient needs the first. The table, WORKDIR/rewards.md, says of each: the true reward and
 the alignment of its four-step samples, their Vendi score, the correlation of latent and true reward on
 fresh samples, steps, seconds per step, and what the compiled step needs besides its arguments.
@@ -34,7 +34,7 @@ from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.train import read_history, restore_student, train
 
-REWARDS = {"vividness": "differentiable", "vivid": "black box"}
+REWARDS = {"vividness": "differentiable", "vivid": "black box", "compressibility": "black box"}
 METHODS = ("lrm", "ddpo", "direct")
 PROBE = 12  # steps from which the time of a step is taken, after the first few
 COLUMNS = ("reward", "alignment", "vendi", "correlation", "steps", "s/step", "GiB")
