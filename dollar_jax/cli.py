@@ -426,7 +426,6 @@ def _prepare() -> None:
         batch_size=FLAGS.batch_size,
     )  # fmt: skip
     Loader(settings).items()  # what cannot be read is refused before the teacher is loaded
-    generator = load_generator(settings)
     index = jax.process_index() if FLAGS.process_index is None else FLAGS.process_index
     count = jax.process_count() if FLAGS.process_count is None else FLAGS.process_count
     if index >= count:
@@ -438,6 +437,7 @@ def _prepare() -> None:
         if count > 1:
             raise ValueError("with --beam the work is shared by its runner: start dollar prepare on one host only")
         hand_out = functools.partial(hand_out_with_beam, settings, out, shlex.split(FLAGS.beam))
+    generator = load_generator(settings)
     summary = prepare(settings, generator, out, index, count, FLAGS.workers, hand_out)
     what = "clips" if settings.prompts is None else "prompts"
     rejected = f"{summary.rejected} rejected, see {out / 'rejected.jsonl'}" if summary.rejected else "0 rejected"

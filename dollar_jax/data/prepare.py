@@ -282,11 +282,11 @@ def prepare(
             encode_units(todo, encoder, out, workers, bar)
         elif todo:
             with ThreadPoolExecutor(1) as pool:
-                handed = pool.submit(hand_out, todo)
+                handed, missing = pool.submit(hand_out, todo), todo
                 while not handed.done():
                     wait([handed], timeout=1)
-                    missing = sum(sizes[unit] for unit in todo if not _report(parts, unit).exists())
-                    bar.update(expected - missing - bar.n)
+                    missing = [unit for unit in missing if not _report(parts, unit).exists()]
+                    bar.update(expected - sum(sizes[unit] for unit in missing) - bar.n)
                 handed.result()
     if process_index:
         try:
