@@ -40,8 +40,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the table too")
     args = parser.parse_args()
     devices, chip = plan.chips(TOPOLOGY)
-    columns = ("remat", "argument, GiB", "temp, GiB", "of", "model, TFLOP", "compiled, TFLOP", "roofline, s",
-               "bound by", "at MaxDiffusion's share of the peak, s", "compiled in, s")  # fmt: skip
+    columns = (
+        "remat",
+        "argument, GiB",
+        "temp, GiB",
+        "of",
+        "model, TFLOP",
+        "compiled, TFLOP",
+        "roofline, s",
+        "bound by",
+        "at MaxDiffusion's share of the peak, s",
+        "compiled in, s",
+    )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     print("\n".join(lines), flush=True)
     for remat in args.remat:
@@ -54,9 +64,13 @@ def main() -> None:
 def row(remat: str, devices: list, chip: plan.Chip) -> str:
     architecture = plan.KNOWN["wan_14b"]
     config = dataclasses.replace(
-        architecture.transformer, dtype="bfloat16", param_dtype="float32", remat=remat, scan_layers=True,
+        architecture.transformer,
+        dtype="bfloat16",
+        param_dtype="float32",
+        remat=remat,
+        scan_layers=True,
         attention="splash",
-    )  # fmt: skip
+    )
     network = architecture.family.transformer.network(config)
     mesh = sharding.make_mesh(MeshConfig(1, 1, len(devices), 1), devices)
     optimiser = optax.adam(1e-5)
@@ -90,10 +104,17 @@ def row(remat: str, devices: list, chip: plan.Chip) -> str:
     model = count_flops(jax.make_jaxpr(step)(*arguments).jaxpr) / len(devices)
     roofline, bound = plan._roofline(used, chip)
     cells = (
-        remat, f"{memory.argument_size_in_bytes / plan.GIB:.1f}", f"{memory.temp_size_in_bytes / plan.GIB:.1f}",
-        f"{chip.hbm_gib:.1f}", f"{model / 1e12:.0f}", f"{used.flops / 1e12:.0f}", f"{roofline:.1f}", bound,
-        f"{model / 1e12 / PUBLISHED_TFLOPS:.1f}", f"{seconds:.0f}",
-    )  # fmt: skip
+        remat,
+        f"{memory.argument_size_in_bytes / plan.GIB:.1f}",
+        f"{memory.temp_size_in_bytes / plan.GIB:.1f}",
+        f"{chip.hbm_gib:.1f}",
+        f"{model / 1e12:.0f}",
+        f"{used.flops / 1e12:.0f}",
+        f"{roofline:.1f}",
+        bound,
+        f"{model / 1e12 / PUBLISHED_TFLOPS:.1f}",
+        f"{seconds:.0f}",
+    )
     return f"| {' | '.join(cells)} |"
 
 

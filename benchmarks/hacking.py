@@ -67,11 +67,18 @@ def main() -> None:
     for name, fall in (("guard off", None), ("guard on", args.max_fall)):
         guard = dataclasses.replace(base.reward.guard, max_fall=fall)
         settings = dataclasses.replace(
-            base.reward, rewards=(TRAINED, HELD_OUT), weight=args.weight, start_step=0, guard=guard,
-            samples=16, replay=4096, batch_size=64, updates=4,
+            base.reward,
+            rewards=(TRAINED, HELD_OUT),
+            weight=args.weight,
+            start_step=0,
+            guard=guard,
+            samples=16,
+            replay=4096,
+            batch_size=64,
+            updates=4,
             # One latent frame says little of motion: see docs/rewards.md.
             head=dataclasses.replace(base.reward.head, temporal_kernel=3),
-        )  # fmt: skip
+        )
         config = dataclasses.replace(base, init=str(base_dir), steps=args.steps, reward=settings)
         folder = args.workdir / f"hacking_{name.replace(' ', '_')}"
         train(config, folder, generator, load_data(config, generator, base_dir))

@@ -79,9 +79,7 @@ def measure(way: str, frames: int, device: Any) -> tuple[float, str, float]:
     latent = jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16)
     reward, params, text = latent_reward(latent) if way == "latent" else pixel_reward("remat" in way)
     here = jax.sharding.SingleDeviceSharding(device)
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (latent, params, text)
-    )
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (latent, params, text))
     start = time.perf_counter()
     lowered = jax.jit(jax.grad(reward), out_shardings=here).lower(*arguments)
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments)) / GIB

@@ -108,10 +108,17 @@ def with_reward(base: DistillConfig, start: Path, name: str, method: Any, weight
     thousands: see docs/rewards.md.
     """
     reward = dataclasses.replace(
-        base.reward, rewards=(RewardTerm(name, 1.0, None),), method=method, weight=weight, start_step=0,
-        samples=32, replay=8192, batch_size=64, updates=16,
+        base.reward,
+        rewards=(RewardTerm(name, 1.0, None),),
+        method=method,
+        weight=weight,
+        start_step=0,
+        samples=32,
+        replay=8192,
+        batch_size=64,
+        updates=16,
         head=dataclasses.replace(base.reward.head, second_stride=1),
-    )  # fmt: skip
+    )
     return dataclasses.replace(base, init=str(start), reward=reward)
 
 
@@ -126,9 +133,13 @@ def probe(config: DistillConfig, folder: Path, generator: Any) -> tuple[float, f
         pipeline = generator.pipeline
         pixels = pixel_rewards(config.reward, load_rewards(config.reward.rewards), generator.frames)
         program = build_program(
-            config, pipeline.transformer.network, pipeline.schedule, generator.latent_shape,
-            generator.null_text.shape[1:], pixel_rewards=pixels,
-        )  # fmt: skip
+            config,
+            pipeline.transformer.network,
+            pipeline.schedule,
+            generator.latent_shape,
+            generator.null_text.shape[1:],
+            pixel_rewards=pixels,
+        )
         params = () if pixels is None else pixels.params(pipeline.vae.params)
         frozen = Frozen(pipeline.transformer.params, generator.null_text, params)
         compiled = program.step.lower(program.state_shapes, frozen, program.batch_shapes).compile()

@@ -28,63 +28,68 @@ from ml_collections import ConfigDict
 # differ from its defaults, and of `Schedule`.
 TRANSFORMER: dict = {}
 SCHEDULE = {
-    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_zero_snr": True,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "rescale_zero_snr": True,
     "snr_shift_scale": 3.0,
-}  # fmt: skip
+}
 
 
 def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
     """`losses` is one of configs/demo.py's."""
     config = runpy.run_path(str(Path(__file__).with_name("demo.py")))["get_config"](losses)
     adam = {"schedule": "constant", "warmup_steps": 100, "b1": 0.0, "b2": 0.999, "weight_decay": 0.01}
-    config.update({
-        "teacher": "teachers/cogvideox_2b",
-        "steps": 10_000,
-        "batch_size": 64,
-        "checkpoint_every": 500,
-        "keep_checkpoints": 2,
-        "log_every": 10,
-        "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
-        "compute": {"dtype": "bfloat16", "teacher_dtype": "bfloat16", "remat": "attention", "vae_chunk": 2},
-        "data": {"name": "data/cogvideox_2b", "max_text_length": 226},
-        "sampling": {"num_steps": 50, "guidance_weight": 5.0, "eta": 0.0},
-        "student": {
-            "timesteps": (999.0, 749.0, 499.0, 249.0),
-            "input": "backward",
-            "ema_decay": 0.99,
-            "optimiser": {**adam, "learning_rate": 2e-6},
-        },
-        "vsd": {"guidance_weight": 3.5, "score_shift": 1.0},
-        "consistency": {
-            "times": "grid",
-            "num_steps": 50,
-            "skip": 5,
-            "guidance_weight": 5.0,
-            "distance": "pseudo_huber",
-            "boundary": "lcm",
-        },
-        "fake_score": {"updates": 5, "optimiser": {**adam, "learning_rate": 2e-6}},
-        "reward": {
-            "start_step": 1000,
-            "samples": 8,
-            "replay": 256,
+    config.update(
+        {
+            "teacher": "teachers/cogvideox_2b",
+            "steps": 10_000,
             "batch_size": 64,
-            "updates": 1,
-            "head": {
-                "width": 128,
-                "use_text": True,
-                "stem_kernel": 4,
-                "stem_stride": 4,
-                "stem_padding": 1,
-                "second_kernel": 3,
-                "second_stride": 2,
-                "second_padding": 1,
-                "group_norm": True,
-                "groups": 32,
+            "checkpoint_every": 500,
+            "keep_checkpoints": 2,
+            "log_every": 10,
+            "mesh": {"data": 1, "fsdp": -1, "context": 1, "tensor": 1},
+            "compute": {"dtype": "bfloat16", "teacher_dtype": "bfloat16", "remat": "attention", "vae_chunk": 2},
+            "data": {"name": "data/cogvideox_2b", "max_text_length": 226},
+            "sampling": {"num_steps": 50, "guidance_weight": 5.0, "eta": 0.0},
+            "student": {
+                "timesteps": (999.0, 749.0, 499.0, 249.0),
+                "input": "backward",
+                "ema_decay": 0.99,
+                "optimiser": {**adam, "learning_rate": 2e-6},
             },
-            "optimiser": {"schedule": "constant", "warmup_steps": 100, "learning_rate": 1e-4},
-        },
-    })  # fmt: skip
+            "vsd": {"guidance_weight": 3.5, "score_shift": 1.0},
+            "consistency": {
+                "times": "grid",
+                "num_steps": 50,
+                "skip": 5,
+                "guidance_weight": 5.0,
+                "distance": "pseudo_huber",
+                "boundary": "lcm",
+            },
+            "fake_score": {"updates": 5, "optimiser": {**adam, "learning_rate": 2e-6}},
+            "reward": {
+                "start_step": 1000,
+                "samples": 8,
+                "replay": 256,
+                "batch_size": 64,
+                "updates": 1,
+                "head": {
+                    "width": 128,
+                    "use_text": True,
+                    "stem_kernel": 4,
+                    "stem_stride": 4,
+                    "stem_padding": 1,
+                    "second_kernel": 3,
+                    "second_stride": 2,
+                    "second_padding": 1,
+                    "group_norm": True,
+                    "groups": 32,
+                },
+                "optimiser": {"schedule": "constant", "warmup_steps": 100, "learning_rate": 1e-4},
+            },
+        }
+    )
     with config.ignore_type():
         config.pretrain = None
     return config

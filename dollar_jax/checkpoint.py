@@ -140,9 +140,7 @@ def restore_tree(folder: str | Path, shapes: Any, shardings: Any = None) -> Any:
         where = jax.tree.map(lambda _: here, shapes)
     else:
         where = shardings
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
-    )
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
     try:
         tree = v1.load(str(folder), like)
     except (ValueError, OSError, KeyError) as error:

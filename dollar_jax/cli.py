@@ -44,10 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        print(
-            f"dollar: there is no command {name!r}; there are {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
+        print(f"dollar: there is no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     command = COMMANDS[name]
     for flag in list(FLAGS):
@@ -100,10 +97,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _overview() -> str:
-    lines = [
-        "dollar: few-step text-to-video distillation by VSD, consistency and latent reward",
-        "",
-    ]
+    lines = ["dollar: few-step text-to-video distillation by VSD, consistency and latent reward", ""]
     lines += [f"  dollar {name:<12} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "dollar <command> --help lists a command's flags."])
 
@@ -121,10 +115,13 @@ def _define_config(arguments: list[str]) -> None:
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file(
-        "config", None, "Experiment, such as configs/demo.py or configs/demo.py:vsd; single settings "
-        "change with --config.student.optimiser.learning_rate=1e-4.", flag_values=FLAGS,
+        "config",
+        None,
+        "Experiment, such as configs/demo.py or configs/demo.py:vsd; single settings "
+        "change with --config.student.optimiser.learning_rate=1e-4.",
+        flag_values=FLAGS,
         sys_argv=arguments,
-    )  # fmt: skip
+    )
     flags.mark_flag_as_required("config", FLAGS)
 
 
@@ -137,9 +134,12 @@ def _define_demo(_: list[str]) -> None:
 def _define_train(arguments: list[str]) -> None:
     _define_pretrain(arguments)
     flags.DEFINE_string(
-        "coordinator_address", None, "HOST:PORT of process 0, the same for every process; not needed on Cloud "
-        "TPU, GKE and SLURM, where the environment says it.", flag_values=FLAGS,
-    )  # fmt: skip
+        "coordinator_address",
+        None,
+        "HOST:PORT of process 0, the same for every process; not needed on Cloud "
+        "TPU, GKE and SLURM, where the environment says it.",
+        flag_values=FLAGS,
+    )
     flags.DEFINE_integer("num_processes", None, "Processes of the run.", 1, flag_values=FLAGS)
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", 0, flag_values=FLAGS)
 
@@ -163,9 +163,7 @@ def _define_plan(arguments: list[str]) -> None:
 
 def _define_distillation(arguments: list[str]) -> None:
     _define_train(arguments)
-    flags.DEFINE_bool(
-        "profile", False, "Leave an XProf trace of three steps in WORKDIR/profile.", flag_values=FLAGS
-    )
+    flags.DEFINE_bool("profile", False, "Leave an XProf trace of three steps in WORKDIR/profile.", flag_values=FLAGS)
 
 
 def _define_sample(_: list[str]) -> None:
@@ -174,28 +172,27 @@ def _define_sample(_: list[str]) -> None:
     flags.DEFINE_string("prompts_file", None, "A text file with a prompt per line.", flag_values=FLAGS)
     flags.DEFINE_integer("steps", 4, "Sampling steps.", 1, flag_values=FLAGS)
     flags.DEFINE_multi_integer(
-        "seed", [0], "Seed of the noise, which all prompts share; may be given more than once.",
-        flag_values=FLAGS,
-    )  # fmt: skip
+        "seed", [0], "Seed of the noise, which all prompts share; may be given more than once.", flag_values=FLAGS
+    )
     flags.DEFINE_integer("num", 4, "Videos per prompt and seed.", 1, flag_values=FLAGS)
     flags.DEFINE_integer("batch_size", 16, "Videos drawn at a time.", 1, flag_values=FLAGS)
     flags.DEFINE_bool(
-        "teacher", False, "Sample the teacher, in its own number of steps unless --steps is given.",
-        flag_values=FLAGS,
-    )  # fmt: skip
+        "teacher", False, "Sample the teacher, in its own number of steps unless --steps is given.", flag_values=FLAGS
+    )
     flags.DEFINE_bool(
-        "beside_teacher", False, "Put the teacher's video from the same noise to the left of each.",
-        flag_values=FLAGS,
-    )  # fmt: skip
+        "beside_teacher", False, "Put the teacher's video from the same noise to the left of each.", flag_values=FLAGS
+    )
     flags.DEFINE_bool("ema", True, "The student's moving average rather than its raw weights.", flag_values=FLAGS)
     for name, what in (("frames", "Frames of a video"), ("height", "Height"), ("width", "Width")):
         flags.DEFINE_integer(name, None, f"{what}, instead of the run's own.", 1, flag_values=FLAGS)
     flags.DEFINE_float("fps", 8, "Frames per second of the files.", 0.1, flag_values=FLAGS)
     flags.DEFINE_integer("scale", 8, "Enlargement of every pixel.", 1, flag_values=FLAGS)
     flags.DEFINE_string(
-        "out", "samples.mp4", "The .mp4 or .gif, a row per prompt; or a folder, for a file per video.",
+        "out",
+        "samples.mp4",
+        "The .mp4 or .gif, a row per prompt; or a folder, for a file per video.",
         flag_values=FLAGS,
-    )  # fmt: skip
+    )
 
 
 def _define_evaluate(_: list[str]) -> None:
@@ -209,23 +206,25 @@ def _define_evaluate(_: list[str]) -> None:
     )
     flags.DEFINE_string("reward_folder", None, "The weights of a reward that has some.", flag_values=FLAGS)
     flags.DEFINE_string(
-        "features", None, "Folder with AlexNet's weights (safetensors, torchvision's names; LPIPS's heads lin0 "
+        "features",
+        None,
+        "Folder with AlexNet's weights (safetensors, torchvision's names; LPIPS's heads lin0 "
         "to lin4 if you have them) for diversity and Fréchet distance; by default the VAE of the run's teacher.",
         flag_values=FLAGS,
-    )  # fmt: skip
+    )
     flags.DEFINE_string(
-        "out", None, "The JSON of measures; metrics.json in the workdir or the folder by default.",
-        flag_values=FLAGS,
-    )  # fmt: skip
+        "out", None, "The JSON of measures; metrics.json in the workdir or the folder by default.", flag_values=FLAGS
+    )
     flags.DEFINE_bool("quick", False, "Fewer videos.", flag_values=FLAGS)
     flags.DEFINE_string(
-        "vbench", None, "Write the videos VBench asks for into this folder, and measure nothing.",
-        flag_values=FLAGS,
-    )  # fmt: skip
+        "vbench", None, "Write the videos VBench asks for into this folder, and measure nothing.", flag_values=FLAGS
+    )
     flags.DEFINE_string(
-        "prompts_file", None, "With --vbench: its VBench_full_info.json, or a text file with a prompt per line.",
+        "prompts_file",
+        None,
+        "With --vbench: its VBench_full_info.json, or a text file with a prompt per line.",
         flag_values=FLAGS,
-    )  # fmt: skip
+    )
     flags.DEFINE_integer("num", 5, "With --vbench: videos per prompt.", 1, flag_values=FLAGS)
     flags.DEFINE_integer("steps", 4, "With --vbench: sampling steps.", 1, flag_values=FLAGS)
     flags.DEFINE_integer("seed", 0, "With --vbench: seed of the noise.", flag_values=FLAGS)
@@ -249,9 +248,12 @@ def _define_vbench_score(_: list[str]) -> None:
 
 def _define_import(_: list[str]) -> None:
     flags.DEFINE_enum(
-        "dtype", "float32", ["float32", "bfloat16"],
-        "Of the weights of transformer and text encoder on disk; the VAE's stay float32.", flag_values=FLAGS,
-    )  # fmt: skip
+        "dtype",
+        "float32",
+        ["float32", "bfloat16"],
+        "Of the weights of transformer and text encoder on disk; the VAE's stay float32.",
+        flag_values=FLAGS,
+    )
 
 
 def _define_export(_: list[str]) -> None:
@@ -269,10 +271,12 @@ def _define_prepare(_: list[str]) -> None:
         getattr(flags, f"DEFINE_{kind}")(name, default, *rest, flag_values=FLAGS)
 
     define(
-        "string", "source", None,
+        "string",
+        "source",
+        None,
         "Videos with captions: a folder (each caption in a .txt beside its video, or a metadata.csv or .jsonl), a "
         ".csv or .jsonl manifest with video and caption, WebDataset .tar files or a folder of them, or tfds:NAME.",
-    )  # fmt: skip
+    )
     define("string", "prompts", None, "Prompts without videos instead: a .txt, one a line, a .csv or a .jsonl.")
     define("string", "out", None, "Folder of the data set.")
     flags.mark_flag_as_required("out", FLAGS)
@@ -281,9 +285,11 @@ def _define_prepare(_: list[str]) -> None:
     define("integer", "height", None, "Height of a clip in pixels.", 1)
     define("integer", "width", None, "Width of a clip in pixels.", 1)
     define(
-        "list", "buckets", None,
+        "list",
+        "buckets",
+        None,
         "Several sizes instead, such as 480x832,832x480: each video goes to the one nearest to its shape.",
-    )  # fmt: skip
+    )
     define("float", "fps", None, "Frames per second of a clip; without it every frame of a video counts.", 1e-3)
     define("enum", "crop", "centre", ["centre", "random"], "Where a clip is cut out of a video of another shape.")
     define("integer", "clips", 1, "At most so many clips of a video, one after another from its start.", 1)
@@ -298,11 +304,13 @@ def _define_prepare(_: list[str]) -> None:
     define("integer", "process_index", None, "Which of the hosts this is, by default as jax counts them.", 0)
     define("integer", "process_count", None, "How many hosts share the work, all writing to --out.", 1)
     define(
-        "string", "beam", None,
+        "string",
+        "beam",
+        None,
         "Share the work through Apache Beam (pip install -e '.[beam]'), with these options of its pipeline, such "
         "as '--runner=FlinkRunner --parallelism=64', or '' for this machine. All workers must see --source, "
         "--teacher and --out under the same paths.",
-    )  # fmt: skip
+    )
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -418,13 +426,22 @@ def _prepare() -> None:
         if value is None:
             raise ValueError(f"--{name} must be given for a teacher of your own")
     settings = PrepareSettings(
-        source=FLAGS.source, split=FLAGS.split, prompts=FLAGS.prompts, teacher=FLAGS.teacher,
+        source=FLAGS.source,
+        split=FLAGS.split,
+        prompts=FLAGS.prompts,
+        teacher=FLAGS.teacher,
         frames=sizes["frames"],
         buckets=tuple(map(_size, FLAGS.buckets)) if FLAGS.buckets else ((sizes["height"], sizes["width"]),),
-        fps=FLAGS.fps, crop=FLAGS.crop, clips=FLAGS.clips, sample=FLAGS.sample, dtype=FLAGS.dtype,
-        max_text_length=sizes["max_text_length"], seed=FLAGS.seed, shard_size=FLAGS.shard_size,
+        fps=FLAGS.fps,
+        crop=FLAGS.crop,
+        clips=FLAGS.clips,
+        sample=FLAGS.sample,
+        dtype=FLAGS.dtype,
+        max_text_length=sizes["max_text_length"],
+        seed=FLAGS.seed,
+        shard_size=FLAGS.shard_size,
         batch_size=FLAGS.batch_size,
-    )  # fmt: skip
+    )
     Loader(settings).items()  # what cannot be read is refused before the teacher is loaded
     index = jax.process_index() if FLAGS.process_index is None else FLAGS.process_index
     count = jax.process_count() if FLAGS.process_count is None else FLAGS.process_count
@@ -472,9 +489,7 @@ def _sample() -> None:
     check_output(out)
     config = read_config(workdir)
     frames, height, width = clip_size(config.data)
-    generator = make_generator(
-        config, (FLAGS.frames or frames, FLAGS.height or height, FLAGS.width or width)
-    )
+    generator = make_generator(config, (FLAGS.frames or frames, FLAGS.height or height, FLAGS.width or width))
     _ = generator.latent_shape  # a size that does not fit is an error before the weights are read
     rows: list[tuple[Any, Any]] = []
     if FLAGS.teacher or FLAGS.beside_teacher:
@@ -483,9 +498,7 @@ def _sample() -> None:
     if not FLAGS.teacher:
         rows.append(_student(generator, workdir, config, FLAGS.steps, FLAGS.ema))
     videos = [
-        sample_prompts(
-            generator, draw, params, prompts, FLAGS.seed, FLAGS.num, FLAGS.batch_size, config.mesh
-        )
+        sample_prompts(generator, draw, params, prompts, FLAGS.seed, FLAGS.num, FLAGS.batch_size, config.mesh)
         for draw, params in rows
     ]
     write_samples(out, prompts, videos, FLAGS.fps, FLAGS.scale)
@@ -554,9 +567,7 @@ def _vbench_videos() -> None:
         draw, params = _teacher(generator, config.sampling.num_steps)
     else:
         draw, params = _student(generator, workdir, config, FLAGS.steps)
-    drawn = write_videos(
-        folder, counts, generator, draw, params, FLAGS.seed, FLAGS.batch_size, config.mesh
-    )
+    drawn = write_videos(folder, counts, generator, draw, params, FLAGS.seed, FLAGS.batch_size, config.mesh)
     print(f"{drawn} videos drawn; {folder} holds all of this process's {sum(counts.values())}")
 
 
@@ -607,9 +618,13 @@ def _export(*names: str) -> None:
     if size is None:
         raise ValueError(f"--shard_size={FLAGS.shard_size} must be a size such as 500MB or 5GB")
     export_run(
-        Path(FLAGS.workdir), Path(names[0]), ema=FLAGS.ema, dtype=FLAGS.dtype,
-        shard_size=int(size[1]) * units[size[2]], adapter=FLAGS.adapter,
-    )  # fmt: skip
+        Path(FLAGS.workdir),
+        Path(names[0]),
+        ema=FLAGS.ema,
+        dtype=FLAGS.dtype,
+        shard_size=int(size[1]) * units[size[2]],
+        adapter=FLAGS.adapter,
+    )
     print(f"The student is in {names[0]}; its README.md says how diffusers samples it.")
 
 

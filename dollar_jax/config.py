@@ -24,9 +24,7 @@ def from_config(cls: type[T], config: Mapping[str, Any], where: str = "config") 
     names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in config:
         if key not in names:
-            raise ValueError(
-                f"{where} has no field {key!r}; its fields are {', '.join(sorted(names))}"
-            )
+            raise ValueError(f"{where} has no field {key!r}; its fields are {', '.join(sorted(names))}")
     missing = names - set(config)
     if missing:
         raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
@@ -42,9 +40,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(hint, value, where)
     if origin is typing.Literal:
         if value not in args:
-            raise ValueError(
-                f"{where} is {value!r}, but must be one of {', '.join(map(repr, args))}"
-            )
+            raise ValueError(f"{where} is {value!r}, but must be one of {', '.join(map(repr, args))}")
         return value
     group = origin is collections.abc.Mapping
     if (group or dataclasses.is_dataclass(hint)) and not hasattr(value, "items"):
@@ -59,10 +55,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) != len(value):
             raise ValueError(f"{where} needs {len(kinds)} values, not {len(value)}")
-        return tuple(
-            _convert(kind, v, f"{where}[{i}]")
-            for i, (kind, v) in enumerate(zip(kinds, value, strict=True))
-        )
+        return tuple(_convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
@@ -479,8 +472,6 @@ class DistillConfig:
             raise ValueError(f"config.student.timesteps must descend, not {times}")
         rows = self.batch_size // self.accumulation
         if self.reward.rewards and rows % self.reward.samples:
-            raise ValueError(
-                f"config.reward.samples {self.reward.samples} does not divide a micro-batch of {rows}"
-            )
+            raise ValueError(f"config.reward.samples {self.reward.samples} does not divide a micro-batch of {rows}")
         if self.reward.trained and self.reward.method == "ddpo" and len(times) < 2:
             raise ValueError("config.reward.method 'ddpo' needs at least two of config.student.timesteps")

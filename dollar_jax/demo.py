@@ -14,14 +14,7 @@ from jax.sharding import Mesh
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.latents import clip_size, load_data
 from dollar_jax.evaluate.features import Features
-from dollar_jax.evaluate.measure import (
-    default_plan,
-    measure,
-    network_measures,
-    percentages,
-    samplers,
-    speedups,
-)
+from dollar_jax.evaluate.measure import default_plan, measure, network_measures, percentages, samplers, speedups
 from dollar_jax.evaluate.report import write_metrics, write_report
 from dollar_jax.evaluate.video import side_by_side, write_video
 from dollar_jax.generate import Generator, load_teacher
@@ -33,9 +26,7 @@ SHOWN = 8  # prompts whose videos are on the page
 
 
 def make_generator(
-    config: DistillConfig,
-    clip: tuple[int, int, int] | None = None,
-    mesh: Mesh | None = None,
+    config: DistillConfig, clip: tuple[int, int, int] | None = None, mesh: Mesh | None = None
 ) -> Generator:
     """The teacher of a configuration, ready to sample clips of the size of its data's, or of another.
 

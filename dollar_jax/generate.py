@@ -41,9 +41,7 @@ def transformer_options(compute: ComputeConfig) -> dict[str, Any]:
     return {name: getattr(compute, name) for name in names}
 
 
-def load_teacher(
-    name: str, compute: ComputeConfig | None = None, mesh: Mesh | None = None
-) -> Pipeline:
+def load_teacher(name: str, compute: ComputeConfig | None = None, mesh: Mesh | None = None) -> Pipeline:
     """The shipped teacher of that name, or the pipeline folder at that path; in fp32 unless `compute` is given.
 
     With a mesh the transformer of an imported folder is restored into its shards there.
@@ -52,14 +50,14 @@ def load_teacher(
     if compute is None:
         return load_pipeline(folder)
     return load_pipeline(
-        folder, compute.teacher_dtype, None if mesh is None else functools.partial(shard, mesh),
+        folder,
+        compute.teacher_dtype,
+        None if mesh is None else functools.partial(shard, mesh),
         **transformer_options(compute),
-    )  # fmt: skip
+    )
 
 
-def decode_frames(
-    vae: Network, config: Any, chunk: int | None, params: Params, latent: jax.Array
-) -> jax.Array:
+def decode_frames(vae: Network, config: Any, chunk: int | None, params: Params, latent: jax.Array) -> jax.Array:
     """Frames in [0, 1] of normalised latents, `chunk` latent frames at a time if given."""
     frames = vae.apply(params, denormalise(latent, config), method="decode", chunk=chunk)
     return (frames + 1) / 2
@@ -102,9 +100,7 @@ class Generator:
 
         def encode(params: Params, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
             frames = frames.astype(jnp.float32) / 127.5 - 1
-            mean, log_variance = vae.network.apply(
-                params, frames, method="encode", chunk=self.vae_chunk
-            )
+            mean, log_variance = vae.network.apply(params, frames, method="encode", chunk=self.vae_chunk)
             std = jnp.exp(0.5 * log_variance) / jnp.array(vae.config.latents_std)
             return normalise(mean, vae.config), std
 
@@ -144,14 +140,27 @@ class Generator:
         def draw(params: Params, keys: jax.Array, text: jax.Array) -> jax.Array:
             if self.sampling.solver == "unipc":
                 return sample.unipc_sample(
-                    pipeline.transformer.network.apply, params, pipeline.schedule, self.noise(keys),
-                    text, null_text, guidance_weight, num_steps,
-                )  # fmt: skip
+                    pipeline.transformer.network.apply,
+                    params,
+                    pipeline.schedule,
+                    self.noise(keys),
+                    text,
+                    null_text,
+                    guidance_weight,
+                    num_steps,
+                )
             return sample.ode_sample(
-                pipeline.transformer.network.apply, params, pipeline.schedule, self.noise(keys), text,
-                null_text, guidance_weight, num_steps, self.sampling.eta,
+                pipeline.transformer.network.apply,
+                params,
+                pipeline.schedule,
+                self.noise(keys),
+                text,
+                null_text,
+                guidance_weight,
+                num_steps,
+                self.sampling.eta,
                 _step_keys(keys) if self.sampling.eta else None,
-            )  # fmt: skip
+            )
 
         return draw
 
@@ -163,9 +172,14 @@ class Generator:
         @jax.jit
         def draw(params: Params, keys: jax.Array, text: jax.Array) -> jax.Array:
             return sample.few_step_sample(
-                pipeline.transformer.network.apply, params, pipeline.schedule, timesteps,
-                self.noise(keys), text, _step_keys(keys),
-            )  # fmt: skip
+                pipeline.transformer.network.apply,
+                params,
+                pipeline.schedule,
+                timesteps,
+                self.noise(keys),
+                text,
+                _step_keys(keys),
+            )
 
         return draw
 

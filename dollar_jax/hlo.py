@@ -18,9 +18,22 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 KERNELS = {"fwd": 2, "dq": 3, "dkv": 4}
 # They name or pass on what others have made.
 _FREE = (
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
-    "after-all", "partition-id", "replica-id", "opt-barrier", "copy-start", "copy-done", "iota",
-)  # fmt: skip
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "copy-start",
+    "copy-done",
+    "iota",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,11 +178,17 @@ class _Module:
         else:
             group = 0
         share = (group - 1) / group if group else 1.0
-        return size * {
-            "all-gather": share, "all-reduce": 2 * share, "all-to-all": share, "collective-permute": 1.0,
-            # The largest part of an asynchronous one is its operand, otherwise the shape is the result's.
-            "reduce-scatter": group - 1 if i.opcode == kind else share,
-        }[kind]  # fmt: skip
+        return (
+            size
+            * {
+                "all-gather": share,
+                "all-reduce": 2 * share,
+                "all-to-all": share,
+                "collective-permute": 1.0,
+                # The largest part of an asynchronous one is its operand, otherwise the shape is the result's.
+                "reduce-scatter": group - 1 if i.opcode == kind else share,
+            }[kind]
+        )
 
 
 def _window_share(attributes: str) -> float:

@@ -77,11 +77,7 @@ def vsd_gradient(
 
 
 def consistency(
-    student: Latent,
-    target: Latent,
-    distance: Distance = "mse",
-    huber_c: float = 1e-3,
-    weight: Weight | None = None,
+    student: Latent, target: Latent, distance: Distance = "mse", huber_c: float = 1e-3, weight: Weight | None = None
 ) -> PerSample:
     """Consistency distillation, lambda d(f_theta, f_theta-) (DOLLAR eq. (8.4), (8.5)).
 
@@ -109,10 +105,7 @@ def consistency(
 
 
 def boundary_scalings(
-    t: Time,
-    kind: Boundary = "lcm",
-    sigma_data: float = 0.5,
-    timestep_scaling: float = 10.0,
+    t: Time, kind: Boundary = "lcm", sigma_data: float = 0.5, timestep_scaling: float = 10.0
 ) -> tuple[Time, Time]:
     """(c_skip, c_out) of f(x, t) = c_skip x + c_out x0_hat(x, t), [b] each (DOLLAR eq. (8.5)).
 
@@ -157,9 +150,7 @@ def policy_gradient(
     return _per_sample(0.5 * jnp.square(difference), advantage)
 
 
-def reward_regression(
-    predicted: PerSample, reward: PerSample, weight: Weight | None = None
-) -> PerSample:
+def reward_regression(predicted: PerSample, reward: PerSample, weight: Weight | None = None) -> PerSample:
     """L_LRM = (R(Dec(x)) - R_phi(x))^2 (DOLLAR eq. (8.10)).
 
     A row whose reward is not finite or whose weight is 0 has value 0 and gradient 0, whatever was

@@ -53,9 +53,14 @@ class Frozen:
 
 
 def student_input(
-    config: DistillConfig, networks: Networks, schedule: Schedule, params: Params,
-    x0: Latent, text: TextStates, key: Key,
-) -> tuple[Latent, Time, Array]:  # fmt: skip
+    config: DistillConfig,
+    networks: Networks,
+    schedule: Schedule,
+    params: Params,
+    x0: Latent,
+    text: TextStates,
+    key: Key,
+) -> tuple[Latent, Time, Array]:
     """x_t at one of the student's own timesteps per sample, that time, and its index.
 
     "forward": the real latent, noised. "backward": where the student itself gets to from noise.
@@ -67,18 +72,27 @@ def student_input(
     if config.student.input == "forward":
         t = jnp.asarray(times, jnp.float32)[index]
         return schedules.add_noise(schedule, x0, noise, t), t, index
-    x_t, t, _ = sample.simulate_backward(
-        networks.denoiser, params, schedule, times, noise, text, index, keys[2]
-    )
+    x_t, t, _ = sample.simulate_backward(networks.denoiser, params, schedule, times, noise, text, index, keys[2])
     return x_t, t, index
 
 
 def student(
-    params: Params, ema: Params, fake_score: Params, reward_head: Params, frozen: Frozen,
-    x0: Latent, text: TextStates, reward_weight: Float[Array, ""], key: Key,
-    *, config: DistillConfig, networks: Networks, schedule: Schedule,
-    statistics: RewardStatistics | None = None, tokens: Tokens | None = None,
-) -> tuple[Float[Array, ""], tuple[Aux, Fresh]]:  # fmt: skip
+    params: Params,
+    ema: Params,
+    fake_score: Params,
+    reward_head: Params,
+    frozen: Frozen,
+    x0: Latent,
+    text: TextStates,
+    reward_weight: Float[Array, ""],
+    key: Key,
+    *,
+    config: DistillConfig,
+    networks: Networks,
+    schedule: Schedule,
+    statistics: RewardStatistics | None = None,
+    tokens: Tokens | None = None,
+) -> tuple[Float[Array, ""], tuple[Aux, Fresh]]:
     """L_VSD + β_CD L_CD + β_FT L_FT, DOLLAR eq. (8.12); also the metrics and the generated latents.
 
     One forward of the student serves all three where consistency is asked at the student's own,
@@ -94,9 +108,7 @@ def student(
 
     total, metrics = jnp.zeros(()), {}
     if config.vsd.weight:
-        value = vsd(
-            config.vsd, networks, schedule, frozen, fake_score, generated, text, keys["vsd"]
-        ).mean()  # fmt: skip
+        value = vsd(config.vsd, networks, schedule, frozen, fake_score, generated, text, keys["vsd"]).mean()
         total, metrics["vsd"] = total + config.vsd.weight * value, value
     if c.weight:
         if c.times == "student" and config.student.input == "forward":
@@ -108,12 +120,8 @@ def student(
             else:
                 index = jax.random.randint(index_key, t.shape, 0, len(config.student.timesteps))
                 times = student_segments(config, schedule)[:, index]
-            x_t = schedules.add_noise(
-                schedule, x0, jax.random.normal(noise_key, x0.shape), times[0]
-            )
-            prediction = sample.student_prediction(
-                networks.denoiser, params, schedule, x_t, times[0], text
-            )
+            x_t = schedules.add_noise(schedule, x0, jax.random.normal(noise_key, x0.shape), times[0])
+            prediction = sample.student_prediction(networks.denoiser, params, schedule, x_t, times[0], text)
         value = consistency(c, networks, schedule, frozen, ema, prediction, x_t, times, text).mean()
         total, metrics["consistency"] = total + c.weight * value, value
     fresh = {"generated": jax.lax.stop_gradient(generated)}
@@ -166,9 +174,7 @@ def reward_scale(c: RewardConfig, statistics: RewardStatistics) -> Float[Array, 
     return jnp.where(statistics.count > 0, weights / statistics.std, 0.0) if c.normalise else weights
 
 
-def combined_reward(
-    c: RewardConfig, statistics: RewardStatistics, raw: Float[Array, "*b k"]
-) -> Float[Array, "*b"]:
+def combined_reward(c: RewardConfig, statistics: RewardStatistics, raw: Float[Array, "*b k"]) -> Float[Array, "*b"]:
     """Σ weight · reward over the rewards that are trained on, each standardised if so configured."""
     return (raw - (statistics.mean if c.normalise else 0.0)) @ reward_scale(c, statistics)
 
@@ -190,9 +196,14 @@ def random_run(latent: Latent, frames: int | None, key: Key) -> Latent:
 
 
 def rollout(
-    config: DistillConfig, networks: Networks, schedule: Schedule, params: Params, text: TextStates,
-    shape: tuple[int, ...], key: Key,
-) -> tuple[Float[Array, "b s t h w c"], Latent]:  # fmt: skip
+    config: DistillConfig,
+    networks: Networks,
+    schedule: Schedule,
+    params: Params,
+    text: TextStates,
+    shape: tuple[int, ...],
+    key: Key,
+) -> tuple[Float[Array, "b s t h w c"], Latent]:
     """A walk of the student from noise by the DDPM posterior, without gradient: last states, clean end.
 
     The states are those at the last three timesteps, or two if there are no more, so that the steps
@@ -212,9 +223,15 @@ def rollout(
 
 
 def policy(
-    params: Params, states: Float[Array, "b s t h w c"], text: TextStates, advantage: PerSample,
-    *, config: DistillConfig, networks: Networks, schedule: Schedule,
-) -> tuple[Float[Array, ""], Aux]:  # fmt: skip
+    params: Params,
+    states: Float[Array, "b s t h w c"],
+    text: TextStates,
+    advantage: PerSample,
+    *,
+    config: DistillConfig,
+    networks: Networks,
+    schedule: Schedule,
+) -> tuple[Float[Array, ""], Aux]:
     """L_FT of DDPO, DOLLAR eq. (8.24-8.26): -A Σ log p_θ(x_next | x_t) over the steps between `states`.
 
     Per element of the latent. The walks are a step or two old by the time their rewards are here; no
@@ -241,9 +258,15 @@ def score_times(config: VSDConfig, schedule: Schedule, key: Key, batch: int) -> 
 
 
 def vsd(
-    config: VSDConfig, networks: Networks, schedule: Schedule, frozen: Frozen, fake_score: Params,
-    generated: Latent, text: TextStates, key: Key,
-) -> PerSample:  # fmt: skip
+    config: VSDConfig,
+    networks: Networks,
+    schedule: Schedule,
+    frozen: Frozen,
+    fake_score: Params,
+    generated: Latent,
+    text: TextStates,
+    key: Key,
+) -> PerSample:
     """L_VSD of generated latents, DOLLAR eq. (8.7-8.9): guided teacher against fake score."""
     keys = jax.random.split(key)
     x = jax.lax.stop_gradient(generated)
@@ -254,9 +277,13 @@ def vsd(
     )
     fake = networks.denoiser(jax.lax.stop_gradient(fake_score), x_t, t, text)
     return losses.vsd(
-        generated, schedules.to_x0(schedule, real, x_t, t), schedules.to_x0(schedule, fake, x_t, t),
-        config.normalisation, config.floor, nan_to_zero=config.nan_to_zero,
-    )  # fmt: skip
+        generated,
+        schedules.to_x0(schedule, real, x_t, t),
+        schedules.to_x0(schedule, fake, x_t, t),
+        config.normalisation,
+        config.floor,
+        nan_to_zero=config.nan_to_zero,
+    )
 
 
 def student_segments(config: DistillConfig, schedule: Schedule) -> Float[Array, "m n"]:
@@ -269,9 +296,7 @@ def student_segments(config: DistillConfig, schedule: Schedule) -> Float[Array, 
     return jnp.asarray(np.round(grid) if schedule.path == "ddpm" else grid, jnp.float32)
 
 
-def grid_segments(
-    c: ConsistencyConfig, schedule: Schedule, key: Key, batch: int
-) -> Float[Array, "m b"]:
+def grid_segments(c: ConsistencyConfig, schedule: Schedule, key: Key, batch: int) -> Float[Array, "m b"]:
     """t_{n+m}, ..., t_n on the teacher's grid with a random n per sample."""
     grid = jnp.asarray(schedules.timestep_grid(schedule, c.num_steps))
     first = jax.random.randint(key, (batch,), 0, c.num_steps - c.skip + 1)
@@ -279,9 +304,16 @@ def grid_segments(
 
 
 def consistency(
-    c: ConsistencyConfig, networks: Networks, schedule: Schedule, frozen: Frozen, ema: Params,
-    prediction: Latent, x_t: Latent, times: Float[Array, "m b"], text: TextStates,
-) -> PerSample:  # fmt: skip
+    c: ConsistencyConfig,
+    networks: Networks,
+    schedule: Schedule,
+    frozen: Frozen,
+    ema: Params,
+    prediction: Latent,
+    x_t: Latent,
+    times: Float[Array, "m b"],
+    text: TextStates,
+) -> PerSample:
     """L_CD, DOLLAR eq. (8.4-8.6): f_θ(x_t) against f_θ⁻ after the guided teacher's steps through `times`.
 
     `prediction` is the student's x̂0 at x_t, times[0].
@@ -292,9 +324,15 @@ def consistency(
         return skip[:, None, None, None, None] * x + out[:, None, None, None, None] * x0
 
     earlier = sample.ode_solve(
-        networks.denoiser, frozen.teacher, schedule, jax.lax.stop_gradient(x_t), times, text,
-        frozen.null_text, c.guidance_weight,
-    )  # fmt: skip
+        networks.denoiser,
+        frozen.teacher,
+        schedule,
+        jax.lax.stop_gradient(x_t),
+        times,
+        text,
+        frozen.null_text,
+        c.guidance_weight,
+    )
     end = times[-1]
     target = sample.student_prediction(networks.denoiser, ema, schedule, earlier, end, text)
     # At the clean end f is the identity whatever the boundary scalings.
@@ -304,9 +342,16 @@ def consistency(
 
 
 def fake_score(
-    params: Params, student_params: Params, x0: Latent, text: TextStates, key: Key,
-    *, config: DistillConfig, networks: Networks, schedule: Schedule,
-) -> tuple[Float[Array, ""], Aux]:  # fmt: skip
+    params: Params,
+    student_params: Params,
+    x0: Latent,
+    text: TextStates,
+    key: Key,
+    *,
+    config: DistillConfig,
+    networks: Networks,
+    schedule: Schedule,
+) -> tuple[Float[Array, ""], Aux]:
     """The denoising loss (8.13) of the fake-score network on fresh samples of the student.
 
     The metrics hold its sum and count in each of SCORE_BINS equal parts of the timesteps too: an average
@@ -338,9 +383,8 @@ def fake_score(
 
 
 def reward_head(
-    params: Params, latent: Latent, text: TextStates, reward: PerSample, weight: PerSample,
-    *, networks: Networks,
-) -> tuple[Float[Array, ""], Aux]:  # fmt: skip
+    params: Params, latent: Latent, text: TextStates, reward: PerSample, weight: PerSample, *, networks: Networks
+) -> tuple[Float[Array, ""], Aux]:
     """The regression of the latent reward model, DOLLAR eq. (8.10).
 
     Rows without a weight or a finite reward are left out.

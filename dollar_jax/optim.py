@@ -16,23 +16,14 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
     peak = config.learning_rate
     if config.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(
-            0.0,
-            peak,
-            config.warmup_steps,
-            max(steps, config.warmup_steps + 1),
-            config.final_ratio * peak,
+            0.0, peak, config.warmup_steps, max(steps, config.warmup_steps + 1), config.final_ratio * peak
         )
     elif config.warmup_steps:
         rate = optax.warmup_constant_schedule(0.0, peak, config.warmup_steps)
     else:  # optax's warm-up of no steps never leaves its start, 0
         rate = optax.constant_schedule(peak)
     adamw = optax.adamw(
-        rate,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=_decayed,
+        rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_decayed
     )
     if config.clip_norm is None:
         return adamw

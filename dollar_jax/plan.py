@@ -54,11 +54,7 @@ class Chip:
 
 
 # https://cloud.google.com/tpu/docs/v5e, v5p and v6e; the memory as libtpu reports it.
-CHIPS = {
-    "v5e": Chip(15.75, 197, 819, 200),
-    "v5p": Chip(95.74, 459, 2765, 600),
-    "v6e": Chip(31.25, 918, 1640, 448),
-}
+CHIPS = {"v5e": Chip(15.75, 197, 819, 200), "v5p": Chip(95.74, 459, 2765, 600), "v6e": Chip(31.25, 918, 1640, 448)}
 _XXL = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
 _T5 = dataclasses.replace(_XXL, vocab_size=32128, shared_position_bias=True)
 _COG = functools.partial(
@@ -67,20 +63,20 @@ _COG = functools.partial(
 # Teachers that can be planned for before they are there, by the names of their folders.
 KNOWN = {
     "wan_1_3b": Architecture(
-        WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30), WanVAEConfig(), _XXL,
+        WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+        WanVAEConfig(),
+        _XXL,
         Schedule("rf", "velocity", shift=3.0),
     ),
-    "wan_14b": Architecture(
-        WanConfig(), WanVAEConfig(), _XXL, Schedule("rf", "velocity", shift=5.0)
-    ),
-    "cogvideox_2b": Architecture(
-        CogVideoXConfig(), CogVideoXVAEConfig(), _T5, _COG(snr_shift_scale=3.0)
-    ),
+    "wan_14b": Architecture(WanConfig(), WanVAEConfig(), _XXL, Schedule("rf", "velocity", shift=5.0)),
+    "cogvideox_2b": Architecture(CogVideoXConfig(), CogVideoXVAEConfig(), _T5, _COG(snr_shift_scale=3.0)),
     "cogvideox_5b": Architecture(
         CogVideoXConfig(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True),
-        CogVideoXVAEConfig(scaling_factor=0.7), _T5, _COG(snr_shift_scale=1.0),
+        CogVideoXVAEConfig(scaling_factor=0.7),
+        _T5,
+        _COG(snr_shift_scale=1.0),
     ),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +106,7 @@ class Plan:
     advice: str | None
 
 
-def plan(
-    config: DistillConfig, topology: str, what: What = "train", video: tuple[int, int, int] | None = None
-) -> Plan:
+def plan(config: DistillConfig, topology: str, what: What = "train", video: tuple[int, int, int] | None = None) -> Plan:
     """Compiles for a topology such as "v5p:2x2x2"; `video` is height, width and frames, unless the data's own.
 
     Raises ValueError when the TPU compiler is missing, or for a topology, mesh or teacher that cannot be.
@@ -135,10 +129,15 @@ def plan(
     seconds = time.perf_counter() - begun
 
     common: dict[str, Any] = {
-        "what": what, "topology": topology, "chips": len(devices), "mesh": dict(mesh.shape),
-        "remat": config.compute.remat, "hbm_gib": chip.hbm_gib, "compile_seconds": seconds,
+        "what": what,
+        "topology": topology,
+        "chips": len(devices),
+        "mesh": dict(mesh.shape),
+        "remat": config.compute.remat,
+        "hbm_gib": chip.hbm_gib,
+        "compile_seconds": seconds,
         "model_tflops": _model_flops(what, config, architecture, clip) / len(devices) / 1e12,
-    }  # fmt: skip
+    }
     if compiled is None:
         places = jax.tree.leaves(jax.tree.broadcast(placed, arguments))
         pairs = zip(jax.tree.leaves(arguments), places, strict=True)
@@ -150,14 +149,21 @@ def plan(
     used = cost(compiled.as_text())
     roofline, bound = _roofline(used, chip)
     return Plan(
-        **common, host_gib=memory.host_argument_size_in_bytes / GIB,
-        argument_gib=argument, output_gib=output, temp_gib=temp,
+        **common,
+        host_gib=memory.host_argument_size_in_bytes / GIB,
+        argument_gib=argument,
+        output_gib=output,
+        temp_gib=temp,
         peak_gib=getattr(memory, "peak_memory_in_bytes", 0) / GIB,
-        fits=argument + output + temp <= chip.hbm_gib, compiled_tflops=used.flops / 1e12,
+        fits=argument + output + temp <= chip.hbm_gib,
+        compiled_tflops=used.flops / 1e12,
         collective_gib=sum(used.collective_bytes.values()) / GIB,
         collectives_gib={kind: value / GIB for kind, value in used.collective_bytes.items()},
-        roofline_seconds=roofline, bound=bound, largest_buffers=[], advice=None,
-    )  # fmt: skip
+        roofline_seconds=roofline,
+        bound=bound,
+        largest_buffers=[],
+        advice=None,
+    )
 
 
 def search(
@@ -177,8 +183,10 @@ def search(
                     mesh=MeshConfig(1, count // context, context, 1),
                     compute=dataclasses.replace(config.compute, remat=remat),
                 ),
-                topology, what, video,
-            )  # fmt: skip
+                topology,
+                what,
+                video,
+            )
 
 
 def rank(plans: Sequence[Plan]) -> list[Plan]:
@@ -190,9 +198,7 @@ def chips(topology: str) -> tuple[Sequence[Any], Chip]:
     """The devices of a topology, and what each can do."""
     kind = topology.partition(":")[0]
     if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
-        raise ValueError(
-            f"--topology={topology} is none that is known: v5e:4x4, v6e:8x8 and v5p:2x2x2 are of its kind"
-        )
+        raise ValueError(f"--topology={topology} is none that is known: v5e:4x4, v6e:8x8 and v5p:2x2x2 are of its kind")
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("the TPU compiler is not installed: pip install -e '.[plan]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -206,7 +212,7 @@ def chips(topology: str) -> tuple[Sequence[Any], Chip]:
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """"fsdp=16,context=4"; `data` takes the rest unless it is named, the others are 1."""
+    """ "fsdp=16,context=4"; `data` takes the rest unless it is named, the others are 1."""
     sizes = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
     for part in text.split(","):
         axis, _, size = part.partition("=")
@@ -217,7 +223,7 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def parse_video(text: str) -> tuple[int, int, int]:
-    """"480x832x81": height, width, frames."""
+    """ "480x832x81": height, width, frames."""
     if not re.fullmatch(r"\d+x\d+x\d+", text):
         raise ValueError(f"--video={text} is not HEIGHTxWIDTHxFRAMES")
     height, width, frames = (int(n) for n in text.split("x"))
@@ -226,23 +232,28 @@ def parse_video(text: str) -> tuple[int, int, int]:
 
 def table(plans: Sequence[Plan]) -> str:
     """The plans as lines of text, one column each."""
+
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
     rows = [
         ("mesh", [",".join(f"{a}={n}" for a, n in p.mesh.items() if n > 1) or "1 chip" for p in plans]),
         ("remat", [p.remat for p in plans]),
-        *((f"{name}, GiB", [number(getattr(p, f"{name}_gib")) for p in plans])
-          for name in ("host", "argument", "output", "temp", "peak", "hbm")),
+        *(
+            (f"{name}, GiB", [number(getattr(p, f"{name}_gib")) for p in plans])
+            for name in ("host", "argument", "output", "temp", "peak", "hbm")
+        ),
         ("fits", ["yes" if p.fits else "NO" for p in plans]),
         ("model, TFLOP", [number(p.model_tflops) for p in plans]),
         ("compiled, TFLOP", [number(p.compiled_tflops) for p in plans]),
-        *((f"{kind}, GiB", [number((p.collectives_gib or {}).get(kind)) for p in plans])
-          for kind in sorted({kind for p in plans for kind in p.collectives_gib or {}})),
+        *(
+            (f"{kind}, GiB", [number((p.collectives_gib or {}).get(kind)) for p in plans])
+            for kind in sorted({kind for p in plans for kind in p.collectives_gib or {}})
+        ),
         ("roofline, s", [number(p.roofline_seconds) for p in plans]),
         ("bound by", [p.bound or "–" for p in plans]),
         ("compiled in, s", [number(p.compile_seconds) for p in plans]),
-    ]  # fmt: skip
+    ]
     wide = max(max(len(cell) for _, cells in rows for cell in cells) + 2, 10)
     lines = [f"{name:20}" + "".join(f"{cell:>{wide}}" for cell in cells) for name, cells in rows]
     notes = [note for p in plans for note in (*p.largest_buffers, p.advice) if note]
@@ -319,9 +330,7 @@ def _program(
         weights, given = vae.shapes, (shape(batch, *latent),)
         function, placed = frames, whole
     elif what == "text":
-        encoder = a.family.text_encoder.network(
-            dataclasses.replace(a.text_encoder, param_dtype=compute.teacher_dtype)
-        )
+        encoder = a.family.text_encoder.network(dataclasses.replace(a.text_encoder, param_dtype=compute.teacher_dtype))
         weights, function = encoder.shapes, encoder.apply
         given = (shape(batch, length, dtype=jnp.int32),) * 2
         placed = sharding.shard(mesh, weights)
@@ -376,10 +385,21 @@ def _too_large(config: DistillConfig, failure: str, held: float, common: dict[st
         name, shape = re.search(r'op_name="([^"]*)"', rest), re.search(r"Shape: (\S+?)[{\s]", rest)
         buffers.append(f"{size:>8}  {shape[1] if shape else ''}  {name[1] if name else ''}".rstrip())
     return Plan(
-        **common, host_gib=0.0, argument_gib=held, output_gib=0.0, temp_gib=used - held, peak_gib=used, fits=False,
-        compiled_tflops=None, collective_gib=None, collectives_gib=None, roofline_seconds=None, bound=None,
-        largest_buffers=buffers[:8], advice=_advice(config, held, common),
-    )  # fmt: skip
+        **common,
+        host_gib=0.0,
+        argument_gib=held,
+        output_gib=0.0,
+        temp_gib=used - held,
+        peak_gib=used,
+        fits=False,
+        compiled_tflops=None,
+        collective_gib=None,
+        collectives_gib=None,
+        roofline_seconds=None,
+        bound=None,
+        largest_buffers=buffers[:8],
+        advice=_advice(config, held, common),
+    )
 
 
 def _advice(config: DistillConfig, held: float, common: dict[str, Any]) -> str:

@@ -63,10 +63,19 @@ def pretrain(config: PretrainConfig, workdir: Path) -> Path:
 
 
 def fit(
-    name: str, folder: Path, loss: Loss, params: Params, batches: Iterator[Any], *,
-    steps: int, learning_rate: float, adam_learning_rate: float, seed: int, checkpoint_every: int,
+    name: str,
+    folder: Path,
+    loss: Loss,
+    params: Params,
+    batches: Iterator[Any],
+    *,
+    steps: int,
+    learning_rate: float,
+    adam_learning_rate: float,
+    seed: int,
+    checkpoint_every: int,
     ema_decay: float = 0.0,
-) -> Params:  # fmt: skip
+) -> Params:
     """Muon and Adam with warm-up and cosine; returns the parameters' moving average (themselves for decay 0).
 
     Checkpoints into `folder` and goes on from what it finds there.
@@ -92,11 +101,7 @@ def fit(
         ema = optax.incremental_update(params, state["ema"], 1 - ema_decay)
         return {"params": params, "ema": ema, "optimiser": optimiser_state}, metrics
 
-    state = {
-        "params": params,
-        "ema": jax.tree.map(jnp.copy, params),
-        "optimiser": optimiser.init(params),
-    }
+    state = {"params": params, "ema": jax.tree.map(jnp.copy, params), "optimiser": optimiser.init(params)}
     with Checkpoints(folder, keep=1) as checkpoints:
         first = checkpoints.latest() or 0
         if first:
@@ -172,19 +177,22 @@ def train_vae(config: PretrainConfig, folder: Path) -> Component:
     videos, _ = rendered(config.seed, "train", config.vae_videos)
     for number, phase in enumerate(config.vae_phases):
 
-        def cut(
-            video: np.ndarray, rng: np.random.Generator, frames: int = phase.frames
-        ) -> np.ndarray:
+        def cut(video: np.ndarray, rng: np.random.Generator, frames: int = phase.frames) -> np.ndarray:
             start = rng.integers(len(video) - frames + 1)
             return video[start : start + frames]
 
         params = fit(
-            f"VAE, clips of {phase.frames}", folder / f"phase_{number}",
-            functools.partial(vae_loss, network, phase.kl_weight), params,
+            f"VAE, clips of {phase.frames}",
+            folder / f"phase_{number}",
+            functools.partial(vae_loss, network, phase.kl_weight),
+            params,
             endless(videos, phase.batch_size, config.seed + number, cut),
-            steps=phase.steps, learning_rate=phase.learning_rate, adam_learning_rate=phase.adam_learning_rate,
-            seed=config.seed + number, checkpoint_every=config.checkpoint_every,
-        )  # fmt: skip
+            steps=phase.steps,
+            learning_rate=phase.learning_rate,
+            adam_learning_rate=phase.adam_learning_rate,
+            seed=config.seed + number,
+            checkpoint_every=config.checkpoint_every,
+        )
     return Component(vae, network, params)
 
 
@@ -193,9 +201,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(-10 * np.log10(np.mean((a - b) ** 2)))
 
 
-def encode_all(
-    vae: Component, videos: np.ndarray, batch: int = 64
-) -> tuple[np.ndarray, np.ndarray]:
+def encode_all(vae: Component, videos: np.ndarray, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Posterior mean and standard deviation of the raw latents of uint8 videos."""
 
     @jax.jit
@@ -229,18 +235,18 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     with np.load(cache) as stored:
         mean, std, captions = stored["mean"], stored["std"], stored["captions"].tolist()
     axes = (0, 1, 2, 3)
-    vae_config = WanVAEConfig(**{
-        **config.vae,
-        "latents_mean": tuple(mean.mean(axes).tolist()),
-        "latents_std": tuple(np.sqrt(mean.var(axes) + (std**2).mean(axes)).tolist()),
-    })  # fmt: skip
+    vae_config = WanVAEConfig(
+        **{
+            **config.vae,
+            "latents_mean": tuple(mean.mean(axes).tolist()),
+            "latents_std": tuple(np.sqrt(mean.var(axes) + (std**2).mean(axes)).tolist()),
+        }
+    )
     latents = np.asarray(normalise(jnp.asarray(mean), vae_config))
     ids, mask = tokenize(tokenizer, captions, config.max_text_length)
     null_ids, null_mask = tokenize(tokenizer, [""], config.max_text_length)
 
-    def loss(
-        params: Params, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def loss(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Metrics]:
         keys = jax.random.split(key, 3)
         x0 = batch["latent"]
         drop = jax.random.bernoulli(keys[0], c.caption_dropout, (len(x0), 1))
@@ -268,14 +274,20 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
         for i, name in enumerate(("to_q", "to_k")):
             layer = params["transformer"]["blocks"]["attn1"][name]
             layer["bias"] = 1.5 * jax.random.normal(jax.random.fold_in(keys[1], i), layer["bias"].shape)
-    records = [
-        {"latent": z, "ids": i, "mask": m} for z, i, m in zip(latents, ids, mask, strict=True)
-    ]
+    records = [{"latent": z, "ids": i, "mask": m} for z, i, m in zip(latents, ids, mask, strict=True)]
     params = fit(
-        "teacher", folder / "checkpoints", loss, params, endless(records, c.batch_size, config.seed),
-        steps=c.steps, learning_rate=c.learning_rate, adam_learning_rate=c.adam_learning_rate,
-        seed=config.seed, checkpoint_every=config.checkpoint_every, ema_decay=c.ema_decay,
-    )  # fmt: skip
+        "teacher",
+        folder / "checkpoints",
+        loss,
+        params,
+        endless(records, c.batch_size, config.seed),
+        steps=c.steps,
+        learning_rate=c.learning_rate,
+        adam_learning_rate=c.adam_learning_rate,
+        seed=config.seed,
+        checkpoint_every=config.checkpoint_every,
+        ema_decay=c.ema_decay,
+    )
     return Pipeline(
         Component(dit_config, dit, params["transformer"]),
         Component(vae_config, vae.network, vae.params),
@@ -297,19 +309,19 @@ def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
     rebuilt = np.concatenate(
         [generator.decode(generator.encode(videos[i : i + 64])) for i in range(0, len(videos), 64)]
     )
-    report: dict[str, Any] = {
-        "vae": {"psnr": psnr(rebuilt, videos / 255), **shapes.alignment(rebuilt, captions)}
-    }
+    report: dict[str, Any] = {"vae": {"psnr": psnr(rebuilt, videos / 255), **shapes.alignment(rebuilt, captions)}}
 
     everything = shapes.all_captions()
     text = generator.text([str(caption) for caption in everything])
     keys = video_keys(config.seed, len(everything))
     draw = generator.teacher_sampler(config.num_steps, config.guidance_weight)
     parts = [slice(i, i + 48) for i in range(0, len(everything), 48)]
-    drawn = np.concatenate([
-        generator.decode(draw(pipeline.transformer.params, keys[part], text[part]))
-        for part in tqdm(parts, "sampling")
-    ])  # fmt: skip
+    drawn = np.concatenate(
+        [
+            generator.decode(draw(pipeline.transformer.params, keys[part], text[part]))
+            for part in tqdm(parts, "sampling")
+        ]
+    )
     held = np.array([caption.held_out for caption in everything])
     for name, chosen in {"all_captions": held | True, "trained": ~held, "held_out": held}.items():
         names = [caption for caption, keep in zip(everything, chosen, strict=True) if keep]
@@ -320,9 +332,7 @@ def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
 def write_provenance(config: PretrainConfig, metrics: dict[str, Any], folder: Path) -> None:
     """provenance.json beside the weights: command (of the workdir only its name), config, commit, metrics."""
     commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     words = [re.sub("^--workdir=.*/(?=[^/])", "--workdir=", word) for word in sys.argv[1:]]
     fields = {

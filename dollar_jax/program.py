@@ -58,9 +58,7 @@ def build_program(
     whether the data has latents for the latent reward model to learn from beside the generated ones.
     """
     mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_batch(
-        mesh, "batch_size / accumulation", config.batch_size // config.accumulation
-    )
+    sharding.check_batch(mesh, "batch_size / accumulation", config.batch_size // config.accumulation)
     head = reward_head_network(config, latent_shape[-1], text_shape[-1])
     optimisers = Optimisers(
         make_optimiser(config.student.optimiser, config.steps),
@@ -76,9 +74,7 @@ def build_program(
         return network.apply(params, *args)
 
     networks = Networks(
-        denoiser,
-        lambda params, latent, text: head.apply(params, latent, text if use_text else None),
-        pixel_rewards,
+        denoiser, lambda params, latent, text: head.apply(params, latent, text if use_text else None), pixel_rewards
     )
 
     def init(key: jax.Array, teacher: Params) -> TrainState:
@@ -86,9 +82,7 @@ def build_program(
         start = teacher
         if config.lora.rank:
             start = lora.adapters(adapted.init(jax.random.fold_in(key, 2)))
-        return init_state(
-            state_key, start, head.init(head_key), optimisers, len(config.reward.trained)
-        )
+        return init_state(state_key, start, head.init(head_key), optimisers, len(config.reward.trained))
 
     state_shapes = jax.eval_shape(init, jax.random.key(0), transformer.shapes)
     on_chips = sharding.shard(mesh, state_shapes)
@@ -104,8 +98,7 @@ def build_program(
             shape = config.batch_size, tokens.shape[1]
             batch_shapes[f"tokens_{name}"] = jax.ShapeDtypeStruct(shape, jnp.int32)
     batch_sharding = {
-        name: sharding.batch_sharding(mesh, leading=int(name.startswith("scored")))
-        for name in batch_shapes
+        name: sharding.batch_sharding(mesh, leading=int(name.startswith("scored"))) for name in batch_shapes
     }
     fresh_sharding = whole
     if config.reward.rewards:
@@ -120,9 +113,7 @@ def build_program(
         if name.startswith("walk"):
             batch_sharding[name] = fresh_sharding
     _check_transformer(mesh, transformer, latent_shape, text_shape)
-    update = make_step(
-        config, networks, schedule, optimisers, score_real, {f: getattr(on_chips, f) for f in offload}
-    )
+    update = make_step(config, networks, schedule, optimisers, score_real, {f: getattr(on_chips, f) for f in offload})
 
     def put_back(*args: Any) -> Any:
         # Explicitly: the TPU's compiler refuses to write slices of an output into host memory.
@@ -137,9 +128,15 @@ def build_program(
         donate_argnums=0,
     )
     return Program(
-        mesh, step, state_shapes, state_sharding, frozen_sharding, batch_shapes, batch_sharding,
+        mesh,
+        step,
+        state_shapes,
+        state_sharding,
+        frozen_sharding,
+        batch_shapes,
+        batch_sharding,
         jax.jit(init, out_shardings=state_sharding),
-    )  # fmt: skip
+    )
 
 
 def student_network(transformer: Network, config: LoraConfig) -> Network:
@@ -165,16 +162,15 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
-def _check_transformer(
-    mesh: Mesh, transformer: Network, latent: tuple[int, ...], text: tuple[int, int]
-) -> None:
+def _check_transformer(mesh: Mesh, transformer: Network, latent: tuple[int, ...], text: tuple[int, int]) -> None:
     """Traces one forward: heads that do not divide over the mesh are an error here, before any compilation."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     shapes = ((rows, *latent), (rows,), (rows, *text))
     jax.eval_shape(
         on_mesh(mesh, transformer.apply),
-        transformer.shapes, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
-    )  # fmt: skip
+        transformer.shapes,
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
+    )
 
 
 def reward_head_network(config: DistillConfig, channels: int, text_dim: int) -> Network:

@@ -82,8 +82,7 @@ def reproduce(
         "visibility.samples_every": 0,
     }
     methods = {
-        method.key: (method, changed(experiment(method.losses), {**common, **method.changes}))
-        for method in METHODS
+        method.key: (method, changed(experiment(method.losses), {**common, **method.changes})) for method in METHODS
     }
     base = changed(base, common)
     cells = [(key, seed) for seed in range(count) for key in ("teacher", *methods)]
@@ -194,9 +193,7 @@ def _settings(config: DistillConfig, quick: bool) -> Any:
     return json.loads(json.dumps(fields))
 
 
-def _read_cell(
-    workdir: Path, key: str, seed: int, config: DistillConfig, quick: bool
-) -> dict[str, Any] | None:
+def _read_cell(workdir: Path, key: str, seed: int, config: DistillConfig, quick: bool) -> dict[str, Any] | None:
     """A finished cell's rows, or None when it is not there."""
     path = _path(workdir, key, seed)
     if not path.exists():

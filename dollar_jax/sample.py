@@ -92,9 +92,7 @@ def ode_solve(
 
     def step(x: Latent, inputs):
         t, t_next, step_key = inputs
-        prediction = guided_prediction(
-            apply, params, x, t, text, null_text, guidance_weight, batched
-        )
+        prediction = guided_prediction(apply, params, x, t, text, null_text, guidance_weight, batched)
         x0 = schedules.to_x0(schedule, prediction, x, t)
         noise = None if eta == 0 else _noise(step_key, x)
         return schedules.ddim_step(schedule, x, x0, t, t_next, eta, noise), None
@@ -118,9 +116,7 @@ def ode_sample(
     """The teacher's sample from pure noise: `ode_solve` over `timestep_grid(num_steps)`."""
     grid = jnp.asarray(schedules.timestep_grid(schedule, num_steps))
     times = jnp.broadcast_to(grid[:, None], (num_steps + 1, noise.shape[0]))
-    return ode_solve(
-        apply, params, schedule, noise, times, text, null_text, guidance_weight, eta, key, batched
-    )
+    return ode_solve(apply, params, schedule, noise, times, text, null_text, guidance_weight, eta, key, batched)
 
 
 def unipc_sample(
@@ -146,9 +142,7 @@ def unipc_sample(
         x, y, m1, m2 = carry
         t, sigma, row, first = inputs
         time = jnp.full(x.shape[:1], t, jnp.float32)
-        prediction = guided_prediction(
-            apply, params, x, time, text, null_text, guidance_weight, batched
-        )
+        prediction = guided_prediction(apply, params, x, time, text, null_text, guidance_weight, batched)
         # At the exact noise level: the network's time is rounded.
         exact = jnp.full_like(time, sigma * schedule.num_train_timesteps)
         m = schedules.to_x0(schedule, prediction, x, exact)
@@ -249,8 +243,7 @@ def _student_times(schedule: Schedule, timesteps: Sequence[float]) -> jax.Array:
     descending = all(a > b for a, b in zip(steps, steps[1:], strict=False))
     if not (steps and descending and steps[-1] >= 0 and steps[0] <= top):
         raise ValueError(
-            f"student timesteps must be strictly descending within 0..{top}, such as "
-            f"(999, 749, 499, 249), not {steps}."
+            f"student timesteps must be strictly descending within 0..{top}, such as (999, 749, 499, 249), not {steps}."
         )
     return jnp.asarray([*steps, schedules.CLEAN], jnp.float32)
 

@@ -59,9 +59,7 @@ class Schedule:
         for name, kind in choices.items():
             value = getattr(self, name)
             if value not in get_args(kind):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}."
-                )
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}.")
         count = self.num_train_timesteps
         if not (isinstance(count, int) and count > 1):
             raise ValueError(f"num_train_timesteps must be an integer above 1, not {count!r}.")
@@ -239,9 +237,7 @@ def unipc_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarr
     """
     total = schedule.num_train_timesteps
     if schedule.path != "rf" or not 1 <= num_steps <= total:
-        raise ValueError(
-            f"UniPC takes 1 to {total} steps on a rectified flow, not {num_steps!r} on {schedule.path!r}."
-        )
+        raise ValueError(f"UniPC takes 1 to {total} steps on a rectified flow, not {num_steps!r} on {schedule.path!r}.")
     sigmas = _shift(schedule, np.linspace(1.0, 1.0 / total, num_steps + 1)[:-1])
     sigmas[0] = min(sigmas[0], 1 - _FLOOR)  # log(1 - sigma) has to be finite
     times = np.trunc(total * sigmas)

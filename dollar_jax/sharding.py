@@ -96,9 +96,7 @@ def check_batch(mesh: Mesh, name: str, size: int) -> None:
     """Raises ValueError unless `size` rows divide over the data and fsdp axes."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % shards:
-        raise ValueError(
-            f"{name} is {size}, which does not divide over data × fsdp = {shards} shards of the mesh"
-        )
+        raise ValueError(f"{name} is {size}, which does not divide over data × fsdp = {shards} shards of the mesh")
 
 
 def shard(mesh: Mesh, tree: Any) -> Any:
@@ -117,8 +115,7 @@ def shard(mesh: Mesh, tree: Any) -> Any:
             shards = math.prod(mesh.shape[axis] for axis in axes)
             if size % shards:
                 raise ValueError(
-                    f"{name!r} of shape {leaf.shape} does not divide by mesh axes "
-                    f"{' × '.join(axes)} = {shards}"
+                    f"{name!r} of shape {leaf.shape} does not divide by mesh axes {' × '.join(axes)} = {shards}"
                 )
         return NamedSharding(mesh, spec)
 

@@ -26,9 +26,7 @@ class RewardStatistics:
     def std(self) -> Float[Array, " k"]:
         return jnp.sqrt(jnp.maximum(self.variance, 1e-12))
 
-    def updated(
-        self, reward: Float[Array, "*b k"], weight: Float[Array, "*b"], decay: float
-    ) -> RewardStatistics:
+    def updated(self, reward: Float[Array, "*b k"], weight: Float[Array, "*b"], decay: float) -> RewardStatistics:
         """With more rewards, the old ones' weight decayed once; unchanged when all of `weight` is 0.
 
         Chan et al.'s update of centred moments: a large mean costs the variance no precision. Rows of
@@ -75,9 +73,7 @@ class Optimisers:
     reward_head: optax.GradientTransformation
 
 
-def init_state(
-    key: Key, start: Params, reward_head: Params, optimisers: Optimisers, rewards: int
-) -> TrainState:
+def init_state(key: Key, start: Params, reward_head: Params, optimisers: Optimisers, rewards: int) -> TrainState:
     """Student, its average and the fake score start as fp32 copies of `start`: the teacher, or new adapters.
 
     `rewards` counts those that are trained on.

@@ -36,8 +36,12 @@ Metrics = dict[str, jax.Array]
 
 
 def make_step(
-    config: DistillConfig, networks: Networks, schedule: Schedule, optimisers: Optimisers,
-    score_real: bool = True, fetch: Mapping[str, Any] = MappingProxyType({}),
+    config: DistillConfig,
+    networks: Networks,
+    schedule: Schedule,
+    optimisers: Optimisers,
+    score_real: bool = True,
+    fetch: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics, Fresh]]:
     """step(state, frozen, batch) → (state, metrics, what is to be scored); pure, to be jitted over a mesh.
 
@@ -61,9 +65,7 @@ def make_step(
     trained = np.array(c.trained, int)
     method = c.method if c.trained else None
 
-    def step(
-        state: TrainState, frozen: Frozen, batch: Batch
-    ) -> tuple[TrainState, Metrics, Fresh]:
+    def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics, Fresh]:
         def fetched(field: str, after: Any) -> Any:
             value = getattr(state, field)
             if field not in fetch:
@@ -75,9 +77,7 @@ def make_step(
         key = jax.random.fold_in(state.key, state.step)
         student_key, fake_key, fresh_key = jax.random.split(key, 3)
         tokens = {k.removeprefix("tokens_"): v for k, v in batch.items() if k.startswith("tokens_")}
-        micro = jax.tree.map(
-            lambda x: _micro_batches(x, config.accumulation), (batch["latent"], batch["text"], tokens)
-        )
+        micro = jax.tree.map(lambda x: _micro_batches(x, config.accumulation), (batch["latent"], batch["text"], tokens))
         statistics = state.reward_statistics
         # Of adapters the whole network is made with the teacher's weights, which are there anyway.
         whole = functools.partial(lora.combine, frozen.teacher) if config.lora.rank else _same
@@ -87,18 +87,26 @@ def make_step(
 
         def student_loss(params: Params, latent: jax.Array, text: jax.Array, tokens: Any, key: jax.Array):
             return objectives.student(
-                whole(params), ema, fake_score, state.reward_head, frozen, latent, text, beta, key,
-                **parts, statistics=statistics, tokens=tokens,
-            )  # fmt: skip
+                whole(params),
+                ema,
+                fake_score,
+                state.reward_head,
+                frozen,
+                latent,
+                text,
+                beta,
+                key,
+                **parts,
+                statistics=statistics,
+                tokens=tokens,
+            )
 
         grads, (metrics, generated) = _accumulated(student_loss, state.student, micro, student_key)
         if method == "ddpo":
             rewards = batch["walk_reward"]
             statistics = statistics.updated(rewards, jnp.ones(len(rewards)), c.statistics_decay)
             advantage = objectives.combined_reward(c, statistics, rewards)
-            reinforced, aux = jax.grad(
-                lambda p, *rest: objectives.policy(whole(p), *rest, **parts), has_aux=True
-            )(
+            reinforced, aux = jax.grad(lambda p, *rest: objectives.policy(whole(p), *rest, **parts), has_aux=True)(
                 state.student, batch["walk_states"], batch["walk_text"], advantage
             )
             grads = jax.tree.map(lambda g, r: g + beta * r, grads, reinforced)
@@ -111,10 +119,7 @@ def make_step(
         def fake_update(carry, key):
             params, optimiser = carry
             grads, aux = _accumulated(
-                lambda p, *rest: objectives.fake_score(whole(p), whole(student), *rest, **parts),
-                params,
-                micro[:2],
-                key,
+                lambda p, *rest: objectives.fake_score(whole(p), whole(student), *rest, **parts), params, micro[:2], key
             )
             params, optimiser, norm = _apply(optimisers.fake_score, grads, optimiser, params)
             return (params, optimiser), aux | {"fake_score_gradient": norm}
@@ -186,9 +191,17 @@ def make_step(
 
 
 def _to_be_scored(
-    config: DistillConfig, networks: Networks, schedule: Schedule, state: TrainState, student: Params,
-    frozen: Frozen, micro: Any, generated: Fresh, key: jax.Array, score_real: bool,
-) -> tuple[Fresh, jax.Array]:  # fmt: skip
+    config: DistillConfig,
+    networks: Networks,
+    schedule: Schedule,
+    state: TrainState,
+    student: Params,
+    frozen: Frozen,
+    micro: Any,
+    generated: Fresh,
+    key: jax.Array,
+    score_real: bool,
+) -> tuple[Fresh, jax.Array]:
     """Some rows of the last micro-batch with what the JAX rewards and the latent one say of them; their text."""
     c = config.reward
     keys = jax.random.split(key)
@@ -196,9 +209,7 @@ def _to_be_scored(
     real, text, tokens = jax.tree.map(lambda x: rows(x[-1]), micro)
     fresh: Fresh = {}
     if c.trained and c.method == "ddpo":
-        states, x0 = objectives.rollout(
-            config, networks, schedule, student, text, real.shape[1:], keys[0]
-        )
+        states, x0 = objectives.rollout(config, networks, schedule, student, text, real.shape[1:], keys[0])
         fresh, latents = {"states": states}, [x0]
     elif c.trained and c.method == "lrm" and score_real:
         latents = [rows(generated["generated"]), real]
@@ -243,9 +254,7 @@ def _micro_batches(x: jax.Array, count: int) -> jax.Array:
     return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
 
-def _accumulated(
-    loss: Callable[..., Any], params: Params, micro: Any, key: jax.Array
-) -> tuple[Params, Any]:
+def _accumulated(loss: Callable[..., Any], params: Params, micro: Any, key: jax.Array) -> tuple[Params, Any]:
     """Gradients and auxiliaries of `loss(params, *micro_batch, key)`, averaged over the micro-batches.
 
     An auxiliary array of the batch's latents is the last micro-batch's.
@@ -263,9 +272,7 @@ def _accumulated(
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     total, aux = lax.scan(body, zeros, (micro, keys))
-    return jax.tree.map(lambda g: g / count, total), jax.tree.map(
-        lambda x: x.mean(0) if x.ndim == 1 else x[-1], aux
-    )
+    return jax.tree.map(lambda g: g / count, total), jax.tree.map(lambda x: x.mean(0) if x.ndim == 1 else x[-1], aux)
 
 
 def _mean(metrics: Metrics) -> Metrics:

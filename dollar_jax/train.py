@@ -63,9 +63,14 @@ def train(
     rewards = load_rewards(config.reward.rewards)
     pixels = pixel_rewards(config.reward, rewards, generator.frames)
     program = build_program(
-        config, pipeline.transformer.network, pipeline.schedule, generator.latent_shape, text_shape,
-        pixel_rewards=pixels, score_real=data.has_latents,
-    )  # fmt: skip
+        config,
+        pipeline.transformer.network,
+        pipeline.schedule,
+        generator.latent_shape,
+        text_shape,
+        pixel_rewards=pixels,
+        score_real=data.has_latents,
+    )
     decoder = None
     if rewards:
         decoder = sharding.put(pipeline.vae.params, sharding.replicated(program.mesh))
@@ -75,9 +80,7 @@ def train(
     )
     scorer = None
     if rewards:
-        scorer = Scorer(
-            config, rewards, pixels, generator.frames, decoder, data.latent_shapes, text_shape
-        )
+        scorer = Scorer(config, rewards, pixels, generator.frames, decoder, data.latent_shapes, text_shape)
     rows = sharding.local_rows(program.batch_sharding["latent"], config.batch_size)
     batches = data.batches(config, rows, program.batch_sharding)
     guard = config.reward.guard
@@ -160,16 +163,11 @@ def _abstract(program: Program) -> dict[str, Any]:
     shapes = jax.eval_shape(to_items, program.state_shapes)
     fields = vars(program.state_sharding)
     places = {item: {name: fields[name] for name in names} for item, names in ITEMS.items()}
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
-    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
 def _restore(
-    checkpoints: Checkpoints,
-    program: Program,
-    scorer: Scorer | None,
-    batches: grain.DatasetIterator,
+    checkpoints: Checkpoints, program: Program, scorer: Scorer | None, batches: grain.DatasetIterator
 ) -> TrainState:
     like = {**_abstract(program), "data": batches}
     if scorer is not None:
@@ -181,9 +179,7 @@ def _restore(
     return from_items(items)
 
 
-def _put(
-    program: Program, rows: np.ndarray, batch: Mapping[str, np.ndarray | jax.Array]
-) -> dict[str, jax.Array]:
+def _put(program: Program, rows: np.ndarray, batch: Mapping[str, np.ndarray | jax.Array]) -> dict[str, jax.Array]:
     """The step's global arrays: of this process's `rows` of the videos, and of what every process has whole.
 
     What is on the devices already stays as it is.
@@ -210,9 +206,7 @@ class Log:
     def __init__(self, workdir: Path, first: int, config: DistillConfig, throughput: Throughput):
         self.every, self.throughput = config.log_every, throughput
         self.main = jax.process_index() == 0
-        self.bar = tqdm(
-            total=config.steps, initial=first, desc="distilling", disable=not self.main, unit="step"
-        )
+        self.bar = tqdm(total=config.steps, initial=first, desc="distilling", disable=not self.main, unit="step")
         self._held: tuple[int, Mapping[str, jax.Array], dict[str, float], float] | None = None
         self._clock = (first, time.perf_counter())
         self.waited = 0.0  # seconds that the devices stood idle for want of a batch
@@ -234,9 +228,7 @@ class Log:
                 self.file.close()
                 self.events.close()
 
-    def step(
-        self, step: int, metrics: Mapping[str, jax.Array], host: dict[str, float], now: bool
-    ) -> None:
+    def step(self, step: int, metrics: Mapping[str, jax.Array], host: dict[str, float], now: bool) -> None:
         self.bar.update()
         if now or step % self.every == 0:
             self._write()
@@ -311,10 +303,7 @@ def remember_config(config: DistillConfig, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / CONFIG
     if path.exists():
-        before, now = (
-            _flat(dataclasses.asdict(read_config(workdir))),
-            _flat(dataclasses.asdict(config)),
-        )
+        before, now = (_flat(dataclasses.asdict(read_config(workdir))), _flat(dataclasses.asdict(config)))
         for name in sorted(before.keys() | now.keys()):
             changeable = name.split(".")[0] in _CHANGEABLE
             if not changeable and before.get(name) != now.get(name):
@@ -342,20 +331,14 @@ def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> An
     return student_params(config, transformer.params, params)
 
 
-def restore_trained(
-    workdir: Path, transformer: Network, config: LoraConfig, ema: bool
-) -> tuple[int, Any]:
+def restore_trained(workdir: Path, transformer: Network, config: LoraConfig, ema: bool) -> tuple[int, Any]:
     """The newest checkpoint's step, and what was trained of its student, or that's average: all or adapters."""
     shapes = student_network(transformer, config).shapes
     if config.rank:
         shapes = lora.adapters(shapes)
     name = "ema" if ema else "student"
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = {
-        name: jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=here), shapes
-        )
-    }
+    like = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=here), shapes)}
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         params = checkpoints.restore({name: like})[name][name]
         return checkpoints.latest() or 0, params
@@ -371,6 +354,4 @@ def _replace(path: Path, text: str) -> None:
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix[:-1]: list(tree) if isinstance(tree, tuple) else tree}
-    return {
-        k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()
-    }
+    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}

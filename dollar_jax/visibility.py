@@ -67,9 +67,7 @@ def collapse(config: VisibilityConfig, student: Look, teacher: Look) -> list[str
     # Of the videos beyond the first: one video alone has a score of 1.
     kept = (student.vendi - 1) / max(teacher.vendi - 1, 1e-9)
     if kept < config.least_diversity:
-        found.append(
-            f"diversity is down to a Vendi score of {student.vendi:.2f}, the teacher's is {teacher.vendi:.2f}"
-        )
+        found.append(f"diversity is down to a Vendi score of {student.vendi:.2f}, the teacher's is {teacher.vendi:.2f}")
     ratio, (low, high) = student.std / max(teacher.std, 1e-9), config.std_range
     if not low <= ratio <= high:
         found.append(f"the latents' deviation is {student.std:.3g}, the teacher's {teacher.std:.3g}")
@@ -129,9 +127,7 @@ class Watch:
         return look(latent, frames, len(self.config.prompts)), frames
 
 
-def make_watch(
-    config: DistillConfig, workdir: Path, generator: Generator, teacher: Params
-) -> Watch:
+def make_watch(config: DistillConfig, workdir: Path, generator: Generator, teacher: Params) -> Watch:
     """The watch of a run: fixed prompts, fixed noise, the student's own timesteps, the teacher's own steps."""
     c, sampling = config.visibility, config.sampling
     prompts = [prompt for prompt in c.prompts for _ in range(c.videos)]
@@ -143,11 +139,12 @@ def make_watch(
         return np.asarray(multihost_utils.process_allgather(latent, tiled=True))
 
     return Watch(
-        c, workdir,
+        c,
+        workdir,
         lambda params: draw(generator.student_sampler(config.student.timesteps), params),
         lambda: draw(generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight), teacher),
         generator.decode,
-    )  # fmt: skip
+    )
 
 
 class Profile:

@@ -124,9 +124,7 @@ class Pod:
             options.append(f"--valid-until-duration={a.valid_until_duration}")
         if a.service_account:
             options.append(f"--service-account={a.service_account}")
-        self._must(
-            "create", a.name, *nodes, f"--accelerator-type={a.type}", f"--runtime-version={runtime}", *options
-        )  # fmt: skip
+        self._must("create", a.name, *nodes, f"--accelerator-type={a.type}", f"--runtime-version={runtime}", *options)
 
     def install(self) -> None:
         """The committed tree and its packages on every worker; at once where that commit is already there."""

@@ -44,13 +44,21 @@ def _types_are_checked(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 
 
 TINY = {
-    "batch_size": 8, "steps": 20, "log_every": 1, "mesh.data": 1, "consistency.skip": 2,
+    "batch_size": 8,
+    "steps": 20,
+    "log_every": 1,
+    "mesh.data": 1,
+    "consistency.skip": 2,
     "student.timesteps": (1000.0, 700.0, 400.0),
     "reward.rewards": ({"name": "compressibility", "weight": 1.0, "folder": None},),
-    "reward.samples": 2, "reward.replay": 12, "reward.batch_size": 8,
-    "reward.updates": 2, "reward.start_step": 0, "reward.head.width": 8,
+    "reward.samples": 2,
+    "reward.replay": 12,
+    "reward.batch_size": 8,
+    "reward.updates": 2,
+    "reward.start_step": 0,
+    "reward.head.width": 8,
     "visibility.samples_every": 0,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session")
@@ -107,16 +115,33 @@ def toy_generator() -> Any:
         return Component(config, network, params)
 
     wan = WanConfig(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, text_dim=8,
-        freq_dim=16, ffn_dim=32, num_layers=1,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+    )
     vae = WanVAEConfig(
-        base_dim=4, z_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temperal_downsample=(True, True),
-        latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4, in_channels=12, out_channels=12, patch_size=2,
-    )  # fmt: skip
+        base_dim=4,
+        z_dim=4,
+        dim_mult=(1, 1, 1),
+        num_res_blocks=1,
+        temperal_downsample=(True, True),
+        latents_mean=(0.0,) * 4,
+        latents_std=(1.0,) * 4,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+    )
     text = UMT5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     pipeline = Pipeline(
-        component(wan, wan_transformer(wan)), component(vae, wan_vae(vae)),
-        component(text, umt5_encoder(text)), ToyTokenizer(), Schedule("rf", "velocity", shift=3.0),
-    )  # fmt: skip
+        component(wan, wan_transformer(wan)),
+        component(vae, wan_vae(vae)),
+        component(text, umt5_encoder(text)),
+        ToyTokenizer(),
+        Schedule("rf", "velocity", shift=3.0),
+    )
     return Generator(pipeline, 3, SamplingConfig(50, 1.0, 0.0), (5, 32, 32))

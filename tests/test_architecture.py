@@ -16,8 +16,11 @@ TRAINING = r"dollar_jax\.(losses|objectives|step|state|optim|sharding|config|tra
 
 # (rule, the files it holds in, imports forbidden there); both are matched from the start.
 IMPORTS = [
-    ("losses and schedule import next to nothing", PURE,
-     rf"(?!(jax|jaxtyping|numpy|dollar_jax\.types|{STDLIB})(\.|$))"),
+    (
+        "losses and schedule import next to nothing",
+        PURE,
+        rf"(?!(jax|jaxtyping|numpy|dollar_jax\.types|{STDLIB})(\.|$))",
+    ),
     ("losses and schedule know no randomness", PURE, r"(random|jax\.random|numpy\.random)\b"),
     ("objectives gets networks as arguments", "dollar_jax/objectives", r"dollar_jax\.models\b"),
     ("models knows nothing of training", "dollar_jax/models/", TRAINING),
@@ -35,7 +38,7 @@ USES = [
     ("the step is jitted by who runs it", r"dollar_jax/(step|objectives)\.py", r"jax\.p?jit\b"),
     ("step does no I/O", r"dollar_jax/step\.py", r"(print|open)\("),
     ("every key of a config is explicit", "", r"(\w+\.)*(config|cfg)(\.\w+)*\.get\(2"),
-]  # fmt: skip
+]
 
 
 def imports(tree: ast.AST, path: Path) -> list[str]:

@@ -112,10 +112,7 @@ def test_wrong_flags(capsys, arguments, parts):
         ([f"--config={DEMO}", "--config.stepz=3"], ["no field", "stepz"]),
         ([f"--config={DEMO}", "--config.student.stepz.x=3"], ["no field", "stepz"]),
         ([f"--config={DEMO}", "--config.steps=many"], ["--config.steps=many", "a whole number"]),
-        (
-            [f"--config={DEMO}", "--config.student.input=sideways"],
-            ["config.student.input", "'forward', 'backward'"],
-        ),
+        ([f"--config={DEMO}", "--config.student.input=sideways"], ["config.student.input", "'forward', 'backward'"]),
         ([f"--config={DEMO}", "--config.accumulation=7"], ["config.batch_size", "7 micro-batches"]),
     ],
 )

@@ -19,9 +19,7 @@ VARIANTS = {
 @pytest.mark.parametrize("losses", VARIANTS)
 def test_each_variant_of_the_demo_turns_on_its_losses(get_config, losses):
     config = from_config(DistillConfig, get_config(losses))
-    assert (config.vsd.weight > 0, config.consistency.weight > 0, config.reward.rewards != ()) == (
-        VARIANTS[losses]
-    )
+    assert (config.vsd.weight > 0, config.consistency.weight > 0, config.reward.rewards != ()) == (VARIANTS[losses])
     assert isinstance(config.pretrain, PretrainConfig)
 
 

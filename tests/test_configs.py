@@ -19,9 +19,7 @@ from dollar_jax.schedule import Schedule
 from dollar_jax.weights.pipeline import cogvideox_transformer, cogvideox_vae_network, umt5_encoder
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-T5_XXL = UMT5Config(
-    vocab_size=32128, d_model=4096, d_ff=10240, num_layers=24, num_heads=64, shared_position_bias=True
-)
+T5_XXL = UMT5Config(vocab_size=32128, d_model=4096, d_ff=10240, num_layers=24, num_heads=64, shared_position_bias=True)
 
 
 @pytest.mark.parametrize("losses", ["vsd", "cd", "vsd+cd", "vsd+cd+lrm"])
@@ -43,9 +41,9 @@ def test_the_whole_step_builds_at_real_size(name):
     shape = vae.latent_shape(*clip)
     assert shape == (13, 60, 90, 16)
     compute = config.compute
-    transformer = cogvideox_transformer(CogVideoXConfig(
-        **module["TRANSFORMER"], param_dtype=compute.teacher_dtype, **transformer_options(compute)
-    ))  # fmt: skip
+    transformer = cogvideox_transformer(
+        CogVideoXConfig(**module["TRANSFORMER"], param_dtype=compute.teacher_dtype, **transformer_options(compute))
+    )
     schedule = Schedule("ddpm", "v", **module["SCHEDULE"])
     text_shape = (config.data.max_text_length, T5_XXL.d_model)
     program = build_program(config, transformer, schedule, shape, text_shape)

@@ -26,22 +26,47 @@ from dollar_jax.weights.pipeline import Component, Pipeline, save_pipeline, umt5
 
 ROOT = Path(__file__).parents[1]
 WAN = WanConfig(
-    num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-    freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
-)  # fmt: skip
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=1,
+    rope_max_seq_len=32,
+)
 VAE = WanVAEConfig(
-    base_dim=4, z_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temperal_downsample=(True, True),
-    latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4, in_channels=12, out_channels=12, patch_size=2,
-)  # fmt: skip
+    base_dim=4,
+    z_dim=4,
+    dim_mult=(1, 1, 1),
+    num_res_blocks=1,
+    temperal_downsample=(True, True),
+    latents_mean=(0.0,) * 4,
+    latents_std=(1.0,) * 4,
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+)
 TEXT = UMT5Config(vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
 SETTINGS = {
-    "batch_size": 8, "steps": 4, "checkpoint_every": 2, "log_every": 1, "data.train_videos": 16,
-    "consistency.skip": 1, "reward.samples": 8, "reward.batch_size": 8, "reward.replay": 64,
-    "reward.start_step": 0, "reward.head.width": 8, "student.optimiser.warmup_steps": 1,
-    "fake_score.updates": 1, "reward.updates": 1,
+    "batch_size": 8,
+    "steps": 4,
+    "checkpoint_every": 2,
+    "log_every": 1,
+    "data.train_videos": 16,
+    "consistency.skip": 1,
+    "reward.samples": 8,
+    "reward.batch_size": 8,
+    "reward.replay": 64,
+    "reward.start_step": 0,
+    "reward.head.width": 8,
+    "student.optimiser.warmup_steps": 1,
+    "fake_score.updates": 1,
+    "reward.updates": 1,
     # As in test_step: an eps that keeps rounding noise from being blown up.
     **{f"{part}.optimiser.eps": 1e-3 for part in ("student", "fake_score", "reward")},
-}  # fmt: skip
+}
 
 
 def component(config, network):
@@ -67,10 +92,14 @@ def launch(tmp_path_factory, pytestconfig):
         command = [sys.executable, "-m", "dollar_jax", "train", "--config=configs/demo.py", f"--workdir={workdir}"]
         command += [f"--config.{name}={value}" for name, value in flags.items()]
         env = {
-            **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT),
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "PYTHONUNBUFFERED": "1",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": str(pytestconfig.cache.mkdir("jax")),
-        }  # fmt: skip
+        }
         group = []
         for i in range(processes):
             place = [f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={i}"]

@@ -8,15 +8,7 @@ import pytest
 
 from dollar_jax.config import MeshConfig, SamplingConfig
 from dollar_jax.data import shapes
-from dollar_jax.generate import (
-    Generator,
-    draw_videos,
-    load_teacher,
-    sample_prompts,
-    sampling_mesh,
-    subset,
-    video_keys,
-)
+from dollar_jax.generate import Generator, draw_videos, load_teacher, sample_prompts, sampling_mesh, subset, video_keys
 from dollar_jax.sharding import make_mesh
 
 TIMES = (1000.0, 700.0, 400.0)
@@ -61,9 +53,7 @@ def test_neither_batches_nor_devices_change_a_video(toy_generator, student):
 
 def test_a_video_depends_on_its_prompt_seed_and_number_alone(toy_generator, student):
     def run(prompts, seeds, num):
-        return sample_prompts(
-            toy_generator, *student, prompts, seeds, num, 8, MeshConfig(-1, 1, 1, 1)
-        ).astype(int)
+        return sample_prompts(toy_generator, *student, prompts, seeds, num, 8, MeshConfig(-1, 1, 1, 1)).astype(int)
 
     many, one = run(PROMPTS, [0, 7], 2), run(PROMPTS[1:2], [7], 1)
     assert many.shape == (3, 4, 5, 32, 32, 3) and one.shape == (1, 1, 5, 32, 32, 3)

@@ -26,11 +26,7 @@ def test_vsd_gradient_is_the_analytic_one(normalisation):
     x, real, fake = arrays(3)
     weight = jnp.array([1.0, 0.5, 2.0])
     distance = np.abs(np.asarray(x - real))
-    norm = {
-        "dmd": distance.mean((1, 2, 3, 4), keepdims=True),
-        "batch": distance.mean(),
-        "none": 1.0,
-    }[normalisation]
+    norm = {"dmd": distance.mean((1, 2, 3, 4), keepdims=True), "batch": distance.mean(), "none": 1.0}[normalisation]
     g = np.asarray(fake - real) / norm
 
     def loss(x, real, fake):
@@ -59,9 +55,7 @@ def test_vsd_gradient_survives_large_x():
 
 def test_vsd_floor_and_nan():
     x, fake = arrays(2)
-    np.testing.assert_allclose(
-        losses.vsd_gradient(x, x, fake, floor=0.5), (fake - x) / 0.5, rtol=1e-6
-    )
+    np.testing.assert_allclose(losses.vsd_gradient(x, x, fake, floor=0.5), (fake - x) / 0.5, rtol=1e-6)
     assert np.isfinite(losses.vsd(x, x, fake)).all()
     broken = fake.at[1, 0, 0, 0, 0].set(jnp.nan).at[1, 0, 0, 0, 1].set(jnp.inf)
     assert np.isnan(losses.vsd(x, x + 1, broken)[1])
@@ -121,9 +115,7 @@ def test_denoising_and_latent_reward():
     weight = jnp.array([1.0, 2.0, 0.0])
     expected = per_sample_mean((prediction - target) ** 2)
     np.testing.assert_allclose(losses.denoising(prediction, target), expected, rtol=1e-5)
-    np.testing.assert_allclose(
-        losses.denoising(prediction, target, weight), weight * expected, rtol=1e-5
-    )
+    np.testing.assert_allclose(losses.denoising(prediction, target, weight), weight * expected, rtol=1e-5)
     grads = jax.grad(lambda p, t: losses.denoising(p, t).sum(), (0, 1))(prediction, target)
     np.testing.assert_allclose(grads[0], 2 * (prediction - target) / ELEMENTS, rtol=1e-5)
     assert not grads[1].any()
@@ -141,9 +133,7 @@ def test_unusable_reward_rows_contribute_nothing():
     grad_predicted, grad_reward = pull(jnp.ones(6))
     np.testing.assert_allclose(grad_predicted, [1.0, 0, 0, 0, 0, 24.0])
     assert not grad_reward.any()
-    np.testing.assert_allclose(
-        losses.reward_regression(jnp.array([1.0, 2.0]), jnp.array([nan, 0.0])), [0.0, 4.0]
-    )
+    np.testing.assert_allclose(losses.reward_regression(jnp.array([1.0, 2.0]), jnp.array([nan, 0.0])), [0.0, 4.0])
 
 
 def test_low_precision_inputs_give_fp32_losses():
@@ -237,6 +227,4 @@ def test_consistency_distillation_learns_the_ode_solution_map():
     params = {"slope": jnp.zeros(5), "offset": jnp.zeros(5)}
     (params, _), _ = jax.jit(lambda s: jax.lax.scan(descend, s, length=800))((params, params))
     np.testing.assert_allclose(params["slope"][:4], STD / spread[:4], atol=2e-3)
-    np.testing.assert_allclose(
-        params["offset"][:4], MEAN * (1 - a[:4] * STD / spread[:4]), atol=2e-3
-    )
+    np.testing.assert_allclose(params["offset"][:4], MEAN * (1 - a[:4] * STD / spread[:4]), atol=2e-3)

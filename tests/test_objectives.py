@@ -124,9 +124,8 @@ def test_number_of_forward_passes(make_config, source, times, expected):
     simulation = collections.Counter()
     if source == "backward":
         walk = functools.partial(
-            objectives.student_input, config, Networks(counting, score), RF,
-            args["params"], args["x0"], args["text"],
-        )  # fmt: skip
+            objectives.student_input, config, Networks(counting, score), RF, args["params"], args["x0"], args["text"]
+        )
         jax.eval_shape(walk, jax.random.key(0))
         simulation, calls = calls, collections.Counter()
         assert simulation["params", BATCH] == 1
@@ -174,11 +173,18 @@ def test_consistency_is_zero_for_the_exact_solution(make_config, path_name, time
     """A wrong target time, a skipped teacher step or a wrong clean end each leave a loss above 1e-4."""
     schedule = Schedule(path_name, "x0")
     steps = (999.0, 749.0, 499.0, 249.0) if path_name == "ddpm" else (1000.0, 900.0, 750.0, 500.0)
-    config = make_config({
-        "student.timesteps": steps, "consistency.times": times, "consistency.skip": 5,
-        "consistency.boundary": boundary, "consistency.weight": 1.0, "vsd.weight": 0.0, "reward.rewards": (),
-        "vsd.score_shift": 1.0,
-    })  # fmt: skip
+    config = make_config(
+        {
+            "student.timesteps": steps,
+            "consistency.times": times,
+            "consistency.skip": 5,
+            "consistency.boundary": boundary,
+            "consistency.weight": 1.0,
+            "vsd.weight": 0.0,
+            "reward.rewards": (),
+            "vsd.score_shift": 1.0,
+        }
+    )
     if times == "grid":
         grid = schedules.timestep_grid(schedule, 50)
     else:
@@ -200,9 +206,7 @@ def test_consistency_is_zero_for_the_exact_solution(make_config, path_name, time
 
 def consistency(config, schedule, networks, ema, frozen, prediction, x_t, times, text):
     times = jnp.broadcast_to(jnp.asarray(times, jnp.float32)[:, None], (len(times), len(x_t)))
-    return objectives.consistency(
-        config.consistency, networks, schedule, frozen, ema, prediction, x_t, times, text
-    )
+    return objectives.consistency(config.consistency, networks, schedule, frozen, ema, prediction, x_t, times, text)
 
 
 @pytest.mark.parametrize("schedule", [RF, DDPM], ids=["rf", "ddpm"])
@@ -234,9 +238,8 @@ def test_the_target_carries_no_gradient(make_config):
 
     def loss(prediction, x_t):
         return consistency(
-            config, RF, NETWORKS, args["ema"], args["frozen"], prediction, x_t, [800.0, 600.0, 400.0],
-            args["text"],
-        ).sum()  # fmt: skip
+            config, RF, NETWORKS, args["ema"], args["frozen"], prediction, x_t, [800.0, 600.0, 400.0], args["text"]
+        ).sum()
 
     towards, through = jax.grad(loss, (0, 1))(prediction, args["x0"])
     assert not through.any()
@@ -261,14 +264,11 @@ def test_grid_segments_are_the_papers():
 @pytest.mark.parametrize(
     ("schedule", "steps", "expected"),
     [
-        (
-            DDPM, (999.0, 749.0, 499.0, 249.0),
-            [[999, 749, 499, 249], [874, 624, 374, 124], [749, 499, 249, -1]],
-        ),
+        (DDPM, (999.0, 749.0, 499.0, 249.0), [[999, 749, 499, 249], [874, 624, 374, 124], [749, 499, 249, -1]]),
         (RF, (1000.0, 900.0, 500.0), [[1000, 900, 500], [950, 700, 250], [900, 500, 0]]),
     ],
     ids=["ddpm", "rf"],
-)  # fmt: skip
+)
 def test_student_segments(make_config, schedule, steps, expected):
     config = make_config({"student.timesteps": steps, "consistency.skip": 2})
     np.testing.assert_array_equal(objectives.student_segments(config, schedule), expected)
@@ -285,10 +285,15 @@ def constant(params, x, t, text):
 @pytest.mark.parametrize("w", [0.0, 2.5])
 def test_guidance_is_the_papers_w_form(make_config, w):
     """v_c + w (v_c - v_∅): diffusers' form, v_∅ + s (v_c - v_∅), would be off by one v_c - v_∅."""
-    config = make_config({
-        "vsd.guidance_weight": w, "vsd.normalisation": "none",
-        "consistency.guidance_weight": w, "consistency.boundary": "none", "consistency.distance": "mse",
-    })  # fmt: skip
+    config = make_config(
+        {
+            "vsd.guidance_weight": w,
+            "vsd.normalisation": "none",
+            "consistency.guidance_weight": w,
+            "consistency.boundary": "none",
+            "consistency.distance": "mse",
+        }
+    )
     schedule, networks = Schedule("rf", "x0", shift=3.0), Networks(constant, score)
     args, generated = inputs(), normal(5, BATCH, *SHAPE)
     frozen = Frozen({"k": jnp.float32(1.3)}, args["frozen"].null_text)
@@ -296,9 +301,8 @@ def test_guidance_is_the_papers_w_form(make_config, w):
     real = 1.3 * (c + w * (c - null))
 
     vsd = objectives.vsd(
-        config.vsd, networks, schedule, frozen, {"k": jnp.float32(0.6)}, generated, args["text"],
-        jax.random.key(3),
-    )  # fmt: skip
+        config.vsd, networks, schedule, frozen, {"k": jnp.float32(0.6)}, generated, args["text"], jax.random.key(3)
+    )
     np.testing.assert_allclose(vsd, 0.5 * (0.6 * c - real) ** 2, rtol=1e-5)
     cd = consistency(
         config, schedule, networks, frozen.teacher, frozen, generated, args["x0"], [600.0, 0.0], args["text"]
@@ -319,16 +323,22 @@ def point(params, x, t, text):
 @pytest.mark.parametrize("source", ["forward", "backward"])
 def test_fake_score_learns_the_students_samples(make_config, loss, scale, source):
     """The student generates mu = 0.4 and nothing else; times are fixed at the shifted u = 0.5, σ = 3/4."""
-    config = make_config({
-        "fake_score.loss": loss, "student.input": source, "vsd.score_range": (0.5, 0.5), "vsd.score_shift": 3.0,
-    })  # fmt: skip
+    config = make_config(
+        {"fake_score.loss": loss, "student.input": source, "vsd.score_range": (0.5, 0.5), "vsd.score_shift": 3.0}
+    )
     args = inputs()
 
     def value(fake, student):
         return objectives.fake_score(
-            {"mu": fake}, {"mu": student}, args["x0"], args["text"], jax.random.key(0),
-            config=config, networks=Networks(point, score), schedule=RF,
-        )[0]  # fmt: skip
+            {"mu": fake},
+            {"mu": student},
+            args["x0"],
+            args["text"],
+            jax.random.key(0),
+            config=config,
+            networks=Networks(point, score),
+            schedule=RF,
+        )[0]
 
     student_mu = jnp.float32(0.4)
     grads = jax.value_and_grad(value, (0, 1))

@@ -22,11 +22,17 @@ SCHEDULES = [Schedule("rf", "velocity", shift=3.0), Schedule("ddpm", "v")]
 SHAPE, BATCH = (3, 2, 2, 3), 4
 STATISTICS = RewardStatistics(jnp.array([0.3, -1.0]), jnp.array([0.25, 4.0]), jnp.float32(9.0))
 TERMS = (
-    {"name": "red", "weight": 0.5, "folder": None}, {"name": "blue", "weight": -2.0, "folder": None},
+    {"name": "red", "weight": 0.5, "folder": None},
+    {"name": "blue", "weight": -2.0, "folder": None},
     {"name": "kept", "weight": 0.0, "folder": None},
-)  # fmt: skip
-ALONE = {"vsd.weight": 0.0, "consistency.weight": 0.0, "batch_size": BATCH, "reward.samples": 2,
-         "reward.rewards": TERMS}  # fmt: skip
+)
+ALONE = {
+    "vsd.weight": 0.0,
+    "consistency.weight": 0.0,
+    "batch_size": BATCH,
+    "reward.samples": 2,
+    "reward.rewards": TERMS,
+}
 
 
 def normal(seed, *shape):
@@ -71,10 +77,21 @@ def settings(make_config):
 
 def direct_loss(config, networks, params, key=0):
     return objectives.student(
-        params, PARAMS, PARAMS, None, frozen(networks.pixel_rewards), normal(1, BATCH, *SHAPE),
-        normal(2, BATCH, 3, 4), jnp.float32(0.3), jax.random.key(key), config=config, networks=networks,
-        schedule=SCHEDULES[0], statistics=STATISTICS, tokens={},
-    )  # fmt: skip
+        params,
+        PARAMS,
+        PARAMS,
+        None,
+        frozen(networks.pixel_rewards),
+        normal(1, BATCH, *SHAPE),
+        normal(2, BATCH, 3, 4),
+        jnp.float32(0.3),
+        jax.random.key(key),
+        config=config,
+        networks=networks,
+        schedule=SCHEDULES[0],
+        statistics=STATISTICS,
+        tokens={},
+    )
 
 
 def test_direct_reward_is_the_standardised_sum_of_the_pixels_rewards(settings):
@@ -91,9 +108,7 @@ def test_direct_reward_is_the_standardised_sum_of_the_pixels_rewards(settings):
 @pytest.mark.parametrize("frames", [None, 2])
 @pytest.mark.parametrize("remat", [True, False])
 def test_direct_gradient_is_that_of_finite_differences(settings, remat, frames):
-    config, _, networks = settings(
-        {"reward.method": "direct", "reward.remat": remat, "reward.latent_frames": frames}
-    )
+    config, _, networks = settings({"reward.method": "direct", "reward.remat": remat, "reward.latent_frames": frames})
     loss = jax.jit(lambda params: direct_loss(config, networks, params)[0])
     gradient = jax.grad(loss)(PARAMS)
     assert ("remat" in str(jax.make_jaxpr(jax.grad(loss))(PARAMS))) == remat
@@ -166,9 +181,9 @@ def test_policy_gradient_raises_the_expected_reward(settings):
     config, _, networks = settings({"reward.method": "ddpo", "student.timesteps": times})
     text, shape = jnp.ones((count, 1, 1)), (1, 1, 1, 1)
     params = {"x": jnp.float32(0.4), "c": jnp.float32(-0.3)}
-    states, end = jax.jit(
-        lambda key: objectives.rollout(config, networks, schedule, params, text, shape, key)
-    )(jax.random.key(0))
+    states, end = jax.jit(lambda key: objectives.rollout(config, networks, schedule, params, text, shape, key))(
+        jax.random.key(0)
+    )
     assert states.shape == (count, 3, *shape)
 
     def reward(x0):
@@ -215,8 +230,9 @@ def test_policy_gradient_raises_the_expected_reward(settings):
     ids=["constant", "ramp", "cosine"],
 )
 def test_reward_weight_follows_its_schedule(make_config, changes, expected):
-    config = make_config({"steps": 11, "reward.weight": 2.0, "reward.start_step": 3,
-                          **{f"reward.{k}": v for k, v in changes.items()}})  # fmt: skip
+    config = make_config(
+        {"steps": 11, "reward.weight": 2.0, "reward.start_step": 3, **{f"reward.{k}": v for k, v in changes.items()}}
+    )
     found = [objectives.reward_weight(config, jnp.int32(step)) for step in range(len(expected))]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 

@@ -88,9 +88,15 @@ MESSAGE = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 120
 def test_what_does_not_fit_is_named_with_a_mend(make_config):
     config = make_config({"compute.remat": "attention"})
     common = {
-        "what": "train", "topology": "v5p:2x2x2", "chips": 8, "remat": "attention", "hbm_gib": 95.74,
-        "mesh": {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, "compile_seconds": 1.0, "model_tflops": 1.0,
-    }  # fmt: skip
+        "what": "train",
+        "topology": "v5p:2x2x2",
+        "chips": 8,
+        "remat": "attention",
+        "hbm_gib": 95.74,
+        "mesh": {"data": 1, "fsdp": 8, "context": 1, "tensor": 1},
+        "compile_seconds": 1.0,
+        "model_tflops": 1.0,
+    }
     found = plan._too_large(config, MESSAGE, 5.2, common)
     assert not found.fits and found.peak_gib == 120.5 and found.temp_gib == pytest.approx(115.3)
     first, second = (line.split() for line in found.largest_buffers)
@@ -109,9 +115,7 @@ def test_a_search_tries_every_split_that_divides_the_batch(virtual, make_config,
     tried = []
     monkeypatch.setattr(plan, "plan", lambda config, *_: tried.append((config.mesh, config.compute.remat)))
     list(plan.search(make_config({"batch_size": 4}), "v5e:2x4"))
-    assert tried == [
-        (MeshConfig(1, 8 // c, c, 1), remat) for c in (2, 4, 8) for remat in ("attention", "full")
-    ]
+    assert tried == [(MeshConfig(1, 8 // c, c, 1), remat) for c in (2, 4, 8) for remat in ("attention", "full")]
 
 
 def test_teachers_can_be_planned_before_they_are_there(make_config):
@@ -161,11 +165,17 @@ def test_without_the_tpu_compiler_there_is_one_sentence(monkeypatch, capsys):
 def test_the_tpu_compiler_plans_the_demo(tmp_path):
     """The whole train step, in a process of its own: libtpu changes how one ends."""
     command = [
-        sys.executable, "-m", "dollar_jax", "plan", "--config=configs/demo.py", "--topology=v5e:2x2",
-        "--mesh=fsdp=2,context=2", f"--json={tmp_path / 'plan.json'}",
+        sys.executable,
+        "-m",
+        "dollar_jax",
+        "plan",
+        "--config=configs/demo.py",
+        "--topology=v5e:2x2",
+        "--mesh=fsdp=2,context=2",
+        f"--json={tmp_path / 'plan.json'}",
         # The TPU kernel would compute 128 tokens where this domain has 20.
         "--config.compute.attention=xla",
-    ]  # fmt: skip
+    ]
     root = Path(__file__).parents[1]
     subprocess.run(command, check=True, cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     found = json.loads((tmp_path / "plan.json").read_text())

@@ -77,9 +77,7 @@ def test_the_vae_has_as_many_parameters_as_diffusers():
 )
 def test_the_step_fits_together_on_eight_devices(name, fields, clip):
     config = read(name)
-    wan = WanConfig(
-        **fields, param_dtype=config.compute.teacher_dtype, **transformer_options(config.compute)
-    )
+    wan = WanConfig(**fields, param_dtype=config.compute.teacher_dtype, **transformer_options(config.compute))
     latent, text = WanVAEConfig().latent_shape(*clip), (config.data.max_text_length, wan.text_dim)
     transformer = wan_transformer(wan)
     program = build_program(config, transformer, Schedule("rf", "velocity", shift=3.0), latent, text)

@@ -21,9 +21,7 @@ from dollar_jax.evaluate.measure import Plan
 from dollar_jax.reproduce import METHODS, changed, reproduce
 
 # By method: alignment of the student in 4 steps with seed 0.
-LEVELS = {
-    "vsd": 0.5, "cd": 0.4, "vsd_cd": 0.6, "vsd_cd_lrm": 0.61, "vsd_cd_ddpo": 0.6, "cd_m1": 0.3, "cd_m5": 0.35,
-}  # fmt: skip
+LEVELS = {"vsd": 0.5, "cd": 0.4, "vsd_cd": 0.6, "vsd_cd_lrm": 0.61, "vsd_cd_ddpo": 0.6, "cd_m1": 0.3, "cd_m5": 0.35}
 
 
 def rows(method, seed):
@@ -34,12 +32,17 @@ def rows(method, seed):
         counts, prefix, level = (4, 2, 1), "student", LEVELS[method]
     return {
         f"{prefix}_{n}": {
-            "alignment": level + 0.01 * seed - 0.001 * (n == 1), "reward": level / 2, "vendi": 3 + level,
-            "vendi_network": 2 + level, "frechet": 1 - level, "flicker": 0.98, "motion": 0.05,
+            "alignment": level + 0.01 * seed - 0.001 * (n == 1),
+            "reward": level / 2,
+            "vendi": 3 + level,
+            "vendi_network": 2 + level,
+            "frechet": 1 - level,
+            "flicker": 0.98,
+            "motion": 0.05,
             "nfe": 2 * n if prefix == "teacher" else n,
         }
         for n in counts
-    }  # fmt: skip
+    }
 
 
 SPEED = {
@@ -202,11 +205,16 @@ def test_two_methods_are_trained_and_measured(toy_generator, make_config, monkey
     monkeypatch.setattr(module, "METHODS", METHODS[:1] + METHODS[-1:])
 
     def experiment(losses):
-        return make_config({
-            "vsd.weight": float("vsd" in losses), "consistency.weight": 0.5 * ("cd" in losses),
-            "reward.rewards": ({"name": "compressibility", "weight": 1.0, "folder": None},) * ("lrm" in losses),
-            "student.timesteps": (1000.0, 700.0, 400.0, 200.0), "batch_size": 8, "mesh.data": 8,
-        })  # fmt: skip
+        return make_config(
+            {
+                "vsd.weight": float("vsd" in losses),
+                "consistency.weight": 0.5 * ("cd" in losses),
+                "reward.rewards": ({"name": "compressibility", "weight": 1.0, "folder": None},) * ("lrm" in losses),
+                "student.timesteps": (1000.0, 700.0, 400.0, 200.0),
+                "batch_size": 8,
+                "mesh.data": 8,
+            }
+        )
 
     page = reproduce(experiment, tmp_path, quick=True, seeds=2, steps=2)
     assert "CD, grid, m = 5, 1 step" in Text(page).text

@@ -117,9 +117,7 @@ def test_guided_ode_sample_matches_diffusers():
         prediction = both[1] + (weight + 1) * (both[0] - both[1])
         x = scheduler.step(prediction, t, x, return_dict=False)[0]
     for batched in (True, False):
-        ours = sample.ode_sample(
-            apply, LINEAR, schedule, noise, text, null, weight, steps, batched=batched
-        )
+        ours = sample.ode_sample(apply, LINEAR, schedule, noise, text, null, weight, steps, batched=batched)
         np.testing.assert_allclose(ours, x, rtol=1e-4, atol=1e-4)
 
 
@@ -174,10 +172,7 @@ def test_stochastic_sampler_reaches_the_data_distribution(schedule):
     noise = normal(6, 4096, 1, 1, 1, 1)
     run = jax.jit(
         lambda key: sample.ode_sample(
-            gaussian_apply(schedule),
-            *({}, schedule, noise, text_states(4096), None, None, 100),
-            eta=1.0,
-            key=key,
+            gaussian_apply(schedule), *({}, schedule, noise, text_states(4096), None, None, 100), eta=1.0, key=key
         )
     )
     x, other = (np.asarray(run(jax.random.key(seed))) for seed in (0, 1))
@@ -257,9 +252,7 @@ def test_a_key_per_sample_makes_it_independent_of_its_neighbours():
     keys = jax.random.split(jax.random.key(8), 4)
 
     def few(rows):
-        return sample.few_step_sample(
-            linear_apply, LINEAR, schedule, STUDENT, noise[rows], text[rows], keys[rows]
-        )
+        return sample.few_step_sample(linear_apply, LINEAR, schedule, STUDENT, noise[rows], text[rows], keys[rows])
 
     def ode(rows):
         return sample.ode_sample(
@@ -276,9 +269,7 @@ def test_a_key_per_sample_makes_it_independent_of_its_neighbours():
 def test_single_step_student_is_its_prediction():
     schedule = Schedule("rf", "velocity")
     noise, text = normal(10, 2, 1, 2, 1, 1), text_states(2)
-    x = sample.few_step_sample(
-        linear_apply, LINEAR, schedule, (999.0,), noise, text, jax.random.key(0)
-    )
+    x = sample.few_step_sample(linear_apply, LINEAR, schedule, (999.0,), noise, text, jax.random.key(0))
     velocity = linear_apply(LINEAR, noise, jnp.full(2, 999.0), text)
     np.testing.assert_allclose(x, noise - 0.999 * velocity, rtol=1e-5, atol=1e-6)
     x_t, t, states = sample.simulate_backward(

@@ -3,12 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from dollar_jax import sample
 from dollar_jax import schedule as sch
@@ -45,13 +40,9 @@ def test_conversions_recover_x0_eps_and_score(schedule):
     t = jnp.array([20.0, 150.0, 400.0, 650.0, 900.0, last])
     a, b = (column(c) for c in sch.coefficients(schedule, t))
     x_t = a * x0 + b * eps
-    expected = {
-        "v": a * eps - b * x0,
-        "eps": eps,
-        "x0": x0,
-        "velocity": eps - x0,
-        "conjugate_velocity": x0 - eps,
-    }[schedule.prediction]
+    expected = {"v": a * eps - b * x0, "eps": eps, "x0": x0, "velocity": eps - x0, "conjugate_velocity": x0 - eps}[
+        schedule.prediction
+    ]
 
     np.testing.assert_allclose(sch.add_noise(schedule, x0, eps, t), x_t, atol=1e-6)
     np.testing.assert_allclose(sch.target(schedule, x0, eps, t), expected, atol=1e-6)
@@ -60,9 +51,7 @@ def test_conversions_recover_x0_eps_and_score(schedule):
     np.testing.assert_allclose(sch.to_x0(schedule, expected, x_t, t), x0, atol=atol)
     np.testing.assert_allclose(sch.to_eps(schedule, expected, x_t, t), eps, atol=5e-5)
     np.testing.assert_allclose(sch.from_x0(schedule, x0, x_t, t), expected, atol=5e-5)
-    np.testing.assert_allclose(
-        b * sch.score(schedule, expected, x_t, t), -(x_t - a * x0) / b, atol=5e-5
-    )
+    np.testing.assert_allclose(b * sch.score(schedule, expected, x_t, t), -(x_t - a * x0) / b, atol=5e-5)
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=name)
@@ -153,10 +142,7 @@ def run_diffusers(scheduler, x, **timesteps):
 def test_fifty_ddim_steps_match_diffusers(prediction, beta_schedule):
     betas = dict(beta_schedule=beta_schedule, beta_start=1e-3, beta_end=0.012)
     reference = DDIMScheduler(
-        **betas,
-        prediction_type=TORCH_NAMES[prediction],
-        timestep_spacing="trailing",
-        clip_sample=False,
+        **betas, prediction_type=TORCH_NAMES[prediction], timestep_spacing="trailing", clip_sample=False
     )
     schedule = Schedule("ddpm", prediction, **betas)
     _, x = latents(4, batch=2)
@@ -194,9 +180,7 @@ def test_fifty_flow_steps_match_diffusers(shift):
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 50])
 def test_unipc_steps_match_diffusers(steps, shift):
-    reference = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-    )
+    reference = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     schedule = Schedule("rf", "velocity", shift=shift)
     _, x = latents(6, batch=2)
     expected = run_diffusers(reference, x, num_inference_steps=steps)[-1]
@@ -234,9 +218,7 @@ def test_stochastic_step_matches_diffusers(eta, t):
 @pytest.mark.parametrize("schedule", [Schedule("ddpm", "v"), Schedule("rf", "velocity")], ids=name)
 def test_eta_one_is_the_posterior_and_any_eta_keeps_the_marginal(schedule):
     t, t_next = jnp.array([700.0]), jnp.array([400.0])
-    (a, b), (a_next, b_next) = (
-        (float(c[0]) for c in sch.coefficients(schedule, time)) for time in (t, t_next)
-    )
+    (a, b), (a_next, b_next) = ((float(c[0]) for c in sch.coefficients(schedule, time)) for time in (t, t_next))
     zero, one = jnp.zeros((1, 1, 1, 1, 1)), jnp.ones((1, 1, 1, 1, 1))
     for eta in (0.3, 1.0):
         slope = float(sch.ddim_step(schedule, one, zero, t, t_next, eta, zero).squeeze())
@@ -271,14 +253,10 @@ def test_guidance_weight_is_the_papers():
 def test_grids_are_the_papers():
     grid = sch.timestep_grid(Schedule("ddpm", "v"), 50)
     np.testing.assert_array_equal(grid, [*range(999, 0, -20), -1])
-    np.testing.assert_array_equal(
-        sch.timestep_grid(Schedule("ddpm", "v"), 4), [999, 749, 499, 249, -1]
-    )
+    np.testing.assert_array_equal(sch.timestep_grid(Schedule("ddpm", "v"), 4), [999, 749, 499, 249, -1])
     reference = DDIMScheduler(timestep_spacing="trailing")
     reference.set_timesteps(7)
-    np.testing.assert_array_equal(
-        sch.timestep_grid(Schedule("ddpm", "v"), 7)[:-1], reference.timesteps
-    )
+    np.testing.assert_array_equal(sch.timestep_grid(Schedule("ddpm", "v"), 7)[:-1], reference.timesteps)
     assert sch.timestep_grid(Schedule("ddpm", "v"), 1000)[-2] == 0
     # Published by users of Wan with shift 5 (four steps).
     flow = sch.timestep_grid(Schedule("rf", "velocity", shift=5.0), 4)
@@ -298,9 +276,7 @@ def test_jit_vmap_and_grad_with_traced_time():
     t = jnp.linspace(100.0, 900.0, 6)
     batched = sch.add_noise(schedule, x0, eps, t)
     jitted = jax.jit(sch.add_noise, static_argnums=0)(schedule, x0, eps, t)
-    mapped = jax.vmap(lambda *args: sch.add_noise(schedule, *args))(
-        x0[:, None], eps[:, None], t[:, None]
-    )[:, 0]
+    mapped = jax.vmap(lambda *args: sch.add_noise(schedule, *args))(x0[:, None], eps[:, None], t[:, None])[:, 0]
     np.testing.assert_allclose(jitted, batched, atol=1e-6)
     np.testing.assert_allclose(mapped, batched, atol=1e-6)
 

@@ -120,10 +120,11 @@ def test_bad_heads_are_refused_before_any_compilation(make_config):
     for changes, options, message in [
         ({"mesh.tensor": 8}, {}, "12 heads do not divide over the mesh's tensor axis of 8"),
         (
-            {"mesh.tensor": 2, "mesh.context": 4}, {"context_parallel": "ulysses"},
+            {"mesh.tensor": 2, "mesh.context": 4},
+            {"context_parallel": "ulysses"},
             "6 heads per device do not divide over the mesh's context axis of 4, as 'ulysses' needs",
         ),
-    ]:  # fmt: skip
+    ]:
         network = wan_transformer(dataclasses.replace(WAN_1_3B, num_layers=1, **options))
         with pytest.raises(ValueError, match=message):
             build_program(make_config(changes), network, Schedule("rf", "velocity"), LATENT, TEXT)

@@ -25,22 +25,38 @@ from dollar_jax.weights.table import flatten
 LATENT, TEXT, ROWS = (2, 4, 4, 4), (3, 8), 8
 NETWORK = wan_transformer(
     WanConfig(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, text_dim=8,
-        freq_dim=16, ffn_dim=32, num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
     )
-)  # fmt: skip
+)
 # Adam divides by √v: with the usual eps a gradient that is rounding noise alone moves its weight as
 # far as any other. An eps near the gradients' own size keeps an update proportional to its gradient.
 OPTIMISER = {
-    "schedule": "constant", "warmup_steps": 0, "learning_rate": 3e-3, "eps": 1e-3, "weight_decay": 0.01,
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "learning_rate": 3e-3,
+    "eps": 1e-3,
+    "weight_decay": 0.01,
     "clip_norm": 1.0,
-}  # fmt: skip
+}
 BASE = {
-    "student.ema_decay": 0.9, "fake_score.updates": 3, "reward.updates": 2, "reward.batch_size": ROWS,
-    "reward.weight": 0.3, "reward.start_step": 2, "reward.statistics_decay": 0.5, "reward.head.use_text": True,
+    "student.ema_decay": 0.9,
+    "fake_score.updates": 3,
+    "reward.updates": 2,
+    "reward.batch_size": ROWS,
+    "reward.weight": 0.3,
+    "reward.start_step": 2,
+    "reward.statistics_decay": 0.5,
+    "reward.head.use_text": True,
     "consistency.boundary": "lcm",
     **{f"{part}.optimiser.{k}": v for part in ("student", "fake_score", "reward") for k, v in OPTIMISER.items()},
-}  # fmt: skip
+}
 
 
 @functools.cache
@@ -64,10 +80,13 @@ def make_batch(seed, updates=2):
         return rng.normal(size=shape).astype(np.float32)
 
     return {
-        "latent": rows(ROWS, *LATENT), "text": rows(ROWS, *TEXT),
-        "scored_latent": rows(updates, ROWS, *LATENT), "scored_text": rows(updates, ROWS, *TEXT),
-        "scored_reward": 5 + 2 * rows(updates, ROWS, 1), "scored_weight": np.ones((updates, ROWS), np.float32),
-    }  # fmt: skip
+        "latent": rows(ROWS, *LATENT),
+        "text": rows(ROWS, *TEXT),
+        "scored_latent": rows(updates, ROWS, *LATENT),
+        "scored_text": rows(updates, ROWS, *TEXT),
+        "scored_reward": 5 + 2 * rows(updates, ROWS, 1),
+        "scored_weight": np.ones((updates, ROWS), np.float32),
+    }
 
 
 class Runner:
@@ -75,9 +94,14 @@ class Runner:
 
     def __init__(self, config, pixels=None):
         self.program = p = build_program(
-            config, NETWORK, Schedule("rf", "velocity", shift=3.0), LATENT, TEXT, jax.devices()[: devices(config)],
+            config,
+            NETWORK,
+            Schedule("rf", "velocity", shift=3.0),
+            LATENT,
+            TEXT,
+            jax.devices()[: devices(config)],
             pixel_rewards=pixels,
-        )  # fmt: skip
+        )
         null = 0.1 * jax.random.normal(jax.random.key(3), (1, *TEXT))
         frozen = Frozen(teacher(), null, () if pixels is None else pixels.params(np.float32(0.7)))
         self.frozen = jax.device_put(frozen, p.frozen_sharding, may_alias=False)
@@ -283,9 +307,7 @@ def counts(items):
 def test_each_network_is_updated_as_often_as_configured(alone, initial):
     state, _ = alone(())
     assert counts(initial) == {f"{n}_optimiser": {0} for n in ("student", "fake_score", "reward_head")}
-    assert counts(state) == {
-        "student_optimiser": {3}, "fake_score_optimiser": {9}, "reward_head_optimiser": {6},
-    }  # fmt: skip
+    assert counts(state) == {"student_optimiser": {3}, "fake_score_optimiser": {9}, "reward_head_optimiser": {6}}
     for name in ("student", "ema", "fake_score", "reward_head"):
         changed = jax.tree.map(lambda a, b: (a != b).any(), state[name], initial[name])
         assert all(jax.tree.leaves(changed)), name
@@ -295,12 +317,9 @@ def test_each_network_is_updated_as_often_as_configured(alone, initial):
 def test_average_is_exact(base, initial):
     state, _ = base.run(initial, 1)
     expected = jax.tree.map(
-        lambda old, new: (0.9 * old.astype(np.float64) + 0.1 * new),
-        initial["ema"]["ema"], state["student"]["student"],
-    )  # fmt: skip
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7, atol=1e-8), state["ema"]["ema"], expected
+        lambda old, new: 0.9 * old.astype(np.float64) + 0.1 * new, initial["ema"]["ema"], state["student"]["student"]
     )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7, atol=1e-8), state["ema"]["ema"], expected)
 
 
 def test_reward_counts_from_its_start_step(alone):
@@ -354,10 +373,16 @@ def test_no_reward_at_all_leaves_statistics_and_no_nan(base, initial):
 # Rewards inside the step
 
 PIXELS = {
-    "vsd.weight": 0.0, "consistency.weight": 0.0, "fake_score.updates": 1, "reward.start_step": 0,
-    "reward.samples": 4, "accumulation": 2, "reward.statistics_decay": 0.5, "batch_size": 8,
+    "vsd.weight": 0.0,
+    "consistency.weight": 0.0,
+    "fake_score.updates": 1,
+    "reward.start_step": 0,
+    "reward.samples": 4,
+    "accumulation": 2,
+    "reward.statistics_decay": 0.5,
+    "batch_size": 8,
     "reward.rewards": tuple({"name": n, "weight": w, "folder": None} for n, w in (("red", 1.0), ("kept", 0.0))),
-}  # fmt: skip
+}
 
 
 def red(gain, frames, tokens):
@@ -368,8 +393,10 @@ def decode_toy(params, latent):
     return params * latent[..., :3]
 
 
-TOY = [JaxReward(red, "", np.float32(2.0), lambda prompts: np.array([[len(p), 0] for p in prompts])),
-       JaxReward(lambda p, frames, t: frames[..., 1].mean((1, 2, 3)), "")]  # fmt: skip
+TOY = [
+    JaxReward(red, "", np.float32(2.0), lambda prompts: np.array([[len(p), 0] for p in prompts])),
+    JaxReward(lambda p, frames, t: frames[..., 1].mean((1, 2, 3)), ""),
+]
 
 
 def pixel_runner(make_config, **changes):
@@ -411,16 +438,20 @@ def test_jax_rewards_are_learned_from_in_the_same_step(make_config, quick_compil
 def test_walks_of_a_step_are_reinforced_in_a_later_one(make_config, quick_compilation):
     runner = pixel_runner(make_config, **{"reward.method": "ddpo"})
     nothing = {
-        "walk_states": np.zeros((4, 3, *LATENT), np.float32), "walk_text": np.zeros((4, *TEXT), np.float32),
+        "walk_states": np.zeros((4, 3, *LATENT), np.float32),
+        "walk_text": np.zeros((4, *TEXT), np.float32),
         "walk_reward": np.full((4, 1), np.nan, np.float32),
-    }  # fmt: skip
+    }
     initial = host(to_items(runner.program.init(jax.random.key(0), runner.frozen.teacher)))
     state, metrics, fresh = runner.step(runner.start(initial), pixel_batch(0, **nothing))
     assert float(metrics["student_gradient"]) == 0 and float(metrics["policy"]) == 0
     fresh = host(fresh)
     assert fresh["states"].shape == (4, 3, *LATENT) and fresh["latent"].shape == (4, 1, *LATENT)
-    walk = {"walk_states": fresh["states"], "walk_text": make_batch(0)["text"][1::2],
-            "walk_reward": fresh["reward"][:, 0, :1]}  # fmt: skip
+    walk = {
+        "walk_states": fresh["states"],
+        "walk_text": make_batch(0)["text"][1::2],
+        "walk_reward": fresh["reward"][:, 0, :1],
+    }
     state, metrics, _ = runner.step(state, pixel_batch(1, **walk))
     assert float(metrics["student_gradient"]) > 1e-4
     np.testing.assert_allclose(metrics["reward_mean"], walk["walk_reward"].mean(), rtol=1e-5)
@@ -471,9 +502,16 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
 def optimiser(**changes):
     settings = {
-        "learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "final_ratio": 0.1, "b1": 0.9,
-        "b2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": None,
-    }  # fmt: skip
+        "learning_rate": 1.0,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "final_ratio": 0.1,
+        "b1": 0.9,
+        "b2": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip_norm": None,
+    }
     return make_optimiser(OptimiserConfig(**{**settings, **changes}), 10)
 
 
@@ -502,10 +540,7 @@ def test_weight_decay_is_for_kernels(make_config, trained):
         ({}, [1.0, 1.0, 1.0, 1.0]),
         ({"warmup_steps": 2}, [0.0, 0.5, 1.0, 1.0]),
         ({"schedule": "cosine"}, [1.0] + [0.1 + 0.45 * (1 + np.cos(np.pi * i / 10)) for i in (1, 2, 3)]),
-        (
-            {"schedule": "cosine", "warmup_steps": 2},
-            [0.0, 0.5, 1.0, 0.1 + 0.45 * (1 + np.cos(np.pi / 8))],
-        ),
+        ({"schedule": "cosine", "warmup_steps": 2}, [0.0, 0.5, 1.0, 0.1 + 0.45 * (1 + np.cos(np.pi / 8))]),
     ],
     ids=["constant", "warmup", "cosine", "warmup-cosine"],
 )

@@ -42,11 +42,19 @@ def data(generator):
 
 @pytest.fixture(scope="module")
 def config(make_config, quick_compilation):
-    return make_config({
-        "steps": STEPS, "mesh.data": 2, "mesh.fsdp": 4, "checkpoint_every": 3, "keep_checkpoints": 9,
-        "student.optimiser.warmup_steps": 1,
-        "visibility.samples_every": 3, "visibility.prompts": ("a bb ccc", "dddd e"), "visibility.videos": 2,
-    })  # fmt: skip
+    return make_config(
+        {
+            "steps": STEPS,
+            "mesh.data": 2,
+            "mesh.fsdp": 4,
+            "checkpoint_every": 3,
+            "keep_checkpoints": 9,
+            "student.optimiser.warmup_steps": 1,
+            "visibility.samples_every": 3,
+            "visibility.prompts": ("a bb ccc", "dddd e"),
+            "visibility.videos": 2,
+        }
+    )
 
 
 class Killed(Exception):
@@ -104,9 +112,14 @@ def history(workdir):
 def make_scorer(generator, config, reward=None):
     """A scorer of one reward, a host one unless given."""
     return loop.Scorer(
-        config, [reward or Reward(lambda frames, prompts: np.zeros(len(frames)), "")], None, generator.frames,
-        generator.pipeline.vae.params, [generator.latent_shape], generator.null_text.shape[1:],
-    )  # fmt: skip
+        config,
+        [reward or Reward(lambda frames, prompts: np.zeros(len(frames)), "")],
+        None,
+        generator.frames,
+        generator.pipeline.vae.params,
+        [generator.latent_shape],
+        generator.null_text.shape[1:],
+    )
 
 
 def replay(workdir, like):
@@ -302,9 +315,7 @@ def test_a_faulty_reward_neither_stops_training_nor_corrupts_the_latent_model(
     assert all(np.isfinite(list(line.values())).all() for line in lines)
     assert lines[-1][f"faults_compressibility_{kind.replace(' ', '_')}"] >= 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
-    untouched = jax.tree.map(
-        lambda a, b: (a == b).all(), state["reward_head"]["reward_head"], first_head(config)
-    )
+    untouched = jax.tree.map(lambda a, b: (a == b).all(), state["reward_head"]["reward_head"], first_head(config))
     assert all(jax.tree.leaves(untouched)) == (how is always)
     assert any("reward_generated" in line for line in lines) == (how is sometimes)
 

@@ -14,14 +14,7 @@ from dollar_jax.evaluate.video import read_video
 from dollar_jax.objectives import Networks
 from dollar_jax.program import build_program
 from dollar_jax.schedule import Schedule
-from dollar_jax.visibility import (
-    Profile,
-    Throughput,
-    Watch,
-    count_flops,
-    make_throughput,
-    readable,
-)
+from dollar_jax.visibility import Profile, Throughput, Watch, count_flops, make_throughput, readable
 
 CONFIG = VisibilityConfig(10, ("a ball", "a cube"), 4, 0, 0.5, (0.7, 1.4), 0.3, None, 0)
 
@@ -135,10 +128,15 @@ def test_throughput_and_its_share_of_the_peak():
 
 def test_a_steps_operations_are_those_of_its_forwards(make_config, toy_generator):
     """VSD alone: student 1 and its gradient 2, guided teacher 2, fake score 1; then student 1, fake score 3."""
-    config = make_config({
-        "mesh.data": 8, "reward.rewards": (), "consistency.weight": 0.0, "fake_score.updates": 1,
-        "visibility.peak_tflops": 2.0,
-    })  # fmt: skip
+    config = make_config(
+        {
+            "mesh.data": 8,
+            "reward.rewards": (),
+            "consistency.weight": 0.0,
+            "fake_score.updates": 1,
+            "visibility.peak_tflops": 2.0,
+        }
+    )
     network, schedule = toy_generator.pipeline.transformer.network, toy_generator.pipeline.schedule
     latent, text = toy_generator.latent_shape, toy_generator.null_text.shape[1:]
     found = make_throughput(config, build_program(config, network, schedule, latent, text))
@@ -160,9 +158,7 @@ def test_the_fake_scores_loss_is_told_apart_by_timestep(make_config):
         # Off by one where it is noisy, by less the cleaner: the loss is about (t / 1000)².
         return params["velocity"] + (t / 1000).reshape(-1, 1, 1, 1, 1) + 0 * x_t
 
-    loss = functools.partial(
-        objectives.fake_score, config=config, networks=Networks(apply, None), schedule=schedule
-    )
+    loss = functools.partial(objectives.fake_score, config=config, networks=Networks(apply, None), schedule=schedule)
     x0, text = jnp.zeros((256, 1, 1, 1, 1)), jnp.zeros((256, 1, 1))
     zero = {"velocity": jnp.zeros(())}
     _, aux = loss(zero, zero, x0, text, jax.random.key(0))

@@ -24,11 +24,7 @@ def read_ahead(
         return batches
 
     def place(batch: dict[str, Any]) -> dict[str, Any]:
-        arrays = {
-            name: put_rows(batch[name], rows, sharding[name], config.batch_size) for name in ("latent", "text")
-        }
+        arrays = {name: put_rows(batch[name], rows, sharding[name], config.batch_size) for name in ("latent", "text")}
         return {**batch, "on_device": arrays}
 
-    return grain.experimental.ThreadPrefetchIterDataset(
-        batches.map(place), prefetch_buffer_size=config.data.prefetch
-    )
+    return grain.experimental.ThreadPrefetchIterDataset(batches.map(place), prefetch_buffer_size=config.data.prefetch)

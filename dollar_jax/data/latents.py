@@ -58,9 +58,7 @@ class EncodedVideos:
         are fewer videos than a batch needs.
         """
         if len(self) < config.batch_size:
-            raise ValueError(
-                f"there are {len(self)} training videos, fewer than config.batch_size {config.batch_size}"
-            )
+            raise ValueError(f"there are {len(self)} training videos, fewer than config.batch_size {config.batch_size}")
         rows = np.arange(config.batch_size) if rows is None else rows
 
         def load(index: np.ndarray) -> dict[str, Any]:
@@ -102,12 +100,7 @@ def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> Enc
             latents.append(generator.encode(np.stack([record["video"] for record in part])))
             captions += [_decoded(record["caption"]) for record in part]
         partial = cache.with_suffix(".partial.npz")
-        np.savez(
-            partial,
-            latent=np.concatenate(latents),
-            text=generator.text(captions),
-            captions=captions,
-        )
+        np.savez(partial, latent=np.concatenate(latents), text=generator.text(captions), captions=captions)
         partial.replace(cache)
     with np.load(cache) as stored:
         return EncodedVideos(stored["latent"], stored["text"], stored["captions"].tolist())

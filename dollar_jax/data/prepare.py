@@ -112,8 +112,9 @@ def latents_features(settings: PrepareSettings, channels: int, text_dim: int, ti
     heights, widths = ({size[i] // space for size in settings.buckets} for i in range(2))
     latent = tfds.features.Tensor(
         shape=(time, *(next(iter(s)) if len(s) == 1 else None for s in (heights, widths)), channels),
-        dtype=dtype, encoding="bytes",
-    )  # fmt: skip
+        dtype=dtype,
+        encoding="bytes",
+    )
     features: dict[str, Any] = {
         "name": tfds.features.Text(),
         "caption": tfds.features.Text(),
@@ -299,9 +300,7 @@ def prepare(
     return _finish(settings, encoder, out, units)
 
 
-def encode_units(
-    units: Collection[int], encoder: Encoder, out: Path, workers: int = 1, bar: Any = None
-) -> None:
+def encode_units(units: Collection[int], encoder: Encoder, out: Path, workers: int = 1, bar: Any = None) -> None:
     """Makes these units of the list in `out`, decoding with `workers` threads."""
     size, rejected = encoder.settings.shard_size, 0
     items = _read_index(out / PARTS / "index.jsonl", set(units), size)

@@ -63,7 +63,6 @@ class Records:
             return None
         return self._features.deserialize_example_np(raw)
 
-
     def readable(self, index: int) -> dict[str, Any]:
         """The record of that index, or the next one that is not damaged in its place.
 
@@ -94,9 +93,7 @@ class PreparedVideos:
         self.info = tfds.builder_from_directory(self.folder).info
         self.has_latents = settings["prompts"] is None
         shards: dict[str, list[Any]] = {}
-        for bucket, shard in zip(
-            self.about["shards"], self.info.splits[SPLIT].file_instructions, strict=True
-        ):
+        for bucket, shard in zip(self.about["shards"], self.info.splits[SPLIT].file_instructions, strict=True):
             shards.setdefault(bucket, []).append(shard)
         self._damaged = Damaged(config.corrupt_records)
         self.buckets = {name: Records(self.info, part, self._damaged) for name, part in sorted(shards.items())}
@@ -168,9 +165,7 @@ class PreparedVideos:
         return {"latent": latent, "text": text, "caption": record["caption"].decode()}
 
 
-def _endless(
-    records: Records, config: DistillConfig, number: int, rows: np.ndarray, row: Any
-) -> grain.IterDataset:
+def _endless(records: Records, config: DistillConfig, number: int, rows: np.ndarray, row: Any) -> grain.IterDataset:
     """Batches of the `number`-th bucket, whose order and noise are its own; of each, only `rows` are read."""
 
     def load(places: np.ndarray) -> dict[str, np.ndarray]:

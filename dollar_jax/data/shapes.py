@@ -21,9 +21,7 @@ COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = ("left", "right", "up", "down")
 SPEEDS = ("slowly", "quickly")
-ATTRIBUTES = {
-    "size": SIZES, "colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "speed": SPEEDS,
-}  # fmt: skip
+ATTRIBUTES = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "speed": SPEEDS}
 VOCABULARY = ("a", "moving", *itertools.chain.from_iterable(ATTRIBUTES.values()))
 
 # Radius of the disc of equal area, in pixels; speed in pixels per frame.
@@ -56,9 +54,7 @@ class Caption:
         for name, values in ATTRIBUTES.items():
             hits = [word for word in words if word in values]
             if len(hits) != 1:
-                raise ValueError(
-                    f"the prompt {text!r} must name exactly one {name} out of {', '.join(values)}"
-                )
+                raise ValueError(f"the prompt {text!r} must name exactly one {name} out of {', '.join(values)}")
             found[name] = hits[0]
         return Caption(**found)
 
@@ -202,21 +198,19 @@ def verify(video: np.ndarray) -> Reading:
     order = np.argsort(-distance.reshape(len(frames), -1), axis=1)[:, :20]
     colour = np.take_along_axis(flat, order[..., None], 1).mean(1)  # [t, 3]
     strength = np.linalg.norm(colour, axis=-1)
-    mask = (
-        np.einsum("thwc,tc->thw", chroma, colour) / np.maximum(strength, 1e-6)[:, None, None] ** 2
-    )
+    mask = np.einsum("thwc,tc->thw", chroma, colour) / np.maximum(strength, 1e-6)[:, None, None] ** 2
     mask = np.clip(2 * mask - 0.5, 0, 1)  # keeps the area of an edge, drops the noise of flat parts
 
     fits = [_fit(shape, mask) for shape in SHAPES]
     overlaps = np.stack([fit[3] for fit in fits])  # [shapes, t]
     shape = overlaps.argmax(0)
     x, y, radius, overlap = (
-        np.take_along_axis(np.stack(column), shape[None], 0)[0]
-        for column in zip(*fits, strict=True)
+        np.take_along_axis(np.stack(column), shape[None], 0)[0] for column in zip(*fits, strict=True)
     )
 
-    hue = np.degrees(np.arctan2(np.sqrt(3) * (colour[:, 1] - colour[:, 2]),
-                                2 * colour[:, 0] - colour[:, 1] - colour[:, 2]))  # fmt: skip
+    hue = np.degrees(
+        np.arctan2(np.sqrt(3) * (colour[:, 1] - colour[:, 2]), 2 * colour[:, 0] - colour[:, 1] - colour[:, 2])
+    )
     # A window as long at the ends as in the middle: two frames alone place an object too roughly.
     before = np.clip(np.arange(len(frames)) - 2, 0, max(len(frames) - 5, 0))
     after = np.minimum(before + 4, len(frames) - 1)
@@ -233,8 +227,11 @@ def verify(video: np.ndarray) -> Reading:
         shape=np.where(present, shape, -1),
         direction=np.where(moving, direction, -1),
         speed=np.where(moving, pace > PACE_THRESHOLD, -1),
-        x=x, y=y, radius=radius, overlap=overlap,
-    )  # fmt: skip
+        x=x,
+        y=y,
+        radius=radius,
+        overlap=overlap,
+    )
 
 
 def _fit(shape: str, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -255,9 +252,7 @@ def _fit(shape: str, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
         apart = np.abs(ideal - mask[:, None]).sum((2, 3))
         overlap = (total - apart) / (total + apart)
         pick = overlap.argmax(1)[:, None]
-        x, y, radius, best = (
-            np.take_along_axis(a, pick, 1)[:, 0] for a in (xs, ys, radii, overlap)
-        )
+        x, y, radius, best = (np.take_along_axis(a, pick, 1)[:, 0] for a in (xs, ys, radii, overlap))
     return x, y, radius, best
 
 

@@ -156,9 +156,12 @@ class View:
         if frame.is_corrupt:
             raise Unusable("a frame cannot be decoded whole")
         scaled = frame.reformat(
-            width=self.stored[1], height=self.stored[0], format="rgb24",
-            src_colorspace=self.colorspace, interpolation=_QUALITY,
-        )  # fmt: skip
+            width=self.stored[1],
+            height=self.stored[0],
+            format="rgb24",
+            src_colorspace=self.colorspace,
+            interpolation=_QUALITY,
+        )
         image = scaled.to_ndarray()
         transposed, up_down, left_right = self.turn
         if transposed:

@@ -11,16 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dollar_jax.evaluate.page import (
-    dots,
-    duration,
-    escape,
-    figure,
-    settings,
-    signed,
-    videos_section,
-    write_page,
-)
+from dollar_jax.evaluate.page import dots, duration, escape, figure, settings, signed, videos_section, write_page
 from dollar_jax.evaluate.video import replace_file
 
 INTRODUCTION = (
@@ -100,16 +91,22 @@ def write_ablation(
     replace_file(workdir / "reproduction.md", _markdown(table, claims, labels, speed).encode())
     seeds = len({result.seed for result in results})
     path = workdir / "reproduction.html"
-    write_page(path, "The ablation, reproduced in kind", INTRODUCTION, _tiles(claims, seeds, seconds), [
-        _claims_section(claims),
-        _table_section(table, labels),
-        _speed_section(speed),
-        *(_plots_section(table, labels, steps) for steps in (4, 1)),
-        _videos_section(prompts, videos, labels, 4),
-        "<section><h2>Commands</h2><details><summary>The training of every cell</summary>"
-        f"<pre>{escape(chr(10).join(commands))}</pre></details></section>",
-        settings(config_text),
-    ])  # fmt: skip
+    write_page(
+        path,
+        "The ablation, reproduced in kind",
+        INTRODUCTION,
+        _tiles(claims, seeds, seconds),
+        [
+            _claims_section(claims),
+            _table_section(table, labels),
+            _speed_section(speed),
+            *(_plots_section(table, labels, steps) for steps in (4, 1)),
+            _videos_section(prompts, videos, labels, 4),
+            "<section><h2>Commands</h2><details><summary>The training of every cell</summary>"
+            f"<pre>{escape(chr(10).join(commands))}</pre></details></section>",
+            settings(config_text),
+        ],
+    )
     return path
 
 
@@ -148,23 +145,53 @@ def paper_claims(results: Sequence[Result], speed: Speed) -> list[Claim]:
     four, base = "student_4", ("teacher", teacher)
     full = ("vsd_cd_lrm", four)
     claims = [
-        Claim("VSD + CD is more diverse than VSD: Vendi of pixels in 4 steps, difference",
-              difference("vendi", ("vsd_cd", four), ("vsd", four)), lambda v: v > 0, 2),
-        Claim("The same by the Vendi of VAE features",
-              difference("vendi_network", ("vsd_cd", four), ("vsd", four)), lambda v: v > 0, 2),
-        Claim("CD with m = 5 is no worse than with m = 1: alignment in 4 steps, difference",
-              difference("alignment", ("cd_m5", four), ("cd_m1", four)), lambda v: v >= 0),
-        Claim("With the latent reward model the reward is beyond the teacher’s: difference",
-              difference("reward", full, base), lambda v: v > 0),
-        Claim("4-step alignment of VSD + CD within 2 points of the teacher’s: difference",
-              difference("alignment", ("vsd_cd", four), base), lambda v: v >= -0.02),
-        Claim("4-step alignment of VSD + CD + LRM within 2 points of the teacher’s: difference",
-              difference("alignment", full, base), lambda v: v >= -0.02),
-        Claim("4-step diffusion is faster by at least half of what evaluations allow (×25)",
-              speedup(four), lambda v: v >= 12.5, 1, True),
-        Claim("1-step diffusion is faster by at least half of what evaluations allow (×100)",
-              speedup("student_1"), lambda v: v >= 50, 1, True),
-    ]  # fmt: skip
+        Claim(
+            "VSD + CD is more diverse than VSD: Vendi of pixels in 4 steps, difference",
+            difference("vendi", ("vsd_cd", four), ("vsd", four)),
+            lambda v: v > 0,
+            2,
+        ),
+        Claim(
+            "The same by the Vendi of VAE features",
+            difference("vendi_network", ("vsd_cd", four), ("vsd", four)),
+            lambda v: v > 0,
+            2,
+        ),
+        Claim(
+            "CD with m = 5 is no worse than with m = 1: alignment in 4 steps, difference",
+            difference("alignment", ("cd_m5", four), ("cd_m1", four)),
+            lambda v: v >= 0,
+        ),
+        Claim(
+            "With the latent reward model the reward is beyond the teacher’s: difference",
+            difference("reward", full, base),
+            lambda v: v > 0,
+        ),
+        Claim(
+            "4-step alignment of VSD + CD within 2 points of the teacher’s: difference",
+            difference("alignment", ("vsd_cd", four), base),
+            lambda v: v >= -0.02,
+        ),
+        Claim(
+            "4-step alignment of VSD + CD + LRM within 2 points of the teacher’s: difference",
+            difference("alignment", full, base),
+            lambda v: v >= -0.02,
+        ),
+        Claim(
+            "4-step diffusion is faster by at least half of what evaluations allow (×25)",
+            speedup(four),
+            lambda v: v >= 12.5,
+            1,
+            True,
+        ),
+        Claim(
+            "1-step diffusion is faster by at least half of what evaluations allow (×100)",
+            speedup("student_1"),
+            lambda v: v >= 50,
+            1,
+            True,
+        ),
+    ]
     return [claim for claim in claims if claim.values]
 
 
@@ -229,8 +256,12 @@ def _table_section(table: Table, labels: Mapping[str, str]) -> str:
 
 
 SPEED_COLUMNS = (
-    "NFE", "Diffusion, s per video", "Times faster", "Whole inference, s per video", "Share of the teacher’s, %",
-)  # fmt: skip
+    "NFE",
+    "Diffusion, s per video",
+    "Times faster",
+    "Whole inference, s per video",
+    "Share of the teacher’s, %",
+)
 
 
 def _speed_rows(speed: Speed) -> list[list[str]]:
@@ -240,11 +271,16 @@ def _speed_rows(speed: Speed) -> list[list[str]]:
     rows = []
     for name, row in middle.items():
         kind, _, steps = name.rpartition("_")
-        rows.append([
-            f"{kind.capitalize()}, {steps} {'step' if steps == '1' else 'steps'}", f"{row['nfe']:g}",
-            figure(row["diffusion"], 4), f"×{figure(slowest['diffusion'] / row['diffusion'], 1)}",
-            figure(row["total"], 4), figure(100 * row["total"] / slowest["total"], 1),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{kind.capitalize()}, {steps} {'step' if steps == '1' else 'steps'}",
+                f"{row['nfe']:g}",
+                figure(row["diffusion"], 4),
+                f"×{figure(slowest['diffusion'] / row['diffusion'], 1)}",
+                figure(row["total"], 4),
+                figure(100 * row["total"] / slowest["total"], 1),
+            ]
+        )
     return rows
 
 
@@ -267,23 +303,16 @@ def _plots_section(table: Table, labels: Mapping[str, str], steps: int) -> str:
     teacher = next((key for key in table if key[0] == "teacher"), None)
     for measure in PLOTTED:
         keys = [teacher, *(key for key in table if key[1] == f"student_{steps}")]
-        rows = [
-            (labels[key[0]], *table[key][measure]) for key in keys if key and measure in table[key]
-        ]
+        rows = [(labels[key[0]], *table[key][measure]) for key in keys if key and measure in table[key]]
         if rows:
             heading = MEASURES[measure][0]
-            figures += (
-                f"<figure><figcaption><b>{escape(heading)}</b></figcaption>{dots(rows, heading)}</figure>"
-            )
+            figures += f"<figure><figcaption><b>{escape(heading)}</b></figcaption>{dots(rows, heading)}</figure>"
     title = f"Students in {steps} {'step' if steps == 1 else 'steps'}"
     return f'<section><h2>{title}</h2><div class="charts">{figures}</div></section>' if figures else ""
 
 
 def _videos_section(
-    prompts: Sequence[str],
-    videos: Mapping[str, Mapping[str, np.ndarray]],
-    labels: Mapping[str, str],
-    steps: int,
+    prompts: Sequence[str], videos: Mapping[str, Mapping[str, np.ndarray]], labels: Mapping[str, str], steps: int
 ) -> str:
     shown, names = {}, {}
     for method, label in labels.items():

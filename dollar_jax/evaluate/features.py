@@ -101,9 +101,13 @@ def alexnet(weights: Mapping[str, Any], frames: jax.Array) -> list[jax.Array]:
             x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
         kernel = jnp.transpose(weights[f"features.{index}.weight"], (2, 3, 1, 0))
         x = lax.conv_general_dilated(
-            x, kernel, (stride, stride), [(padding, padding)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest",
-        )  # fmt: skip
+            x,
+            kernel,
+            (stride, stride),
+            [(padding, padding)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",
+        )
         x = jax.nn.relu(x + weights[f"features.{index}.bias"])
         found.append(x)
     return found

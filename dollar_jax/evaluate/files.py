@@ -63,9 +63,7 @@ def check_output(out: Path) -> None:
         raise ValueError(f"--out={out} must end in {' or '.join(SUFFIXES)}, or be a folder")
 
 
-def write_samples(
-    out: Path, prompts: Sequence[str], videos: Sequence[np.ndarray], fps: float, scale: int
-) -> None:
+def write_samples(out: Path, prompts: Sequence[str], videos: Sequence[np.ndarray], fps: float, scale: int) -> None:
     """Writes samplers' videos, uint8 [prompts, n, t, h, w, 3] each, side by side; process 0 only.
 
     One file has a row per prompt; a folder gets a file per video.
@@ -73,10 +71,9 @@ def write_samples(
     if jax.process_index():
         return
     names = [[video_name(prompt, i) for i in range(videos[0].shape[1])] for prompt in prompts]
-    beside = np.stack([
-        np.stack([side_by_side(clips) for clips in zip(*row, strict=True)])
-        for row in zip(*videos, strict=True)
-    ])  # fmt: skip
+    beside = np.stack(
+        [np.stack([side_by_side(clips) for clips in zip(*row, strict=True)]) for row in zip(*videos, strict=True)]
+    )
     if out.suffix and not out.is_dir():
         gap = 2 if len(videos) == 1 else 6
         write_video(out, grid(np.concatenate(list(beside)), beside.shape[1], gap), fps, scale)

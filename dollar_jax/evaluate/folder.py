@@ -46,10 +46,7 @@ class Prompts:
 
 
 def measure_folder(
-    folder: Path,
-    features: Features | None = None,
-    reference: Path | None = None,
-    reward: AnyReward | None = None,
+    folder: Path, features: Features | None = None, reference: Path | None = None, reward: AnyReward | None = None
 ) -> dict[str, Any]:
     """Flicker and motion over all videos; diversity, Vendi and LPIPS within the prompts that have several.
 

@@ -17,9 +17,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(
-            f"the Fréchet distance needs features [n >= 2, d] twice, not shapes {a.shape} and {b.shape}"
-        )
+        raise ValueError(f"the Fréchet distance needs features [n >= 2, d] twice, not shapes {a.shape} and {b.shape}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("the Fréchet distance needs finite features, but some are NaN or infinite")
     cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))

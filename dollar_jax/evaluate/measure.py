@@ -166,12 +166,9 @@ def quality(
     features = None if network is None else network.features
     vectors = None if features is None else features.vectors(to_uint8(drawn))
     within = [
-        variety(
-            group, features,
-            None if vectors is None else vectors[count + i * plan.samples :][: plan.samples],
-        )
+        variety(group, features, None if vectors is None else vectors[count + i * plan.samples :][: plan.samples])
         for i, group in enumerate(groups)
-    ]  # fmt: skip
+    ]
     scores = {} if reward is None else {"reward": float(reward(drawn, plan.prompts).mean())}
     if network is not None and vectors is not None:
         # One video per caption, as in the reference: those of the few captions drawn often would bias it.

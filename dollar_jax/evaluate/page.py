@@ -24,11 +24,7 @@ def write_page(
 ) -> None:
     """Writes one HTML file; `tiles` and `sections` are HTML, the other texts are escaped."""
     page = _PAGE.substitute(
-        title=escape(title),
-        introduction=escape(introduction),
-        style=_STYLE,
-        tiles=tiles,
-        sections="\n".join(sections),
+        title=escape(title), introduction=escape(introduction), style=_STYLE, tiles=tiles, sections="\n".join(sections)
     )
     replace_file(path, page.encode())
 
@@ -203,9 +199,7 @@ def videos_section(
     return f"<section><h2>Videos</h2>{body}{note if left_out else ''}</section>"
 
 
-def _fitting_clips(
-    videos: Mapping[str, np.ndarray], fps: float
-) -> dict[str, list[tuple[str, bytes]]]:
+def _fitting_clips(videos: Mapping[str, np.ndarray], fps: float) -> dict[str, list[tuple[str, bytes]]]:
     """(media type, file) of the clips, as good as VIDEO_LIMIT allows; maybe of the first few only.
 
     Small clips become lossless WebP: exact pixels, and an image to every browser, H.264 or not.
@@ -248,10 +242,7 @@ def _media(clip: tuple[str, bytes], width: int, height: int, name: str) -> str:
     pixels = ' class="pixels"' if max(width, height) <= 128 else ""
     if kind.startswith("image/"):
         return f'<img alt="{name}"{pixels} decoding="sync" {common}>'
-    return (
-        f'<video aria-label="{name}"{pixels} autoplay loop muted playsinline controls {common}>'
-        "</video>"
-    )
+    return f'<video aria-label="{name}"{pixels} autoplay loop muted playsinline controls {common}></video>'
 
 
 # --- charts ----------------------------------------------------------------------------------------
@@ -286,9 +277,7 @@ def chart(x: np.ndarray, y: np.ndarray, logarithmic: bool, name: str) -> str:
     for tick in _ticks(start, end, 4) if end > start else [start]:
         across, _ = place(tick, low)
         anchor = "end" if across > WIDTH - 30 else "middle"
-        parts.append(
-            f'<text x="{across:.1f}" y="{HEIGHT - 5}" text-anchor="{anchor}">{tick:.6g}</text>'
-        )
+        parts.append(f'<text x="{across:.1f}" y="{HEIGHT - 5}" text-anchor="{anchor}">{tick:.6g}</text>')
     if len(x) == 1:
         across, down = place(x[0], height[0])
         parts.append(f'<circle class="dot" cx="{across:.1f}" cy="{down:.1f}" r="3"/>')

@@ -51,9 +51,7 @@ def _plain(value: Any, where: str) -> Any:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(
-            f"{where} is {value}: a measurement failed, and metrics are not written with it"
-        )
+        raise ValueError(f"{where} is {value}: a measurement failed, and metrics are not written with it")
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise ValueError(f"{where} is of type {type(value).__name__}, which JSON has no place for")
@@ -98,11 +96,7 @@ def sampler_rows(keys: Iterable[str]) -> list[SamplerRow]:
 
 
 def _measured(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {
-        key: value
-        for key, value in metrics.items()
-        if isinstance(value, Mapping) and "alignment" in value
-    }
+    return {key: value for key, value in metrics.items() if isinstance(value, Mapping) and "alignment" in value}
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -155,14 +149,20 @@ def write_report(
             )
     if rows is None:
         rows = sampler_rows([*_measured(metrics), *videos])
-    write_page(path, title, introduction, _tiles(metrics), [
-        _table(metrics, rows),
-        *(f"<p>{escape(note)}</p>" for note in notes),
-        videos_section(prompts, videos, {row.key: row.label for row in rows}, fps),
-        _curves(history),
-        _timings(timings or {}),
-        settings(config_text),
-    ])  # fmt: skip
+    write_page(
+        path,
+        title,
+        introduction,
+        _tiles(metrics),
+        [
+            _table(metrics, rows),
+            *(f"<p>{escape(note)}</p>" for note in notes),
+            videos_section(prompts, videos, {row.key: row.label for row in rows}, fps),
+            _curves(history),
+            _timings(timings or {}),
+            settings(config_text),
+        ],
+    )
 
 
 def _reference(samplers: Mapping[str, Any]) -> str | None:
@@ -240,10 +240,7 @@ def _table(metrics: Mapping[str, Any], rows: Sequence[SamplerRow]) -> str:
         values = {row.key: number(samplers[row.key].get(column.key)) for row in shown}
         if any(value is not None for value in values.values()):
             columns.append((column, values))
-    head = "".join(
-        f'<th scope="col">{column.heading}<small>{column.hint}</small></th>'
-        for column, _ in columns
-    )
+    head = "".join(f'<th scope="col">{column.heading}<small>{column.hint}</small></th>' for column, _ in columns)
     body = ""
     for row in shown:
         cells = "".join(_cell(column, values, row.key, reference) for column, values in columns)
@@ -265,9 +262,7 @@ def _table(metrics: Mapping[str, Any], rows: Sequence[SamplerRow]) -> str:
     )
 
 
-def _cell(
-    column: _Column, values: Mapping[str, float | None], key: str, reference: str | None
-) -> str:
+def _cell(column: _Column, values: Mapping[str, float | None], key: str, reference: str | None) -> str:
     value = values[key]
     if value is None:
         return '<td><span class="soft">not measured</span></td>'
@@ -358,8 +353,7 @@ def _curves(history: Sequence[Mapping[str, float]]) -> str:
             parts += f'<h3>{title}</h3><div class="charts">{"".join(groups[title])}</div>'
     if groups["Other"]:
         parts += (
-            '<details><summary>More curves</summary><div class="charts">'
-            f"{''.join(groups['Other'])}</div></details>"
+            f'<details><summary>More curves</summary><div class="charts">{"".join(groups["Other"])}</div></details>'
         )
     if not parts:
         return ""

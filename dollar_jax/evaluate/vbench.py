@@ -103,9 +103,7 @@ def read_results(paths: Iterable[Path]) -> dict[str, float]:
     for path in paths:
         for name, score in _read(path).items():
             if found.setdefault(name, score) != score:
-                raise ValueError(
-                    f"{origin[name]} and {path} disagree on {name}: leave one of them out"
-                )
+                raise ValueError(f"{origin[name]} and {path} disagree on {name}: leave one of them out")
             origin.setdefault(name, path)
     return found
 

@@ -17,9 +17,7 @@ _BT709 = 1  # FFmpeg's number for it among colour spaces, primaries and transfer
 _LIMITED = 1  # luma in [16, 235]
 
 
-def write_video(
-    path: str | os.PathLike[str], frames: np.ndarray, fps: float = 8, scale: int = 1
-) -> None:
+def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float = 8, scale: int = 1) -> None:
     """Writes frames uint8 [t, h, w, 3] to `path`: H.264 for .mp4, an endless loop for .gif.
 
     Args:
@@ -64,9 +62,7 @@ def encode_mp4(frames: np.ndarray, fps: float = 8, crf: int = 18) -> bytes:
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             picture = picture.reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
             )
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
@@ -98,15 +94,7 @@ def encode_webp(frames: np.ndarray, fps: float = 8) -> bytes:
 def _encode_images(frames: np.ndarray, fps: float, kind: str, **options: object) -> bytes:
     first, *rest = (Image.fromarray(frame) for frame in _checked(frames))
     buffer = io.BytesIO()
-    first.save(
-        buffer,
-        kind,
-        save_all=True,
-        append_images=rest,
-        duration=round(1000 / fps),
-        loop=0,
-        **options,
-    )
+    first.save(buffer, kind, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, **options)
     return buffer.getvalue()
 
 
@@ -117,9 +105,7 @@ def grid(videos: np.ndarray, columns: int, gap: int = 2, background: int = 255) 
     """
     videos = np.asarray(videos)
     if videos.ndim != 5 or not len(videos) or columns < 1:
-        raise ValueError(
-            f"a grid needs videos [n, t, h, w, 3] and columns >= 1, not {videos.shape}, {columns}"
-        )
+        raise ValueError(f"a grid needs videos [n, t, h, w, 3] and columns >= 1, not {videos.shape}, {columns}")
     n, t, h, w, c = videos.shape
     height = -(-n // columns) * (h + gap) - gap
     width = columns * (w + gap) - gap
@@ -138,15 +124,11 @@ def side_by_side(videos: Sequence[np.ndarray], gap: int = 2, background: int = 2
     return grid(np.stack(videos), len(videos), gap, background)
 
 
-def contact_sheet(
-    videos: np.ndarray, every: int = 4, gap: int = 2, background: int = 255
-) -> np.ndarray:
+def contact_sheet(videos: np.ndarray, every: int = 4, gap: int = 2, background: int = 255) -> np.ndarray:
     """One picture [H, W, 3] of videos [n, t, h, w, 3]: for each a row of its frames 0, every, …"""
     videos = np.asarray(videos)
     if videos.ndim != 5 or every < 1:
-        raise ValueError(
-            f"a contact sheet needs videos [n, t, h, w, 3] and every >= 1, not {videos.shape}"
-        )
+        raise ValueError(f"a contact sheet needs videos [n, t, h, w, 3] and every >= 1, not {videos.shape}")
     frames = videos[:, ::every]
     n, t = frames.shape[:2]
     return grid(frames.reshape(n * t, 1, *frames.shape[2:]), t, gap, background)[0]
@@ -167,7 +149,5 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
 def _checked(frames: np.ndarray) -> np.ndarray:
     frames = np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-        raise ValueError(
-            f"a video must be uint8 [t, h, w, 3], not {frames.dtype} of shape {frames.shape}"
-        )
+        raise ValueError(f"a video must be uint8 [t, h, w, 3], not {frames.dtype} of shape {frames.shape}")
     return frames

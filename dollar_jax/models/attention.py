@@ -56,9 +56,8 @@ def attention(
         if kind != "xla":
             raise ValueError(f"attention by {kind!r} takes no mask and no bias; 'xla' does")
         out = jax.nn.dot_product_attention(
-            q, k, v, bias=bias, mask=mask, scale=scale, key_value_seq_lengths=_lengths(k, length),
-            implementation="xla",
-        )  # fmt: skip
+            q, k, v, bias=bias, mask=mask, scale=scale, key_value_seq_lengths=_lengths(k, length), implementation="xla"
+        )
         return checkpoint_name(out, NAME)
     local = functools.partial(_local, kind=kind, scale=scale, length=length)
     if placement.mesh() is None:
@@ -146,13 +145,20 @@ def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.FullMask((queries, keys))] * q.shape[1]),
         block_sizes=splash.BlockSizes(
-            block_q=block_q, block_kv=block_k, block_kv_compute=block_k,
-            block_q_dkv=block_q, block_kv_dkv=block_k, block_kv_dkv_compute=block_k,
-            block_q_dq=block_q, block_kv_dq=block_k,
+            block_q=block_q,
+            block_kv=block_k,
+            block_kv_compute=block_k,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_k,
+            block_kv_dkv_compute=block_k,
+            block_q_dq=block_q,
+            block_kv_dq=block_k,
         ),
-        head_shards=1, q_seq_shards=1, residual_checkpoint_name=NAME,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=NAME,
         interpret=placement.platform() != "tpu",
-    )  # fmt: skip
+    )
     segments = None
     if length < keys:
         segments = splash.SegmentIds(

@@ -22,9 +22,7 @@ class Past:
         self.left: list[Array] = []
         self._carried = iter(carried or ())
 
-    def extend(
-        self, x: Float[Array, "b t h w c"], frames: int, repeat: bool = False
-    ) -> Float[Array, "b t2 h w c"]:
+    def extend(self, x: Float[Array, "b t h w c"], frames: int, repeat: bool = False) -> Float[Array, "b t2 h w c"]:
         """x after the `frames` frames before it.
 
         At the start of the clip zeros stand for them, or with `repeat` the first frame does.

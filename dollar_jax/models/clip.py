@@ -54,12 +54,8 @@ class CLIPConfig:
 
 
 # LAION's, of HPSv2 and PickScore; and OpenAI's, of the LAION aesthetic score.
-VIT_H_14 = CLIPConfig(
-    TowerConfig(1280, 5120, 32, 16, "gelu"), TowerConfig(1024, 4096, 24, 16, "gelu"), 1024
-)
-VIT_L_14 = CLIPConfig(
-    TowerConfig(1024, 4096, 24, 16, "quick_gelu"), TowerConfig(768, 3072, 12, 12, "quick_gelu"), 768
-)
+VIT_H_14 = CLIPConfig(TowerConfig(1280, 5120, 32, 16, "gelu"), TowerConfig(1024, 4096, 24, 16, "gelu"), 1024)
+VIT_L_14 = CLIPConfig(TowerConfig(1024, 4096, 24, 16, "quick_gelu"), TowerConfig(768, 3072, 12, 12, "quick_gelu"), 768)
 
 
 def _dense(c: CLIPConfig, dim_in: int, dim_out: int, rngs: nnx.Rngs, bias: bool = True) -> Linear:
@@ -77,13 +73,9 @@ class CLIPBlock(nnx.Module):
         self.fc2 = _dense(c, tower.intermediate_size, dim, rngs)
         self.heads, self.quick = tower.num_attention_heads, tower.hidden_act == "quick_gelu"
 
-    def __call__(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "1 1 n n"] | None
-    ) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "1 1 n n"] | None) -> Float[Array, "b n d"]:
         y = self.layer_norm1(x)
-        q, k, v = (
-            f(y).reshape(*y.shape[:2], self.heads, -1) for f in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (f(y).reshape(*y.shape[:2], self.heads, -1) for f in (self.q_proj, self.k_proj, self.v_proj))
         x = x + self.out_proj(attention(q, k, v, mask=mask).reshape(y.shape))
         y = self.fc1(self.layer_norm2(x))
         y = y * jax.nn.sigmoid(1.702 * y) if self.quick else jax.nn.gelu(y, approximate=False)
@@ -158,9 +150,7 @@ class CLIP(nnx.Module):
         """Of token ids, padded after the end of text."""
         return _unit(self.text_projection(self.text_model(ids)))
 
-    def __call__(
-        self, pixels: Float[Array, "b s s 3"], ids: Int[Array, "n l"]
-    ) -> Float[Array, "b n"]:
+    def __call__(self, pixels: Float[Array, "b s s 3"], ids: Int[Array, "n l"]) -> Float[Array, "b n"]:
         """Logits of every image with every text."""
         cosines = self.embed_images(pixels) @ self.embed_text(ids).T
         return cosines * jnp.exp(self.logit_scale[...].astype(jnp.float32))
@@ -171,9 +161,7 @@ def _unit(x: Float[Array, "b p"]) -> Float[Array, "b p"]:
     return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True))
 
 
-def preprocess(
-    frames: Float[Array, "b h w 3"], size: int = 224, fit: Fit = "crop"
-) -> Float[Array, "b s s 3"]:
+def preprocess(frames: Float[Array, "b h w 3"], size: int = 224, fit: Fit = "crop") -> Float[Array, "b s s 3"]:
     """Frames in [0, 1] as CLIP's image tower wants them: resized, cut or padded to a square, normalised.
 
     "crop" makes the shorter edge `size` and takes the middle, as transformers' `CLIPImageProcessor`;

@@ -27,16 +27,7 @@ from dollar_jax.models.embeddings import (
     timestep_embedding,
     unpatchify,
 )
-from dollar_jax.models.layers import (
-    MLP,
-    FeedForward,
-    LayerNorm,
-    Linear,
-    Remat,
-    check_compute,
-    run_blocks,
-    stack_blocks,
-)
+from dollar_jax.models.layers import MLP, FeedForward, LayerNorm, Linear, Remat, check_compute, run_blocks, stack_blocks
 
 _zeros = nnx.initializers.zeros
 
@@ -94,9 +85,8 @@ class Modulation(nnx.Module):
     def __init__(self, c: CogVideoXConfig, rngs: nnx.Rngs) -> None:
         # The highest precision keeps fp32 products exact on accelerators; the layer sees one row per sample.
         self.linear = Linear(
-            c.time_embed_dim, 6 * c.dim, kernel_init=_zeros, rngs=rngs, param_dtype=c.param_dtype,
-            precision="highest",
-        )  # fmt: skip
+            c.time_embed_dim, 6 * c.dim, kernel_init=_zeros, rngs=rngs, param_dtype=c.param_dtype, precision="highest"
+        )
         self.norm = LayerNorm(c.dim, c.norm_eps, param_dtype=c.param_dtype)
         self.dtype = c.dtype
 
@@ -124,9 +114,7 @@ class Attention(nnx.Module):
         self.implementation: Implementation = c.attention
         self.context_parallel: ContextParallel = c.context_parallel
 
-    def __call__(
-        self, x: Float[Array, "b n d"], rotary: Rotary | None, length: int
-    ) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], rotary: Rotary | None, length: int) -> Float[Array, "b n d"]:
         """Tokens from `length` on are padding."""
 
         def split(y: Array) -> Array:
@@ -136,9 +124,13 @@ class Attention(nnx.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         out = attention(
-            q.astype(self.dtype), k.astype(self.dtype), split(self.to_v(x)), length=length,
-            implementation=self.implementation, context=self.context_parallel,
-        )  # fmt: skip
+            q.astype(self.dtype),
+            k.astype(self.dtype),
+            split(self.to_v(x)),
+            length=length,
+            implementation=self.implementation,
+            context=self.context_parallel,
+        )
         return self.to_out(out.reshape(x.shape))
 
 
@@ -168,9 +160,7 @@ class OutputNorm(nnx.Module):
     """Layer norm, then a shift and a scale by the time; fp32."""
 
     def __init__(self, c: CogVideoXConfig, rngs: nnx.Rngs) -> None:
-        self.linear = Linear(
-            c.time_embed_dim, 2 * c.dim, rngs=rngs, param_dtype=c.param_dtype, precision="highest"
-        )
+        self.linear = Linear(c.time_embed_dim, 2 * c.dim, rngs=rngs, param_dtype=c.param_dtype, precision="highest")
         self.norm = LayerNorm(c.dim, c.norm_eps, param_dtype=c.param_dtype)
 
     def __call__(self, x: Float[Array, "b n d"], time: Float[Array, "b e"]) -> Float[Array, "b n d"]:
@@ -194,10 +184,7 @@ class CogVideoXTransformer(nnx.Module):
         self.proj_out = Linear(c.dim, c.patch_size**2 * c.out_channels, kernel_init=_zeros, **dense)
 
     def __call__(
-        self,
-        x: Float[Array, "b t h w c"],
-        t: Float[Array, " b"],
-        text: Float[Array, "b l d"],
+        self, x: Float[Array, "b t h w c"], t: Float[Array, " b"], text: Float[Array, "b l d"]
     ) -> Float[Array, "b t h w out"]:
         """`t` in [0, 999]; every row of `text` is attended to, as in CogVideoX those of padding are."""
         c = self.config
@@ -221,9 +208,8 @@ class CogVideoXTransformer(nnx.Module):
             rotary = placement.pad_tokens(rotary[0], axis=0), placement.pad_tokens(rotary[1], axis=0)
         is_text = jnp.arange(y.shape[1])[:, None] < length
         y = run_blocks(
-            self.blocks, y, time, is_text, rotary, tokens,
-            length=c.num_layers, remat=c.remat, scan=c.scan_layers,
-        )  # fmt: skip
+            self.blocks, y, time, is_text, rotary, tokens, length=c.num_layers, remat=c.remat, scan=c.scan_layers
+        )
         y = self.norm_out(self.norm_final(y[:, length:tokens]), time)
         return unpatchify(self.proj_out(y), grid, patch)
 
@@ -250,9 +236,7 @@ def sinusoids(grid: tuple[int, int, int], c: CogVideoXConfig) -> Float[Array, "n
     return over_grid(parts, grid)
 
 
-def positions(
-    grid: tuple[int, int, int], c: CogVideoXConfig
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def positions(grid: tuple[int, int, int], c: CogVideoXConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the rotary embedding sees the rows of t, h and w.
 
     Frames are counted. A picture of another size than the training's is laid over it, as large as fits

@@ -93,9 +93,14 @@ class CausalConv3d(nnx.Module):
 
     def __init__(self, dim_in: int, dim_out: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
         self.conv = nnx.Conv(
-            dim_in, dim_out, (3, 3, 3), padding=((0, 0), (1, 1), (1, 1)), dtype=jnp.dtype(c.dtype),
-            param_dtype=jnp.dtype(c.param_dtype), rngs=rngs,
-        )  # fmt: skip
+            dim_in,
+            dim_out,
+            (3, 3, 3),
+            padding=((0, 0), (1, 1), (1, 1)),
+            dtype=jnp.dtype(c.dtype),
+            param_dtype=jnp.dtype(c.param_dtype),
+            rngs=rngs,
+        )
 
     def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t h w d"]:
         return self.conv(past.extend(x, 2, repeat=True))
@@ -105,9 +110,15 @@ def _conv2d(dim: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs, stride: int = 1) ->
     """A 3×3 convolution of every frame. Stride 2 pads below and to the right only."""
     pad = (1, 1) if stride == 1 else (0, 1)
     return nnx.Conv(
-        dim, dim, (3, 3), stride, padding=(pad, pad), dtype=jnp.dtype(c.dtype),
-        param_dtype=jnp.dtype(c.param_dtype), rngs=rngs,
-    )  # fmt: skip
+        dim,
+        dim,
+        (3, 3),
+        stride,
+        padding=(pad, pad),
+        dtype=jnp.dtype(c.dtype),
+        param_dtype=jnp.dtype(c.param_dtype),
+        rngs=rngs,
+    )
 
 
 def _pointwise(dim_in: int, dim_out: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> Linear:
@@ -138,9 +149,7 @@ class SpatialNorm(nnx.Module):
         self.conv_y = _pointwise(c.latent_channels, dim, c, rngs)
         self.conv_b = _pointwise(c.latent_channels, dim, c, rngs)
 
-    def __call__(
-        self, x: Float[Array, "b t h w c"], latent: Float[Array, "b t2 h2 w2 z"]
-    ) -> Float[Array, "b t h w c"]:
+    def __call__(self, x: Float[Array, "b t h w c"], latent: Float[Array, "b t2 h2 w2 z"]) -> Float[Array, "b t h w c"]:
         # What is computed per latent pixel is enlarged afterwards; the reference does it the dear way round.
         scale, shift = (_enlarge(conv(latent), x.shape) for conv in (self.conv_y, self.conv_b))
         return self.norm_layer(x) * scale + shift
@@ -160,9 +169,7 @@ def _enlarge(x: Array, shape: tuple[int, ...]) -> Array:
 class ResnetBlock(nnx.Module):
     """norm, SiLU, convolution, twice, around a shortcut; with `spatial` the norms read the latent."""
 
-    def __init__(
-        self, dim_in: int, dim_out: int, spatial: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, dim_in: int, dim_out: int, spatial: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
         def norm(dim: int) -> SpatialNorm | GroupNorm:
             return SpatialNorm(dim, c, rngs) if spatial else GroupNorm(dim, c.norm_eps, c)
 
@@ -171,9 +178,7 @@ class ResnetBlock(nnx.Module):
         self.conv_shortcut = None if dim_in == dim_out else _pointwise(dim_in, dim_out, c, rngs)
         self.spatial = spatial
 
-    def __call__(
-        self, x: Float[Array, "b t h w c"], past: Past, latent: Array | None
-    ) -> Float[Array, "b t h w d"]:
+    def __call__(self, x: Float[Array, "b t h w c"], past: Past, latent: Array | None) -> Float[Array, "b t h w d"]:
         condition: tuple[Any, ...] = (latent,) if self.spatial else ()
         y = self.conv1(jax.nn.silu(self.norm1(x, *condition)), past)
         y = self.conv2(jax.nn.silu(self.norm2(y, *condition)), past)
@@ -219,9 +224,9 @@ class Block(nnx.Module):
         up: bool | None = None,
     ) -> None:
         """`down` or `up`, where given, says whether time is resampled too."""
-        self.resnets = nnx.List([
-            ResnetBlock(one, two, spatial, c, rngs) for one, two in zip(dims[:-1], dims[1:], strict=True)
-        ])  # fmt: skip
+        self.resnets = nnx.List(
+            [ResnetBlock(one, two, spatial, c, rngs) for one, two in zip(dims[:-1], dims[1:], strict=True)]
+        )
         self.downsamplers = nnx.List([] if down is None else [Downsample(dims[-1], down, c, rngs)])
         self.upsamplers = nnx.List([] if up is None else [Upsample(dims[-1], up, c, rngs)])
 
@@ -241,13 +246,18 @@ class Encoder(nnx.Module):
     def __init__(self, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
         dims, last = c.block_out_channels, len(c.block_out_channels) - 1
         self.conv_in = CausalConv3d(c.in_channels, dims[0], c, rngs)
-        self.down_blocks = nnx.List([
-            Block(
-                (dims[max(i - 1, 0)], *[dim] * c.layers_per_block), False, c, rngs,
-                down=None if i == last else i < c.levels_in_time,
-            )
-            for i, dim in enumerate(dims)
-        ])  # fmt: skip
+        self.down_blocks = nnx.List(
+            [
+                Block(
+                    (dims[max(i - 1, 0)], *[dim] * c.layers_per_block),
+                    False,
+                    c,
+                    rngs,
+                    down=None if i == last else i < c.levels_in_time,
+                )
+                for i, dim in enumerate(dims)
+            ]
+        )
         self.mid_block = Block((dims[-1],) * 3, False, c, rngs)
         self.norm_out = GroupNorm(dims[-1], 1e-6, c)
         self.conv_out = CausalConv3d(dims[-1], 2 * c.latent_channels, c, rngs)
@@ -266,13 +276,18 @@ class Decoder(nnx.Module):
         dims, last = c.block_out_channels[::-1], len(c.block_out_channels) - 1
         self.conv_in = CausalConv3d(c.latent_channels, dims[0], c, rngs)
         self.mid_block = Block((dims[0],) * 3, True, c, rngs)
-        self.up_blocks = nnx.List([
-            Block(
-                (dims[max(i - 1, 0)], *[dim] * (c.layers_per_block + 1)), True, c, rngs,
-                up=None if i == last else i < c.levels_in_time,
-            )
-            for i, dim in enumerate(dims)
-        ])  # fmt: skip
+        self.up_blocks = nnx.List(
+            [
+                Block(
+                    (dims[max(i - 1, 0)], *[dim] * (c.layers_per_block + 1)),
+                    True,
+                    c,
+                    rngs,
+                    up=None if i == last else i < c.levels_in_time,
+                )
+                for i, dim in enumerate(dims)
+            ]
+        )
         self.norm_out = SpatialNorm(dims[-1], c, rngs)
         self.conv_out = CausalConv3d(dims[-1], c.out_channels, c, rngs)
 

@@ -55,9 +55,7 @@ def over_grid(parts: Sequence[np.ndarray], grid: tuple[int, int, int]) -> Float[
     return jnp.concatenate(full, axis=-1).reshape(-1, sum(p.shape[-1] for p in parts))
 
 
-def rotary_tables(
-    positions: tuple[np.ndarray, np.ndarray, np.ndarray], dims: tuple[int, int, int]
-) -> Rotary:
+def rotary_tables(positions: tuple[np.ndarray, np.ndarray, np.ndarray], dims: tuple[int, int, int]) -> Rotary:
     """Cosine and sine of every token's rotation angles: channels first of t, then of h, then of w.
 
     `positions` are those of the rows of each axis, `dims` the head's channels that each axis turns.

@@ -45,9 +45,7 @@ def make_network(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     return Network(graphdef, build, shapes)
 
 
-def _split(
-    build: Callable[[nnx.Rngs], nnx.Module], key: PRNGKeyArray
-) -> tuple[nnx.GraphDef, PyTree]:
+def _split(build: Callable[[nnx.Rngs], nnx.Module], key: PRNGKeyArray) -> tuple[nnx.GraphDef, PyTree]:
     graphdef, state = nnx.split(build(nnx.Rngs(params=key)), nnx.Param)
     return graphdef, _rename(nnx.to_pure_dict(state), str)
 

@@ -111,9 +111,7 @@ class RewardHead(nnx.Module):
             raise ValueError(f"a latent of h, w = {latent.shape[2:4]} is too small for this stem")
         return self.feature(x.mean(axis=(-3, -2))).reshape(*latent.shape[:2], -1)
 
-    def _attend(
-        self, features: Float[Array, "b t width"], text: Float[Array, "b l d"]
-    ) -> Float[Array, "b t width"]:
+    def _attend(self, features: Float[Array, "b t width"], text: Float[Array, "b l d"]) -> Float[Array, "b t width"]:
         tokens = self.text_proj(text)
         null = jnp.broadcast_to(self.null_token[...], (*tokens.shape[:1], 1, tokens.shape[-1]))
         tokens = jnp.concatenate([null.astype(tokens.dtype), tokens], axis=1)

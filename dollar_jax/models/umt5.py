@@ -45,17 +45,12 @@ class UMT5Config:
 
     def __post_init__(self) -> None:
         if self.feed_forward_proj != "gated-gelu":
-            raise ValueError(
-                f"feed_forward_proj is {self.feed_forward_proj!r}; UMT5 and T5 1.1 have only 'gated-gelu'"
-            )
+            raise ValueError(f"feed_forward_proj is {self.feed_forward_proj!r}; UMT5 and T5 1.1 have only 'gated-gelu'")
 
 
 def _dense(c: UMT5Config, rngs: nnx.Rngs, dim_in: int, dim_out: int, std: float) -> Linear:
     init = nnx.initializers.normal(std)
-    return Linear(
-        dim_in, dim_out, rngs=rngs, bias=False, kernel_init=init, dtype=c.dtype,
-        param_dtype=c.param_dtype,
-    )  # fmt: skip
+    return Linear(dim_in, dim_out, rngs=rngs, bias=False, kernel_init=init, dtype=c.dtype, param_dtype=c.param_dtype)
 
 
 class PositionBias(nnx.Module):

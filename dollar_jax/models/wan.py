@@ -20,14 +20,7 @@ from jaxtyping import Array, Float
 
 from dollar_jax.models import placement
 from dollar_jax.models.attention import ContextParallel, Implementation, attention
-from dollar_jax.models.embeddings import (
-    Rotary,
-    patchify,
-    rotary_tables,
-    rotate,
-    timestep_embedding,
-    unpatchify,
-)
+from dollar_jax.models.embeddings import Rotary, patchify, rotary_tables, rotate, timestep_embedding, unpatchify
 from dollar_jax.models.layers import (
     MLP,
     FeedForward,
@@ -90,13 +83,9 @@ class ConditionEmbedder(nnx.Module):
         # The highest precision keeps fp32 products exact on accelerators, whose default is lower;
         # these layers see one row per sample.
         exact = {"rngs": rngs, "param_dtype": c.param_dtype, "precision": "highest"}
-        self.time_embedder = MLP(
-            c.freq_dim, c.dim, jax.nn.silu, **{**exact, "param_dtype": "float32"}
-        )
+        self.time_embedder = MLP(c.freq_dim, c.dim, jax.nn.silu, **{**exact, "param_dtype": "float32"})
         self.time_proj = Linear(c.dim, 6 * c.dim, **exact)
-        self.text_embedder = MLP(
-            c.text_dim, c.dim, jax.nn.gelu, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype
-        )
+        self.text_embedder = MLP(c.text_dim, c.dim, jax.nn.gelu, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype)
         self.freq_dim = c.freq_dim
 
     def __call__(
@@ -143,10 +132,13 @@ class Attention(nnx.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         out = attention(
-            q.astype(self.dtype), k.astype(self.dtype), v, length=length,
+            q.astype(self.dtype),
+            k.astype(self.dtype),
+            v,
+            length=length,
             implementation=self.implementation,
             context=None if rotary is None else self.context_parallel,
-        )  # fmt: skip
+        )
         return self.to_out(out.reshape(x.shape))
 
 
@@ -154,12 +146,8 @@ class WanBlock(nnx.Module):
     def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:
         self.attn1 = Attention(c, rngs)
         self.attn2 = Attention(c, rngs)
-        self.norm2 = (
-            LayerNorm(c.dim, c.eps, param_dtype="float32") if c.cross_attn_norm else None
-        )
-        self.ffn = FeedForward(
-            c.dim, c.ffn_dim, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype
-        )
+        self.norm2 = LayerNorm(c.dim, c.eps, param_dtype="float32") if c.cross_attn_norm else None
+        self.ffn = FeedForward(c.dim, c.ffn_dim, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype)
         self.scale_shift_table = nnx.Param(_table(rngs, (6, c.dim), "float32"))
         self.eps, self.dtype = c.eps, c.dtype
 
@@ -196,18 +184,12 @@ class WanTransformer(nnx.Module):
         self.condition_embedder = ConditionEmbedder(c, rngs)
         self.blocks = stack_blocks(lambda rngs: WanBlock(c, rngs), c.num_layers, rngs)
         self.proj_out = Linear(
-            c.dim,
-            patch * (c.out_channels or c.in_channels),
-            kernel_init=nnx.initializers.zeros,
-            **dense,
+            c.dim, patch * (c.out_channels or c.in_channels), kernel_init=nnx.initializers.zeros, **dense
         )
         self.scale_shift_table = nnx.Param(_table(rngs, (2, c.dim), "float32"))
 
     def __call__(
-        self,
-        x: Float[Array, "b t h w c"],
-        t: Float[Array, " b"],
-        text: Float[Array, "b l d"],
+        self, x: Float[Array, "b t h w c"], t: Float[Array, " b"], text: Float[Array, "b l d"]
     ) -> Float[Array, "b t h w out"]:
         """`t` in [0, 1000]; `text` comes with padded rows zeroed and, as in Wan, not masked."""
         c = self.config
@@ -215,9 +197,7 @@ class WanTransformer(nnx.Module):
         # Height and width get 2⌊head_dim / 6⌋ channels each and time the rest.
         space = 2 * (c.attention_head_dim // 6)
         time_rows, rows, columns = (np.arange(size) for size in grid)
-        rotary = rotary_tables(
-            (time_rows, rows, columns), (c.attention_head_dim - 2 * space, space, space)
-        )
+        rotary = rotary_tables((time_rows, rows, columns), (c.attention_head_dim - 2 * space, space, space))
         time, modulation, text = self.condition_embedder(t, text)
 
         y = patchify(x, c.patch_size)
@@ -227,9 +207,8 @@ class WanTransformer(nnx.Module):
         text = placement.constrain(text, None, None)
         y = self.patch_embedding(placement.constrain(y, placement.CONTEXT, None))
         y = run_blocks(
-            self.blocks, y, text, modulation, rotary, tokens,
-            length=c.num_layers, remat=c.remat, scan=c.scan_layers,
-        )  # fmt: skip
+            self.blocks, y, text, modulation, rotary, tokens, length=c.num_layers, remat=c.remat, scan=c.scan_layers
+        )
         shift, scale = jnp.split(self.scale_shift_table[...] + time[:, None], 2, axis=1)
         y = self.proj_out(layer_norm(y, c.eps) * (1 + scale) + shift)
         y = placement.constrain(y, placement.CONTEXT, None)

@@ -83,9 +83,7 @@ _uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # as P
 class _Conv(nnx.Module):
     """Parameters of a channels-last convolution: kernel [*kernel, in, out] and bias [out]."""
 
-    def __init__(
-        self, kernel: tuple[int, ...], dim_in: int, dim_out: int, c: WanVAEConfig, rngs: nnx.Rngs
-    ):
+    def __init__(self, kernel: tuple[int, ...], dim_in: int, dim_out: int, c: WanVAEConfig, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(c.dtype)
         shape = (*kernel, dim_in, dim_out)
         self.kernel = nnx.Param(_uniform(rngs.params(), shape, c.param_dtype))
@@ -98,9 +96,7 @@ class _Conv(nnx.Module):
 class Conv2d(_Conv):
     """A 3×3 (or 1×1) convolution of every frame. Stride 2 pads below and to the right only."""
 
-    def __init__(
-        self, dim_in: int, dim_out: int, size: int, c: WanVAEConfig, rngs: nnx.Rngs, stride: int = 1
-    ):
+    def __init__(self, dim_in: int, dim_out: int, size: int, c: WanVAEConfig, rngs: nnx.Rngs, stride: int = 1):
         super().__init__((size, size), dim_in, dim_out, c, rngs)
         self.stride = stride
 
@@ -140,9 +136,16 @@ class CausalConv3d(_Conv):
     """
 
     def __init__(
-        self, dim_in: int, dim_out: int, kernel: tuple[int, int, int], c: WanVAEConfig,
-        rngs: nnx.Rngs, *, stride: int = 1, identity: bool = False,
-    ):  # fmt: skip
+        self,
+        dim_in: int,
+        dim_out: int,
+        kernel: tuple[int, int, int],
+        c: WanVAEConfig,
+        rngs: nnx.Rngs,
+        *,
+        stride: int = 1,
+        identity: bool = False,
+    ):
         super().__init__(kernel, dim_in, dim_out, c, rngs)
         self.stride = stride
         if kernel[0] > 1:
@@ -288,9 +291,7 @@ class Encoder(nnx.Module):
 class UpBlock(nnx.Module):
     """Residual blocks at one resolution, then, but for the last, an upsampling."""
 
-    def __init__(
-        self, dim_in: int, dim_out: int, time: bool | None, c: WanVAEConfig, rngs: nnx.Rngs
-    ):
+    def __init__(self, dim_in: int, dim_out: int, time: bool | None, c: WanVAEConfig, rngs: nnx.Rngs):
         dims = [dim_in] + [dim_out] * c.num_res_blocks
         self.resnets = nnx.List([ResidualBlock(dim, dim_out, c, rngs) for dim in dims])
         self.upsamplers = nnx.List([] if time is None else [Upsample(dim_out, time, c, rngs)])
@@ -310,12 +311,12 @@ class Decoder(nnx.Module):
         times: list[bool | None] = [*c.temperal_downsample[::-1], None]
         self.conv_in = CausalConv3d(c.z_dim, dims[0], (3, 3, 3), c, rngs)
         self.mid_block = MidBlock(dims[0], c, rngs)
-        self.up_blocks = nnx.List([
-            UpBlock(dim_in if i == 0 else dim_in // 2, dim_out, time, c, rngs)
-            for i, (dim_in, dim_out, time) in enumerate(
-                zip(dims[:-1], dims[1:], times, strict=True)
-            )
-        ])  # fmt: skip
+        self.up_blocks = nnx.List(
+            [
+                UpBlock(dim_in if i == 0 else dim_in // 2, dim_out, time, c, rngs)
+                for i, (dim_in, dim_out, time) in enumerate(zip(dims[:-1], dims[1:], times, strict=True))
+            ]
+        )
         self.norm_out = RMSNorm(dims[-1], c)
         self.conv_out = CausalConv3d(dims[-1], c.out_channels, (3, 3, 3), c, rngs)
 
@@ -395,15 +396,11 @@ class LatentStatistics(Protocol):
     def latents_std(self) -> tuple[float, ...]: ...
 
 
-def normalise(
-    latent: Float[Array, "b t h w z"], config: LatentStatistics
-) -> Float[Array, "b t h w z"]:
+def normalise(latent: Float[Array, "b t h w z"], config: LatentStatistics) -> Float[Array, "b t h w z"]:
     """Raw VAE latents to what the DiT sees: (z - mean) / std per channel."""
     return (latent - jnp.array(config.latents_mean)) / jnp.array(config.latents_std)
 
 
-def denormalise(
-    latent: Float[Array, "b t h w z"], config: LatentStatistics
-) -> Float[Array, "b t h w z"]:
+def denormalise(latent: Float[Array, "b t h w z"], config: LatentStatistics) -> Float[Array, "b t h w z"]:
     """The inverse of `normalise`."""
     return latent * jnp.array(config.latents_std) + jnp.array(config.latents_mean)

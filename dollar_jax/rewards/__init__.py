@@ -83,30 +83,21 @@ AnyReward = Reward | JaxReward
 def _one_each(answer: Any, count: int) -> np.ndarray:
     rewards = np.asarray(answer, np.float32)
     if rewards.shape != (count,):
-        raise WrongShape(
-            f"the reward gave shape {rewards.shape} for {count} videos; it must give one number per video"
-        )
+        raise WrongShape(f"the reward gave shape {rewards.shape} for {count} videos; it must give one number per video")
     return rewards
 
 
 REWARDS: dict[str, AnyReward] = {
     "vivid": Reward(vivid, "the share of coloured pixels that are bright and saturated"),
-    "compressibility": Reward(
-        compressibility, "how few bits per pixel JPEG needs: plain, calm backgrounds"
-    ),
+    "compressibility": Reward(compressibility, "how few bits per pixel JPEG needs: plain, calm backgrounds"),
     "vividness": JaxReward(
-        lambda params, frames, tokens: vividness(frames),
-        "mean colour saturation of the most coloured pixels",
+        lambda params, frames, tokens: vividness(frames), "mean colour saturation of the most coloured pixels"
     ),
     "motion": JaxReward(
         lambda params, frames, tokens: motion(frames), "mean length of the optical flow, in pixels per frame"
     ),
-    "flicker": JaxReward(
-        lambda params, frames, tokens: flicker(frames), "how little neighbouring frames differ"
-    ),
-    "smoothness": JaxReward(
-        lambda params, frames, tokens: smoothness(frames), "how well neighbours predict a frame"
-    ),
+    "flicker": JaxReward(lambda params, frames, tokens: flicker(frames), "how little neighbouring frames differ"),
+    "smoothness": JaxReward(lambda params, frames, tokens: smoothness(frames), "how well neighbours predict a frame"),
 }
 
 # Rewards that are read from a folder of weights: the function of `rewards` that reads them.

@@ -25,8 +25,7 @@ def onnx_classifier(folder: Path) -> Reward:
         import onnxruntime  # optional
     except ImportError as error:
         raise ValueError(
-            "the reward 'onnx' needs the package onnxruntime, which is not installed: "
-            "pip install 'dollar_jax[rewards]'"
+            "the reward 'onnx' needs the package onnxruntime, which is not installed: pip install 'dollar_jax[rewards]'"
         ) from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()

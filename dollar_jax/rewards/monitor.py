@@ -72,8 +72,9 @@ class Monitor:
             values[0] = np.nan
         if jax.process_count() > 1:
             everyone = np.asarray(multihost_utils.process_allgather(values)).reshape(-1, len(names))
-            values = np.array([column[np.isfinite(column)].mean() if np.isfinite(column).any() else np.nan
-                               for column in everyone.T])  # fmt: skip
+            values = np.array(
+                [column[np.isfinite(column)].mean() if np.isfinite(column).any() else np.nan for column in everyone.T]
+            )
         if guard.min_correlation is not None and values[0] < guard.min_correlation:
             return (
                 f"latent and true reward correlate by {values[0]:.3f} on fresh samples, less than "

@@ -41,9 +41,7 @@ class PixelRewards:
         params = {name: r.params for name, r in zip(self.labels, self.rewards, strict=True)}
         return {"decoder": decoder, "rewards": params}
 
-    def __call__(
-        self, params: Params, latent: Latent, tokens: dict[str, jax.Array]
-    ) -> Float[Array, "b n"]:
+    def __call__(self, params: Params, latent: Latent, tokens: dict[str, jax.Array]) -> Float[Array, "b n"]:
         """Rewards of the latents' frames; NaN in the columns of host rewards and for latents that are not finite.
 
         With `remat` the backward pass computes decoder and rewards again, one after the other, instead

@@ -11,9 +11,7 @@ class Replay:
     A row's `reward` may hold several rewards; `rewards` is its shape.
     """
 
-    def __init__(
-        self, capacity: int, latent: tuple[int, ...], text: tuple[int, ...], rewards: tuple[int, ...] = ()
-    ):
+    def __init__(self, capacity: int, latent: tuple[int, ...], text: tuple[int, ...], rewards: tuple[int, ...] = ()):
         self.state = {
             "latent": np.zeros((capacity, *latent), np.float32),
             "text": np.zeros((capacity, *text), np.float32),

@@ -71,9 +71,7 @@ class Scorer:
         self.latest: dict[str, float] = {}
         self._decoder = decoder
         self._decode = functools.cache(
-            lambda sharding: jax.jit(
-                functools.partial(_decode_finite, decode), out_shardings=(sharding, sharding)
-            )
+            lambda sharding: jax.jit(functools.partial(_decode_finite, decode), out_shardings=(sharding, sharding))
         )
         self._trained, self._held_out = np.array(c.trained, int), np.array(c.held_out, int)
         self._pending: _Pending | None = None
@@ -125,9 +123,7 @@ class Scorer:
             rows = rows | {f"tokens_{k}": v for k, v in self.pixels.tokens(captions).items()}
         return rows
 
-    def submit(
-        self, fresh: Mapping[str, jax.Array], batch: Mapping[str, np.ndarray], captions: Sequence[str]
-    ) -> None:
+    def submit(self, fresh: Mapping[str, jax.Array], batch: Mapping[str, np.ndarray], captions: Sequence[str]) -> None:
         """Has the latents of a step scored, which the devices may still be computing.
 
         `batch` and `captions` are this process's rows of the step's batch.

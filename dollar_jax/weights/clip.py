@@ -35,10 +35,7 @@ CLIP_TABLE = [
         f"{_TOWER}/blocks/{{p:q_proj|k_proj|v_proj|out_proj}}/kernel",
         TRANSPOSE,
     ),
-    Row(
-        "{tower}.encoder.layers.{i}.self_attn.{p}.bias",
-        f"{_TOWER}/blocks/{{p:q_proj|k_proj|v_proj|out_proj}}/bias",
-    ),
+    Row("{tower}.encoder.layers.{i}.self_attn.{p}.bias", f"{_TOWER}/blocks/{{p:q_proj|k_proj|v_proj|out_proj}}/bias"),
     Row("{tower}.encoder.layers.{i}.mlp.{p}.weight", f"{_TOWER}/blocks/{{p:fc1|fc2}}/kernel", TRANSPOSE),
     Row("{tower}.encoder.layers.{i}.mlp.{p}.bias", f"{_TOWER}/blocks/{{p:fc1|fc2}}/bias"),
     Row("{tower}.encoder.layers.{i}.{p}.weight", f"{_TOWER}/blocks/{{p:layer_norm[12]}}/scale"),
@@ -62,9 +59,12 @@ _OPENCLIP = [
 ]
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.?(weight|bias)")
 _INSIDE = {
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-}  # fmt: skip
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 
 
 def from_openclip(pairs: Pairs) -> Iterator[tuple[str, np.ndarray]]:
@@ -106,9 +106,16 @@ def clip_config(fields: Mapping[str, Any], **ours: Any) -> CLIPConfig:
     # Files from before transformers knew better say 2, and mean the highest id.
     eos = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
     return CLIPConfig(
-        tower(vision), tower(text), c.projection_dim, vision.patch_size, vision.image_size,
-        text.vocab_size, text.max_position_embeddings, eos, **ours,
-    )  # fmt: skip
+        tower(vision),
+        tower(text),
+        c.projection_dim,
+        vision.patch_size,
+        vision.image_size,
+        text.vocab_size,
+        text.max_position_embeddings,
+        eos,
+        **ours,
+    )
 
 
 def clip_network(config: CLIPConfig) -> Network:

@@ -41,9 +41,7 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 SCHEDULERS = {"rf": "FlowMatchEulerDiscreteScheduler", "ddpm": "LCMScheduler"}  # by the diffusion's path
 
 
-def export_run(
-    workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size: int, adapter: bool = False
-) -> None:
+def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size: int, adapter: bool = False) -> None:
     """Writes `folder`, which the teacher's diffusers pipeline loads and `dollar import` imports.
 
     The transformer is the newest student of the run, its average with `ema`, in `dtype` and in files of at
@@ -211,18 +209,29 @@ _ARGUMENT = {"rf": "num_inference_steps=len(sigmas)", "ddpm": "timesteps=timeste
 
 
 def model_card(
-    config: DistillConfig, schedule: Schedule, pipeline: str, step: int, ema: bool, metrics: Mapping[str, Any],
+    config: DistillConfig,
+    schedule: Schedule,
+    pipeline: str,
+    step: int,
+    ema: bool,
+    metrics: Mapping[str, Any],
     adapter: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """README.md: what the student is, how diffusers' `pipeline` samples it, and what its run measured."""
     frames, height, width = clip_size(config.data)
     prompt = "a large red circle moving left slowly"
     names = {"pipeline": pipeline, "scheduler": SCHEDULERS[schedule.path], "teacher": config.teacher}
     snippet = _SNIPPET.format(
-        pipeline=pipeline, load=(_LOAD_ADAPTER if adapter else _LOAD).format(**names),
-        times=_TIMES[schedule.path].format(field=TIMESTEPS), argument=_ARGUMENT[schedule.path],
-        prompt=prompt, height=height, width=width, frames=frames, length=config.data.max_text_length,
-    )  # fmt: skip
+        pipeline=pipeline,
+        load=(_LOAD_ADAPTER if adapter else _LOAD).format(**names),
+        times=_TIMES[schedule.path].format(field=TIMESTEPS),
+        argument=_ARGUMENT[schedule.path],
+        prompt=prompt,
+        height=height,
+        width=width,
+        frames=frames,
+        length=config.data.max_text_length,
+    )
     weights = {
         "variational score distillation (VSD)": config.vsd.weight,
         "consistency distillation (CD), β_CD": config.consistency.weight,
@@ -238,9 +247,15 @@ def model_card(
             lines.append(f"| {name} | {' | '.join(cells)} |")
         measures = "\n## Evaluation\n\n" + "\n".join(lines) + "\n"
     return _CARD.format(
-        count=len(config.student.timesteps), teacher=config.teacher, steps=step, batch=config.batch_size,
-        weights="moving average" if ema else "raw weights", total=schedule.num_train_timesteps,
-        timesteps=", ".join(f"{t:g}" for t in config.student.timesteps), snippet=snippet,
+        count=len(config.student.timesteps),
+        teacher=config.teacher,
+        steps=step,
+        batch=config.batch_size,
+        weights="moving average" if ema else "raw weights",
+        total=schedule.num_train_timesteps,
+        timesteps=", ".join(f"{t:g}" for t in config.student.timesteps),
+        snippet=snippet,
         losses="\n".join(f"| {name} | {weight:g} |" for name, weight in weights.items()),
-        measures=measures, config=json.dumps(dataclasses.asdict(config), indent=2),
-    )  # fmt: skip
+        measures=measures,
+        config=json.dumps(dataclasses.asdict(config), indent=2),
+    )

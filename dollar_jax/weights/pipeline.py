@@ -116,19 +116,30 @@ class Family:
 
 
 _UMT5 = Kind(
-    umt5.CLASS_NAME, UMT5Config, umt5.umt5_config, umt5.umt5_config_json, umt5_encoder,
+    umt5.CLASS_NAME,
+    UMT5Config,
+    umt5.umt5_config,
+    umt5.umt5_config_json,
+    umt5_encoder,
     lambda config, shapes: umt5.UMT5_TABLE,
-)  # fmt: skip
+)
 FAMILIES = (
     Family(
         "WanPipeline",
         Kind(
-            wan.CLASS_NAME, WanConfig, wan.wan_config, wan.wan_config_json, wan_transformer,
+            wan.CLASS_NAME,
+            WanConfig,
+            wan.wan_config,
+            wan.wan_config_json,
+            wan_transformer,
             lambda config, shapes: wan.wan_table(config),
         ),
         Kind(
-            wan_vae_weights.CLASS_NAME, WanVAEConfig, wan_vae_weights.wan_vae_config,
-            wan_vae_weights.wan_vae_config_json, wan_vae,
+            wan_vae_weights.CLASS_NAME,
+            WanVAEConfig,
+            wan_vae_weights.wan_vae_config,
+            wan_vae_weights.wan_vae_config_json,
+            wan_vae,
             lambda config, shapes: wan_vae_weights.wan_vae_table(shapes),
         ),
         _UMT5,
@@ -138,20 +149,26 @@ FAMILIES = (
     Family(
         "CogVideoXPipeline",
         Kind(
-            cogvideox.CLASS_NAME, CogVideoXConfig, cogvideox.cogvideox_config,
-            cogvideox.cogvideox_config_json, cogvideox_transformer,
+            cogvideox.CLASS_NAME,
+            CogVideoXConfig,
+            cogvideox.cogvideox_config,
+            cogvideox.cogvideox_config_json,
+            cogvideox_transformer,
             lambda config, shapes: cogvideox.cogvideox_table(config),
         ),
         Kind(
-            cogvideox_vae.CLASS_NAME, CogVideoXVAEConfig, cogvideox_vae.cogvideox_vae_config,
-            cogvideox_vae.cogvideox_vae_config_json, cogvideox_vae_network,
+            cogvideox_vae.CLASS_NAME,
+            CogVideoXVAEConfig,
+            cogvideox_vae.cogvideox_vae_config,
+            cogvideox_vae.cogvideox_vae_config_json,
+            cogvideox_vae_network,
             lambda config, shapes: cogvideox_vae.cogvideox_vae_table(shapes),
         ),
         dataclasses.replace(_UMT5, class_name=umt5.T5_CLASS_NAME),
         path="ddpm",
         masks_padding=False,
     ),
-)  # fmt: skip
+)
 
 
 def family_of(transformer_config: Any) -> Family:
@@ -168,9 +185,7 @@ class Part:
     table: Sequence[Row]
 
 
-def read_parts(
-    folder: Path, param_dtype: str = "float32", **transformer_options: Any
-) -> dict[str, Part]:
+def read_parts(folder: Path, param_dtype: str = "float32", **transformer_options: Any) -> dict[str, Part]:
     """The COMPONENTS of a pipeline folder without their weights; raises as `load_pipeline` does."""
     family = read_family(folder)
     held = {"param_dtype": param_dtype}
@@ -221,9 +236,7 @@ def read_family(folder: Path) -> Family:
     found = {name: (index.get(name) or [None, None])[-1] for name in COMPONENTS}
     families = {family.transformer.class_name: family for family in FAMILIES}
     if found["transformer"] not in families:
-        raise ValueError(
-            f"{path} has the transformer {found['transformer']}; those known are {', '.join(families)}"
-        )
+        raise ValueError(f"{path} has the transformer {found['transformer']}; those known are {', '.join(families)}")
     family = families[found["transformer"]]
     for name, class_name in found.items():
         kind: Kind = getattr(family, name)
@@ -248,19 +261,20 @@ def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32"
         save_component(folder, name, getattr(pipeline, name), dtype)
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    write_json(folder / "model_index.json", {
-        "_class_name": family.pipeline,
-        "scheduler": ["diffusers", scheduler["_class_name"]],
-        "text_encoder": ["transformers", family.text_encoder.class_name],
-        "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
-        "transformer": ["diffusers", family.transformer.class_name],
-        "vae": ["diffusers", family.vae.class_name],
-    })  # fmt: skip
+    write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": family.pipeline,
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+            "text_encoder": ["transformers", family.text_encoder.class_name],
+            "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
+            "transformer": ["diffusers", family.transformer.class_name],
+            "vae": ["diffusers", family.vae.class_name],
+        },
+    )
 
 
-def save_component(
-    folder: Path, name: str, component: Component, dtype: str, shard_size: int | None = None
-) -> None:
+def save_component(folder: Path, name: str, component: Component, dtype: str, shard_size: int | None = None) -> None:
     """Writes one of COMPONENTS under its name in the pipeline folder."""
     kinds: list[Kind] = [getattr(family, name) for family in FAMILIES]
     kind = next(kind for kind in kinds if isinstance(component.config, kind.config))
@@ -268,9 +282,8 @@ def save_component(
     file_name = files.TRANSFORMERS_FILE if name == "text_encoder" else files.DIFFUSERS_FILE
     tensors = export_stream(table, component.params)
     files.write_component(
-        folder / name, kind.write(component.config), tensors, file_name=file_name, dtype=dtype,
-        shard_size=shard_size,
-    )  # fmt: skip
+        folder / name, kind.write(component.config), tensors, file_name=file_name, dtype=dtype, shard_size=shard_size
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -287,15 +300,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and mask, int32 [n, length]; longer prompts are cut at `length` tokens."""
-    tokens = tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="np"
-    )
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
     return tokens["input_ids"].astype(np.int32), tokens["attention_mask"].astype(np.int32)
 
 
-def load_component(
-    folder: Path, part: Part, place: Callable[[Params], Any] | None = None
-) -> Component:
+def load_component(folder: Path, part: Part, place: Callable[[Params], Any] | None = None) -> Component:
     """A component with its weights, from Orbax or safetensors; see `load_pipeline`."""
     shapes = part.network.shapes
     if (folder / IMPORTED).is_dir():

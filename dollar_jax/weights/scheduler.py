@@ -14,9 +14,7 @@ from dollar_jax.schedule import Prediction, Schedule
 _SIGMAS = {f"use_{name}_sigmas": (False, False) for name in ("karras", "exponential", "beta")}
 _SHIFTS = {"use_dynamic_shifting": (False, False), "shift_terminal": (None, None)}
 _FLOWS: dict[str, tuple[str, dict[str, tuple[Any, Any]]]] = {
-    "FlowMatchEulerDiscreteScheduler": (
-        "shift", {**_SIGMAS, **_SHIFTS, "invert_sigmas": (False, False)},
-    ),
+    "FlowMatchEulerDiscreteScheduler": ("shift", {**_SIGMAS, **_SHIFTS, "invert_sigmas": (False, False)}),
     "UniPCMultistepScheduler": (
         "flow_shift",
         {
@@ -33,15 +31,10 @@ _FLOWS: dict[str, tuple[str, dict[str, tuple[Any, Any]]]] = {
             **_SHIFTS,
         },
     ),
-}  # fmt: skip
+}
 
 _PREDICTIONS: dict[str, Prediction] = {"v_prediction": "v", "epsilon": "eps", "sample": "x0"}
-_COGVIDEOX = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "snr_shift_scale": 3.0,
-}
+_COGVIDEOX = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "snr_shift_scale": 3.0}
 # Per DDPM scheduler: diffusers' defaults of the noise's fields; and the fields that change what sampling
 # means, as above. CogVideoX's have a field clip_sample that they never read. How timesteps are spaced is the
 # sampler's affair: ours spaces them "trailing".
@@ -53,7 +46,7 @@ _DDPMS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, Any]]]] = {
         {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "snr_shift_scale": 1.0},
         {**_SAME, "clip_sample": (True, False), "thresholding": (False, False)},
     ),
-}  # fmt: skip
+}
 
 
 def schedule_of(fields: Mapping[str, Any], path: DiffusionPath, file: Path) -> Schedule:
@@ -76,9 +69,7 @@ def schedule_of(fields: Mapping[str, Any], path: DiffusionPath, file: Path) -> S
     noise = _DDPMS[name][0] | dict(fields)
     prediction = fields.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
-        raise ValueError(
-            f"{file} has prediction_type = {prediction!r}; it can be one of {', '.join(_PREDICTIONS)}"
-        )
+        raise ValueError(f"{file} has prediction_type = {prediction!r}; it can be one of {', '.join(_PREDICTIONS)}")
     return Schedule(
         "ddpm",
         _PREDICTIONS[prediction],

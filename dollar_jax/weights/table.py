@@ -35,8 +35,7 @@ SAME = Transform(lambda x: x, lambda x: x)
 TRANSPOSE = Transform(np.transpose, np.transpose)
 # Convolution kernels of any rank: [out, in, *kernel] ↔ [*kernel, in, out].
 CONV = Transform(
-    lambda x: x.transpose(*range(2, x.ndim), 1, 0),
-    lambda x: x.transpose(x.ndim - 1, x.ndim - 2, *range(x.ndim - 2)),
+    lambda x: x.transpose(*range(2, x.ndim), 1, 0), lambda x: x.transpose(x.ndim - 1, x.ndim - 2, *range(x.ndim - 2))
 )
 # Tables the file holds with a leading batch axis of 1.
 BATCHED = Transform(lambda x: x[0], lambda x: x[None])
@@ -60,11 +59,7 @@ class _Place(NamedTuple):
         return arrays[self.path] if self.layer is None else arrays[self.path][self.layer]
 
 
-def import_params(
-    table: Sequence[Row],
-    tensors: Mapping[str, np.ndarray] | Pairs,
-    shapes: Params,
-) -> Params:
+def import_params(table: Sequence[Row], tensors: Mapping[str, np.ndarray] | Pairs, shapes: Params) -> Params:
     """Parameters as numpy arrays with the shapes and dtypes of `shapes` (see `Network.shapes`).
 
     Raises ValueError, naming the tensor, when one has no place, comes twice, is missing or has
@@ -82,10 +77,7 @@ def import_params(
 
 
 def stream_params(
-    table: Sequence[Row],
-    tensors: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], np.ndarray],
-    shapes: Params,
+    table: Sequence[Row], tensors: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], shapes: Params
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(path, array) of one parameter after another; only one is held at a time.
 

@@ -20,26 +20,15 @@ UMT5_TABLE = [
     Row("shared.weight", "shared/embedding"),
     # Tied to `shared`; most files leave it out.
     Row("encoder.embed_tokens.weight", None),
-    Row(
-        "encoder.block.{i}.layer.0.SelfAttention.{p}.weight",
-        "blocks/attention/{p:q|k|v|o}/kernel",
-        TRANSPOSE,
-    ),
+    Row("encoder.block.{i}.layer.0.SelfAttention.{p}.weight", "blocks/attention/{p:q|k|v|o}/kernel", TRANSPOSE),
     Row(
         "encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight",
         "blocks/attention/relative_attention_bias/embedding",
     ),
     # T5 keeps the one that its layers share in the first.
-    Row(
-        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        "relative_attention_bias/embedding",
-    ),
+    Row("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "relative_attention_bias/embedding"),
     Row("encoder.block.{i}.layer.0.layer_norm.weight", "blocks/attention_norm/scale"),
-    Row(
-        "encoder.block.{i}.layer.1.DenseReluDense.{p}.weight",
-        "blocks/{p:wi_0|wi_1|wo}/kernel",
-        TRANSPOSE,
-    ),
+    Row("encoder.block.{i}.layer.1.DenseReluDense.{p}.weight", "blocks/{p:wi_0|wi_1|wo}/kernel", TRANSPOSE),
     Row("encoder.block.{i}.layer.1.layer_norm.weight", "blocks/ffn_norm/scale"),
     Row("encoder.final_layer_norm.weight", "final_layer_norm/scale"),
 ]
@@ -50,8 +39,7 @@ def umt5_config(fields: Mapping[str, Any], **ours: Any) -> UMT5Config:
     model_type = fields.get("model_type")
     if model_type not in _MODEL_TYPES:
         raise ValueError(
-            f"config.json has model_type = {model_type!r}; the text encoders known are "
-            f"{' and '.join(_MODEL_TYPES)}"
+            f"config.json has model_type = {model_type!r}; the text encoders known are {' and '.join(_MODEL_TYPES)}"
         )
     names = {f.name for f in dataclasses.fields(UMT5Config)} - set(_OURS)
     if missing := sorted(names - fields.keys()):

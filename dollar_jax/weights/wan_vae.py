@@ -47,9 +47,7 @@ def wan_vae_config(fields: Mapping[str, Any], **ours: Any) -> WanVAEConfig:
     # Files written before a field existed lack it, and mean its default.
     names = {f.name for f in dataclasses.fields(WanVAEConfig)} - set(_OURS)
     known = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in fields.items()
-        if name in names
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items() if name in names
     }
     required = {"base_dim", "z_dim", "dim_mult", "latents_mean", "latents_std"}
     if missing := sorted(required - set(known)):

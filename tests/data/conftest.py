@@ -25,14 +25,28 @@ from dollar_jax.weights.pipeline import (
 )
 
 WAN = WanConfig(
-    num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
-    freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
-)  # fmt: skip
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=8,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=1,
+    rope_max_seq_len=32,
+)
 VAE = WanVAEConfig(
-    base_dim=4, z_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temperal_downsample=(True, True),
-    latents_mean=(0.1, 0.2, 0.3, 0.4), latents_std=(1.0, 2.0, 3.0, 4.0), in_channels=12, out_channels=12,
+    base_dim=4,
+    z_dim=4,
+    dim_mult=(1, 1, 1),
+    num_res_blocks=1,
+    temperal_downsample=(True, True),
+    latents_mean=(0.1, 0.2, 0.3, 0.4),
+    latents_std=(1.0, 2.0, 3.0, 4.0),
+    in_channels=12,
+    out_channels=12,
     patch_size=2,
-)  # fmt: skip
+)
 TEXT = UMT5Config(vocab_size=24, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
 
 
@@ -80,10 +94,22 @@ def videos(tmp_path_factory):
 @pytest.fixture(scope="session")
 def settings(videos, teacher):
     return PrepareSettings(
-        source=str(videos), split="train", prompts=None, teacher=str(teacher), frames=5,
-        buckets=((16, 32), (32, 16)), fps=None, crop="random", clips=1, sample=False, dtype="float32",
-        max_text_length=12, seed=0, shard_size=4, batch_size=1,
-    )  # fmt: skip
+        source=str(videos),
+        split="train",
+        prompts=None,
+        teacher=str(teacher),
+        frames=5,
+        buckets=((16, 32), (32, 16)),
+        fps=None,
+        crop="random",
+        clips=1,
+        sample=False,
+        dtype="float32",
+        max_text_length=12,
+        seed=0,
+        shard_size=4,
+        batch_size=1,
+    )
 
 
 @pytest.fixture(scope="session")

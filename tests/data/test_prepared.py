@@ -25,10 +25,18 @@ SHAPES = {(2, 2, 4, 4), (2, 4, 2, 4)}
 
 @pytest.fixture(scope="module")
 def config(make_config, whole, teacher, quick_compilation):
-    return make_config({
-        "data.name": str(whole[0]), "teacher": str(teacher), "batch_size": 8, "steps": 4, "checkpoint_every": 2,
-        "keep_checkpoints": 9, "mesh.data": 8, "student.optimiser.warmup_steps": 1,
-    })  # fmt: skip
+    return make_config(
+        {
+            "data.name": str(whole[0]),
+            "teacher": str(teacher),
+            "batch_size": 8,
+            "steps": 4,
+            "checkpoint_every": 2,
+            "keep_checkpoints": 9,
+            "mesh.data": 8,
+            "student.optimiser.warmup_steps": 1,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +119,9 @@ def test_the_position_is_exact_although_batches_are_placed_ahead(config):
 def test_processes_share_the_very_batches_of_one_and_read_their_rows_alone(config, monkeypatch):
     c, read = small(config), []
     whole = take(PreparedVideos(c.data).batches(c), 12)
-    monkeypatch.setattr(prepared.Records, "readable", lambda self, i, real=prepared.Records.readable: (
-        read.append(i), real(self, i))[1])  # fmt: skip
+    monkeypatch.setattr(
+        prepared.Records, "readable", lambda self, i, real=prepared.Records.readable: (read.append(i), real(self, i))[1]
+    )
     for rows in ([0, 1], [2], [0, 2]):
         read.clear()
         iterator = PreparedVideos(c.data).batches(c, np.array(rows))

@@ -73,10 +73,18 @@ def add(tar, name, data):
 def test_tar_files(tmp_path):
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
         for name, data in {
-            "k/1.mp4": b"one", "k/1.txt": b"first", "2.json": json.dumps({"caption": "second"}).encode(),
-            "2.mp4": b"two", "3.mp4": b"three", "4.txt": b"no video", "5.mp4": b"", "5.txt": b"five",
-            "6.meta.json": b"{}", "6.mp4": b"six", "6.json": b"nonsense",
-        }.items():  # fmt: skip
+            "k/1.mp4": b"one",
+            "k/1.txt": b"first",
+            "2.json": json.dumps({"caption": "second"}).encode(),
+            "2.mp4": b"two",
+            "3.mp4": b"three",
+            "4.txt": b"no video",
+            "5.mp4": b"",
+            "5.txt": b"five",
+            "6.meta.json": b"{}",
+            "6.mp4": b"six",
+            "6.json": b"nonsense",
+        }.items():
             add(tar, name, data)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "x.mp4", b"X" * 5000)

@@ -91,9 +91,14 @@ def test_odd_sizes(size):
 
 # Where the quarters are in what the ffmpeg program (9.0.2) makes of (degrees, mirrored, upside down).
 TURNS = {
-    (0, True, False): "1032", (0, False, True): "2301", (90, False, False): "1302", (-90, False, False): "2031",
-    (180, False, False): "3210", (90, True, False): "3120", (-90, True, False): "0213",
-}  # fmt: skip
+    (0, True, False): "1032",
+    (0, False, True): "2301",
+    (90, False, False): "1302",
+    (-90, False, False): "2031",
+    (180, False, False): "3210",
+    (90, True, False): "3120",
+    (-90, True, False): "0213",
+}
 
 
 @pytest.mark.parametrize("turn", TURNS, ids=str)

@@ -15,8 +15,10 @@ from dollar_jax.evaluate.vendi import pixel_features, vendi_score
 from dollar_jax.evaluate.video import write_video
 from dollar_jax.rewards import get_reward
 
-CAPTIONS = [shapes.Caption("large", "red", "circle", "left", "quickly"),
-            shapes.Caption("small", "blue", "square", "up", "slowly")]  # fmt: skip
+CAPTIONS = [
+    shapes.Caption("large", "red", "circle", "left", "quickly"),
+    shapes.Caption("small", "blue", "square", "up", "slowly"),
+]
 
 
 @pytest.fixture(scope="module")

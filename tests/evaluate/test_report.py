@@ -22,9 +22,14 @@ VOID = {"meta", "img", "br", "hr", "link", "input", "source"}
 
 def sampler(alignment, **more):
     return {
-        "alignment": alignment, "reward": -0.25, "vendi": 3.5, "flicker": 0.97, "nfe": 4,
-        "diffusion_seconds": 0.2, "total_seconds": 0.5,
-    } | more  # fmt: skip
+        "alignment": alignment,
+        "reward": -0.25,
+        "vendi": 3.5,
+        "flicker": 0.97,
+        "nfe": 4,
+        "diffusion_seconds": 0.2,
+        "total_seconds": 0.5,
+    } | more
 
 
 METRICS = {
@@ -42,8 +47,7 @@ METRICS = {
 @pytest.fixture(scope="module")
 def videos():
     return {
-        key: np.stack([shapes.example(i, "train", j)[0] for j in range(len(PROMPTS))])
-        for i, key in enumerate(SAMPLERS)
+        key: np.stack([shapes.example(i, "train", j)[0] for j in range(len(PROMPTS))]) for i, key in enumerate(SAMPLERS)
     }
 
 
@@ -93,16 +97,21 @@ def decoded(uri):
 def page(tmp_path_factory, videos):
     path = tmp_path_factory.mktemp("report") / "report.html"
     history = [
-        {"step": i, "student_loss": 10.0 ** -(i / 9), "reward_mean": i / 10, "latent_std": 1.0}
-        for i in range(30)
+        {"step": i, "student_loss": 10.0 ** -(i / 9), "reward_mean": i / 10, "latent_std": 1.0} for i in range(30)
     ]
     history[3]["student_loss"] = float("nan")
     history[4]["reward_mean"] = float("inf")
     write_report(
-        path, metrics=METRICS, prompts=PROMPTS, videos=videos, history=history,
-        timings={"compiling": 62.0, "<sampling>": 0.25}, config_text="lr: 2e-6  # <&>",
-        notes=["One <note>."], title="Run <1>",
-    )  # fmt: skip
+        path,
+        metrics=METRICS,
+        prompts=PROMPTS,
+        videos=videos,
+        history=history,
+        timings={"compiling": 62.0, "<sampling>": 0.25},
+        config_text="lr: 2e-6  # <&>",
+        notes=["One <note>."],
+        title="Run <1>",
+    )
     return Page(path)
 
 
@@ -188,20 +197,20 @@ def test_wrong_videos_are_named(tmp_path, videos, change):
 def test_sampler_rows_are_in_order_and_few_step_teachers_are_undistilled():
     keys = ["student_1", "undistilled_1", "teacher_4", "other", "student_4", "teacher_50"]
     rows = sampler_rows(keys)
-    assert [row.key for row in rows] == [
-        "teacher_50", "student_4", "student_1", "teacher_4", "undistilled_1", "other",
-    ]  # fmt: skip
+    assert [row.key for row in rows] == ["teacher_50", "student_4", "student_1", "teacher_4", "undistilled_1", "other"]
     assert [row.label for row in rows] == [
-        "Teacher, 50 steps", "Student, 4 steps", "Student, 1 step", "Undistilled, 4 steps",
-        "Undistilled, 1 step", "Other",
-    ]  # fmt: skip
+        "Teacher, 50 steps",
+        "Student, 4 steps",
+        "Student, 1 step",
+        "Undistilled, 4 steps",
+        "Undistilled, 1 step",
+        "Other",
+    ]
 
 
 def test_metrics_round_trip(tmp_path):
     numbers = {"reward": np.float32(0.5), "nfe": np.int64(4), "vendi": jnp.float32(2)}
-    write_metrics(
-        tmp_path / "run" / "metrics.json", {"student_4": numbers, "config": {"a": (1, None)}}
-    )
+    write_metrics(tmp_path / "run" / "metrics.json", {"student_4": numbers, "config": {"a": (1, None)}})
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == {
         "student_4": {"reward": 0.5, "nfe": 4, "vendi": 2.0},
         "config": {"a": [1, None]},

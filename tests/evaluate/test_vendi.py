@@ -32,11 +32,7 @@ def test_two_samples_have_the_closed_form(angle, padding):
 # features; the two agree to 1e-13.
 @pytest.mark.parametrize(
     ("x", "expected"),
-    [
-        (features(6, 4), 3.57618830915637),
-        (features(5, 40), 4.82889483539516),
-        (features(6, 4) ** 2, 2.57786023441476),
-    ],
+    [(features(6, 4), 3.57618830915637), (features(5, 40), 4.82889483539516), (features(6, 4) ** 2, 2.57786023441476)],
 )
 def test_agrees_with_the_authors_package(x, expected):
     assert vendi_score(x) == pytest.approx(expected, rel=1e-10)

@@ -79,9 +79,7 @@ def test_frames_of_another_kind_are_refused(tmp_path, frames):
 
 
 def numbered(n, t=2, h=2, w=3):
-    return np.arange(1, n + 1, dtype=np.uint8)[:, None, None, None, None] * np.ones(
-        (t, h, w, 3), np.uint8
-    )
+    return np.arange(1, n + 1, dtype=np.uint8)[:, None, None, None, None] * np.ones((t, h, w, 3), np.uint8)
 
 
 def test_grid_fills_row_by_row():

@@ -34,9 +34,13 @@ class Cloud:
 
     def __call__(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            [sys.executable, TOOL, *arguments], env=self.env, text=True, capture_output=True, timeout=60,
+            [sys.executable, TOOL, *arguments],
+            env=self.env,
+            text=True,
+            capture_output=True,
+            timeout=60,
             cwd=self.folder,
-        )  # fmt: skip
+        )
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
@@ -74,9 +78,14 @@ def test_run_brings_a_slice_from_nothing_to_a_finished_command(cloud):
     assert c.verbs() == ["create", *RUN]
     create = next(call for call in c.calls() if call[0] == "create")
     assert create == [
-        "create", "wan", "--node-id=wan", "--accelerator-type=v5p-16", "--runtime-version=v2-alpha-tpuv5",
-        "--spot", "--zone=us-east5-a",
-    ]  # fmt: skip
+        "create",
+        "wan",
+        "--node-id=wan",
+        "--accelerator-type=v5p-16",
+        "--runtime-version=v2-alpha-tpuv5",
+        "--spot",
+        "--zone=us-east5-a",
+    ]
     assert "WAITING_FOR_RESOURCES" in done.stdout
     home = c.folder / "0-0" / "dollar"
     assert f"out of {home}/src\npyproject.toml" in done.stdout
@@ -116,8 +125,9 @@ def test_a_running_command_is_joined_and_can_be_looked_at_and_stopped(cloud):
     assert "wan: ACTIVE" in status and status.count("running bash -c echo working") == 2
     c("logs", *PLACE, "--out=here")
     assert {p.name: p.read_text() for p in (c.folder / "here").iterdir()} == {
-        "0-0.log": "working\n", "0-1.log": "working\n",
-    }  # fmt: skip
+        "0-0.log": "working\n",
+        "0-1.log": "working\n",
+    }
     c("stop", *PLACE)
     assert c("status", *PLACE).stdout.count("nothing runs") == 2
 
@@ -178,8 +188,15 @@ def test_dry_run_prints_the_commands_and_runs_none(cloud):
     lines = c(*arguments).stdout.splitlines()
     assert c.calls() == []
     assert [line.split()[4] for line in lines if line.startswith("gcloud")] == [
-        "describe", "create", "scp", "ssh", "ssh", "ssh", "ssh", "ssh",
-    ]  # fmt: skip
+        "describe",
+        "create",
+        "scp",
+        "ssh",
+        "ssh",
+        "ssh",
+        "ssh",
+        "ssh",
+    ]
     assert all("--project=mine" in line for line in lines if line.startswith("gcloud"))
     assert any(" clips'" in line for line in lines) and any("a b" in line for line in lines)
 

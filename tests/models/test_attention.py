@@ -95,10 +95,16 @@ def test_a_sequence_that_does_not_divide_is_padded():
     """Twelve tokens over eight devices, through the whole transformer and back."""
     network = wan_transformer(
         WanConfig(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, text_dim=8,
-            freq_dim=16, ffn_dim=16, num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            text_dim=8,
+            freq_dim=16,
+            ffn_dim=16,
+            num_layers=1,
         )
-    )  # fmt: skip
+    )
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32), network.shapes)
     x, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 3, 4, 4, 4), (1, 3, 8)))
@@ -126,11 +132,13 @@ def test_padding_is_little_and_in_whole_blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("platform", "dtype", "masked", "kind"),
     [
-        ("tpu", jnp.bfloat16, False, "splash"), ("tpu", jnp.float32, True, "xla"),
-        ("cuda", jnp.bfloat16, False, "cudnn"), ("cuda", jnp.float32, False, "xla"),
+        ("tpu", jnp.bfloat16, False, "splash"),
+        ("tpu", jnp.float32, True, "xla"),
+        ("cuda", jnp.bfloat16, False, "cudnn"),
+        ("cuda", jnp.float32, False, "xla"),
         ("cpu", jnp.bfloat16, False, "xla"),
     ],
-)  # fmt: skip
+)
 def test_the_platform_chooses_the_kernel(monkeypatch, platform, dtype, masked, kind):
     monkeypatch.setattr(placement, "platform", lambda: platform)
     assert module._choose(jnp.zeros((1, 2, 1, 8), dtype), masked) == kind

@@ -21,11 +21,19 @@ TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "nu
 
 def config(act):
     return transformers.CLIPConfig(
-        text_config={**TOWER, "hidden_size": 24, "vocab_size": 60, "max_position_embeddings": 12,
-                     "eos_token_id": 59, "bos_token_id": 58, "pad_token_id": 0, "hidden_act": act},
+        text_config={
+            **TOWER,
+            "hidden_size": 24,
+            "vocab_size": 60,
+            "max_position_embeddings": 12,
+            "eos_token_id": 59,
+            "bos_token_id": 58,
+            "pad_token_id": 0,
+            "hidden_act": act,
+        },
         vision_config={**TOWER, "image_size": 28, "patch_size": 7, "hidden_act": act},
         projection_dim=16,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module", params=["gelu", "quick_gelu"])
@@ -84,9 +92,13 @@ def test_both_towers_and_logits_match_transformers(saved):
 def openclip_names(model):
     """The same weights as OpenCLIP lays them out: one matrix for q, k, v, projections on the right."""
     theirs = {k: v.numpy() for k, v in model.state_dict().items() if "position_ids" not in k}
-    out = {"logit_scale": theirs["logit_scale"], "visual.proj": theirs["visual_projection.weight"].T,
-           "text_projection": theirs["text_projection.weight"].T}  # fmt: skip
+    out = {
+        "logit_scale": theirs["logit_scale"],
+        "visual.proj": theirs["visual_projection.weight"].T,
+        "text_projection": theirs["text_projection.weight"].T,
+    }
     for ours, prefix in (("vision_model", "visual."), ("text_model", "")):
+
         def take(name, ours=ours):
             return theirs[f"{ours}.{name}"]
 
@@ -96,8 +108,12 @@ def openclip_names(model):
                 qkv = [take(f"{old}.self_attn.{p}_proj.{leaf}") for p in "qkv"]
                 out[f"{block}.attn.in_proj_{leaf}"] = np.concatenate(qkv)
                 out[f"{block}.attn.out_proj.{leaf}"] = take(f"{old}.self_attn.out_proj.{leaf}")
-                for new, name in (("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"),
-                                  ("mlp.c_proj", "mlp.fc2")):  # fmt: skip
+                for new, name in (
+                    ("ln_1", "layer_norm1"),
+                    ("ln_2", "layer_norm2"),
+                    ("mlp.c_fc", "mlp.fc1"),
+                    ("mlp.c_proj", "mlp.fc2"),
+                ):
                     out[f"{block}.{new}.{leaf}"] = take(f"{old}.{name}.{leaf}")
         out[f"{prefix}positional_embedding"] = take("embeddings.position_embedding.weight")
     for leaf in ("weight", "bias"):
@@ -135,8 +151,9 @@ def test_presets_have_the_published_sizes(preset, image, text, published):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         sizes["all"] += leaf.size
         sizes["visual" if name.startswith("vis") else "text"] += leaf.size
-    np.testing.assert_allclose([sizes["visual"] / 1e6, sizes["text"] / 1e6, sizes["all"] / 1e6],
-                               [image, text, published], atol=0.01)  # fmt: skip
+    np.testing.assert_allclose(
+        [sizes["visual"] / 1e6, sizes["text"] / 1e6, sizes["all"] / 1e6], [image, text, published], atol=0.01
+    )
 
 
 def test_bad_configs_are_refused():

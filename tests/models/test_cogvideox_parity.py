@@ -21,19 +21,24 @@ torch.set_num_threads(1)
 
 LENGTH = 5  # diffusers' model with sinusoids takes prompts of exactly its max_text_seq_length
 TINY: dict[str, Any] = {
-    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 6, "out_channels": 4,
-    "time_embed_dim": 24, "text_embed_dim": 20, "sample_width": 8, "sample_height": 6, "sample_frames": 9,
-    "max_text_seq_length": LENGTH, "num_layers": 1,
-}  # fmt: skip
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 6,
+    "out_channels": 4,
+    "time_embed_dim": 24,
+    "text_embed_dim": 20,
+    "sample_width": 8,
+    "sample_height": 6,
+    "sample_frames": 9,
+    "max_text_seq_length": LENGTH,
+    "num_layers": 1,
+}
 SINUSOIDS = {
     "plain": {},
     "deep": {"num_layers": 3, "num_attention_heads": 3, "spatial_interpolation_scale": 1.3},
     "odd": {"patch_size": 1, "attention_bias": False, "temporal_interpolation_scale": 1.7},
 }
-ROTARY = {
-    "rotary": {"num_layers": 3},
-    "wide": {"attention_head_dim": 32, "num_attention_heads": 1, "norm_eps": 1e-3},
-}
+ROTARY = {"rotary": {"num_layers": 3}, "wide": {"attention_head_dim": 32, "num_attention_heads": 1, "norm_eps": 1e-3}}
 
 
 def reference(folder, **fields):
@@ -113,9 +118,9 @@ def test_forward_and_gradient_match_with_rotary_embeddings(tmp_path, name):
 
 @pytest.mark.parametrize("grid", [(30, 45), (45, 30), (24, 40), (60, 90), (17, 3)])
 def test_positions_at_real_size_match_the_pipeline(grid):
-    model = types.SimpleNamespace(config=diffusers.CogVideoXTransformer3DModel(
-        **(TINY | {"sample_height": 60, "sample_width": 90})
-    ).config)  # fmt: skip
+    model = types.SimpleNamespace(
+        config=diffusers.CogVideoXTransformer3DModel(**(TINY | {"sample_height": 60, "sample_width": 90})).config
+    )
     cos, sin = rotary_of(model, 13, 2 * grid[0], 2 * grid[1])
     theirs = torch.atan2(sin, cos).reshape(13, *grid, -1)
     ours = positions((13, *grid), CogVideoXConfig(sample_height=60, sample_width=90))

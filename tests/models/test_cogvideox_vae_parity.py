@@ -25,22 +25,29 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 
 def levels(count: int) -> dict[str, Any]:
-    return {
-        "down_block_types": ["CogVideoXDownBlock3D"] * count, "up_block_types": ["CogVideoXUpBlock3D"] * count,
-    }  # fmt: skip
+    return {"down_block_types": ["CogVideoXDownBlock3D"] * count, "up_block_types": ["CogVideoXUpBlock3D"] * count}
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
     # Four levels as in the published VAE, and two of which time is halved in one.
     "full": {
-        **levels(4), "block_out_channels": [4, 8, 8, 12], "latent_channels": 4, "layers_per_block": 1,
-        "norm_num_groups": 2, "scaling_factor": 0.7,
+        **levels(4),
+        "block_out_channels": [4, 8, 8, 12],
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "scaling_factor": 0.7,
     },
     "small": {
-        **levels(2), "block_out_channels": [6, 6], "latent_channels": 3, "layers_per_block": 2,
-        "norm_num_groups": 3, "temporal_compression_ratio": 2, "norm_eps": 1e-3,
+        **levels(2),
+        "block_out_channels": [6, 6],
+        "latent_channels": 3,
+        "layers_per_block": 2,
+        "norm_num_groups": 3,
+        "temporal_compression_ratio": 2,
+        "norm_eps": 1e-3,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,16 @@ from dollar_jax.weights.table import flatten
 
 NETWORK = wan_transformer(
     WanConfig(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, text_dim=8,
-        freq_dim=16, ffn_dim=32, num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
     )
-)  # fmt: skip
+)
 TARGETS = ("blocks/attn1/to_(q|out)", "blocks/ffn/proj_in", "proj_out")
 RANK, ALPHA = 3, 6.0
 
@@ -40,11 +46,15 @@ def inputs():
 def test_only_the_targets_have_adapters(adapted):
     shapes = {k: v.shape for k, v in flatten(lora.adapters(adapted.shapes)).items()}
     assert shapes == {
-        "blocks/attn1/to_q/adapter/down": (2, 16, 3), "blocks/attn1/to_q/adapter/up": (2, 3, 16),
-        "blocks/attn1/to_out/adapter/down": (2, 16, 3), "blocks/attn1/to_out/adapter/up": (2, 3, 16),
-        "blocks/ffn/proj_in/adapter/down": (2, 16, 3), "blocks/ffn/proj_in/adapter/up": (2, 3, 32),
-        "proj_out/adapter/down": (16, 3), "proj_out/adapter/up": (3, 16),
-    }  # fmt: skip
+        "blocks/attn1/to_q/adapter/down": (2, 16, 3),
+        "blocks/attn1/to_q/adapter/up": (2, 3, 16),
+        "blocks/attn1/to_out/adapter/down": (2, 16, 3),
+        "blocks/attn1/to_out/adapter/up": (2, 3, 16),
+        "blocks/ffn/proj_in/adapter/down": (2, 16, 3),
+        "blocks/ffn/proj_in/adapter/up": (2, 3, 32),
+        "proj_out/adapter/down": (16, 3),
+        "proj_out/adapter/up": (3, 16),
+    }
 
 
 def test_fresh_adapters_change_nothing_and_can_learn(adapted, inputs):
@@ -76,10 +86,17 @@ def test_adapters_are_added_to_the_kernels(adapted, inputs):
 def test_adapters_keep_to_the_dtype_of_the_products():
     half = wan_transformer(
         WanConfig(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, text_dim=8,
-            freq_dim=16, ffn_dim=32, num_layers=2, dtype="bfloat16",
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            text_dim=8,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            dtype="bfloat16",
         )
-    )  # fmt: skip
+    )
     shapes = lora.adapt(half, RANK, ALPHA, TARGETS).shapes
     assert {x.dtype for x in jax.tree.leaves(lora.adapters(shapes))} == {jnp.dtype("float32")}
 

@@ -19,8 +19,7 @@ def count(network):
 def with_text():
     net = network(text_dim=16)
     latent, text = (
-        jax.random.normal(jax.random.key(i), shape)
-        for i, shape in enumerate([(2, 3, 12, 20, 12), (2, 6, 16)])
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 3, 12, 20, 12), (2, 6, 16)])
     )
     return net, jax.jit(net.init)(jax.random.key(2)), latent, text.at[:, 4:].set(0)
 

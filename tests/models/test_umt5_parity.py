@@ -11,12 +11,7 @@ import transformers
 
 from dollar_jax.models.network import make_network
 from dollar_jax.models.umt5 import UMT5Config, UMT5Encoder, position_buckets, zero_padding
-from dollar_jax.weights.safetensors_io import (
-    TRANSFORMERS_FILE,
-    read_config,
-    read_tensors,
-    write_component,
-)
+from dollar_jax.weights.safetensors_io import TRANSFORMERS_FILE, read_config, read_tensors, write_component
 from dollar_jax.weights.table import export_params, import_params
 from dollar_jax.weights.umt5 import UMT5_TABLE, umt5_config, umt5_config_json
 
@@ -91,10 +86,7 @@ def test_another_text_encoder_is_refused(saved):
 
 
 def test_buckets_match_at_full_length():
-    fields: dict[str, Any] = TINY | {
-        "relative_attention_num_buckets": 32,
-        "relative_attention_max_distance": 128,
-    }
+    fields: dict[str, Any] = TINY | {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
     config = UMT5Config(**fields)
     theirs = transformers.UMT5EncoderModel(transformers.UMT5Config(**fields))
     attention = theirs.encoder.block[0].layer[0].SelfAttention

@@ -88,9 +88,7 @@ def test_patch_in_time(tmp_path):
     config, network, params = load(tmp_path)
     x, t, text = inputs((4, 4, 3), 5)
     with torch.no_grad():
-        theirs = model(
-            to_torch(x).permute(0, 4, 1, 2, 3), to_torch(t), to_torch(text)
-        ).sample.permute(0, 2, 3, 4, 1)
+        theirs = model(to_torch(x).permute(0, 4, 1, 2, 3), to_torch(t), to_torch(text)).sample.permute(0, 2, 3, 4, 1)
     assert config.patch_size == (2, 2, 1)
     assert relative(jax.jit(network.apply)(params, x, t, text), theirs.numpy()) < 1e-4
 
@@ -193,9 +191,7 @@ def test_scan_and_remat_change_nothing():
     first = value_and_grad(True, "none")
     for variant in [(True, "full"), (True, "dots"), (False, "attention")]:
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-            first,
-            value_and_grad(*variant),
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), first, value_and_grad(*variant)
         )
 
 
@@ -219,8 +215,7 @@ def test_fresh_network_predicts_zero_and_takes_no_memory_before_init():
 
 
 @pytest.mark.parametrize(
-    "shape, message",
-    [((3, 5, 4, 6), "does not divide"), ((3, 4, 4, 7), "7 channels"), ((65, 2, 2, 6), "longer")],
+    "shape, message", [((3, 5, 4, 6), "does not divide"), ((3, 4, 4, 7), "7 channels"), ((65, 2, 2, 6), "longer")]
 )
 def test_wrong_latents_are_refused(shape, message):
     network = make_network(lambda rngs: WanTransformer(WanConfig(**TINY, num_layers=1), rngs))

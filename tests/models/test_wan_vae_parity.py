@@ -12,14 +12,7 @@ import torch
 
 from dollar_jax.models.chunks import Past
 from dollar_jax.models.network import make_network
-from dollar_jax.models.wan_vae import (
-    CausalConv3d,
-    RMSNorm,
-    WanVAE,
-    WanVAEConfig,
-    denormalise,
-    normalise,
-)
+from dollar_jax.models.wan_vae import CausalConv3d, RMSNorm, WanVAE, WanVAEConfig, denormalise, normalise
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 from dollar_jax.weights.table import export_params, import_params
 from dollar_jax.weights.wan_vae import wan_vae_config, wan_vae_config_json, wan_vae_table
@@ -30,9 +23,16 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 STATISTICS = {"z_dim": 4, "latents_mean": [0.3, -1.0, 0.0, 2.0], "latents_std": [1.5, 0.5, 2.0, 1.0]}
 # The shipped teacher's, with fewer channels, and Wan 2.1's own.
 PATCHED: dict[str, Any] = {
-    **STATISTICS, "base_dim": 4, "decoder_base_dim": 6, "dim_mult": [1, 2, 2], "num_res_blocks": 1,
-    "temperal_downsample": [True, True], "in_channels": 12, "out_channels": 12, "patch_size": 2,
-}  # fmt: skip
+    **STATISTICS,
+    "base_dim": 4,
+    "decoder_base_dim": 6,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True, True],
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+}
 FULL: dict[str, Any] = {**STATISTICS, "base_dim": 8}
 CONFIGS = {"patched": PATCHED, "full": FULL}
 

@@ -12,8 +12,13 @@ from transformers import CLIPImageProcessorPil
 from dollar_jax.rewards import get_reward
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "hidden_act": "gelu"}  # fmt: skip
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_act": "gelu",
+}
 PROMPTS = ["a red cat", "a dog"]
 
 
@@ -31,10 +36,17 @@ def published(tmp_path_factory):
     tokenizer.save_pretrained(folder)
     end = len(words) - 1
     config = transformers.CLIPConfig(
-        text_config={**TOWER, "vocab_size": len(words), "max_position_embeddings": 16, "eos_token_id": end,
-                     "bos_token_id": end - 1, "pad_token_id": end},
-        vision_config={**TOWER, "image_size": 28, "patch_size": 7}, projection_dim=16,
-    )  # fmt: skip
+        text_config={
+            **TOWER,
+            "vocab_size": len(words),
+            "max_position_embeddings": 16,
+            "eos_token_id": end,
+            "bos_token_id": end - 1,
+            "pad_token_id": end,
+        },
+        vision_config={**TOWER, "image_size": 28, "patch_size": 7},
+        projection_dim=16,
+    )
     model = transformers.CLIPModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -73,9 +73,7 @@ def test_vividness_has_the_gradient_of_its_definition():
     gradient = np.asarray(jax.grad(lambda x: vividness(x).sum())(clip))
     assert np.isfinite(gradient).all()
     # One pixel per frame: +1/2 on its largest channel, -1/2 on its smallest, for two frames.
-    np.testing.assert_allclose(
-        np.sort(gradient.reshape(4, -1), axis=1)[:, [0, 1, -2, -1]], [[-0.5, 0, 0, 0.5]] * 4
-    )
+    np.testing.assert_allclose(np.sort(gradient.reshape(4, -1), axis=1)[:, [0, 1, -2, -1]], [[-0.5, 0, 0, 0.5]] * 4)
 
 
 # --- vivid ----------------------------------------------------------------------------------------
@@ -110,9 +108,7 @@ def test_bad_answers_are_refused():
 
 
 def test_rewards_get_frames_and_prompts_as_they_are():
-    reward = Reward(
-        lambda frames, prompts: [float(p) + f.sum() for f, p in zip(frames, prompts, strict=True)], ""
-    )
+    reward = Reward(lambda frames, prompts: [float(p) + f.sum() for f, p in zip(frames, prompts, strict=True)], "")
     np.testing.assert_array_equal(reward(np.ones((2, 1, 2, 2, 3)), ["1", "2"]), [13.0, 14.0])
 
 
@@ -171,8 +167,11 @@ def test_unusable_rewards_are_refused(mine, name, folder, message):
 
 
 def test_a_weighted_sum_leaves_out_what_is_held_out(mine):
-    terms = [RewardTerm(f"{mine}:brightness", 2.0, None), RewardTerm("vividness", -1.0, None),
-             RewardTerm("compressibility", 0.0, None)]  # fmt: skip
+    terms = [
+        RewardTerm(f"{mine}:brightness", 2.0, None),
+        RewardTerm("vividness", -1.0, None),
+        RewardTerm("compressibility", 0.0, None),
+    ]
     clips = frames(2, 2, 8, 8, 3)
     total = weighted_sum(terms, load_rewards(terms))
     expected = 2 * clips.mean((1, 2, 3, 4)) - np.asarray(vividness(clips))

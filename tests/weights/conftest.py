@@ -19,18 +19,28 @@ def wan_folder(tmp_path_factory):
     """As from the hub: the transformer in several shards, UniPC with Wan's flow shift."""
     torch.manual_seed(0)
     transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
     vae = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-        latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0],
-    )  # fmt: skip
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, 0.2, 0.3, 0.4],
+        latents_std=[1.0, 2.0, 3.0, 4.0],
+    )
     text = transformers.UMT5EncoderModel(
         transformers.UMT5Config(
-            vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
-            feed_forward_proj="gated-gelu",
-        )  # fmt: skip
+            vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+        )
     )
     with torch.no_grad():
         for module in (transformer, vae, text):
@@ -41,9 +51,12 @@ def wan_folder(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("wan")
     diffusers.WanPipeline(
-        tokenizer=build_tokenizer(shapes.VOCABULARY), text_encoder=text, transformer=transformer,
-        vae=vae, scheduler=scheduler,
-    ).save_pretrained(folder)  # fmt: skip
+        tokenizer=build_tokenizer(shapes.VOCABULARY),
+        text_encoder=text,
+        transformer=transformer,
+        vae=vae,
+        scheduler=scheduler,
+    ).save_pretrained(folder)
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     transformer.save_pretrained(folder / "transformer", max_shard_size="20KB")
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1

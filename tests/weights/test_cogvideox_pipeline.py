@@ -55,23 +55,42 @@ def folder(request, tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp(request.param)
     transformer = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16,
-        text_embed_dim=16, num_layers=2, sample_width=8, sample_height=4, sample_frames=9,
-        temporal_compression_ratio=2, max_text_seq_length=LENGTH,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=16,
+        text_embed_dim=16,
+        num_layers=2,
+        sample_width=8,
+        sample_height=4,
+        sample_frames=9,
+        temporal_compression_ratio=2,
+        max_text_seq_length=LENGTH,
         use_rotary_positional_embeddings=request.param == "5b",
-    )  # fmt: skip
+    )
     vae = diffusers.AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 2, up_block_types=("CogVideoXUpBlock3D",) * 2,
-        block_out_channels=(4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2,
-        temporal_compression_ratio=2, scaling_factor=0.7,
-    )  # fmt: skip
-    text = transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
-    ))  # fmt: skip
+        down_block_types=("CogVideoXDownBlock3D",) * 2,
+        up_block_types=("CogVideoXUpBlock3D",) * 2,
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        temporal_compression_ratio=2,
+        scaling_factor=0.7,
+    )
+    text = transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+        )
+    )
     diffusers.CogVideoXPipeline(
-        build_tokenizer(shapes.VOCABULARY), randomise(text, 0.5), randomise(vae, 0.5),
-        randomise(transformer, 0.7), SCHEDULERS[request.param],
-    ).save_pretrained(path)  # fmt: skip
+        build_tokenizer(shapes.VOCABULARY),
+        randomise(text, 0.5),
+        randomise(vae, 0.5),
+        randomise(transformer, 0.7),
+        SCHEDULERS[request.param],
+    ).save_pretrained(path)
     return path
 
 
@@ -111,10 +130,16 @@ def test_fifty_guided_steps_draw_the_same_latents(folder, generator, theirs):
     frames, height, width = CLIP
     with torch.no_grad():
         drawn = theirs(
-            PROMPTS, height=height, width=width, num_frames=frames, num_inference_steps=50, guidance_scale=2.5,
-            latents=torch.tensor(np.asarray(noise)).permute(0, 1, 4, 2, 3), output_type="latent",
+            PROMPTS,
+            height=height,
+            width=width,
+            num_frames=frames,
+            num_inference_steps=50,
+            guidance_scale=2.5,
+            latents=torch.tensor(np.asarray(noise)).permute(0, 1, 4, 2, 3),
+            output_type="latent",
             max_sequence_length=LENGTH,
-        ).frames  # fmt: skip
+        ).frames
         decoded = (theirs.decode_latents(drawn) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
     drawn = drawn.permute(0, 1, 3, 4, 2).numpy()
     np.testing.assert_array_equal(theirs.scheduler.timesteps, timestep_grid(generator.pipeline.schedule, 50)[:-1])
@@ -149,13 +174,22 @@ def test_an_imported_folder_holds_the_same_pipeline(folder, generator, tmp_path)
 
 @pytest.mark.parametrize("folder", ["2b"], indirect=True)
 def test_two_steps_of_distillation_then_a_sample(generator, make_config, quick_compilation, tmp_path):
-    config = make_config({
-        "steps": 2, "mesh.data": 2, "mesh.fsdp": 4, "checkpoint_every": 2,
-        "student.timesteps": (999.0, 749.0, 499.0, 249.0),
-        "consistency.times": "grid", "consistency.skip": 5, "consistency.boundary": "lcm",
-        "vsd.score_shift": 1.0, "vsd.guidance_weight": 1.5, "fake_score.updates": 1,
-        "student.optimiser.warmup_steps": 0,
-    })  # fmt: skip
+    config = make_config(
+        {
+            "steps": 2,
+            "mesh.data": 2,
+            "mesh.fsdp": 4,
+            "checkpoint_every": 2,
+            "student.timesteps": (999.0, 749.0, 499.0, 249.0),
+            "consistency.times": "grid",
+            "consistency.skip": 5,
+            "consistency.boundary": "lcm",
+            "vsd.score_shift": 1.0,
+            "vsd.guidance_weight": 1.5,
+            "fake_score.updates": 1,
+            "student.optimiser.warmup_steps": 0,
+        }
+    )
     videos = np.random.default_rng(0).integers(0, 256, (8, *CLIP, 3)).astype(np.uint8)
     data = EncodedVideos(generator.encode(videos), generator.text(PROMPTS * 4), PROMPTS * 4)
     state = loop.train(config, tmp_path, generator, data)
@@ -194,9 +228,16 @@ def test_a_tokenizer_published_as_a_sentencepiece_model_is_read(tmp_path):
     """As CogVideoX's: T5's ids 0, 1 and 2 are padding, end and unknown, and there is no tokenizer.json."""
     (tmp_path / "captions.txt").write_text("\n".join(map(str, shapes.all_captions())))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "captions.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=40,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        input=str(tmp_path / "captions.txt"),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=40,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     ids, mask = tokenize(load_tokenizer(tmp_path), [*PROMPTS, "A blue Dog"], 40)

@@ -129,9 +129,11 @@ def test_an_adapter_is_a_file_that_load_lora_weights_takes(wan_folder, adapted, 
     c = whole.config
     torch.manual_seed(0)
     inputs = {
-        "hidden_states": torch.randn(2, c.in_channels, 2, 4, 4), "timestep": torch.tensor([300.0, 900.0]),
-        "encoder_hidden_states": torch.randn(2, 3, c.text_dim), "return_dict": False,
-    }  # fmt: skip
+        "hidden_states": torch.randn(2, c.in_channels, 2, 4, 4),
+        "timestep": torch.tensor([300.0, 900.0]),
+        "encoder_hidden_states": torch.randn(2, 3, c.text_dim),
+        "return_dict": False,
+    }
     with torch.no_grad():
         plain = pipe.transformer(**inputs)[0]
         pipe.load_lora_weights(str(adapter))

@@ -33,14 +33,28 @@ from dollar_jax.weights.pipeline import (
 LENGTH = 12
 PROMPTS = ["a small red circle moving left slowly", "a large cyan triangle moving up"]
 WAN = WanConfig(
-    num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-    freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-)  # fmt: skip
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=2,
+    rope_max_seq_len=32,
+)
 VAE = WanVAEConfig(
-    base_dim=4, z_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temperal_downsample=(True, True),
-    latents_mean=(0.1, 0.2, 0.3, 0.4), latents_std=(1.0, 2.0, 3.0, 4.0), in_channels=12,
-    out_channels=12, patch_size=2,
-)  # fmt: skip
+    base_dim=4,
+    z_dim=4,
+    dim_mult=(1, 1, 1),
+    num_res_blocks=1,
+    temperal_downsample=(True, True),
+    latents_mean=(0.1, 0.2, 0.3, 0.4),
+    latents_std=(1.0, 2.0, 3.0, 4.0),
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+)
 TEXT = UMT5Config(vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
 
 
@@ -100,11 +114,21 @@ def test_diffusers_pipeline_draws_the_same_latents(folder, weight):
     set_timesteps = theirs.scheduler.set_timesteps
     sigmas = np.linspace(1, 0, steps + 1)[:-1]
     theirs.scheduler.set_timesteps = lambda n, device: set_timesteps(sigmas=sigmas, device=device)
-    drawn = theirs(
-        PROMPTS, height=32, width=16, num_frames=5, num_inference_steps=steps,
-        guidance_scale=weight + 1, latents=torch.tensor(np.asarray(noise)).permute(0, 4, 1, 2, 3),
-        output_type="latent", max_sequence_length=LENGTH,
-    ).frames.permute(0, 2, 3, 4, 1).numpy()  # fmt: skip
+    drawn = (
+        theirs(
+            PROMPTS,
+            height=32,
+            width=16,
+            num_frames=5,
+            num_inference_steps=steps,
+            guidance_scale=weight + 1,
+            latents=torch.tensor(np.asarray(noise)).permute(0, 4, 1, 2, 3),
+            output_type="latent",
+            max_sequence_length=LENGTH,
+        )
+        .frames.permute(0, 2, 3, 4, 1)
+        .numpy()
+    )
     np.testing.assert_allclose(theirs.scheduler.timesteps, timestep_grid(ours.schedule, steps)[:-1], rtol=1e-6)
     assert np.abs(drawn - noise).max() > 0.5, "the network does nothing"
     assert np.abs(latent - drawn).max() / np.abs(drawn).max() < 1e-4
@@ -126,9 +150,16 @@ def test_fifty_guided_steps_of_the_whole_pipeline_agree(wan_folder, solver):
         theirs.scheduler.set_timesteps = lambda n, device: set_timesteps(sigmas=sigmas, device=device)
     noise = torch.tensor(np.asarray(generator.noise(video_keys(0, 2)))).permute(0, 4, 1, 2, 3)
     drawn = theirs(
-        PROMPTS, height=32, width=16, num_frames=5, num_inference_steps=steps,
-        guidance_scale=weight + 1, latents=noise, output_type="latent", max_sequence_length=LENGTH,
-    ).frames  # fmt: skip
+        PROMPTS,
+        height=32,
+        width=16,
+        num_frames=5,
+        num_inference_steps=steps,
+        guidance_scale=weight + 1,
+        latents=noise,
+        output_type="latent",
+        max_sequence_length=LENGTH,
+    ).frames
     assert (drawn - noise).abs().max() > 0.5, "the network does nothing"
     drawn = drawn.permute(0, 2, 3, 4, 1).numpy()
     assert np.abs(latent - drawn).max() / np.abs(drawn).max() < 1e-4
@@ -175,7 +206,7 @@ def test_a_unipc_scheduler_gives_its_flow_shift(copy):
     path = copy / "scheduler" / "scheduler_config.json"
     diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
-    ).save_pretrained(path.parent)  # fmt: skip
+    ).save_pretrained(path.parent)
     assert load_pipeline(copy).schedule == Schedule("rf", "velocity", shift=5.0)
 
 

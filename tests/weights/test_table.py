@@ -105,9 +105,7 @@ def test_two_parameters_for_one_tensor_are_named():
 
 
 def test_flatten_names_leaves_by_path():
-    assert list(flatten(SHAPES)) == [
-        "embed/kernel", "layers/up/kernel", "layers/down/kernel", "stem/kernel",
-    ]  # fmt: skip
+    assert list(flatten(SHAPES)) == ["embed/kernel", "layers/up/kernel", "layers/down/kernel", "stem/kernel"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
