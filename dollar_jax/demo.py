@@ -16,11 +16,11 @@ from dollar_jax.data.latents import clip_size, load_data
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.measure import default_plan, measure, network_measures, percentages, samplers, speedups
 from dollar_jax.evaluate.report import write_metrics, write_report
-from dollar_jax.evaluate.video import side_by_side, write_video
 from dollar_jax.generate import Generator, load_teacher
 from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.sharding import make_mesh
 from dollar_jax.train import read_config, read_history, restore_student, train
+from dollar_jax.video import side_by_side, write_video
 
 SHOWN = 8  # prompts whose videos are on the page
 

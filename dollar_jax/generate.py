@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from dollar_jax import sample, sharding
 from dollar_jax.config import ComputeConfig, MeshConfig, SamplingConfig
-from dollar_jax.frames import to_uint8
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
 from dollar_jax.sharding import shard
 from dollar_jax.types import Params
+from dollar_jax.video import signed_range, to_uint8
 from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
 
 SHIPPED_TEACHERS = {"moving_shapes": Path(__file__).parent / "assets" / "moving_shapes"}
@@ -99,8 +99,7 @@ class Generator:
         vae = self.pipeline.vae
 
         def encode(params: Params, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
-            frames = frames.astype(jnp.float32) / 127.5 - 1
-            mean, log_variance = vae.network.apply(params, frames, method="encode", chunk=self.vae_chunk)
+            mean, log_variance = vae.network.apply(params, signed_range(frames), method="encode", chunk=self.vae_chunk)
             std = jnp.exp(0.5 * log_variance) / jnp.array(vae.config.latents_std)
             return normalise(mean, vae.config), std
 

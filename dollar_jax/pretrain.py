@@ -28,12 +28,14 @@ from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import PretrainConfig, SamplingConfig
 from dollar_jax.data import shapes
 from dollar_jax.data.vocabulary import build_tokenizer
+from dollar_jax.files import new_file
 from dollar_jax.generate import Generator, video_keys
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import UMT5Config, zero_padding
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig, normalise
 from dollar_jax.schedule import Schedule, add_noise, target, time_from_uniform
+from dollar_jax.video import signed_range
 from dollar_jax.weights.pipeline import (
     Component,
     Pipeline,
@@ -128,11 +130,6 @@ def _matrices(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def to_unit(video: np.ndarray | jax.Array) -> jax.Array:
-    """uint8 frames to float32 in [-1, 1]."""
-    return jnp.asarray(video, jnp.float32) / 127.5 - 1
-
-
 def rendered(seed: int, split: str, count: int) -> tuple[np.ndarray, list[shapes.Caption]]:
     """The first `count` videos of a split, uint8 [n, t, h, w, 3], and their captions."""
     pairs = [shapes.example(seed, split, i) for i in tqdm(range(count), f"rendering {split}")]
@@ -155,7 +152,7 @@ def vae_loss(
     network: Network, kl_weight: float, params: Params, video: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, Metrics]:
     """Mean squared error of the frames, in [-1, 1], plus `kl_weight` times the KL per latent value."""
-    frames = to_unit(video)
+    frames = signed_range(video)
     mean, log_variance = network.apply(params, frames, method="encode")
     latent = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
     decoded = network.apply(params, latent, method="decode", clip=False)
@@ -206,7 +203,7 @@ def encode_all(vae: Component, videos: np.ndarray, batch: int = 64) -> tuple[np.
 
     @jax.jit
     def encode(video: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, log_variance = vae.network.apply(vae.params, to_unit(video), method="encode")
+        mean, log_variance = vae.network.apply(vae.params, signed_range(video), method="encode")
         return mean, jnp.exp(0.5 * log_variance)
 
     parts = [encode(videos[i : i + batch]) for i in tqdm(range(0, len(videos), batch), "encoding")]
@@ -230,8 +227,8 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     if not cache.exists():
         videos, captions = rendered(config.seed, "train", c.videos)
         mean, std = encode_all(vae, videos)
-        np.savez(folder / "partial.npz", mean=mean, std=std, captions=[str(c) for c in captions])
-        (folder / "partial.npz").rename(cache)
+        with new_file(cache) as draft, draft.open("wb") as file:
+            np.savez(file, mean=mean, std=std, captions=[str(c) for c in captions])
     with np.load(cache) as stored:
         mean, std, captions = stored["mean"], stored["std"], stored["captions"].tolist()
     axes = (0, 1, 2, 3)

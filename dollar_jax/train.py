@@ -28,7 +28,7 @@ from dollar_jax.config import DistillConfig, LoraConfig, from_config
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.distributed import Preempted, preemption
-from dollar_jax.evaluate.video import encode_gif
+from dollar_jax.files import write_file
 from dollar_jax.generate import Generator
 from dollar_jax.models import lora
 from dollar_jax.models.network import Network
@@ -38,6 +38,7 @@ from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.rewards.scorer import Scorer
 from dollar_jax.state import ITEMS, TrainState, from_items, to_items
+from dollar_jax.video import encode_gif
 from dollar_jax.visibility import Profile, Throughput, make_throughput, make_watch, readable
 
 HISTORY = "history.jsonl"
@@ -295,7 +296,7 @@ def _truncate(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             break
-    _replace(path, "".join(kept))
+    write_file(path, "".join(kept))
 
 
 def remember_config(config: DistillConfig, workdir: Path) -> None:
@@ -312,7 +313,7 @@ def remember_config(config: DistillConfig, workdir: Path) -> None:
                     f"{now.get(name)!r}: choose another workdir, or the run's own settings to resume it"
                 )
     if jax.process_index() == 0:
-        _replace(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        write_file(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def read_config(workdir: Path) -> DistillConfig:
@@ -342,13 +343,6 @@ def restore_trained(workdir: Path, transformer: Network, config: LoraConfig, ema
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         params = checkpoints.restore({name: like})[name][name]
         return checkpoints.latest() or 0, params
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file so that a kill leaves the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -19,13 +19,12 @@ from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig, VisibilityConfig
 from dollar_jax.evaluate.vendi import pixel_features, vendi_per_prompt
-from dollar_jax.evaluate.video import grid, side_by_side, write_video
-from dollar_jax.frames import to_uint8
 from dollar_jax.generate import Generator, video_keys
 from dollar_jax.objectives import SCORE_BINS, Frozen
 from dollar_jax.program import Program
 from dollar_jax.signals import Heard
 from dollar_jax.types import Params
+from dollar_jax.video import grid, side_by_side, to_uint8, write_video
 
 # Parameters → latents [prompts × videos, t, h, w, c], from the same noise each time.
 Draw = Callable[[Params], np.ndarray]

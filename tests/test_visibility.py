@@ -10,10 +10,10 @@ import pytest
 
 from dollar_jax import objectives
 from dollar_jax.config import VisibilityConfig
-from dollar_jax.evaluate.video import read_video
 from dollar_jax.objectives import Networks
 from dollar_jax.program import build_program
 from dollar_jax.schedule import Schedule
+from dollar_jax.video import read_video
 from dollar_jax.visibility import Profile, Throughput, Watch, count_flops, make_throughput, readable
 
 CONFIG = VisibilityConfig(10, ("a ball", "a cube"), 4, 0, 0.5, (0.7, 1.4), 0.3, None, 0)

@@ -18,6 +18,7 @@ from dollar_jax.data.ahead import read_ahead
 from dollar_jax.data.moving_shapes import load_moving_shapes
 from dollar_jax.data.prepared import PreparedVideos, clip_of
 from dollar_jax.distributed import wait_for
+from dollar_jax.files import new_file
 from dollar_jax.generate import Generator
 
 MOVING_SHAPES = "moving_shapes"  # the default domain's name; every other one is a folder's
@@ -99,9 +100,8 @@ def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> Enc
             part = [records[i] for i in range(start, min(start + 32, len(records)))]
             latents.append(generator.encode(np.stack([record["video"] for record in part])))
             captions += [_decoded(record["caption"]) for record in part]
-        partial = cache.with_suffix(".partial.npz")
-        np.savez(partial, latent=np.concatenate(latents), text=generator.text(captions), captions=captions)
-        partial.replace(cache)
+        with new_file(cache) as draft, draft.open("wb") as file:
+            np.savez(file, latent=np.concatenate(latents), text=generator.text(captions), captions=captions)
     with np.load(cache) as stored:
         return EncodedVideos(stored["latent"], stored["text"], stored["captions"].tolist())
 

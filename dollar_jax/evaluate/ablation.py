@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dollar_jax.evaluate.page import dots, duration, escape, figure, settings, signed, videos_section, write_page
-from dollar_jax.evaluate.video import replace_file
+from dollar_jax.files import write_file
 
 INTRODUCTION = (
     "The ablation of DOLLAR (arXiv 2412.15689) in kind: the default domain's teacher, distilled by "
@@ -87,8 +87,8 @@ def write_ablation(
     """
     table = summary(results, labels)
     claims = paper_claims(results, speed)
-    replace_file(workdir / "reproduction.csv", _csv(results).encode())
-    replace_file(workdir / "reproduction.md", _markdown(table, claims, labels, speed).encode())
+    write_file(workdir / "reproduction.csv", _csv(results))
+    write_file(workdir / "reproduction.md", _markdown(table, claims, labels, speed))
     seeds = len({result.seed for result in results})
     path = workdir / "reproduction.html"
     write_page(

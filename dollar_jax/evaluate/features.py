@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dollar_jax.evaluate.quality import unit_range
 from dollar_jax.generate import Generator
+from dollar_jax.video import unit_range
 from dollar_jax.weights.safetensors_io import read_tensors
 
 Videos = np.ndarray  # uint8 [n t h w 3]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dollar_jax.evaluate.video import SUFFIXES, grid, side_by_side, write_video
+from dollar_jax.video import SUFFIXES, grid, side_by_side, write_video
 
 _LONGEST_NAME = 255  # bytes, on every usual file system
 

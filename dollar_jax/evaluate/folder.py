@@ -14,10 +14,10 @@ from dollar_jax.data import shapes
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.files import find_videos
 from dollar_jax.evaluate.frechet import frechet_distance
-from dollar_jax.evaluate.quality import diversity, motion, temporal_flicker, unit_range
+from dollar_jax.evaluate.quality import diversity, motion, temporal_flicker
 from dollar_jax.evaluate.vendi import pixel_features, vendi_score
-from dollar_jax.evaluate.video import read_video
 from dollar_jax.rewards import AnyReward
+from dollar_jax.video import read_video, unit_range
 
 
 @dataclasses.dataclass(frozen=True)

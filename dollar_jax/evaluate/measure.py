@@ -17,10 +17,10 @@ from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.folder import variety
 from dollar_jax.evaluate.frechet import frechet_distance
 from dollar_jax.evaluate.quality import motion, temporal_flicker
-from dollar_jax.frames import to_uint8
 from dollar_jax.generate import Generator, Sampler, subset, video_keys
 from dollar_jax.rewards import AnyReward
 from dollar_jax.types import Params
+from dollar_jax.video import to_uint8
 
 
 @dataclasses.dataclass(frozen=True)

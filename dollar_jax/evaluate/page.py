@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dollar_jax.evaluate.video import encode_mp4, encode_webp, replace_file
+from dollar_jax.files import write_file
+from dollar_jax.video import encode_mp4, encode_webp
 
 VIDEO_LIMIT = 4_500_000  # bytes of all videos in a page, as base64
 escape = html.escape
@@ -26,7 +27,7 @@ def write_page(
     page = _PAGE.substitute(
         title=escape(title), introduction=escape(introduction), style=_STYLE, tiles=tiles, sections="\n".join(sections)
     )
-    replace_file(path, page.encode())
+    write_file(path, page)
 
 
 _PAGE = Template("""\

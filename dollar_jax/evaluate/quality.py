@@ -2,15 +2,7 @@
 
 import numpy as np
 
-
-def unit_range(videos: np.ndarray) -> np.ndarray:
-    """Videos as floating point in [0, 1]: uint8 is divided by 255, floating point is passed on."""
-    videos = np.asarray(videos)
-    if videos.dtype == np.uint8:
-        return videos.astype(np.float32) / 255
-    if not np.issubdtype(videos.dtype, np.floating):
-        raise ValueError(f"videos must be uint8 or floating point in [0, 1], not {videos.dtype}")
-    return videos
+from dollar_jax.video import unit_range
 
 
 def temporal_flicker(videos: np.ndarray) -> np.ndarray:

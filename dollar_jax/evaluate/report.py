@@ -25,7 +25,7 @@ from dollar_jax.evaluate.page import (
     videos_section,
     write_page,
 )
-from dollar_jax.evaluate.video import replace_file
+from dollar_jax.files import write_file
 
 # --- metrics.json ---------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def write_metrics(path: str | os.PathLike[str], metrics: Mapping[str, Any]) -> N
             written, and what `path` held is left as it was.
     """
     text = json.dumps(_plain(metrics, "metrics"), indent=2, ensure_ascii=False)
-    replace_file(path, f"{text}\n".encode())
+    write_file(path, f"{text}\n")
 
 
 def _plain(value: Any, where: str) -> Any:

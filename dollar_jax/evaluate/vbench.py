@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from dollar_jax.config import MeshConfig
 from dollar_jax.evaluate.files import read_prompts, video_name
-from dollar_jax.evaluate.video import write_video
 from dollar_jax.generate import Generator, Sampler, draw_videos, sampling_mesh, video_keys
 from dollar_jax.types import Params
+from dollar_jax.video import write_video
 
 # The least and the greatest value of each dimension, which are mapped to 0 and 1 without clipping.
 QUALITY = {

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dollar_jax.evaluate.quality import unit_range
+from dollar_jax.video import unit_range
 
 
 def vendi_score(features: np.ndarray) -> float:

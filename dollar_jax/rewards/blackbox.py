@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dollar_jax.frames import to_uint8
 from dollar_jax.rewards import Reward
+from dollar_jax.video import to_uint8
 
 
 def onnx_classifier(folder: Path) -> Reward:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from dollar_jax.frames import to_uint8
+from dollar_jax.video import to_uint8
 
 QUALITY = 95
 

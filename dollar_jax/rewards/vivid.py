@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from dollar_jax.frames import to_uint8
+from dollar_jax.video import to_uint8
 
 COLOURED = 64  # of 255: the least HSV saturation of a pixel that has a colour
 VIVID = 204  # of 255: the least saturation and value of a vivid one

@@ -12,8 +12,8 @@ from dollar_jax.evaluate.files import find_videos
 from dollar_jax.evaluate.folder import measure_folder
 from dollar_jax.evaluate.frechet import frechet_distance
 from dollar_jax.evaluate.vendi import pixel_features, vendi_score
-from dollar_jax.evaluate.video import write_video
 from dollar_jax.rewards import get_reward
+from dollar_jax.video import write_video
 
 CAPTIONS = [
     shapes.Caption("large", "red", "circle", "left", "quickly"),
@@ -111,7 +111,7 @@ def test_videos_that_do_not_go_together_are_named(tmp_path):
 
 
 def test_vendi_of_a_folder_is_that_of_its_pixels(folder):
-    from dollar_jax.evaluate.video import read_video
+    from dollar_jax.video import read_video
 
     groups = [np.stack([read_video(p) for p in paths]) for paths in find_videos(folder).values()]
     expected = np.mean([vendi_score(pixel_features(group)) for group in groups])

@@ -9,7 +9,7 @@ import pytest
 from dollar_jax import cli
 from dollar_jax.config import MeshConfig
 from dollar_jax.evaluate.vbench import DIMENSIONS, QUALITY, aggregate, read_results, read_vbench_prompts, write_videos
-from dollar_jax.evaluate.video import read_video
+from dollar_jax.video import read_video
 
 # Percent, in DIMENSIONS' order, with the published quality, semantic and total: the teacher, DOLLAR with
 # PickScore and DOLLAR with HPSv2, as DOLLAR's tables give them.

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+from dollar_jax import video
 from dollar_jax.data import shapes
-from dollar_jax.evaluate import video
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +103,8 @@ def test_side_by_side():
         video.side_by_side([a, b[:1]])
 
 
-def test_contact_sheet_has_time_in_columns():
-    videos = numbered(2, t=5) * 10 + np.arange(5, dtype=np.uint8)[:, None, None, None]
-    out = video.contact_sheet(videos, every=2, gap=0)
-    assert out.shape == (4, 9, 3)
-    np.testing.assert_array_equal(out[::2, ::3, 0], [[10, 12, 14], [20, 22, 24]])
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a"
-    video.replace_file(path, b"old")
-    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        video.replace_file(path, b"new")
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
+def test_ranges_of_pixels():
+    levels = np.array([0, 51, 255], np.uint8)
+    np.testing.assert_allclose(video.unit_range(levels), [0, 0.2, 1], atol=1e-7)
+    np.testing.assert_allclose(video.signed_range(levels), [-1, -0.6, 1], atol=1e-7)
+    np.testing.assert_array_equal(video.to_uint8(np.array([-0.1, 0.2, 0.4999, 1.5])), [0, 51, 127, 255])

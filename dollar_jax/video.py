@@ -1,4 +1,6 @@
-"""Video files, and many videos in one picture. Frames are uint8 [t, h, w, 3] throughout."""
+"""Video files, many videos in one picture, and the ranges of pixels. Files are of frames uint8 [t, h, w, 3]."""
+
+from __future__ import annotations
 
 import io
 import os
@@ -7,14 +9,38 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import jax
+import jax.numpy as jnp
 import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
+from dollar_jax.files import write_file
+
 SUFFIXES = (".mp4", ".gif")
 _BT709 = 1  # FFmpeg's number for it among colour spaces, primaries and transfer curves alike
 _LIMITED = 1  # luma in [16, 235]
+
+
+def to_uint8(frames: np.ndarray) -> np.ndarray:
+    """Frames in [0, 1], clipped, rounded to 0 ... 255."""
+    return np.round(255 * np.clip(frames, 0, 1)).astype(np.uint8)
+
+
+def signed_range(frames: np.ndarray | jax.Array) -> jax.Array:
+    """uint8 frames as float32 in [-1, 1], the range of the VAEs."""
+    return jnp.asarray(frames, jnp.float32) / 127.5 - 1
+
+
+def unit_range(videos: np.ndarray) -> np.ndarray:
+    """Videos as floating point in [0, 1]: uint8 is divided by 255, floating point is passed on."""
+    videos = np.asarray(videos)
+    if videos.dtype == np.uint8:
+        return videos.astype(np.float32) / 255
+    if not np.issubdtype(videos.dtype, np.floating):
+        raise ValueError(f"videos must be uint8 or floating point in [0, 1], not {videos.dtype}")
+    return videos
 
 
 def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float = 8, scale: int = 1) -> None:
@@ -36,7 +62,7 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float = 8
         raise ValueError(f"scale must be a whole number of at least 1, not {scale}")
     frames = _checked(frames).repeat(scale, 1).repeat(scale, 2)
     encode = encode_mp4 if path.suffix.lower() == ".mp4" else encode_gif
-    replace_file(path, encode(frames, fps))
+    write_file(path, encode(frames, fps))
 
 
 def encode_mp4(frames: np.ndarray, fps: float = 8, crf: int = 18) -> bytes:
@@ -122,28 +148,6 @@ def side_by_side(videos: Sequence[np.ndarray], gap: int = 2, background: int = 2
         shapes = ", ".join(str(np.shape(video)) for video in videos)
         raise ValueError(f"videos side by side must have one shape, not {shapes or 'none at all'}")
     return grid(np.stack(videos), len(videos), gap, background)
-
-
-def contact_sheet(videos: np.ndarray, every: int = 4, gap: int = 2, background: int = 255) -> np.ndarray:
-    """One picture [H, W, 3] of videos [n, t, h, w, 3]: for each a row of its frames 0, every, …"""
-    videos = np.asarray(videos)
-    if videos.ndim != 5 or every < 1:
-        raise ValueError(f"a contact sheet needs videos [n, t, h, w, 3] and every >= 1, not {videos.shape}")
-    frames = videos[:, ::every]
-    n, t = frames.shape[:2]
-    return grid(frames.reshape(n * t, 1, *frames.shape[2:]), t, gap, background)[0]
-
-
-def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file whole or not at all: whoever reads it meets the old content or the new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_bytes(data)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _checked(frames: np.ndarray) -> np.ndarray:
