@@ -26,9 +26,9 @@ import optax
 
 from dollar_jax import plan, sharding
 from dollar_jax.config import MeshConfig
+from dollar_jax.flops import count_flops
 from dollar_jax.hlo import cost
-from dollar_jax.program import on_mesh
-from dollar_jax.visibility import count_flops
+from dollar_jax.sharding import with_mesh
 
 TOPOLOGY, VIDEO, TEXT = "v5p:2x2x1", (81, 720, 1280), 512
 PUBLISHED_SECONDS, PUBLISHED_TFLOPS = 36.0, 135.9  # of a step, of a chip
@@ -92,7 +92,7 @@ def row(remat: str, devices: list, chip: plan.Chip) -> str:
     whole = sharding.replicated(mesh)
     places = (sharding.shard(mesh, network.shapes), sharding.shard(mesh, state), whole, whole, whole, whole)
     jitted = jax.jit(
-        on_mesh(mesh, step), in_shardings=places, out_shardings=(*places[:2], whole), donate_argnums=(0, 1)
+        with_mesh(mesh, step), in_shardings=places, out_shardings=(*places[:2], whole), donate_argnums=(0, 1)
     )
     begun = time.perf_counter()
     compiled = jitted.lower(*arguments).compile(compiler_options={"exec_time_optimization_effort": -1.0})

@@ -24,11 +24,11 @@ from rewards import make_config
 
 from dollar_jax.config import RewardTerm
 from dollar_jax.data.latents import load_data
-from dollar_jax.demo import make_generator
 from dollar_jax.evaluate.measure import Drawn, default_plan, measure
-from dollar_jax.generate import subset
+from dollar_jax.generate import make_generator, subset
 from dollar_jax.rewards import load_rewards, weighted_sum
-from dollar_jax.train import read_history, restore_student, train
+from dollar_jax.run import read_history, restore_student
+from dollar_jax.train import train
 
 COLUMNS = ("steps", "motion", "flicker", "alignment", "vendi")
 TRAINED = RewardTerm("motion", 1.0, None)

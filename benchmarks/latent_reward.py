@@ -24,13 +24,12 @@ from tqdm import tqdm
 
 from dollar_jax.config import RewardTerm
 from dollar_jax.data import shapes
-from dollar_jax.demo import make_generator
-from dollar_jax.generate import subset
+from dollar_jax.generate import make_generator, subset
 from dollar_jax.models.network import make_network
 from dollar_jax.models.reward_head import RewardHead, RewardHeadConfig
 from dollar_jax.optim import make_optimiser
 from dollar_jax.rewards import load_rewards
-from dollar_jax.train import restore_student
+from dollar_jax.run import restore_student
 
 FINER = {"as in the demo": {}, "second_stride 1": {"second_stride": 1}}
 OVER_TIME = {"as in the demo": {}, "temporal_kernel 3": {"temporal_kernel": 3}}

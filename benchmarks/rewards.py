@@ -25,14 +25,14 @@ import jax
 from dollar_jax.cli import DEMO_CONFIG
 from dollar_jax.config import DistillConfig, RewardTerm, from_config
 from dollar_jax.data.latents import load_data
-from dollar_jax.demo import make_generator
 from dollar_jax.evaluate.measure import Drawn, default_plan, measure
-from dollar_jax.generate import subset
+from dollar_jax.generate import make_generator, subset
 from dollar_jax.objectives import Frozen
 from dollar_jax.program import build_program
 from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.rewards.pixels import pixel_rewards
-from dollar_jax.train import read_history, restore_student, train
+from dollar_jax.run import read_history, restore_student
+from dollar_jax.train import train
 
 REWARDS = {"vividness": "differentiable", "vivid": "black box", "compressibility": "black box"}
 METHODS = ("lrm", "ddpo", "direct")

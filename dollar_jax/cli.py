@@ -354,7 +354,7 @@ def _train() -> None:
 
     from dollar_jax import distributed
     from dollar_jax.data.latents import load_data
-    from dollar_jax.demo import make_generator
+    from dollar_jax.generate import make_generator
     from dollar_jax.sharding import make_mesh
     from dollar_jax.train import train
 
@@ -473,11 +473,10 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _sample() -> None:
-    from dollar_jax.data.latents import clip_size
-    from dollar_jax.demo import make_generator
+    from dollar_jax.data.clip import clip_size
     from dollar_jax.evaluate.files import check_output, read_prompts, write_samples
-    from dollar_jax.generate import sample_prompts
-    from dollar_jax.train import read_config
+    from dollar_jax.generate import make_generator, sample_prompts
+    from dollar_jax.run import read_config
 
     _prepare_jax()
     workdir, out = Path(FLAGS.workdir), Path(FLAGS.out)
@@ -513,16 +512,17 @@ def _teacher(generator: Any, steps: int) -> tuple[Any, Any]:
 
 def _student(generator: Any, workdir: Path, config: Any, steps: int, ema: bool = True) -> tuple[Any, Any]:
     from dollar_jax.generate import subset
-    from dollar_jax.train import restore_student
+    from dollar_jax.run import restore_student
 
     draw = generator.student_sampler(subset(config.student.timesteps, steps))
     return draw, restore_student(workdir, generator, ema)
 
 
 def _evaluate() -> None:
-    from dollar_jax.demo import evaluate, make_generator
+    from dollar_jax.demo import evaluate
     from dollar_jax.evaluate.features import alexnet_features, vae_features
-    from dollar_jax.train import read_config
+    from dollar_jax.generate import make_generator
+    from dollar_jax.run import read_config
 
     _prepare_jax()
     if not FLAGS.workdir and not FLAGS.videos:
@@ -553,9 +553,9 @@ def _evaluate() -> None:
 
 
 def _vbench_videos() -> None:
-    from dollar_jax.demo import make_generator
     from dollar_jax.evaluate.vbench import read_vbench_prompts, write_videos
-    from dollar_jax.train import read_config
+    from dollar_jax.generate import make_generator
+    from dollar_jax.run import read_config
 
     if not FLAGS.workdir or not FLAGS.prompts_file:
         raise ValueError("--vbench needs --workdir and --prompts_file, VBench's own list of prompts")

@@ -9,36 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from dollar_jax.config import DistillConfig
-from dollar_jax.data.latents import clip_size, load_data
+from dollar_jax.data.latents import load_data
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.measure import default_plan, measure, network_measures, percentages, samplers, speedups
 from dollar_jax.evaluate.report import write_metrics, write_report
-from dollar_jax.generate import Generator, load_teacher
+from dollar_jax.generate import Generator, make_generator
 from dollar_jax.rewards import load_rewards, weighted_sum
+from dollar_jax.run import read_config, read_history, restore_student
 from dollar_jax.sharding import make_mesh
-from dollar_jax.train import read_config, read_history, restore_student, train
+from dollar_jax.train import train
 from dollar_jax.video import side_by_side, write_video
 
 SHOWN = 8  # prompts whose videos are on the page
-
-
-def make_generator(
-    config: DistillConfig, clip: tuple[int, int, int] | None = None, mesh: Mesh | None = None
-) -> Generator:
-    """The teacher of a configuration, ready to sample clips of the size of its data's, or of another.
-
-    An imported teacher is restored into the mesh's sharding if one is given.
-    """
-    return Generator(
-        load_teacher(config.teacher, config.compute, mesh),
-        config.data.max_text_length,
-        config.sampling,
-        clip or clip_size(config.data),
-        config.compute.vae_chunk,
-    )
 
 
 def demo(config: DistillConfig, workdir: Path, quick: bool = False) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from dollar_jax.signals import Heard
+from dollar_jax.signals import SignalFlag
 
 # After so long without a sign of life a process counts as dead, and all others end.
 HEARTBEAT_SECONDS = 60
@@ -58,14 +58,16 @@ class Preempted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
-    """Whether SIGTERM, the cloud's notice that a machine is taken away, has come: to be asked once for every
-    step, by every process. Of several all hear of it at the same step, whichever was told.
+    """Gives a function of the step: whether SIGTERM, the cloud's notice that a machine is taken away, has come.
+
+    Every process must ask once for every step. All of them get the same answer at the same step, whichever
+    of them was sent the signal.
     """
     if jax.process_count() > 1:  # JAX listens
         yield multihost_utils.reached_preemption_sync_point
         return
-    with Heard(signal.SIGTERM) as told:
-        yield lambda _: told.take()
+    with SignalFlag(signal.SIGTERM) as flag:
+        yield lambda _: flag.take()
 
 
 def _start(address: str | None, count: int | None, index: int | None) -> bool:

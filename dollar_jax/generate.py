@@ -17,7 +17,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from dollar_jax import sample, sharding
-from dollar_jax.config import ComputeConfig, MeshConfig, SamplingConfig
+from dollar_jax.config import ComputeConfig, DistillConfig, LoraConfig, MeshConfig, SamplingConfig
+from dollar_jax.data.clip import clip_size
+from dollar_jax.models import lora
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
@@ -55,6 +57,18 @@ def load_teacher(name: str, compute: ComputeConfig | None = None, mesh: Mesh | N
         None if mesh is None else functools.partial(shard, mesh),
         **transformer_options(compute),
     )
+
+
+def student_network(transformer: Network, config: LoraConfig) -> Network:
+    """The transformer as student and fake score are: with adapters if there are to be some."""
+    if not config.rank:
+        return transformer
+    return lora.adapt(transformer, config.rank, config.alpha, config.targets)
+
+
+def student_params(config: LoraConfig, teacher: Params, trained: Params) -> Params:
+    """Parameters of the transformer itself: what was trained, or the teacher's with those adapters merged."""
+    return lora.merge(teacher, trained, config.scale) if config.rank else trained
 
 
 def decode_frames(vae: Network, config: Any, chunk: int | None, params: Params, latent: jax.Array) -> jax.Array:
@@ -184,6 +198,22 @@ class Generator:
 
     def __hash__(self) -> int:
         return id(self)
+
+
+def make_generator(
+    config: DistillConfig, clip: tuple[int, int, int] | None = None, mesh: Mesh | None = None
+) -> Generator:
+    """The teacher of a configuration, ready to sample clips of the size of its data's, or of another.
+
+    An imported teacher is restored into the mesh's sharding if one is given.
+    """
+    return Generator(
+        load_teacher(config.teacher, config.compute, mesh),
+        config.data.max_text_length,
+        config.sampling,
+        clip or clip_size(config.data),
+        config.compute.vae_chunk,
+    )
 
 
 def subset(timesteps: Sequence[float], count: int) -> tuple[float, ...]:

@@ -23,7 +23,8 @@ from jax.experimental import topologies
 
 from dollar_jax import sample, sharding
 from dollar_jax.config import DistillConfig, MeshConfig
-from dollar_jax.data.latents import MOVING_SHAPES, clip_size
+from dollar_jax.data.clip import MOVING_SHAPES, clip_size
+from dollar_jax.flops import count_flops
 from dollar_jax.generate import decode_frames, teacher_folder, transformer_options
 from dollar_jax.hlo import Cost, cost
 from dollar_jax.models.cogvideox import CogVideoXConfig
@@ -32,11 +33,10 @@ from dollar_jax.models.umt5 import UMT5Config
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig
 from dollar_jax.objectives import Frozen
-from dollar_jax.program import build_program, on_mesh
+from dollar_jax.program import build_program
 from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.schedule import Schedule
-from dollar_jax.visibility import count_flops
 from dollar_jax.weights.pipeline import Architecture, read_architecture
 
 What = Literal["train", "sample", "decode", "text", "import"]
@@ -337,7 +337,7 @@ def _program(
     else:
         raise ValueError(f"--what={what} is none of {', '.join(get_args(What))}")
     places = (placed, *[rows] * len(given))
-    jitted = jax.jit(on_mesh(mesh, function), in_shardings=places, out_shardings=rows)
+    jitted = jax.jit(sharding.with_mesh(mesh, function), in_shardings=places, out_shardings=rows)
     return jitted, (weights, *given), places, mesh
 
 

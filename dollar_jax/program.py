@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dollar_jax import sharding
-from dollar_jax.config import DistillConfig, LoraConfig
+from dollar_jax.config import DistillConfig
+from dollar_jax.generate import student_network
 from dollar_jax.models import lora
 from dollar_jax.models.network import Network, make_network
 from dollar_jax.models.reward_head import RewardHead, RewardHeadConfig
@@ -122,7 +123,7 @@ def build_program(
         return dataclasses.replace(state, **host), *others
 
     step = jax.jit(
-        on_mesh(mesh, put_back),
+        sharding.with_mesh(mesh, put_back),
         in_shardings=(state_sharding, frozen_sharding, batch_sharding),
         out_shardings=(state_sharding, whole, fresh_sharding),
         donate_argnums=0,
@@ -139,35 +140,12 @@ def build_program(
     )
 
 
-def student_network(transformer: Network, config: LoraConfig) -> Network:
-    """The transformer as student and fake score are: with adapters if there are to be some."""
-    if not config.rank:
-        return transformer
-    return lora.adapt(transformer, config.rank, config.alpha, config.targets)
-
-
-def student_params(config: LoraConfig, teacher: Params, trained: Params) -> Params:
-    """Parameters of the transformer itself: what was trained, or the teacher's with those adapters merged."""
-    return lora.merge(teacher, trained, config.scale) if config.rank else trained
-
-
-def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function traced for a mesh, whose axes the models then name (`models.placement`)."""
-
-    @functools.wraps(function)
-    def traced(*args: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
-
-    return traced
-
-
 def _check_transformer(mesh: Mesh, transformer: Network, latent: tuple[int, ...], text: tuple[int, int]) -> None:
     """Traces one forward: heads that do not divide over the mesh are an error here, before any compilation."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     shapes = ((rows, *latent), (rows,), (rows, *text))
     jax.eval_shape(
-        on_mesh(mesh, transformer.apply),
+        sharding.with_mesh(mesh, transformer.apply),
         transformer.shapes,
         *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
     )

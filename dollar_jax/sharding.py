@@ -6,9 +6,10 @@ that matches a whole path wins; a path that no row matches is an error.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -162,13 +163,24 @@ def put(tree: Any, where: Any) -> Any:
     return jax.tree.map(place, tree, jax.tree.broadcast(where, tree))
 
 
-def put_rows(value: np.ndarray, rows: np.ndarray, where: NamedSharding, count: int) -> jax.Array:
+def make_global_rows(value: np.ndarray, rows: np.ndarray, where: NamedSharding, count: int) -> jax.Array:
     """This process's `rows` of `count` as part of one global array."""
 
     def part(index: Any) -> np.ndarray:
         return value[np.isin(rows, np.arange(*index[0].indices(count)))]
 
     return jax.make_array_from_callback((count, *value.shape[1:]), where, part)
+
+
+def with_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function traced for a mesh, whose axes the models then name (`models.placement`)."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
 
 
 def _name(entry: Any) -> str:

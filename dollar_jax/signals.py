@@ -6,29 +6,29 @@ import signal
 import threading
 
 
-class Heard:
+class SignalFlag:
     """Whether a signal has come; listens while used as a context.
 
-    Python lets its main thread alone listen; in another nothing is ever heard.
+    Only the main thread of Python may listen; in any other thread the flag is never set.
     """
 
     def __init__(self, number: signal.Signals):
-        self.number, self._told = number, False
+        self.number, self._set = number, False
 
-    def __enter__(self) -> Heard:
+    def __enter__(self) -> SignalFlag:
         self._listens = threading.current_thread() is threading.main_thread()
         if self._listens:
-            self._before = signal.signal(self.number, self._tell)
+            self._before = signal.signal(self.number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._listens:
             signal.signal(self.number, self._before)
 
-    def _tell(self, *_: object) -> None:
-        self._told = True
+    def _on_signal(self, *_: object) -> None:
+        self._set = True
 
     def take(self) -> bool:
-        """True once for every time it has come since it was asked last."""
-        told, self._told = self._told, False
-        return told
+        """Whether the signal has come, once or more, since this was last asked."""
+        was_set, self._set = self._set, False
+        return was_set

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dollar_jax import train
+from dollar_jax import run
 from dollar_jax.config import DistillConfig, PretrainConfig, from_config
 
 VIVID = {"name": "vivid", "weight": 1.0, "folder": None}
@@ -90,25 +90,25 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name(get_config):
 @pytest.mark.parametrize("losses", VARIANTS)
 def test_settings_survive_their_file(get_config, tmp_path, losses):
     config = from_config(DistillConfig, get_config(losses))
-    train.remember_config(config, tmp_path / "run")
-    back = train.read_config(tmp_path / "run")
+    run.record_config(config, tmp_path / "run")
+    back = run.read_config(tmp_path / "run")
     assert dataclasses.replace(back, pretrain=None) == dataclasses.replace(config, pretrain=None)
     # The networks' own settings stay mappings, whose tuples JSON makes lists.
     assert json.dumps(dataclasses.asdict(back)) == json.dumps(dataclasses.asdict(config))
 
 
 def test_other_settings_are_refused_by_name_and_the_file_stays(make_config, tmp_path):
-    train.remember_config(make_config(), tmp_path)
+    run.record_config(make_config(), tmp_path)
     before = (tmp_path / "config.json").read_text()
     for name, value in {"vsd.weight": 2.0, "student.timesteps": (1000.0,), "seed": 1}.items():
         with pytest.raises(ValueError, match=rf"config\.{name} = "):
-            train.remember_config(make_config({name: value}), tmp_path)
+            run.record_config(make_config({name: value}), tmp_path)
     assert (tmp_path / "config.json").read_text() == before
     longer = dataclasses.replace(make_config(), steps=99, checkpoint_every=7, pretrain=None)
-    train.remember_config(longer, tmp_path)
-    assert train.read_config(tmp_path) == longer
+    run.record_config(longer, tmp_path)
+    assert run.read_config(tmp_path) == longer
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
-        train.read_config(tmp_path)
+        run.read_config(tmp_path)

@@ -20,8 +20,8 @@ from dollar_jax.data.vocabulary import build_tokenizer
 from dollar_jax.models.umt5 import UMT5Config
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig
+from dollar_jax.run import read_history
 from dollar_jax.schedule import Schedule
-from dollar_jax.train import read_history
 from dollar_jax.weights.pipeline import Component, Pipeline, save_pipeline, umt5_encoder, wan_transformer, wan_vae
 
 ROOT = Path(__file__).parents[1]

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dollar_jax.flops import count_flops
 from dollar_jax.hlo import cost
-from dollar_jax.visibility import count_flops
 
 MODULE = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,16]{1,0})->f32[8,16]{1,0}}
 

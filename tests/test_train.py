@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -22,6 +21,7 @@ from dollar_jax.distributed import Preempted
 from dollar_jax.program import reward_head_network
 from dollar_jax.rewards import Reward
 from dollar_jax.rewards.replay import Replay
+from dollar_jax.run import read_history, record_config, restore_student
 from dollar_jax.state import to_items
 
 STEPS = 6
@@ -106,7 +106,7 @@ def whole(train, tmp_path_factory):
 
 def history(workdir):
     timings = ("seconds_per_step", "data_wait", "videos_per_second")
-    return [{k: v for k, v in line.items() if k not in timings} for line in loop.read_history(workdir)]
+    return [{k: v for k, v in line.items() if k not in timings} for line in read_history(workdir)]
 
 
 def make_scorer(generator, config, reward=None):
@@ -234,17 +234,17 @@ def test_the_student_is_restored_from_its_item_alone(whole, generator, tmp_path)
     for item in ITEMS - {"ema", "student"}:
         shutil.rmtree(newest / item)
     for ema, name in ((True, "ema"), (False, "student")):
-        params = loop.restore_student(tmp_path / "run", generator, ema)
+        params = restore_student(tmp_path / "run", generator, ema)
         jax.tree.map(np.testing.assert_array_equal, params, state[name][name])
     shutil.rmtree(newest / "ema")
     with pytest.raises(FileNotFoundError, match=r"checkpoints/6 has no ema"):
-        loop.restore_student(tmp_path / "run", generator)
+        restore_student(tmp_path / "run", generator)
 
 
 def test_a_missing_checkpoint_is_one_sentence(config, generator, tmp_path):
-    loop.remember_config(config, tmp_path)
+    record_config(config, tmp_path)
     with pytest.raises(FileNotFoundError, match="checkpoints holds no checkpoint"):
-        loop.restore_student(tmp_path, generator)
+        restore_student(tmp_path, generator)
 
 
 def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(train, whole, config, tmp_path):
@@ -256,7 +256,7 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(train, whole, c
     message = r"is nan at step 6: lower the learning rate"
     with from_step(5, poison), pytest.raises(FloatingPointError, match=message):
         train(tmp_path, dataclasses.replace(config, log_every=100, keep_checkpoints=1))
-    assert [line["step"] for line in loop.read_history(tmp_path)] == [3]
+    assert [line["step"] for line in read_history(tmp_path)] == [3]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
     state = train(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, state, whole[1])
@@ -379,14 +379,6 @@ def test_a_signal_profiles_the_next_steps(train, tmp_path):
     assert signal.getsignal(signal.SIGUSR1) is before
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000
-
-
-def test_history_is_json_and_drops_what_comes_after(tmp_path):
-    path = tmp_path / "history.jsonl"
-    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in (2, 4, 6)))
-    loop._truncate(path, 4)
-    assert [line["step"] for line in loop.read_history(tmp_path)] == [2, 4]
-    assert loop.read_history(tmp_path / "nowhere") == []
 
 
 # The scorer's replay

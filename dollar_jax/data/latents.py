@@ -12,16 +12,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dollar_jax.config import DataConfig, DistillConfig
-from dollar_jax.data import shapes
-from dollar_jax.data.ahead import read_ahead
+from dollar_jax.config import DistillConfig
+from dollar_jax.data.clip import MOVING_SHAPES
 from dollar_jax.data.moving_shapes import load_moving_shapes
-from dollar_jax.data.prepared import PreparedVideos, clip_of
+from dollar_jax.data.prefetch import prefetch
+from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.distributed import wait_for
 from dollar_jax.files import new_file
 from dollar_jax.generate import Generator
-
-MOVING_SHAPES = "moving_shapes"  # the default domain's name; every other one is a folder's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +67,7 @@ class EncodedVideos:
         dataset = grain.MapDataset.range(len(self)).seed(config.seed).shuffle().repeat()
         dataset = dataset.batch(config.batch_size, drop_remainder=True).map(load)
         dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
-        return iter(read_ahead(dataset, config, rows, sharding))
-
-
-def clip_size(config: DataConfig) -> tuple[int, int, int]:
-    """Frames, height and width of the data's clips; of the first bucket where there are several."""
-    if config.name == MOVING_SHAPES:
-        return shapes.FRAMES, shapes.SIZE, shapes.SIZE
-    return clip_of(Path(config.name))
+        return iter(prefetch(dataset, config, rows, sharding))
 
 
 def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> EncodedVideos | PreparedVideos:

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from dollar_jax.config import SamplingConfig
 from dollar_jax.data import sources
+from dollar_jax.data.clip import SETTINGS
 from dollar_jax.data.sources import TFDS, Item
 from dollar_jax.data.videos import ClipSettings, Unusable, array_frames, clips_of, read_clips
 from dollar_jax.generate import Generator, load_teacher
@@ -47,7 +48,6 @@ NAME = "dollar_latents"
 SPLIT = "train"
 REJECTED = "rejected.jsonl"
 PREVIEW = "preview.jpg"
-SETTINGS = "prepare.json"
 PARTS = "parts"
 _SHOWN, _MOMENTS, _THUMBNAIL = 8, 6, 96  # of a preview: clips, frames of each, their height in pixels
 

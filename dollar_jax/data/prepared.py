@@ -15,8 +15,9 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from dollar_jax.config import DataConfig, DistillConfig
-from dollar_jax.data.ahead import read_ahead
-from dollar_jax.data.prepare import SETTINGS, SPLIT, fingerprint
+from dollar_jax.data.clip import read_about
+from dollar_jax.data.prefetch import prefetch
+from dollar_jax.data.prepare import SPLIT, fingerprint
 from dollar_jax.generate import Generator
 
 
@@ -149,7 +150,7 @@ class PreparedVideos:
         mixed = datasets[0]
         if len(datasets) > 1:
             mixed = grain.IterDataset.mix(datasets, [len(part) for part in whole.values()])
-        return iter(read_ahead(mixed, config, rows, sharding))
+        return iter(prefetch(mixed, config, rows, sharding))
 
     def _row(self, record: dict[str, Any], rng: np.random.Generator, shape: Sequence[int]) -> dict[str, Any]:
         """A record as a batch's row: a fresh sample of the posterior, padded text; zeros for prompts alone."""
@@ -180,22 +181,3 @@ def _endless(records: Records, config: DistillConfig, number: int, rows: np.ndar
     dataset = dataset.map_with_index(lambda place, index: np.array([place, index]))
     dataset = dataset.batch(config.batch_size, drop_remainder=True).map(load)
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-
-
-def read_about(folder: Path) -> Any:
-    """The metadata of a prepared data set: settings, latent_shapes, shards, fingerprint."""
-    if not (folder / "dataset_info.json").is_file():
-        begun = (folder / SETTINGS).exists()
-        hint = "it is not finished: run dollar prepare again" if begun else "dollar prepare makes one"
-        raise FileNotFoundError(f"config.data.name {str(folder)!r} holds no prepared data set; {hint}")
-    about = tfds.builder_from_directory(folder).info.metadata
-    if not about or "latent_shapes" not in about:
-        raise ValueError(f"{folder} was not made by dollar prepare")
-    return about
-
-
-def clip_of(folder: Path) -> tuple[int, int, int]:
-    """Frames, height and width of the clips of the first bucket."""
-    settings = read_about(folder)["settings"]
-    height, width = settings["buckets"][0]
-    return settings["frames"], height, width

@@ -14,12 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig
-from dollar_jax.data.latents import clip_size
-from dollar_jax.generate import teacher_folder
+from dollar_jax.data.clip import clip_size
+from dollar_jax.generate import student_params, teacher_folder
 from dollar_jax.models import lora
-from dollar_jax.program import student_params
+from dollar_jax.run import read_config, restore_trained
 from dollar_jax.schedule import Schedule, coefficients
-from dollar_jax.train import read_config, restore_trained
 from dollar_jax.types import Params
 from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights.pipeline import (

@@ -14,9 +14,11 @@ import tensorflow_datasets as tfds
 from dollar_jax import program
 from dollar_jax import train as loop
 from dollar_jax.data import prepared
-from dollar_jax.data.latents import clip_size, load_data
+from dollar_jax.data.clip import clip_size
+from dollar_jax.data.latents import load_data
 from dollar_jax.data.prepare import prepare
 from dollar_jax.data.prepared import PreparedVideos
+from dollar_jax.run import read_history
 from dollar_jax.state import to_items
 
 ROWS = np.arange(3)
@@ -255,7 +257,7 @@ def test_a_run_on_two_buckets_compiles_twice_and_resumes_to_the_bit(
     assert clip_size(config.data) == (5, 16, 32)
     whole = run(config, generator, tmp_path / "whole")
     assert sorted(one_program) == sorted(SHAPES)  # traced, and so compiled, once for each bucket
-    history = loop.read_history(tmp_path / "whole")
+    history = read_history(tmp_path / "whole")
     assert [line["step"] for line in history] == [1, 2, 3, 4]
     assert all(np.isfinite(list(line.values())).all() and 0 <= line["data_wait"] <= 1 for line in history)
 
@@ -275,7 +277,7 @@ def test_a_run_on_two_buckets_compiles_twice_and_resumes_to_the_bit(
     resumed = run(config, generator, tmp_path / "killed")
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     timings = {"seconds_per_step", "data_wait", "videos_per_second"}
-    for one, other in zip(history, loop.read_history(tmp_path / "killed"), strict=True):
+    for one, other in zip(history, read_history(tmp_path / "killed"), strict=True):
         assert {k: v for k, v in one.items() if k not in timings} == {
             k: v for k, v in other.items() if k not in timings
         }
@@ -299,7 +301,7 @@ def test_prompts_alone_train_a_student_by_backward_simulation(config, settings, 
         lambda x, y: np.abs(x - y).max(), state["student"]["student"], generator.pipeline.transformer.params
     )
     assert max(jax.tree.leaves(moved)) > 0
-    history = loop.read_history(tmp_path / "run")
+    history = read_history(tmp_path / "run")
     assert [line["step"] for line in history] == [1, 2, 3]
     assert all(np.isfinite(list(line.values())).all() for line in history)
     assert "reward_generated" in history[-1] and "vsd" in history[-1]

@@ -10,7 +10,7 @@ from dollar_jax.models import attention as module
 from dollar_jax.models import placement
 from dollar_jax.models.attention import attention
 from dollar_jax.models.wan import WanConfig
-from dollar_jax.program import on_mesh
+from dollar_jax.sharding import with_mesh
 from dollar_jax.weights.pipeline import wan_transformer
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -41,7 +41,7 @@ def value_and_gradients(**options):
 
 def spread(mesh, f):
     """`f` compiled for all devices of the mesh, its arguments whole on each."""
-    return jax.jit(on_mesh(mesh, f), in_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(with_mesh(mesh, f), in_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def assert_close(a, b, tolerance):
@@ -150,6 +150,6 @@ def test_bad_use_is_one_sentence():
         attention(q, k, v, mask=jnp.ones((1, 1, 4, 4), bool), implementation="splash")
     mesh = jax.make_mesh((1, 1, 8, 1), AXES, (AxisType.Auto,) * 4)
     with pytest.raises(ValueError, match="4 tokens do not divide over the mesh's context axis of 8"):
-        jax.eval_shape(on_mesh(mesh, lambda *x: attention(*x, context="gather")), q, k, v)
+        jax.eval_shape(with_mesh(mesh, lambda *x: attention(*x, context="gather")), q, k, v)
     with pytest.raises(ValueError, match="attention is 'flash'; it can be one of"):
         WanConfig(attention="flash")  # pyright: ignore[reportArgumentType]

@@ -22,6 +22,7 @@ from dollar_jax.data import shapes
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.data.vocabulary import build_tokenizer
 from dollar_jax.generate import Generator, video_keys
+from dollar_jax.run import CHECKPOINTS, read_history, record_config, restore_student
 from dollar_jax.schedule import Schedule, coefficients, timestep_grid
 from dollar_jax.weights.importer import import_pipeline
 from dollar_jax.weights.pipeline import load_pipeline, load_tokenizer, save_pipeline, tokenize
@@ -193,7 +194,7 @@ def test_two_steps_of_distillation_then_a_sample(generator, make_config, quick_c
     videos = np.random.default_rng(0).integers(0, 256, (8, *CLIP, 3)).astype(np.uint8)
     data = EncodedVideos(generator.encode(videos), generator.text(PROMPTS * 4), PROMPTS * 4)
     state = loop.train(config, tmp_path, generator, data)
-    lines = loop.read_history(tmp_path)
+    lines = read_history(tmp_path)
     assert [line["step"] for line in lines] == [1, 2]
     assert all(np.isfinite(value) for line in lines for value in line.values())
     teacher = generator.pipeline.transformer.params
@@ -202,7 +203,7 @@ def test_two_steps_of_distillation_then_a_sample(generator, make_config, quick_c
 
     draw = generator.student_sampler(config.student.timesteps)
     with jax.debug_key_reuse(False):  # the first video's key also seeds what is added between steps
-        latent = draw(loop.restore_student(tmp_path, generator), video_keys(0, 2), generator.text(PROMPTS))
+        latent = draw(restore_student(tmp_path, generator), video_keys(0, 2), generator.text(PROMPTS))
     video = generator.decode(latent)
     assert video.shape == (2, *CLIP, 3)
     assert np.isfinite(video).all() and video.min() >= 0 and video.max() <= 1
@@ -212,10 +213,10 @@ def test_an_exported_student_samples_in_diffusers_as_here(folder, make_config, t
     """By the card's own snippet: the betas, the times and the prediction of x0 are those of the path."""
     times = (999.0, 749.0, 499.0, 249.0)
     config = make_config({"teacher": str(folder), "student.timesteps": times})
-    loop.remember_config(config, tmp_path / "run")
+    record_config(config, tmp_path / "run")
     pipeline = load_pipeline(folder)
     params = jax.tree.map(lambda x: 0.9 * jnp.asarray(x), pipeline.transformer.params)
-    with Checkpoints(tmp_path / "run" / loop.CHECKPOINTS) as checkpoints:
+    with Checkpoints(tmp_path / "run" / CHECKPOINTS) as checkpoints:
         checkpoints.save(3, {"ema": {"ema": params}})
     exported = tmp_path / "student"
     assert cli.main(["export", f"--workdir={tmp_path / 'run'}", str(exported)]) == 0

@@ -17,10 +17,9 @@ from safetensors.numpy import load_file
 
 from dollar_jax import cli
 from dollar_jax.checkpoint import Checkpoints
-from dollar_jax.demo import make_generator
+from dollar_jax.generate import make_generator, student_network
 from dollar_jax.models import lora
-from dollar_jax.program import student_network
-from dollar_jax.train import CHECKPOINTS, remember_config, restore_student
+from dollar_jax.run import CHECKPOINTS, record_config, restore_student
 from dollar_jax.weights.pipeline import load_pipeline
 from dollar_jax.weights.safetensors_io import list_tensors, read_tensors
 
@@ -37,7 +36,7 @@ def run(wan_folder, make_config, tmp_path_factory):
     """A run at step 7 whose raw student is the teacher itself, and the average half of it."""
     workdir = tmp_path_factory.mktemp("run")
     config = make_config({"teacher": str(wan_folder), "data.train_videos": 8})
-    remember_config(config, workdir)
+    record_config(config, workdir)
     params = jax.tree.map(jnp.asarray, load_pipeline(wan_folder).transformer.params)
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         half = jax.tree.map(lambda x: x / 2, params)
@@ -104,7 +103,7 @@ def adapted(wan_folder, make_config, tmp_path_factory):
     """A run that trained low-rank adapters."""
     workdir = tmp_path_factory.mktemp("adapted")
     config = make_config({"teacher": str(wan_folder), "data.train_videos": 8, "lora.rank": 2, "lora.alpha": 6.0})
-    remember_config(config, workdir)
+    record_config(config, workdir)
     shapes = lora.adapters(student_network(load_pipeline(wan_folder).transformer.network, config.lora).shapes)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), "float32"), shapes)

@@ -9,10 +9,10 @@ import grain
 import numpy as np
 
 from dollar_jax.config import DistillConfig
-from dollar_jax.sharding import put_rows
+from dollar_jax.sharding import make_global_rows
 
 
-def read_ahead(
+def prefetch(
     batches: grain.IterDataset, config: DistillConfig, rows: np.ndarray, sharding: Mapping[str, Any] | None
 ) -> grain.IterDataset:
     """Batches whose arrays a thread also puts on the devices, `config.data.prefetch` batches ahead of the step.
@@ -24,7 +24,9 @@ def read_ahead(
         return batches
 
     def place(batch: dict[str, Any]) -> dict[str, Any]:
-        arrays = {name: put_rows(batch[name], rows, sharding[name], config.batch_size) for name in ("latent", "text")}
+        arrays = {
+            name: make_global_rows(batch[name], rows, sharding[name], config.batch_size) for name in ("latent", "text")
+        }
         return {**batch, "on_device": arrays}
 
     return grain.experimental.ThreadPrefetchIterDataset(batches.map(place), prefetch_buffer_size=config.data.prefetch)

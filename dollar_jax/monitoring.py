@@ -1,4 +1,4 @@
-"""What a training run shows of itself: samples beside the teacher's, signs of collapse, throughput, a profile.
+"""What a training run shows of itself: samples beside the teacher's, signs of collapse, its log, a profile.
 
 Losses of distillation say little about quality; these do. Nothing here changes the training.
 """
@@ -6,44 +6,40 @@ Losses of distillation say little about quality; these do. Nothing here changes 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import signal
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig, VisibilityConfig
 from dollar_jax.evaluate.vendi import pixel_features, vendi_per_prompt
+from dollar_jax.flops import PEAK_TFLOPS, Throughput, count_flops
 from dollar_jax.generate import Generator, video_keys
 from dollar_jax.objectives import SCORE_BINS, Frozen
 from dollar_jax.program import Program
-from dollar_jax.signals import Heard
+from dollar_jax.run import EVENTS, HISTORY, PROFILE, SAMPLES, truncate_history
+from dollar_jax.signals import SignalFlag
 from dollar_jax.types import Params
-from dollar_jax.video import grid, side_by_side, to_uint8, write_video
+from dollar_jax.video import encode_gif, grid, side_by_side, to_uint8, write_video
 
 # Parameters → latents [prompts × videos, t, h, w, c], from the same noise each time.
 Draw = Callable[[Params], np.ndarray]
 PROFILE_AFTER = 2  # steps: the first compiles
 
-# Dense bf16 TFLOP/s per device, by JAX's name of the device, as its vendor states them.
-PEAK_TFLOPS = {
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5": 459.0,
-    "TPU v6 lite": 918.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA H200": 989.0,
-}
-
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class SampleStats:
     """A set of samples: Vendi score of their pixels within the prompts, and their latents' statistics."""
 
     vendi: float
@@ -51,14 +47,14 @@ class Look:
     std: float
 
 
-def look(latent: np.ndarray, frames: np.ndarray, prompts: int) -> Look:
+def sample_stats(latent: np.ndarray, frames: np.ndarray, prompts: int) -> SampleStats:
     """Of latents [n t h w c] and their frames, prompt by prompt with equally many videos each."""
     groups = frames.reshape(prompts, -1, *frames.shape[1:])
     vendi, _ = vendi_per_prompt(pixel_features(groups))
-    return Look(vendi, float(latent.mean()), float(latent.std()))
+    return SampleStats(vendi, float(latent.mean()), float(latent.std()))
 
 
-def collapse(config: VisibilityConfig, student: Look, teacher: Look) -> list[str]:
+def collapse(config: VisibilityConfig, student: SampleStats, teacher: SampleStats) -> list[str]:
     """One sentence for each way in which the student's samples leave the teacher's range; empty if none."""
     found = []
     if not all(map(np.isfinite, dataclasses.astuple(student))):
@@ -75,7 +71,7 @@ def collapse(config: VisibilityConfig, student: Look, teacher: Look) -> list[str
     return found
 
 
-class Watch:
+class SampleLogger:
     """Every `samples_every` steps: the student's samples beside the teacher's, and whether they collapse.
 
     The teacher's are drawn once, when they are first needed. All processes take part in the sampling.
@@ -89,9 +85,9 @@ class Watch:
         teacher: Callable[[], np.ndarray],
         decode: Callable[[np.ndarray], np.ndarray],
     ):
-        self.config, self.folder = config, workdir / "samples"
+        self.config, self.folder = config, workdir / SAMPLES
         self._student, self._teacher, self._decode = student, teacher, decode
-        self._reference: tuple[Look, np.ndarray] | None = None
+        self._reference: tuple[SampleStats, np.ndarray] | None = None
 
     def due(self, step: int) -> bool:
         return self.config.samples_every > 0 and step % self.config.samples_every == 0
@@ -121,13 +117,13 @@ class Watch:
         }
         return scalars, video, warnings
 
-    def _seen(self, latent: np.ndarray) -> tuple[Look, np.ndarray]:
+    def _seen(self, latent: np.ndarray) -> tuple[SampleStats, np.ndarray]:
         frames = to_uint8(np.nan_to_num(self._decode(latent)))
-        return look(latent, frames, len(self.config.prompts)), frames
+        return sample_stats(latent, frames, len(self.config.prompts)), frames
 
 
-def make_watch(config: DistillConfig, workdir: Path, generator: Generator, teacher: Params) -> Watch:
-    """The watch of a run: fixed prompts, fixed noise, the student's own timesteps, the teacher's own steps."""
+def make_sample_logger(config: DistillConfig, workdir: Path, generator: Generator, teacher: Params) -> SampleLogger:
+    """The sample logger of a run: fixed prompts, fixed noise, the student's own timesteps, the teacher's own steps."""
     c, sampling = config.visibility, config.sampling
     prompts = [prompt for prompt in c.prompts for _ in range(c.videos)]
 
@@ -137,13 +133,95 @@ def make_watch(config: DistillConfig, workdir: Path, generator: Generator, teach
             return np.asarray(latent)
         return np.asarray(multihost_utils.process_allgather(latent, tiled=True))
 
-    return Watch(
+    return SampleLogger(
         c,
         workdir,
         lambda params: draw(generator.student_sampler(config.student.timesteps), params),
         lambda: draw(generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight), teacher),
         generator.decode,
     )
+
+
+class Log:
+    """history.jsonl, TensorBoard events and a progress bar; written by process 0 only.
+
+    Metrics are fetched one logging interval late, so that logging does not wait for the devices; but
+    at a checkpoint at once, so that no state is saved whose metrics are not finite or not on disk.
+    """
+
+    def __init__(self, workdir: Path, first: int, config: DistillConfig, throughput: Throughput):
+        self.every, self.throughput = config.log_every, throughput
+        self.main = jax.process_index() == 0
+        self.bar = tqdm(total=config.steps, initial=first, desc="distilling", disable=not self.main, unit="step")
+        self._held: tuple[int, Mapping[str, jax.Array], dict[str, float], float] | None = None
+        self._clock = (first, time.perf_counter())
+        self.waited = 0.0  # seconds that the devices stood idle for want of a batch
+        if self.main:
+            self.path = workdir / HISTORY
+            truncate_history(workdir, first)
+            self.file = self.path.open("a")
+            self.events = SummaryWriter(str(workdir / EVENTS), purge_step=first + 1)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._write()
+        finally:
+            self.bar.close()
+            if self.main:
+                self.file.close()
+                self.events.close()
+
+    def step(self, step: int, metrics: Mapping[str, jax.Array], host: dict[str, float], now: bool) -> None:
+        self.bar.update()
+        if now or step % self.every == 0:
+            self._write()
+            self._held = (step, metrics, dict(host), time.perf_counter())
+        if now:
+            self._write()
+
+    def show(self, step: int, video: np.ndarray, warnings: Sequence[str]) -> None:
+        """A video uint8 [t h w 3] and warnings among the TensorBoard events."""
+        if not self.main:
+            return
+        data, (_, height, width, _) = encode_gif(video), video.shape
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+        value = Summary.Value(tag="teacher_left_student_right", image=image)
+        self.events.file_writer.add_summary(  # pyright: ignore[reportOptionalMemberAccess]
+            Summary(value=[value]), step
+        )
+        for warning in warnings:
+            self.events.add_text("warning", warning, step)
+
+    def _write(self) -> None:
+        if self._held is None:
+            return
+        step, metrics, host, now = self._held
+        self._held = None
+        values = {name: float(value) for name, value in metrics.items()}
+        before, then = self._clock
+        self._clock = (step, now)
+        waited = {"data_wait": min(self.waited / max(now - then, 1e-9), 1.0)}
+        self.waited = 0.0
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value} at step {step}: lower the learning rates or clip the "
+                    "gradients; the last checkpoint is from before this step"
+                )
+        seconds = (now - then) / max(step - before, 1)
+        values = readable(values) | host
+        values |= {"seconds_per_step": seconds, **waited, **self.throughput(seconds)}
+        if self.main:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+            shown = {"loss": values["student_loss"]}
+            shown |= {k[7:]: host[k] for k in ("reward_generated", "reward_real") if k in host}
+            self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
 
 
 class Profile:
@@ -155,9 +233,9 @@ class Profile:
 
     def __init__(self, steps: int, workdir: Path, first: int):
         self.start, self.steps = first + PROFILE_AFTER, steps
-        self.folder = workdir / "profile"
+        self.folder = workdir / PROFILE
         self._stop: int | None = None  # the step before which the running trace ends
-        self._asked = Heard(signal.SIGUSR1)
+        self._asked = SignalFlag(signal.SIGUSR1)
 
     def __enter__(self) -> Profile:
         self._asked.__enter__()
@@ -187,22 +265,6 @@ class Profile:
             self._stop = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Throughput:
-    """`flops` of one step on all devices together; None where they, or the devices' peak, are not known."""
-
-    batch_size: int
-    flops: float | None
-    peak: float | None  # FLOP/s of all devices together
-
-    def __call__(self, seconds_per_step: float) -> dict[str, float]:
-        rates = {"videos_per_second": self.batch_size / seconds_per_step}
-        if self.flops and self.peak:
-            rates["tflops_per_second"] = self.flops / seconds_per_step / 1e12
-            rates["mfu"] = self.flops / seconds_per_step / self.peak
-        return rates
-
-
 def make_throughput(config: DistillConfig, program: Program, reward: Params = ()) -> Throughput:
     """MFU counts every multiplication of the step as written, those of recomputation too.
 
@@ -219,34 +281,6 @@ def make_throughput(config: DistillConfig, program: Program, reward: Params = ()
     )
     jaxpr = jax.make_jaxpr(program.step)(program.state_shapes, frozen, program.batch_shapes)
     return Throughput(config.batch_size, count_flops(jaxpr.jaxpr), peak * 1e12 * len(devices))
-
-
-def count_flops(jaxpr: Any) -> float:
-    """Twice the multiplications of a jaxpr's matrix products and convolutions; a scan's body by its length.
-
-    Of the branches of a condition the dearest counts; a while loop's body counts once.
-    """
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        out = eqn.outvars[0].aval
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            depth = np.prod([eqn.invars[0].aval.shape[axis] for axis in contracted], dtype=float)
-            total += 2 * out.size * depth
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel, spec = eqn.invars[1].aval, eqn.params["dimension_numbers"].rhs_spec
-            total += 2 * out.size * kernel.size / kernel.shape[spec[0]]
-        elif eqn.primitive.name == "cond":
-            total += max(count_flops(branch.jaxpr) for branch in eqn.params["branches"])
-        else:
-            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-            inner = [leaf for value in eqn.params.values() for leaf in jax.tree.leaves(value, is_leaf=_is_jaxpr)]
-            total += times * sum(count_flops(getattr(x, "jaxpr", x)) for x in inner if _is_jaxpr(x))
-    return total
-
-
-def _is_jaxpr(x: Any) -> bool:
-    return hasattr(getattr(x, "jaxpr", x), "eqns")
 
 
 def readable(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -10,11 +10,12 @@ import pytest
 
 from dollar_jax import objectives
 from dollar_jax.config import VisibilityConfig
+from dollar_jax.flops import count_flops
+from dollar_jax.monitoring import Profile, SampleLogger, make_throughput, readable
 from dollar_jax.objectives import Networks
 from dollar_jax.program import build_program
 from dollar_jax.schedule import Schedule
 from dollar_jax.video import read_video
-from dollar_jax.visibility import Profile, Throughput, Watch, count_flops, make_throughput, readable
 
 CONFIG = VisibilityConfig(10, ("a ball", "a cube"), 4, 0, 0.5, (0.7, 1.4), 0.3, None, 0)
 
@@ -34,7 +35,7 @@ def decode(latent):
 
 @pytest.fixture
 def watch(tmp_path):
-    return Watch(CONFIG, tmp_path, lambda params: params, sampler, decode)
+    return SampleLogger(CONFIG, tmp_path, lambda params: params, sampler, decode)
 
 
 HEALTHY = {"like the teacher": {}, "a little less": {"keep": 0.8, "shift": 0.1, "scale": 0.9}}
@@ -84,12 +85,12 @@ def test_the_teacher_is_sampled_once_and_only_when_it_is_due(tmp_path):
         calls.append(0)
         return sampler()
 
-    watch = Watch(CONFIG, tmp_path, lambda params: params, teacher, decode)
+    watch = SampleLogger(CONFIG, tmp_path, lambda params: params, teacher, decode)
     assert [step for step in range(1, 31) if watch.due(step)] == [10, 20, 30] and not calls
     watch.samples(10, sampler())
     watch.samples(20, sampler())
     assert len(calls) == 1
-    off = Watch(dataclasses.replace(CONFIG, samples_every=0), tmp_path, watch._student, teacher, decode)
+    off = SampleLogger(dataclasses.replace(CONFIG, samples_every=0), tmp_path, watch._student, teacher, decode)
     assert not any(off.due(step) for step in range(30))
 
 
@@ -98,32 +99,6 @@ def test_bad_settings_are_named():
         with pytest.raises(ValueError, match="samples_every needs prompts"):
             dataclasses.replace(CONFIG, **change)
     dataclasses.replace(CONFIG, samples_every=0, prompts=())
-
-
-def test_flops_are_those_of_products_convolutions_and_loops():
-    a, b = jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))
-
-    def body(x, _):
-        return jax.checkpoint(lambda y: y @ jnp.ones((4, 4)))(x), None
-
-    def f(x):
-        x = jax.jit(jnp.matmul)(x, b)[0].T  # 2 · 3·4·5·6; then [6, 4]
-        x, _ = jax.lax.scan(body, x, None, length=7)  # 7 · 2 · 6·4·4
-        x = jax.lax.cond(x[0, 0] > 0, lambda y: y @ y.T, lambda y: jnp.zeros((6, 6)), x)  # 2 · 6·4·6
-        image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
-        conv = jax.lax.conv_general_dilated(  # 2 · (2·6·6·5) · (3·3·3)
-            image, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        return x.sum() + conv.sum()
-
-    expected = 2 * 3 * 4 * 5 * 6 + 7 * 2 * 6 * 16 + 2 * 6 * 4 * 6 + 2 * 360 * 27
-    assert count_flops(jax.make_jaxpr(f)(a).jaxpr) == expected
-
-
-def test_throughput_and_its_share_of_the_peak():
-    assert Throughput(32, None, None)(0.5) == {"videos_per_second": 64}
-    rates = Throughput(32, 2e12, 8e12)(0.5)
-    assert rates == {"videos_per_second": 64, "tflops_per_second": 4, "mfu": 0.5}
 
 
 def test_a_steps_operations_are_those_of_its_forwards(make_config, toy_generator):

@@ -1,0 +1,65 @@
+"""Floating-point operations: what a device can do, what a program asks for, and the share of a run in between."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+# Dense bf16 TFLOP/s per device, by JAX's name of the device, as its vendor states them; the TPUs' at
+# https://cloud.google.com/tpu/docs/v4, v5e, v5p and v6e.
+PEAK_TFLOPS = {
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5": 459.0,
+    "TPU v6 lite": 918.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H200": 989.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """`flops` of one step on all devices together; None where they, or the devices' peak, are not known."""
+
+    batch_size: int
+    flops: float | None
+    peak: float | None  # FLOP/s of all devices together
+
+    def __call__(self, seconds_per_step: float) -> dict[str, float]:
+        """Rates per second, and the model FLOPs utilisation `mfu` in [0, 1] where it can be known."""
+        rates = {"videos_per_second": self.batch_size / seconds_per_step}
+        if self.flops and self.peak:
+            rates["tflops_per_second"] = self.flops / seconds_per_step / 1e12
+            rates["mfu"] = self.flops / seconds_per_step / self.peak
+        return rates
+
+
+def count_flops(jaxpr: Any) -> float:
+    """Twice the multiplications of a jaxpr's matrix products and convolutions; a scan's body by its length.
+
+    Of the branches of a condition the dearest counts; a while loop's body counts once.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            depth = np.prod([eqn.invars[0].aval.shape[axis] for axis in contracted], dtype=float)
+            total += 2 * eqn.outvars[0].aval.size * depth
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel, spec = eqn.invars[1].aval, eqn.params["dimension_numbers"].rhs_spec
+            total += 2 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[spec[0]]
+        elif eqn.primitive.name == "cond":
+            total += max(count_flops(branch.jaxpr) for branch in eqn.params["branches"])
+        else:
+            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            inner = [leaf for value in eqn.params.values() for leaf in jax.tree.leaves(value, is_leaf=_is_jaxpr)]
+            total += times * sum(count_flops(getattr(x, "jaxpr", x)) for x in inner if _is_jaxpr(x))
+    return total
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return hasattr(getattr(x, "jaxpr", x), "eqns")

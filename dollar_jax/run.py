@@ -1,0 +1,112 @@
+"""The folder of a training run: its settings, its history, and the student in its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dollar_jax.checkpoint import Checkpoints
+from dollar_jax.config import DistillConfig, LoraConfig, from_config
+from dollar_jax.files import write_file
+from dollar_jax.generate import Generator, student_network, student_params
+from dollar_jax.models import lora
+from dollar_jax.models.network import Network
+from dollar_jax.types import Params
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+HISTORY = "history.jsonl"
+EVENTS = "events"
+SAMPLES = "samples"
+PROFILE = "profile"
+
+
+def read_config(workdir: Path) -> DistillConfig:
+    """The settings of the run in a workdir; raises FileNotFoundError when there is none."""
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG} in it")
+    return from_config(DistillConfig, json.loads(path.read_text()))
+
+
+def record_config(config: DistillConfig, workdir: Path) -> None:
+    """Writes the run's settings into its workdir, for whoever resumes or samples it.
+
+    Raises ValueError when the workdir holds a run whose settings differ where a resumption may not change them.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    if (workdir / CONFIG).exists():
+        before, now = (dict(_fields(dataclasses.asdict(c))) for c in (read_config(workdir), config))
+        for name in sorted(before.keys() | now.keys()):
+            if not _may_change(name) and before.get(name) != now.get(name):
+                raise ValueError(
+                    f"{workdir} holds a run with config.{name} = {before.get(name)!r}, not "
+                    f"{now.get(name)!r}: choose another workdir, or the run's own settings to resume it"
+                )
+    if jax.process_index() == 0:
+        write_file(workdir / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def _may_change(name: str) -> bool:
+    """Whether the setting of that dotted name may differ between a run and its resumption."""
+    changeable = {"mesh", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "visibility", "pretrain"}
+    return name.split(".")[0] in changeable
+
+
+def _fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings by their dotted names, sequences as lists, as JSON gives them back."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, list(value) if isinstance(value, tuple) else value
+
+
+def read_history(workdir: Path) -> list[dict[str, float]]:
+    """The logged metrics of a run, one mapping per logged step."""
+    path = workdir / HISTORY
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def truncate_history(workdir: Path, step: int) -> None:
+    """Drops the lines after `step`, and a last line that a kill cut off."""
+    path = workdir / HISTORY
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    write_file(path, "".join(kept))
+
+
+def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> Params:
+    """The newest student's parameters, and nothing else of the checkpoint; the average unless `ema` is False."""
+    transformer = generator.pipeline.transformer
+    config = read_config(workdir).lora
+    _, params = restore_trained(workdir, transformer.network, config, ema)
+    return student_params(config, transformer.params, params)
+
+
+def restore_trained(workdir: Path, transformer: Network, config: LoraConfig, ema: bool) -> tuple[int, Params]:
+    """The newest checkpoint's step, and what was trained of its student: all parameters, or the adapters.
+
+    The student's moving average if `ema`. Raises FileNotFoundError when there is no checkpoint.
+    """
+    shapes = student_network(transformer, config).shapes
+    if config.rank:
+        shapes = lora.adapters(shapes)
+    name = "ema" if ema else "student"
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=here), shapes)}
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        params = checkpoints.restore({name: like})[name][name]
+        return checkpoints.latest() or 0, params
