@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from dollar_jax import sample, sharding
+from dollar_jax import sampling, sharding
 from dollar_jax.config import ComputeConfig, DistillConfig, LoraConfig, MeshConfig, SamplingConfig
 from dollar_jax.data.clip import clip_size
 from dollar_jax.models import lora
@@ -152,7 +152,7 @@ class Generator:
         @jax.jit
         def draw(params: Params, keys: jax.Array, text: jax.Array) -> jax.Array:
             if self.sampling.solver == "unipc":
-                return sample.unipc_sample(
+                return sampling.unipc_sample(
                     pipeline.transformer.network.apply,
                     params,
                     pipeline.schedule,
@@ -162,7 +162,7 @@ class Generator:
                     guidance_weight,
                     num_steps,
                 )
-            return sample.ode_sample(
+            return sampling.ode_sample(
                 pipeline.transformer.network.apply,
                 params,
                 pipeline.schedule,
@@ -184,7 +184,7 @@ class Generator:
 
         @jax.jit
         def draw(params: Params, keys: jax.Array, text: jax.Array) -> jax.Array:
-            return sample.few_step_sample(
+            return sampling.few_step_sample(
                 pipeline.transformer.network.apply,
                 params,
                 pipeline.schedule,

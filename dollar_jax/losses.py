@@ -1,7 +1,7 @@
 """The losses of DOLLAR over predictions, never over networks.
 
-Every function returns one fp32 number per sample, a mean over the elements of that sample times
-`weight`; averaging over the batch is the caller's. `weight` is a number or [b].
+Every function returns one fp32 number per sample, a mean over the elements of that sample; weighting and
+averaging over the batch are the caller's.
 """
 
 import math
@@ -9,9 +9,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from dollar_jax.types import Latent, PerSample, Time, Weight
+from dollar_jax.types import Latent, PerSample, Time
 
 Normalisation = Literal["dmd", "batch", "none"]
 Distance = Literal["mse", "huber", "pseudo_huber"]
@@ -24,20 +25,18 @@ def vsd(
     x0_fake: Latent,
     normalisation: Normalisation = "dmd",
     floor: float = 1e-6,
-    weight: Weight | None = None,
     nan_to_zero: bool = False,
 ) -> PerSample:
     """Variational score distillation as a pseudo-target regression (DOLLAR eq. (8.7)-(8.9)).
 
-    The value is weight * mean(g^2) / 2 and its gradient with respect to `x` is exactly
-    weight * g / (elements per sample), with g of `vsd_gradient`. The value says nothing about
-    sample quality. Nothing but `x` carries a gradient.
+    The value is mean(g^2) / 2 and its gradient with respect to `x` is exactly g / (elements per sample),
+    with g of `vsd_gradient`. The value says nothing about sample quality. Nothing but `x` carries a gradient.
     """
     x = _fp32(x)
     g = vsd_gradient(x, x0_real, x0_fake, normalisation, floor, nan_to_zero)
     # Equal to x - stop_gradient(x - g), without rounding g away where |x| is much larger.
     difference = (x - jax.lax.stop_gradient(x)) + g
-    return _per_sample(0.5 * jnp.square(difference), weight)
+    return _per_sample(0.5 * jnp.square(difference))
 
 
 def vsd_gradient(
@@ -76,9 +75,7 @@ def vsd_gradient(
     return jnp.where(jnp.isfinite(g), g, 0.0) if nan_to_zero else g
 
 
-def consistency(
-    student: Latent, target: Latent, distance: Distance = "mse", huber_c: float = 1e-3, weight: Weight | None = None
-) -> PerSample:
+def consistency(student: Latent, target: Latent, distance: Distance = "mse", huber_c: float = 1e-3) -> PerSample:
     """Consistency distillation, lambda d(f_theta, f_theta-) (DOLLAR eq. (8.4), (8.5)).
 
     `target` is the EMA student at the point the teacher's steps led to; it carries no gradient.
@@ -101,7 +98,7 @@ def consistency(
         values = jnp.square(d) / (jnp.sqrt(jnp.square(d) + huber_c**2) + huber_c)
     else:
         raise ValueError(f"distance must be mse, huber or pseudo_huber, not {distance!r}.")
-    return _per_sample(values, weight)
+    return _per_sample(values)
 
 
 def boundary_scalings(
@@ -125,10 +122,10 @@ def boundary_scalings(
     return sigma_data**2 / total, scaled / jnp.sqrt(total)
 
 
-def denoising(prediction: Latent, target: Latent, weight: Weight | None = None) -> PerSample:
+def denoising(prediction: Latent, target: Latent) -> PerSample:
     """Diffusion loss of the fake-score network, mean squared error (DOLLAR eq. (8.13))."""
     difference = _fp32(prediction) - jax.lax.stop_gradient(_fp32(target))
-    return _per_sample(jnp.square(difference), weight)
+    return _per_sample(jnp.square(difference))
 
 
 def latent_reward(reward: PerSample) -> PerSample:
@@ -147,27 +144,26 @@ def policy_gradient(
     difference = (jax.lax.stop_gradient(_fp32(x_next)) - _fp32(mean)) / _fp32(deviation)
     advantage = jax.lax.stop_gradient(_fp32(advantage))
     advantage = jnp.where(jnp.isfinite(advantage), advantage, 0.0)
-    return _per_sample(0.5 * jnp.square(difference), advantage)
+    return advantage * _per_sample(0.5 * jnp.square(difference))
 
 
-def reward_regression(predicted: PerSample, reward: PerSample, weight: Weight | None = None) -> PerSample:
-    """L_LRM = (R(Dec(x)) - R_phi(x))^2 (DOLLAR eq. (8.10)).
+def reward_regression(predicted: PerSample, reward: PerSample, weight: PerSample) -> PerSample:
+    """L_LRM = weight (R(Dec(x)) - R_phi(x))^2 (DOLLAR eq. (8.10)).
 
     A row whose reward is not finite or whose weight is 0 has value 0 and gradient 0, whatever was
     predicted there: a failed reward call must not reach the parameters.
     """
     predicted, reward = _fp32(predicted), jax.lax.stop_gradient(_fp32(reward))
-    scale = jnp.broadcast_to(_fp32(1.0 if weight is None else weight), predicted.shape)
-    used = jnp.isfinite(reward) & (scale != 0)
+    weight = _fp32(weight)
+    used = jnp.isfinite(reward) & (weight != 0)
     # Both the inputs and the result are selected: 0 * NaN in the backward pass is NaN.
     difference = jnp.where(used, predicted, 0.0) - jnp.where(used, reward, 0.0)
-    return jnp.where(used, scale, 0.0) * jnp.square(difference)
+    return jnp.where(used, weight, 0.0) * jnp.square(difference)
 
 
-def _fp32(x) -> jax.Array:
+def _fp32(x: ArrayLike) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
 
 
-def _per_sample(values: jax.Array, weight: Weight | None) -> PerSample:
-    mean = jnp.mean(values, axis=tuple(range(1, values.ndim)))
-    return mean if weight is None else _fp32(weight) * mean
+def _per_sample(values: jax.Array) -> PerSample:
+    return jnp.mean(values, axis=tuple(range(1, values.ndim)))

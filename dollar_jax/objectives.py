@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dollar_jax import losses, sample
+from dollar_jax import losses, sampling
 from dollar_jax import schedule as schedules
 from dollar_jax.config import ConsistencyConfig, DistillConfig, RewardConfig, VSDConfig
 from dollar_jax.schedule import Schedule
@@ -72,7 +72,7 @@ def student_input(
     if config.student.input == "forward":
         t = jnp.asarray(times, jnp.float32)[index]
         return schedules.add_noise(schedule, x0, noise, t), t, index
-    x_t, t, _ = sample.simulate_backward(networks.denoiser, params, schedule, times, noise, text, index, keys[2])
+    x_t, t, _ = sampling.simulate_backward(networks.denoiser, params, schedule, times, noise, text, index, keys[2])
     return x_t, t, index
 
 
@@ -104,7 +104,7 @@ def student(
     names = ("input", "vsd", "consistency", "cut")
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     x_t, t, index = student_input(config, networks, schedule, params, x0, text, keys["input"])
-    generated = sample.student_prediction(networks.denoiser, params, schedule, x_t, t, text)
+    generated = sampling.student_prediction(networks.denoiser, params, schedule, x_t, t, text)
 
     total, metrics = jnp.zeros(()), {}
     if config.vsd.weight:
@@ -121,7 +121,7 @@ def student(
                 index = jax.random.randint(index_key, t.shape, 0, len(config.student.timesteps))
                 times = student_segments(config, schedule)[:, index]
             x_t = schedules.add_noise(schedule, x0, jax.random.normal(noise_key, x0.shape), times[0])
-            prediction = sample.student_prediction(networks.denoiser, params, schedule, x_t, times[0], text)
+            prediction = sampling.student_prediction(networks.denoiser, params, schedule, x_t, times[0], text)
         value = consistency(c, networks, schedule, frozen, ema, prediction, x_t, times, text).mean()
         total, metrics["consistency"] = total + c.weight * value, value
     fresh = {"generated": jax.lax.stop_gradient(generated)}
@@ -215,10 +215,10 @@ def rollout(
     keys = jax.random.split(key, len(times))
     states = [jax.random.normal(keys[0], (len(text), *shape))]
     for t, t_next, step_key in zip(times, times[1:], keys[1:], strict=False):
-        x0 = sample.student_prediction(networks.denoiser, params, schedule, states[-1], t, text)
+        x0 = sampling.student_prediction(networks.denoiser, params, schedule, states[-1], t, text)
         mean, deviation = schedules.posterior(schedule, states[-1], x0, t, t_next)
         states.append(mean + deviation * jax.random.normal(step_key, mean.shape))
-    x0 = sample.student_prediction(networks.denoiser, params, schedule, states[-1], times[-1], text)
+    x0 = sampling.student_prediction(networks.denoiser, params, schedule, states[-1], times[-1], text)
     return jnp.stack(states[-3:], 1), x0
 
 
@@ -240,7 +240,7 @@ def policy(
     times = [jnp.full(len(text), t) for t in config.student.timesteps[-states.shape[1] :]]
     total = jnp.zeros(())
     for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
-        x0 = sample.student_prediction(networks.denoiser, params, schedule, states[:, i], t, text)
+        x0 = sampling.student_prediction(networks.denoiser, params, schedule, states[:, i], t, text)
         mean, deviation = schedules.posterior(schedule, states[:, i], x0, t, t_next)
         total += losses.policy_gradient(states[:, i + 1], mean, deviation, advantage).mean()
     return total, {"policy": total}
@@ -272,7 +272,7 @@ def vsd(
     x = jax.lax.stop_gradient(generated)
     t = score_times(config, schedule, keys[0], len(x))
     x_t = schedules.add_noise(schedule, x, jax.random.normal(keys[1], x.shape), t)
-    real = sample.guided_prediction(
+    real = sampling.guided_prediction(
         networks.denoiser, frozen.teacher, x_t, t, text, frozen.null_text, config.guidance_weight
     )
     fake = networks.denoiser(jax.lax.stop_gradient(fake_score), x_t, t, text)
@@ -323,7 +323,7 @@ def consistency(
         skip, out = losses.boundary_scalings(t, c.boundary, c.sigma_data, c.timestep_scaling)
         return skip[:, None, None, None, None] * x + out[:, None, None, None, None] * x0
 
-    earlier = sample.ode_solve(
+    earlier = sampling.ode_solve(
         networks.denoiser,
         frozen.teacher,
         schedule,
@@ -334,7 +334,7 @@ def consistency(
         c.guidance_weight,
     )
     end = times[-1]
-    target = sample.student_prediction(networks.denoiser, ema, schedule, earlier, end, text)
+    target = sampling.student_prediction(networks.denoiser, ema, schedule, earlier, end, text)
     # At the clean end f is the identity whatever the boundary scalings.
     clean = (end <= schedules.timestep_grid(schedule, 1)[-1])[:, None, None, None, None]
     target = jnp.where(clean, earlier, f(earlier, end, target))
@@ -360,7 +360,7 @@ def fake_score(
     keys = jax.random.split(key, 3)
     student_params = jax.lax.stop_gradient(student_params)
     x_t, t, _ = student_input(config, networks, schedule, student_params, x0, text, keys[0])
-    generated = sample.student_prediction(networks.denoiser, student_params, schedule, x_t, t, text)
+    generated = sampling.student_prediction(networks.denoiser, student_params, schedule, x_t, t, text)
     t = score_times(config.vsd, schedule, keys[1], len(generated))
     eps = jax.random.normal(keys[2], generated.shape)
     x_t = schedules.add_noise(schedule, generated, eps, t)

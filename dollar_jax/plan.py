@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from dollar_jax import sample, sharding
+from dollar_jax import sampling, sharding
 from dollar_jax.config import DistillConfig, MeshConfig
 from dollar_jax.data.clip import MOVING_SHAPES, clip_size
 from dollar_jax.flops import count_flops
@@ -320,7 +320,7 @@ def _program(
     if what == "sample":
 
         def draw(params: Any, noise: Any, text: Any) -> Any:
-            return sample.few_step_sample(
+            return sampling.few_step_sample(
                 transformer.apply, params, a.schedule, config.student.timesteps, noise, text, jax.random.key(0)
             )
 

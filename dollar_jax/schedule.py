@@ -116,51 +116,14 @@ def to_x0(schedule: Schedule, prediction: Latent, x_t: Latent, t: Time) -> Laten
     return (n * x_t - b * prediction) / _away_from_zero(a * n - b * m)
 
 
-def to_eps(schedule: Schedule, prediction: Latent, x_t: Latent, t: Time) -> Latent:
-    """The noise a prediction implies; finite but meaningless where b_t = 0 and x0 is predicted."""
-    if schedule.prediction == "eps":
-        return _at_least_fp32(prediction)
-    a, b = _coefficients_like(schedule, t, x_t)
-    m, n = _mix(schedule, a, b)
-    return (a * prediction - m * x_t) / _away_from_zero(a * n - b * m)
-
-
-def from_x0(schedule: Schedule, x0: Latent, x_t: Latent, t: Time) -> Latent:
-    """The network prediction that means `x0` at x_t: the inverse of `to_x0`, for b_t > 0."""
-    a, b = _coefficients_like(schedule, t, x_t)
-    m, n = _mix(schedule, a, b)
-    return m * x0 + n * (x_t - a * x0) / _away_from_zero(b)
-
-
-def score(schedule: Schedule, prediction: Latent, x_t: Latent, t: Time) -> Latent:
-    """grad log p_t(x_t) = -eps / b_t, the s of DOLLAR eq. (8.7)."""
-    _, b = _coefficients_like(schedule, t, x_t)
-    return -to_eps(schedule, prediction, x_t, t) / _away_from_zero(b)
-
-
-def conjugate_point(schedule: Schedule, x_t: Latent, t: Time) -> tuple[Latent, Time]:
-    """The rectified-flow point on x_t's ray, and its time (DOLLAR eq. (8.20)-(8.23)).
-
-    y = x_t / (a + b) = (1 - tau) x0 + tau eps with tau = b / (a + b); the time is returned in
-    timestep units, tau * num_train_timesteps.
-    """
-    a, b = coefficients(schedule, t)
-    return x_t / _like(a + b, x_t), schedule.num_train_timesteps * b / (a + b)
-
-
 def guide(cond: Latent, uncond: Latent, weight: Weight) -> Latent:
     """Classifier-free guidance, v_c + w (v_c - v_0) (DOLLAR eq. (8.6)).
 
     `weight` is the paper's w, a number or [b]: diffusers' `guidance_scale` is w + 1, and w = 0 is
-    no guidance. See `guidance_weight_from_scale`.
+    no guidance.
     """
     cond, uncond = _at_least_fp32(cond), _at_least_fp32(uncond)
     return cond + _like(jnp.asarray(weight, jnp.float32), cond) * (cond - uncond)
-
-
-def guidance_weight_from_scale(scale: float) -> float:
-    """The paper's w for a `guidance_scale` in the convention v_0 + s (v_c - v_0): w = s - 1."""
-    return scale - 1.0
 
 
 def ddim_step(

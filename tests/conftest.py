@@ -26,7 +26,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_debug_key_reuse", True)
 
 # Not where registered dataclasses are: `jax.tree.map` may put anything into the fields of those.
-CHECKED = ["losses", "models", "sample", "schedule"]
+CHECKED = ["losses", "models", "sampling", "schedule"]
 jaxtyping.install_import_hook([f"dollar_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 

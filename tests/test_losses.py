@@ -30,7 +30,7 @@ def test_vsd_gradient_is_the_analytic_one(normalisation):
     g = np.asarray(fake - real) / norm
 
     def loss(x, real, fake):
-        return losses.vsd(x, real, fake, normalisation, weight=weight)
+        return weight * losses.vsd(x, real, fake, normalisation)
 
     np.testing.assert_allclose(loss(x, real, fake), weight * 0.5 * per_sample_mean(g**2), rtol=1e-5)
     np.testing.assert_allclose(losses.vsd_gradient(x, real, fake, normalisation), g, rtol=1e-5)
@@ -78,7 +78,7 @@ def test_consistency_matches_torch_and_its_target_has_no_gradient(distance):
     weight = jnp.array([1.0, 0.0, 3.0])
 
     def loss(student, target):
-        return losses.consistency(student, target, distance, c, weight)
+        return weight * losses.consistency(student, target, distance, c)
 
     np.testing.assert_allclose(loss(student, target), per_sample_mean(expected) * weight, rtol=1e-5)
     grad_student, grad_target = jax.grad(lambda *v: loss(*v).sum(), (0, 1))(student, target)
@@ -112,10 +112,8 @@ def test_boundary_scalings_are_lcms():
 
 def test_denoising_and_latent_reward():
     prediction, target = arrays(2)
-    weight = jnp.array([1.0, 2.0, 0.0])
     expected = per_sample_mean((prediction - target) ** 2)
     np.testing.assert_allclose(losses.denoising(prediction, target), expected, rtol=1e-5)
-    np.testing.assert_allclose(losses.denoising(prediction, target, weight), weight * expected, rtol=1e-5)
     grads = jax.grad(lambda p, t: losses.denoising(p, t).sum(), (0, 1))(prediction, target)
     np.testing.assert_allclose(grads[0], 2 * (prediction - target) / ELEMENTS, rtol=1e-5)
     assert not grads[1].any()
@@ -133,7 +131,8 @@ def test_unusable_reward_rows_contribute_nothing():
     grad_predicted, grad_reward = pull(jnp.ones(6))
     np.testing.assert_allclose(grad_predicted, [1.0, 0, 0, 0, 0, 24.0])
     assert not grad_reward.any()
-    np.testing.assert_allclose(losses.reward_regression(jnp.array([1.0, 2.0]), jnp.array([nan, 0.0])), [0.0, 4.0])
+    two = losses.reward_regression(jnp.array([1.0, 2.0]), jnp.array([nan, 0.0]), jnp.ones(2))
+    np.testing.assert_allclose(two, [0.0, 4.0])
 
 
 def test_low_precision_inputs_give_fp32_losses():
@@ -145,7 +144,7 @@ def test_low_precision_inputs_give_fp32_losses():
         np.testing.assert_array_equal(value, loss(*wide[:count]))
     reward = x[:, 0, 0, 0, 0]
     assert losses.latent_reward(reward).dtype == jnp.float32
-    assert losses.reward_regression(reward, reward).dtype == jnp.float32
+    assert losses.reward_regression(reward, reward, reward).dtype == jnp.float32
 
 
 def test_bad_choices_say_what_is_wrong():

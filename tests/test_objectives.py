@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dollar_jax import objectives, sample
+from dollar_jax import objectives, sampling
 from dollar_jax import schedule as schedules
 from dollar_jax.objectives import Frozen, Networks
 from dollar_jax.schedule import Schedule
@@ -393,13 +393,13 @@ def test_backward_input_is_the_samplers_own_way(make_config):
     @jax.jit
     def walk(params, key):
         x_t, t, index = objectives.student_input(config, NETWORKS, RF, params, x0, text, key)
-        return x_t, t, index, sample.student_prediction(mix, params, RF, x_t, t, text)
+        return x_t, t, index, sampling.student_prediction(mix, params, RF, x_t, t, text)
 
     @jax.jit
     def draw(params, key):
         keys = jax.random.split(key, 3)
         noise = jax.random.normal(keys[1], x0.shape)
-        return noise, sample.few_step_sample(mix, params, RF, times, noise, text, keys[2])
+        return noise, sampling.few_step_sample(mix, params, RF, times, noise, text, keys[2])
 
     x_t, t, index, found = walk(args["params"], jax.random.key(0))
     noise, sampled = draw(args["params"], jax.random.key(0))

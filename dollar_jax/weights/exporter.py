@@ -111,7 +111,7 @@ def adapter_tensors(adapters: Params, scale: float, table: Sequence[Row]) -> dic
 
 
 def scheduler(config: DistillConfig, schedule: Schedule) -> dict[str, Any]:
-    """The scheduler that samples as `sample.few_step_sample` does: predict x0, re-noise, repeat.
+    """The scheduler that samples as `sampling.few_step_sample` does: predict x0, re-noise, repeat.
 
     On the rectified flow its shift is 1, for the student's timesteps are shifted already. The consistency
     models' scheduler takes the path's final betas, and a scaling that leaves nothing of its boundary condition.

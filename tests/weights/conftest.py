@@ -11,7 +11,7 @@ import transformers
 
 from dollar_jax.data import shapes
 from dollar_jax.data.vocabulary import build_tokenizer
-from dollar_jax.sample import few_step_sample
+from dollar_jax.sampling import few_step_sample
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from dollar_jax.generate import Generator, video_keys
 from dollar_jax.models.umt5 import UMT5Config, zero_padding
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig
-from dollar_jax.sample import ode_sample
+from dollar_jax.sampling import ode_sample
 from dollar_jax.schedule import Schedule, timestep_grid
 from dollar_jax.weights.pipeline import (
     Component,

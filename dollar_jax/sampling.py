@@ -36,12 +36,10 @@ def guided_prediction(
     text: TextStates,
     null_text: NullText | None,
     weight: Weight | None,
-    batched: bool = True,
 ) -> Latent:
     """Prediction with classifier-free guidance weight w (DOLLAR eq. (8.6)).
 
-    The two passes are one call on a batch of 2b, or two calls in turn (`batched=False`, half the
-    activation memory); a weight of None or the Python number 0 is a single pass.
+    The two passes are one call on a batch of 2b; a weight of None or the Python number 0 is a single pass.
 
     Raises:
         ValueError: guidance without null_text.
@@ -51,9 +49,6 @@ def guided_prediction(
     if null_text is None:
         raise ValueError(f"guidance weight {weight!r} needs null_text; pass it, or use None.")
     null_text = jnp.broadcast_to(null_text, text.shape).astype(text.dtype)
-    if not batched:
-        both = lax.map(lambda y: apply(params, x_t, t, y), jnp.stack([text, null_text]))
-        return schedules.guide(both[0], both[1], weight)
 
     def interleave(first: jax.Array, second: jax.Array) -> jax.Array:
         # Neighbours, not halves: a batch sharded over devices then stays where it is.
@@ -75,7 +70,6 @@ def ode_solve(
     guidance_weight: Weight | None,
     eta: float = 0.0,
     key: Keys | None = None,
-    batched: bool = True,
 ) -> Latent:
     """Takes x_t from times[0] to times[-1] in DDIM steps (DOLLAR eq. (8.14)).
 
@@ -92,7 +86,7 @@ def ode_solve(
 
     def step(x: Latent, inputs):
         t, t_next, step_key = inputs
-        prediction = guided_prediction(apply, params, x, t, text, null_text, guidance_weight, batched)
+        prediction = guided_prediction(apply, params, x, t, text, null_text, guidance_weight)
         x0 = schedules.to_x0(schedule, prediction, x, t)
         noise = None if eta == 0 else _noise(step_key, x)
         return schedules.ddim_step(schedule, x, x0, t, t_next, eta, noise), None
@@ -111,12 +105,11 @@ def ode_sample(
     num_steps: int,
     eta: float = 0.0,
     key: Keys | None = None,
-    batched: bool = True,
 ) -> Latent:
     """The teacher's sample from pure noise: `ode_solve` over `timestep_grid(num_steps)`."""
     grid = jnp.asarray(schedules.timestep_grid(schedule, num_steps))
     times = jnp.broadcast_to(grid[:, None], (num_steps + 1, noise.shape[0]))
-    return ode_solve(apply, params, schedule, noise, times, text, null_text, guidance_weight, eta, key, batched)
+    return ode_solve(apply, params, schedule, noise, times, text, null_text, guidance_weight, eta, key)
 
 
 def unipc_sample(
@@ -128,7 +121,6 @@ def unipc_sample(
     null_text: NullText | None,
     guidance_weight: Weight | None,
     num_steps: int,
-    batched: bool = True,
 ) -> Latent:
     """The teacher's sample by UniPC of order 2 (arXiv 2302.04867), the solver Wan is published with.
 
@@ -142,7 +134,7 @@ def unipc_sample(
         x, y, m1, m2 = carry
         t, sigma, row, first = inputs
         time = jnp.full(x.shape[:1], t, jnp.float32)
-        prediction = guided_prediction(apply, params, x, time, text, null_text, guidance_weight, batched)
+        prediction = guided_prediction(apply, params, x, time, text, null_text, guidance_weight)
         # At the exact noise level: the network's time is rounded.
         exact = jnp.full_like(time, sigma * schedule.num_train_timesteps)
         m = schedules.to_x0(schedule, prediction, x, exact)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
-from dollar_jax import sample
+from dollar_jax import sampling
 from dollar_jax import schedule as sch
 from dollar_jax.schedule import Schedule
 
@@ -32,13 +32,19 @@ def text_states(batch):
     return normal(99, batch, 3, 2)
 
 
+def predict(schedule, x0, x_t, t):
+    """The network's prediction that means `x0` at x_t."""
+    a, b = (c.reshape(-1, 1, 1, 1, 1) for c in sch.coefficients(schedule, t))
+    return sch.target(schedule, x0, (x_t - a * x0) / b, t)
+
+
 def gaussian_apply(schedule):
     """The exact network for x0 ~ N(MEAN, STD^2)."""
 
     def apply(params, x_t, t, text):
         a, b = (c.reshape(-1, 1, 1, 1, 1) for c in sch.coefficients(schedule, t))
         x0 = MEAN + a * STD**2 / (a**2 * STD**2 + b**2) * (x_t - a * MEAN)
-        return sch.from_x0(schedule, x0, x_t, t)
+        return predict(schedule, x0, x_t, t)
 
     return apply
 
@@ -69,7 +75,7 @@ def test_ddim_converges_to_the_exact_ode_at_first_order(schedule):
     def error(steps):
         times = jnp.broadcast_to(jnp.linspace(999, 199, steps + 1)[:, None], (steps + 1, 4))
         apply = gaussian_apply(schedule)
-        end = sample.ode_solve(apply, {}, schedule, x, times, text_states(4), None, None)
+        end = sampling.ode_solve(apply, {}, schedule, x, times, text_states(4), None, None)
         return np.abs(end - exact).max()
 
     errors = np.array([error(steps) for steps in (40, 80, 160)])
@@ -83,7 +89,7 @@ def test_whole_trajectory_converges_to_the_exact_ode(schedule):
 
     def error(steps):
         apply, text = gaussian_apply(schedule), text_states(4)
-        end = sample.ode_sample(apply, {}, schedule, noise, text, None, None, steps)
+        end = sampling.ode_sample(apply, {}, schedule, noise, text, None, None, steps)
         return np.abs(end - exact).max()
 
     errors = np.array([error(steps) for steps in (50, 200, 1000)])
@@ -116,14 +122,12 @@ def test_guided_ode_sample_matches_diffusers():
         ]
         prediction = both[1] + (weight + 1) * (both[0] - both[1])
         x = scheduler.step(prediction, t, x, return_dict=False)[0]
-    for batched in (True, False):
-        ours = sample.ode_sample(apply, LINEAR, schedule, noise, text, null, weight, steps, batched=batched)
-        np.testing.assert_allclose(ours, x, rtol=1e-4, atol=1e-4)
+    ours = sampling.ode_sample(apply, LINEAR, schedule, noise, text, null, weight, steps)
+    np.testing.assert_allclose(ours, x, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("weight", [7.5, jnp.array([0.0, 1.0, 7.5])], ids=["one", "each"])
-def test_guidance_combines_each_samples_two_passes(batched, weight):
+def test_guidance_combines_each_samples_two_passes(weight):
     batches = []
 
     def apply(params, x_t, t, text):
@@ -132,12 +136,12 @@ def test_guidance_combines_each_samples_two_passes(batched, weight):
 
     x, text, null = normal(2, 3, 1, 2, 1, 2), text_states(3), normal(3, 1, 3, 2)
     t = jnp.array([19.0, 499.0, 999.0])
-    ours = sample.guided_prediction(apply, LINEAR, x, t, text, null, weight, batched)
+    ours = sampling.guided_prediction(apply, LINEAR, x, t, text, null, weight)
     cond = linear_apply(LINEAR, x, t, text)
     uncond = linear_apply(LINEAR, x, t, jnp.repeat(null, 3, axis=0))
     scale = 1 + np.reshape(weight, (-1, 1, 1, 1, 1))
     np.testing.assert_allclose(ours, uncond + scale * (cond - uncond), rtol=1e-5, atol=1e-5)
-    assert batches == [(6, 6, 6) if batched else (3, 3, 3)]
+    assert batches == [(6, 6, 6)]
 
 
 @pytest.mark.parametrize("weight", [None, 0.0, 0])
@@ -149,7 +153,7 @@ def test_no_guidance_is_one_pass(weight):
         return linear_apply(params, x_t, t, text)
 
     x, text, t = normal(4, 2, 1, 1, 1, 1), text_states(2), jnp.array([5.0, 6.0])
-    ours = sample.guided_prediction(apply, LINEAR, x, t, text, None, weight)
+    ours = sampling.guided_prediction(apply, LINEAR, x, t, text, None, weight)
     np.testing.assert_array_equal(ours, linear_apply(LINEAR, x, t, text))
     assert batches == [2]
 
@@ -158,7 +162,7 @@ def test_ode_solve_takes_each_sample_along_its_own_times():
     schedule = Schedule("rf", "velocity")
     x, text = normal(5, 2, 1, 2, 2, 1), text_states(2)
     times = jnp.array([[900.0, 500.0], [700.0, 450.0], [600.0, 100.0]])
-    ours = sample.ode_solve(linear_apply, LINEAR, schedule, x, times, text, None, None)
+    ours = sampling.ode_solve(linear_apply, LINEAR, schedule, x, times, text, None, None)
     for row in range(2):
         expected = np.asarray(x[row : row + 1], np.float64)
         for t, t_next in zip(times[:-1, row], times[1:, row], strict=True):
@@ -171,7 +175,7 @@ def test_ode_solve_takes_each_sample_along_its_own_times():
 def test_stochastic_sampler_reaches_the_data_distribution(schedule):
     noise = normal(6, 4096, 1, 1, 1, 1)
     run = jax.jit(
-        lambda key: sample.ode_sample(
+        lambda key: sampling.ode_sample(
             gaussian_apply(schedule), *({}, schedule, noise, text_states(4096), None, None, 100), eta=1.0, key=key
         )
     )
@@ -200,11 +204,11 @@ def test_number_of_steps_does_not_change_the_number_of_traces():
 
     def ode(steps):
         args = LINEAR, schedule, noise, text, text, 2.0, steps
-        return traces(lambda apply: sample.ode_sample(apply, *args))
+        return traces(lambda apply: sampling.ode_sample(apply, *args))
 
     def few(timesteps):
         args = LINEAR, schedule, timesteps, noise, text, jax.random.key(0)
-        return traces(lambda apply: sample.few_step_sample(apply, *args))
+        return traces(lambda apply: sampling.few_step_sample(apply, *args))
 
     assert ode(2) == ode(50) == 1
     assert few(STUDENT[:1]) == few(STUDENT) == 1
@@ -215,7 +219,7 @@ def test_student_prediction_is_the_clean_latent():
     x, text, t = normal(8, 2, 1, 2, 1, 1), text_states(2), jnp.array([249.0, 999.0])
     v = linear_apply(LINEAR, x, t, text)
     a, b = (c.reshape(-1, 1, 1, 1, 1) for c in sch.coefficients(schedule, t))
-    ours = sample.student_prediction(linear_apply, LINEAR, schedule, x, t, text)
+    ours = sampling.student_prediction(linear_apply, LINEAR, schedule, x, t, text)
     np.testing.assert_allclose(ours, (x + b * v) / (a + b), rtol=1e-5, atol=1e-6)
 
 
@@ -225,10 +229,10 @@ def test_student_renoises_with_fresh_noise_at_each_timestep(schedule):
     noise, text = normal(9, batch, 1, 1, 1, 1), text_states(batch)
 
     def apply(params, x_t, t, text):
-        return sch.from_x0(schedule, 0.2 + 0.5 * x_t + t.reshape(-1, 1, 1, 1, 1) / 5e3, x_t, t)
+        return predict(schedule, 0.2 + 0.5 * x_t + t.reshape(-1, 1, 1, 1, 1) / 5e3, x_t, t)
 
     args = apply, {}, schedule, STUDENT, noise, text
-    x_t, t, states = sample.simulate_backward(*args, 3, jax.random.key(3))
+    x_t, t, states = sampling.simulate_backward(*args, 3, jax.random.key(3))
     assert states.shape == (4, *noise.shape)
     np.testing.assert_array_equal(states[0], noise)
     np.testing.assert_array_equal(states[3], x_t)
@@ -242,7 +246,7 @@ def test_student_renoises_with_fresh_noise_at_each_timestep(schedule):
     np.testing.assert_allclose(np.cov(fresh), np.eye(4), atol=0.11)
     np.testing.assert_allclose(np.mean(fresh, axis=1), 0, atol=0.08)
 
-    end = sample.few_step_sample(*args, jax.random.key(3))
+    end = sampling.few_step_sample(*args, jax.random.key(3))
     np.testing.assert_allclose(end, predictions[3], rtol=1e-5, atol=1e-5)
 
 
@@ -252,27 +256,27 @@ def test_a_key_per_sample_makes_it_independent_of_its_neighbours():
     keys = jax.random.split(jax.random.key(8), 4)
 
     def few(rows):
-        return sample.few_step_sample(linear_apply, LINEAR, schedule, STUDENT, noise[rows], text[rows], keys[rows])
+        return sampling.few_step_sample(linear_apply, LINEAR, schedule, STUDENT, noise[rows], text[rows], keys[rows])
 
     def ode(rows):
-        return sample.ode_sample(
+        return sampling.ode_sample(
             linear_apply, LINEAR, schedule, noise[rows], text[rows], None, None, 3, eta=1.0, key=keys[rows]
         )
 
     with jax.debug_key_reuse(False):
         for run in (few, ode):
             np.testing.assert_allclose(run(slice(1, 3)), run(slice(None))[1:3], rtol=1e-5, atol=1e-6)
-        other = sample.few_step_sample(linear_apply, LINEAR, schedule, STUDENT, noise, text, keys[::-1])
+        other = sampling.few_step_sample(linear_apply, LINEAR, schedule, STUDENT, noise, text, keys[::-1])
         assert np.abs(other - few(slice(None))).max() > 0.1
 
 
 def test_single_step_student_is_its_prediction():
     schedule = Schedule("rf", "velocity")
     noise, text = normal(10, 2, 1, 2, 1, 1), text_states(2)
-    x = sample.few_step_sample(linear_apply, LINEAR, schedule, (999.0,), noise, text, jax.random.key(0))
+    x = sampling.few_step_sample(linear_apply, LINEAR, schedule, (999.0,), noise, text, jax.random.key(0))
     velocity = linear_apply(LINEAR, noise, jnp.full(2, 999.0), text)
     np.testing.assert_allclose(x, noise - 0.999 * velocity, rtol=1e-5, atol=1e-6)
-    x_t, t, states = sample.simulate_backward(
+    x_t, t, states = sampling.simulate_backward(
         linear_apply, LINEAR, schedule, (999.0,), noise, text, 0, jax.random.key(0)
     )
     np.testing.assert_array_equal(x_t, noise)
@@ -292,7 +296,7 @@ def test_backward_simulation_stops_at_a_traced_k_and_runs_no_further():
     @jax.jit
     def run(params, k):
         args = apply, params, schedule, STUDENT, noise, text, k, jax.random.key(0)
-        return sample.simulate_backward(*args)
+        return sampling.simulate_backward(*args)
 
     full = run(LINEAR, jnp.array(3))[2]
     for k in range(4):
@@ -318,12 +322,12 @@ def test_backward_simulation_carries_no_gradient_and_the_student_does():
 
     def simulated(params, noise, text):
         args = linear_apply, params, schedule, STUDENT, noise, text, 3, jax.random.key(0)
-        x_t, _, states = sample.simulate_backward(*args)
+        x_t, _, states = sampling.simulate_backward(*args)
         return x_t.sum() + states.sum()
 
     def sampled(params):
         args = linear_apply, params, schedule, STUDENT, noise, text, jax.random.key(0)
-        return sample.few_step_sample(*args).sum()
+        return sampling.few_step_sample(*args).sum()
 
     for grad in jax.tree.leaves(jax.grad(simulated, (0, 1, 2))(LINEAR, noise, text)):
         assert not grad.any()
@@ -339,8 +343,8 @@ def test_low_precision_noise_is_sampled_in_fp32():
         return linear_apply(params, x_t, t, text).astype(jnp.bfloat16)
 
     key = jax.random.key(0)
-    few = sample.few_step_sample(apply, LINEAR, schedule, STUDENT, noise, text, key)
-    ode = sample.ode_sample(apply, LINEAR, schedule, noise, text, text, 2.0, 3)
+    few = sampling.few_step_sample(apply, LINEAR, schedule, STUDENT, noise, text, key)
+    ode = sampling.ode_sample(apply, LINEAR, schedule, noise, text, text, 2.0, 3)
     assert few.dtype == ode.dtype == jnp.float32
 
 
@@ -349,8 +353,8 @@ def test_bad_calls_say_what_is_wrong():
     noise, text, key = normal(14, 1, 1, 1, 1, 1), text_states(1), jax.random.key(0)
     for timesteps in (STUDENT[::-1], (), (999.0, 999.0), (1000.0,), (999.0, -1.0)):
         with pytest.raises(ValueError, match="descending"):
-            sample.few_step_sample(linear_apply, LINEAR, schedule, timesteps, noise, text, key)
+            sampling.few_step_sample(linear_apply, LINEAR, schedule, timesteps, noise, text, key)
     with pytest.raises(ValueError, match="null_text"):
-        sample.ode_sample(linear_apply, LINEAR, schedule, noise, text, None, 7.5, 2)
+        sampling.ode_sample(linear_apply, LINEAR, schedule, noise, text, None, 7.5, 2)
     with pytest.raises(ValueError, match="key"):
-        sample.ode_sample(linear_apply, LINEAR, schedule, noise, text, None, None, 2, eta=1.0)
+        sampling.ode_sample(linear_apply, LINEAR, schedule, noise, text, None, None, 2, eta=1.0)
