@@ -3,11 +3,11 @@
     python benchmarks/rewards.py --workdir=runs/rewards     # distils the student that this goes on from
     python benchmarks/hacking.py --workdir=runs/rewards
 
-The latent reward model is given a large weight on `motion`, the mean change from frame to frame, which noise
-raises as well as movement does; `smoothness` is held out. Once the run goes on whatever happens, once
+The latent reward model is given a large weight on `motion`, the length of the optical flow, which noise raises
+as well as movement does; `smoothness` is held out. Once the run goes on whatever happens, once
 config.reward.guard stops it when the held-out reward has fallen by `--max-fall` of its deviations. The table,
-WORKDIR/hacking.md, has the motion of four-step samples, what the verifier reads in them, and the step reached;
-WORKDIR/hacking.png has their frames.
+WORKDIR/hacking.md, has the reward of four-step samples, their net change, what the verifier reads in them, and
+the step reached; WORKDIR/hacking.png has their frames.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.run import read_history, restore_student
 from dollar_jax.train import train
 
-COLUMNS = ("steps", "motion", "flicker", "alignment", "vendi")
+COLUMNS = ("steps", "reward", "net_change", "flicker", "alignment", "vendi")
 TRAINED = RewardTerm("motion", 1.0, None)
 HELD_OUT = RewardTerm("smoothness", 0.0, None)
 

@@ -540,7 +540,7 @@ def _evaluate() -> None:
             print_table(out)
     if FLAGS.videos:
         from dollar_jax.evaluate.folder import measure_folder
-        from dollar_jax.evaluate.report import write_metrics
+        from dollar_jax.evaluate.metrics import write_metrics
         from dollar_jax.rewards import get_reward
 
         folder = Path(FLAGS.videos)
@@ -587,7 +587,7 @@ def _reproduce() -> None:
 def _vbench_score(*files: str) -> None:
     import json
 
-    from dollar_jax.evaluate.report import write_metrics
+    from dollar_jax.evaluate.metrics import write_metrics
     from dollar_jax.evaluate.vbench import aggregate, read_results
 
     if not files:

@@ -14,8 +14,9 @@ from dollar_jax.config import DistillConfig
 from dollar_jax.data.latents import load_data
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.measure import default_plan, measure, network_measures, percentages, samplers, speedups
-from dollar_jax.evaluate.report import write_metrics, write_report
+from dollar_jax.evaluate.metrics import write_metrics
 from dollar_jax.generate import Generator, make_generator
+from dollar_jax.report.run import write_report
 from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.run import read_config, read_history, restore_student
 from dollar_jax.sharding import make_mesh

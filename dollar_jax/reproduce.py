@@ -20,7 +20,6 @@ from tqdm import tqdm
 from dollar_jax.config import DistillConfig, from_config
 from dollar_jax.data import shapes
 from dollar_jax.data.latents import load_data
-from dollar_jax.evaluate.ablation import Result, write_ablation
 from dollar_jax.evaluate.features import vae_features
 from dollar_jax.evaluate.measure import (
     NetworkMeasures,
@@ -30,8 +29,9 @@ from dollar_jax.evaluate.measure import (
     samplers,
     seconds_side_by_side,
 )
-from dollar_jax.evaluate.report import write_metrics
+from dollar_jax.evaluate.metrics import write_metrics
 from dollar_jax.generate import Generator, make_generator
+from dollar_jax.report.ablation import Result, write_ablation
 from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.run import restore_student
 from dollar_jax.train import train

@@ -16,8 +16,8 @@ from dollar_jax import reproduce as module
 from dollar_jax.config import DistillConfig, from_config
 from dollar_jax.data import shapes
 from dollar_jax.data.latents import EncodedVideos
-from dollar_jax.evaluate.ablation import Result, paper_claims, summary
 from dollar_jax.evaluate.measure import Plan
+from dollar_jax.report.ablation import Result, paper_claims, summary
 from dollar_jax.reproduce import METHODS, changed, reproduce
 
 # By method: alignment of the student in 4 steps with seed 0.
@@ -38,7 +38,7 @@ def rows(method, seed):
             "vendi_network": 2 + level,
             "frechet": 1 - level,
             "flicker": 0.98,
-            "motion": 0.05,
+            "net_change": 0.05,
             "nfe": 2 * n if prefix == "teacher" else n,
         }
         for n in counts
@@ -220,7 +220,7 @@ def test_two_methods_are_trained_and_measured(toy_generator, make_config, monkey
     assert "CD, grid, m = 5, 1 step" in Text(page).text
     found = json.loads((tmp_path / "cells" / "vsd-seed1.json").read_text())["rows"]
     assert set(found) == {"student_4", "student_2", "student_1"}
-    assert {"alignment", "vendi_network", "frechet", "motion", "nfe"} <= set(found["student_4"])
+    assert {"alignment", "vendi_network", "frechet", "net_change", "nfe"} <= set(found["student_4"])
     speed = json.loads((tmp_path / "cells" / "speed-seed0.json").read_text())["rows"]
     assert {"teacher_4", "teacher_1", "student_4", "student_2", "student_1"} < set(speed)
     for row in speed.values():

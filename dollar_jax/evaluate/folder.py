@@ -14,7 +14,7 @@ from dollar_jax.data import shapes
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.files import find_videos
 from dollar_jax.evaluate.frechet import frechet_distance
-from dollar_jax.evaluate.quality import diversity, motion, temporal_flicker
+from dollar_jax.evaluate.quality import diversity, net_change, temporal_flicker
 from dollar_jax.evaluate.vendi import pixel_features, vendi_score
 from dollar_jax.rewards import AnyReward
 from dollar_jax.video import read_video, unit_range
@@ -48,7 +48,7 @@ class Prompts:
 def measure_folder(
     folder: Path, features: Features | None = None, reference: Path | None = None, reward: AnyReward | None = None
 ) -> dict[str, Any]:
-    """Flicker and motion over all videos; diversity, Vendi and LPIPS within the prompts that have several.
+    """Flicker and net change over all videos; diversity, Vendi and LPIPS within the prompts that have several.
 
     With `reference`, a folder of other videos, the Fréchet distance to them. The alignment where every
     prompt is a caption of the default domain and the videos are its 32 × 32 pixels, enlarged or not.
@@ -68,7 +68,7 @@ def measure_folder(
             correct += [shapes.verify(video).correct(captions[prompt]) for video in small]
         single.setdefault("flicker", []).extend(temporal_flicker(videos))
         if videos.shape[1] > 2:
-            single.setdefault("motion", []).extend(motion(videos))
+            single.setdefault("net_change", []).extend(net_change(videos))
         if reward is not None:
             names = [prompt] * len(videos)
             single.setdefault("reward", []).extend(reward(unit_range(videos), names))

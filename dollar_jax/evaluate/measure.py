@@ -16,7 +16,7 @@ from dollar_jax.data import moving_shapes, shapes
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.folder import variety
 from dollar_jax.evaluate.frechet import frechet_distance
-from dollar_jax.evaluate.quality import motion, temporal_flicker
+from dollar_jax.evaluate.quality import net_change, temporal_flicker
 from dollar_jax.generate import Generator, Sampler, subset, video_keys
 from dollar_jax.rewards import AnyReward
 from dollar_jax.types import Params
@@ -179,7 +179,7 @@ def quality(
         **{name: float(np.mean([row[name] for row in within])) for name in within[0]},
         "vendi_std": float(np.std([row["vendi"] for row in within])),
         "flicker": float(temporal_flicker(drawn).mean()),
-        "motion": float(motion(drawn).mean()),
+        "net_change": float(net_change(drawn).mean()),
     }
 
 

@@ -1,7 +1,9 @@
 """Measures of a video by itself, without captions and without networks."""
 
+import jax.numpy as jnp
 import numpy as np
 
+from dollar_jax.rewards.video import flicker
 from dollar_jax.video import unit_range
 
 
@@ -21,11 +23,10 @@ def temporal_flicker(videos: np.ndarray) -> np.ndarray:
     videos = np.asarray(videos)
     if videos.ndim < 4 or videos.shape[-4] < 2:
         raise ValueError(f"flicker needs videos [..., t >= 2, h, w, c], not shape {videos.shape}")
-    change = np.abs(np.diff(unit_range(videos), axis=-4))
-    return 1 - change.mean((-4, -3, -2, -1), dtype=np.float64)
+    return np.asarray(flicker(jnp.asarray(unit_range(videos))))
 
 
-def motion(videos: np.ndarray) -> np.ndarray:
+def net_change(videos: np.ndarray) -> np.ndarray:
     """How much further apart frames half a video away are than neighbours, as mean absolute difference.
 
     What moves leaves its place ever more; what only flickers differs from its neighbour as much as from
@@ -39,7 +40,7 @@ def motion(videos: np.ndarray) -> np.ndarray:
     """
     videos = np.asarray(videos)
     if videos.ndim < 4 or videos.shape[-4] < 3:
-        raise ValueError(f"motion needs videos [..., t >= 3, h, w, c], not shape {videos.shape}")
+        raise ValueError(f"net change needs videos [..., t >= 3, h, w, c], not shape {videos.shape}")
     x = np.moveaxis(unit_range(videos), -4, 0)
     half = max(len(x) // 2, 2)
     far, near = np.abs(x[half:] - x[:-half]), np.abs(x[1:] - x[:-1])

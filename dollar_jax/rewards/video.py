@@ -10,9 +10,9 @@ WINDOW = 5  # pixels over which a motion is taken to be the same
 _LUMA = (0.299, 0.587, 0.114)
 
 
-def flicker(frames: Float[Array, "b t h w 3"]) -> Float[Array, " b"]:
+def flicker(frames: Float[Array, "*b t h w 3"]) -> Float[Array, "*b"]:
     """1 - mean |f_{t+1} - f_t|: VBench's temporal flickering; 1 is a still picture."""
-    return 1 - jnp.abs(jnp.diff(_moving(frames), axis=1)).mean((1, 2, 3, 4))
+    return 1 - jnp.abs(jnp.diff(_moving(frames), axis=-4)).mean((-4, -3, -2, -1))
 
 
 def smoothness(frames: Float[Array, "b t h w 3"]) -> Float[Array, " b"]:
@@ -43,8 +43,8 @@ def motion(frames: Float[Array, "b t h w 3"]) -> Float[Array, " b"]:
 
 
 def _moving(frames: jax.Array, least: int = 2) -> jax.Array:
-    if frames.shape[1] < least:
-        raise ValueError(f"this reward needs clips of at least {least} frames, not {frames.shape[1]}")
+    if frames.shape[-4] < least:
+        raise ValueError(f"this reward needs clips of at least {least} frames, not {frames.shape[-4]}")
     return jnp.asarray(frames, jnp.float32)
 
 

@@ -53,7 +53,7 @@ def test_real_clips_are_read_as_their_captions_say(folder):
     result = measure_folder(folder, reward=get_reward("vivid"))
     assert (result["videos"], result["prompts"]) == (6, 2)
     assert result["alignment"] > 0.97
-    assert 0.9 < result["flicker"] < 1 and 0 < result["motion"] < 0.5
+    assert 0.9 < result["flicker"] < 1 and 0 < result["net_change"] < 0.5
     assert 0 <= result["reward"] <= 1
     assert "frechet" not in result and "vendi_network" not in result
 

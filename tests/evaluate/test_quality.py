@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dollar_jax.evaluate.quality import diversity, motion, temporal_flicker
+from dollar_jax.evaluate.quality import diversity, net_change, temporal_flicker
 
 
 def test_a_frozen_video_scores_one_and_full_flicker_zero():
@@ -33,7 +33,7 @@ def test_integers_other_than_eight_bit_are_refused():
         temporal_flicker(np.zeros((2, 4, 4, 3), np.int64))
 
 
-def test_motion_sees_what_moves_and_not_what_flickers():
+def test_net_change_sees_what_moves_and_not_what_flickers():
     frozen = np.full((16, 8, 16, 3), 0.4)
     noise = np.random.default_rng(0).uniform(size=(16, 64, 64, 3))
     moving = np.zeros((16, 8, 16, 1))
@@ -42,12 +42,12 @@ def test_motion_sees_what_moves_and_not_what_flickers():
     wide = np.zeros((16, 8, 32, 1))
     for t in range(16):
         wide[t, :, t : t + 8] = 1  # next frame 2 of 32 columns differ, 8 frames later 16
-    assert motion(frozen) == 0
-    assert abs(motion(noise)) < 2e-3
-    assert motion(moving) == pytest.approx(0)
-    assert motion(wide) == pytest.approx(16 / 32 - 2 / 32)
-    assert motion((255 * wide).astype(np.uint8)) == pytest.approx(14 / 32)
-    assert motion(np.stack([wide, 0 * wide])).tolist() == pytest.approx([14 / 32, 0])
+    assert net_change(frozen) == 0
+    assert abs(net_change(noise)) < 2e-3
+    assert net_change(moving) == pytest.approx(0)
+    assert net_change(wide) == pytest.approx(16 / 32 - 2 / 32)
+    assert net_change((255 * wide).astype(np.uint8)) == pytest.approx(14 / 32)
+    assert net_change(np.stack([wide, 0 * wide])).tolist() == pytest.approx([14 / 32, 0])
 
 
 def test_diversity_is_the_mean_distance_of_pairs():
@@ -59,6 +59,6 @@ def test_diversity_is_the_mean_distance_of_pairs():
 
 def test_bad_shapes_are_named():
     with pytest.raises(ValueError, match="t >= 3"):
-        motion(np.zeros((2, 4, 4, 3)))
+        net_change(np.zeros((2, 4, 4, 3)))
     with pytest.raises(ValueError, match="n >= 2"):
         diversity(np.zeros((1, 3, 4, 4, 3)))

@@ -1,19 +1,17 @@
 import base64
 import io
-import json
 import re
 from html.parser import HTMLParser
 
 import av
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
 from dollar_jax.data import shapes
-from dollar_jax.evaluate import page as page_module
-from dollar_jax.evaluate.page import HEIGHT, WIDTH
-from dollar_jax.evaluate.report import SamplerRow, sampler_rows, write_metrics, write_report
+from dollar_jax.report import clips as clips_module
+from dollar_jax.report.charts import HEIGHT, WIDTH
+from dollar_jax.report.run import sampler_rows, write_report
 
 PROMPTS = ["a small red circle moving left slowly", 'a <b>"bold"</b> & quick prompt']
 SAMPLERS = ("teacher_50", "student_4", "student_1", "undistilled_1")
@@ -110,7 +108,6 @@ def page(tmp_path_factory, videos):
         timings={"compiling": 62.0, "<sampling>": 0.25},
         config_text="lr: 2e-6  # <&>",
         notes=["One <note>."],
-        title="Run <1>",
     )
     return Page(path)
 
@@ -124,7 +121,7 @@ def test_one_file_without_requests(page):
 
 def test_every_text_is_there_and_escaped(page):
     rows = sampler_rows(SAMPLERS)
-    expected = [*PROMPTS, *(row.label for row in rows), "Run <1>", "One <note>.", "lr: 2e-6  # <&>"]
+    expected = [*PROMPTS, *(row.label for row in rows), "One <note>.", "lr: 2e-6  # <&>"]
     for text in [*expected, "20.0×", "83.2×", "5 min 1 s", "1 min 2 s", "<sampling>", "0.625"]:
         assert text in page.text
     assert not {"note", "sampling"} & set(page.tags)
@@ -156,6 +153,15 @@ def test_curves(page):
     assert numbers.min() >= 0 and (numbers <= [WIDTH, HEIGHT]).all()
 
 
+def test_the_true_reward_of_the_student_is_open_to_see_and_that_of_the_data_is_not(tmp_path):
+    history = [{"step": i, "generated_rate": 1.0, "reward_real": 0.0, "reward_a_generated": i / 9} for i in range(3)]
+    history[1]["reward_generated"] = 0.5
+    write_report(tmp_path / "a.html", metrics={}, prompts=[], videos={}, history=history)
+    shown, _, folded = Page(tmp_path / "a.html").text.partition("More curves")
+    assert shown.index("Reward of the student’s samples") < shown.index("Reward of the student’s samples, a")
+    assert "Reward of the data’s videos" in folded and "Generated rate" in folded
+
+
 def test_larger_videos_become_mp4(tmp_path):
     clips = np.random.default_rng(0).integers(0, 256, (1, 3, 130, 136, 3), np.uint8)
     write_report(tmp_path / "a.html", metrics={}, prompts=["x"], videos={"student_4": clips})
@@ -164,7 +170,7 @@ def test_larger_videos_become_mp4(tmp_path):
 
 
 def test_too_many_videos_leave_prompts_out(tmp_path, monkeypatch, videos):
-    monkeypatch.setattr(page_module, "VIDEO_LIMIT", 6_000)
+    monkeypatch.setattr(clips_module, "VIDEO_LIMIT", 6_000)
     clips = np.random.default_rng(0).integers(0, 256, (4, 5, 32, 32, 3), np.uint8)
     write_report(tmp_path / "a.html", metrics={}, prompts=list("abcd"), videos={"s_4": clips})
     page = Page(tmp_path / "a.html")
@@ -179,13 +185,6 @@ def test_nearly_empty_run_still_gives_a_page(tmp_path):
     assert "table" not in page.tags and "circle" in page.tags
 
 
-def test_rows_can_be_chosen(tmp_path, videos):
-    rows = [SamplerRow("student_1", "Ours"), SamplerRow("teacher_50", "Theirs & more")]
-    write_report(tmp_path / "a.html", metrics=METRICS, prompts=PROMPTS, videos=videos, rows=rows)
-    page = Page(tmp_path / "a.html")
-    assert len(page.media) == 4 and page.text.index("Ours") < page.text.index("Theirs & more")
-
-
 @pytest.mark.parametrize("change", [lambda v: v[:1], lambda v: v / 255, lambda v: v[0]])
 def test_wrong_videos_are_named(tmp_path, videos, change):
     wrong = videos | {"student_1": change(videos["student_1"])}
@@ -194,7 +193,7 @@ def test_wrong_videos_are_named(tmp_path, videos, change):
     assert not list(tmp_path.iterdir())
 
 
-def test_sampler_rows_are_in_order_and_few_step_teachers_are_undistilled():
+def test_sampler_rows_are_in_order_and_no_two_read_alike():
     keys = ["student_1", "undistilled_1", "teacher_4", "other", "student_4", "teacher_50"]
     rows = sampler_rows(keys)
     assert [row.key for row in rows] == ["teacher_50", "student_4", "student_1", "teacher_4", "undistilled_1", "other"]
@@ -202,30 +201,7 @@ def test_sampler_rows_are_in_order_and_few_step_teachers_are_undistilled():
         "Teacher, 50 steps",
         "Student, 4 steps",
         "Student, 1 step",
-        "Undistilled, 4 steps",
+        "Teacher, 4 steps",
         "Undistilled, 1 step",
         "Other",
     ]
-
-
-def test_metrics_round_trip(tmp_path):
-    numbers = {"reward": np.float32(0.5), "nfe": np.int64(4), "vendi": jnp.float32(2)}
-    write_metrics(tmp_path / "run" / "metrics.json", {"student_4": numbers, "config": {"a": (1, None)}})
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == {
-        "student_4": {"reward": 0.5, "nfe": 4, "vendi": 2.0},
-        "config": {"a": [1, None]},
-    }
-
-
-@pytest.mark.parametrize("value", [float("nan"), np.float32("inf"), jnp.float32("nan")])
-def test_metrics_that_failed_are_named_and_keep_the_old_file(tmp_path, value):
-    path = tmp_path / "metrics.json"
-    write_metrics(path, {"seconds": 1})
-    with pytest.raises(ValueError, match=r"metrics\['student_4'\]\['reward'\] is (nan|inf)"):
-        write_metrics(path, {"student_4": {"reward": value}})
-    assert json.loads(path.read_text()) == {"seconds": 1}
-
-
-def test_metrics_of_another_type_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"metrics\['flicker'\] is of type ndarray"):
-        write_metrics(tmp_path / "metrics.json", {"flicker": np.zeros(3)})

@@ -1,0 +1,37 @@
+"""metrics.json: what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from dollar_jax.files import write_file
+
+
+def write_metrics(path: str | os.PathLike[str], metrics: Mapping[str, Any]) -> None:
+    """Writes metrics as JSON, whole or not at all.
+
+    Values are mappings, sequences, strings, numbers (NumPy and JAX scalars too), booleans, None.
+
+    Raises:
+        ValueError: a number is NaN or infinite, or a value is of another type; names it. Nothing is
+            written, and what `path` held is left as it was.
+    """
+    write_file(path, json.dumps(_plain(metrics, "metrics"), indent=2, ensure_ascii=False) + "\n")
+
+
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}[{str(key)!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}: a measurement failed, and metrics are not written with it")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise ValueError(f"{where} is of type {type(value).__name__}, which JSON has no place for")

@@ -1,0 +1,103 @@
+"""Where the parts of a chart lie, in pixels; templates/parts.html draws them as SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dollar_jax.report.page import general, significant
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 190, 46, 10, 10, 22
+ROW = 22  # height of a row of dots
+
+
+def line_chart(x: np.ndarray, y: np.ndarray, logarithmic: bool) -> dict[str, Any]:
+    """Values y at steps x, both [n]: all of them, and where there are many their moving average."""
+    pick = np.unique(np.linspace(0, len(x) - 1, min(len(x), 400)).round().astype(int))
+    x, y = x[pick], y[pick]
+    height = np.log10(y) if logarithmic else y
+    low, high = _padded(height.min(), height.max())
+    start, end = float(x.min()), float(x.max())
+
+    def across(step: Any) -> Any:
+        return np.round(LEFT + (step - start) / ((end - start) or 1.0) * (WIDTH - LEFT - RIGHT), 1)
+
+    def down(value: Any) -> Any:
+        return np.round(TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
+
+    def points(values: np.ndarray) -> str:
+        return " ".join(f"{a},{d}" for a, d in zip(across(x).tolist(), down(values).tolist(), strict=True))
+
+    lines = []
+    if len(x) >= 12:
+        lines = [("raw", points(height)), ("mean", points(_smoothed(height)))]
+    elif len(x) > 1:
+        lines = [("mean", points(height))]
+    ticks = _log_ticks(low, high) if logarithmic else _ticks(low, high)
+    return {
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "rules": [(general(10**tick if logarithmic else tick), float(down(tick))) for tick in ticks],
+        "steps": [(general(tick), float(across(tick))) for tick in (_ticks(start, end) if end > start else [start])],
+        "lines": lines,
+        "dot": (float(across(x[0])), float(down(height[0]))) if len(x) == 1 else None,
+        "last": significant(float(y[-1])),
+    }
+
+
+def dot_chart(rows: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
+    """(label, mean, deviation), a row each: a dot, and a whisker of a deviation to either side."""
+    left, bottom = 120, TOP + ROW * len(rows)
+    low, high = _padded(min(mean - std for _, mean, std in rows), max(mean + std for _, mean, std in rows))
+
+    def across(value: float) -> float:
+        return round(left + (value - low) / (high - low) * (WIDTH - left - RIGHT), 1)
+
+    return {
+        "width": WIDTH,
+        "height": bottom + BOTTOM,
+        "left": left,
+        "top": TOP,
+        "bottom": bottom,
+        "rules": [(general(tick), across(tick)) for tick in _ticks(low, high)],
+        "rows": [
+            (label, TOP + ROW * i + ROW // 2, across(mean - std), across(mean), across(mean + std))
+            for i, (label, mean, std) in enumerate(rows)
+        ],
+    }
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    pad = 0.06 * (high - low) or max(abs(high), 1e-3) * 0.1
+    return float(low - pad), float(high + pad)
+
+
+def _smoothed(y: np.ndarray) -> np.ndarray:
+    """Centred moving average over a tenth of the points, cut off at the ends."""
+    reach = max(1, len(y) // 20)
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    index = np.arange(len(y))
+    first, last = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(y))
+    return (total[last] - total[first]) / (last - first)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About four round numbers in [low, high]."""
+    raw = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = power * next((m for m in (1, 2, 5) if m * power >= raw * 0.999), 10)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Logarithms of the powers of ten in [low, high], with 2s and 5s where those are few."""
+    every = max(1, math.ceil((high - low) / 5))
+    factors = (1,) if high - low > 2 else (1, 2, 5)
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    ticks = [p + math.log10(f) for p in powers if p % every == 0 for f in factors]
+    return [tick for tick in ticks if low <= tick <= high]

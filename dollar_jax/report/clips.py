@@ -1,0 +1,82 @@
+"""Videos inside a page, as good as its size allows."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from dollar_jax.video import encode_mp4, encode_webp
+
+VIDEO_LIMIT = 4_500_000  # bytes of all videos in a page, as base64
+SMALL = 128  # pixels; up to here clips are kept exact, and shown with square pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    label: str
+    kind: str  # media type
+    uri: str
+    width: int
+    height: int
+
+    @property
+    def small(self) -> bool:
+        return max(self.width, self.height) <= SMALL
+
+
+@dataclasses.dataclass(frozen=True)
+class Clips:
+    """Prompts with their clips side by side, and how many prompts are left out."""
+
+    prompts: list[tuple[str, list[Clip]]]
+    left_out: int = 0
+
+
+def embed(prompts: Sequence[str], videos: Mapping[str, np.ndarray], labels: Mapping[str, str], fps: float = 8) -> Clips:
+    """The videos uint8 [prompts, t, h, w, 3] of the samplers in `labels`, in its order.
+
+    Small clips become lossless WebP, exact pixels and an image to every browser, H.264 or not; larger ones
+    become H.264 and are shrunk, and prompts are left out, until all fit into VIDEO_LIMIT.
+    """
+    shown = {key: videos[key] for key in labels if key in videos}
+    if not shown or not len(prompts):
+        return Clips([])
+    exact = all(clips.shape[2] * clips.shape[3] <= SMALL**2 for clips in shown.values())
+    count = len(prompts)
+    while True:
+        for shrink in (0, 1, 2, 4) if exact else (1, 2, 4):
+            encoded = _encoded({key: clips[:count] for key, clips in shown.items()}, shrink, fps)
+            if encoded is not None:
+                sizes = {key: (clips.shape[3], clips.shape[2]) for key, clips in shown.items()}
+                rows = [
+                    (prompt, [Clip(labels[key], *encoded[key][i], *sizes[key]) for key in shown])
+                    for i, prompt in enumerate(prompts[:count])
+                ]
+                return Clips(rows, len(prompts) - count)
+        count //= 2  # no clips always fit
+
+
+def _encoded(videos: Mapping[str, np.ndarray], shrink: int, fps: float) -> dict[str, list[tuple[str, str]]] | None:
+    """(media type, data URI) of every clip, exact where `shrink` is 0; None when they are too large together."""
+    kind = "video/mp4" if shrink else "image/webp"
+    found, size = {}, 0
+    for key, clips in videos.items():
+        found[key] = []
+        for clip in clips:
+            data = encode_mp4(_shrunk(clip, shrink), fps, crf=28) if shrink else encode_webp(clip, fps)
+            found[key].append((kind, f"data:{kind};base64,{base64.b64encode(data).decode()}"))
+            size += len(data) * 4 // 3
+            if size > VIDEO_LIMIT:
+                return None
+    return found
+
+
+def _shrunk(clip: np.ndarray, factor: int) -> np.ndarray:
+    if factor == 1:
+        return clip
+    size = max(2, clip.shape[2] // factor), max(2, clip.shape[1] // factor)
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX)) for frame in clip])

@@ -1,0 +1,47 @@
+"""The measures of samples: how a table heads, shows and compares them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from dollar_jax.report.page import duration, figure, signed, times
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """`compare` sets a value against the teacher's; the best and the worst of a ranked one are marked."""
+
+    heading: str
+    hint: str
+    show: Callable[[float], str]
+    compare: Callable[[float, float], str] | None = None
+    ranked: bool = False
+
+
+def _difference(value: float, reference: float) -> str:
+    return signed(value - reference, 3)
+
+
+def _ratio(value: float, reference: float) -> str:
+    return f"{100 * value / reference:.0f}%" if reference > 0 else ""
+
+
+def _faster(value: float, reference: float) -> str:
+    return f"{times(reference / value)} faster" if 0 < value < reference else ""
+
+
+_TWO, _THREE = (functools.partial(figure, digits=digits) for digits in (2, 3))
+MEASURES = {  # the keys are those of a sampler in metrics.json
+    "alignment": Measure("Alignment", "1 is perfect", _THREE, _difference, ranked=True),
+    "reward": Measure("Reward", "higher is better", _THREE, _difference, ranked=True),
+    "vendi": Measure("Vendi", "diversity", _TWO, _ratio),
+    "vendi_network": Measure("Vendi of features", "diversity", _TWO, _ratio),
+    "frechet": Measure("Fréchet distance", "lower is better", _THREE, _difference),
+    "flicker": Measure("Flicker score", "1 is frozen", _THREE, _difference),
+    "net_change": Measure("Net change", "over half a clip", _THREE, _difference),
+    "nfe": Measure("NFE", "network calls", "{:g}".format),
+    "diffusion_seconds": Measure("Diffusion", "time", duration, _faster),
+    "total_seconds": Measure("Whole inference", "time", duration, _faster),
+}

@@ -1,0 +1,249 @@
+"""`report.html` of a run: measures, videos side by side, training curves, settings, in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dollar_jax.report.charts import line_chart
+from dollar_jax.report.clips import embed
+from dollar_jax.report.measures import MEASURES
+from dollar_jax.report.page import Cell, Table, cells, duration, figure, number, significant, steps, times, write_page
+
+INTRODUCTION = (
+    "A text-to-video diffusion model, the teacher, takes many small denoising steps. The student was distilled from "
+    "it to need only a few, by variational score distillation (VSD), consistency distillation (CD) and a latent "
+    "reward model (LRM). Below, both were given the same prompts, beside the teacher in as few steps: by its own "
+    "solver, and, undistilled, in the student’s place."
+)
+COLUMNS = ("alignment", "reward", "vendi", "flicker", "nfe", "diffusion_seconds", "total_seconds")
+KINDS = {
+    "teacher": ("Teacher", "guided"),
+    "student": ("Student", "distilled"),
+    "undistilled": ("Undistilled", "teacher in the student’s place"),
+}
+# Where a metric of the training is drawn, under which heading: the first pattern that is the whole of its name.
+# What is in no group is folded away.
+CURVES = {
+    "Losses": {
+        "student_loss": "Student, total loss",
+        "vsd": "VSD loss",
+        "consistency": "Consistency loss",
+        "policy": "DDPO loss",
+        "fake_score": "Fake score, denoising loss",
+        "reward_regression": "Latent reward model, regression loss",
+    },
+    "Rewards": {
+        "reward_generated": "Reward of the student’s samples",
+        r"reward_(.+)_generated": "Reward of the student’s samples, {}",
+        "latent_reward": "Latent reward of the student",
+        "pixel_reward": "Reward of the student, by gradients",
+        "reward_mean": "Reward, running mean",
+        r"reward_mean_(.+)": "Reward, running mean, {}",
+    },
+    "More curves": {
+        "reward_real": "Reward of the data’s videos",
+        r"reward_(.+)_real": "Reward of the data’s videos, {}",
+        "reward_std": "Reward, running deviation",
+        "reward_correlation": "Latent against true reward, correlation",
+        "latent_mean": "Latents’ mean",
+        "latent_std": "Latents’ deviation",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerRow:
+    """A sampler as the report names it; `key` is its name in metrics.json and among the videos."""
+
+    key: str
+    label: str
+    detail: str = ""
+
+
+def sampler_rows(keys: Iterable[str]) -> list[SamplerRow]:
+    """Rows for keys `<kind>_<steps>`: the teacher at its most steps, then students, then the rest."""
+    parsed = [(key, *_kind_and_steps(key)) for key in dict.fromkeys(keys)]
+    most = max((count for _, kind, count in parsed if kind == "teacher"), default=0)
+    ranked = []
+    for key, kind, count in parsed:
+        name, detail = KINDS.get(kind, (kind.replace("_", " ").capitalize(), ""))
+        first = kind == "teacher" and count == most
+        order = (0 if first else 1 if kind == "student" else 2 if kind in KINDS else 3, kind, -count)
+        ranked.append((order, SamplerRow(key, f"{name}, {steps(count)}" if count else name, detail)))
+    return [row for _, row in sorted(ranked, key=lambda item: item[0])]
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    metrics: Mapping[str, Any],
+    prompts: Sequence[str],
+    videos: Mapping[str, np.ndarray],
+    history: Sequence[Mapping[str, float]] = (),
+    timings: Mapping[str, float] | None = None,
+    config_text: str = "",
+    notes: Sequence[str] = (),
+) -> None:
+    """Writes one HTML file, under 6 MB, that needs no network: tables, videos, curves, settings.
+
+    Args:
+        metrics: as in metrics.json; a mapping with "alignment" is a sampler's, `speedup_<steps>` and `seconds`
+            are shown at the top.
+        videos: for each sampler uint8 [prompts, t, h, w, 3], one video per prompt. Small ones are kept without
+            loss; larger ones are shrunk, and at last left out with a note, to fit.
+        history: one mapping per logged step, `step` and whatever was measured; what is not finite is left out.
+        timings: seconds by name.
+        config_text: the settings, shown as they are.
+        notes: paragraphs below the table.
+
+    Raises:
+        ValueError: videos that are not uint8 [prompts, t, h, w, 3].
+    """
+    for key, clips in videos.items():
+        if clips.dtype != np.uint8 or clips.ndim != 5 or len(clips) != len(prompts):
+            raise ValueError(
+                f"the videos of {key} must be uint8 [{len(prompts)} prompts, t, h, w, 3], "
+                f"not {clips.dtype} of shape {clips.shape}"
+            )
+    samplers = {key: value for key, value in metrics.items() if isinstance(value, Mapping) and "alignment" in value}
+    rows = sampler_rows([*samplers, *videos])
+    measured = [row for row in rows if row.key in samplers]
+    write_page(
+        path,
+        "run.html",
+        title="Distillation report",
+        introduction=INTRODUCTION,
+        tiles=_tiles(metrics, samplers, measured),
+        measures=_measures(samplers, measured),
+        more_measures=_more_measures(samplers, measured),
+        notes=notes,
+        videos=embed(prompts, videos, {row.key: row.label for row in rows}),
+        curves=_curves(history),
+        timings=_timings(timings or {}),
+        settings=config_text,
+    )
+
+
+def _kind_and_steps(key: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(.+)_(\d+)", key)
+    return (match[1], int(match[2])) if match else (key, 0)
+
+
+def _reference(rows: Sequence[SamplerRow]) -> str | None:
+    """The sampler others are compared with: the teacher at its most steps."""
+    return rows[0].key if rows and _kind_and_steps(rows[0].key)[0] == "teacher" else None
+
+
+def _tiles(
+    metrics: Mapping[str, Any], samplers: Mapping[str, Any], rows: Sequence[SamplerRow]
+) -> list[tuple[str, str]]:
+    tiles = []
+    for key, value in metrics.items():
+        kind, count = _kind_and_steps(key)
+        speedup = number(value)
+        if kind == "speedup" and speedup is not None:
+            tiles.append((times(speedup), f"faster diffusion, {steps(count)} against the teacher"))
+    student = next((row.key for row in rows if _kind_and_steps(row.key)[0] == "student"), None)
+    ours, theirs = (number(samplers[key]["alignment"]) if key else None for key in (student, _reference(rows)))
+    if ours is not None and theirs is not None:
+        label = f"alignment with the prompt, against the teacher’s {figure(theirs, 3)}"
+        tiles.append((figure(ours, 3), label))
+    seconds = number(metrics.get("seconds"))
+    if seconds is not None:
+        tiles.append((duration(seconds), "for the whole run"))
+    return tiles
+
+
+def _measures(samplers: Mapping[str, Any], rows: Sequence[SamplerRow]) -> Table | None:
+    if not rows:
+        return None
+    reference = _reference(rows)
+    head, columns = [Cell("Sampler")], []
+    for name in COLUMNS:
+        values = {row.key: number(samplers[row.key].get(name)) for row in rows}
+        if any(value is not None for value in values.values()):
+            head.append(Cell(MEASURES[name].heading, MEASURES[name].hint))
+            columns.append({row.key: _cell(name, values, row.key, reference) for row in rows})
+    return Table(head, [[Cell(row.label, row.detail), *(column[row.key] for column in columns)] for row in rows])
+
+
+def _cell(name: str, values: Mapping[str, float | None], key: str, reference: str | None) -> Cell:
+    measure, value = MEASURES[name], values[key]
+    if value is None:
+        return Cell(mark="not measured")
+    base = values[reference] if reference and reference != key else None
+    small = measure.compare(value, base) if measure.compare and base is not None else ""
+    known = [other for other in values.values() if other is not None]
+    mark, kind = "", "soft"
+    if measure.ranked and min(known) < max(known):
+        if value == max(known):
+            mark, kind = "▲ best", "best"
+        elif value == min(known):
+            mark, kind = "▼ worst", "worst"
+    return Cell(measure.show(value), small, mark, kind)
+
+
+def _more_measures(samplers: Mapping[str, Mapping[str, Any]], rows: Sequence[SamplerRow]) -> Table | None:
+    values = {
+        row.key: {k: v for k, x in samplers[row.key].items() if k not in COLUMNS and (v := number(x)) is not None}
+        for row in rows
+    }
+    names = list(dict.fromkeys(name for found in values.values() for name in found))
+    if not names:
+        return None
+    head = ["Sampler", *(MEASURES[name].heading if name in MEASURES else _words(name) for name in names)]
+    body = [
+        [row.label, *("" if (v := values[row.key].get(name)) is None else significant(v) for name in names)]
+        for row in rows
+    ]
+    return Table(cells(*head), [cells(*line) for line in body])
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("/", ", ").capitalize()
+
+
+def _place(name: str) -> tuple[str, int, str]:
+    """The group of a training metric, its place there and its heading."""
+    for group, patterns in CURVES.items():
+        for place, (pattern, heading) in enumerate(patterns.items()):
+            if match := re.fullmatch(pattern, name):
+                return group, place, heading.format(*match.groups())
+    return "More curves", len(CURVES["More curves"]), _words(name)
+
+
+def _curves(history: Sequence[Mapping[str, float]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[tuple[int, dict[str, Any]]]] = {group: [] for group in CURVES}
+    for name in dict.fromkeys(name for entry in history for name in entry if name != "step"):
+        numbers = [(number(entry.get("step", i)), number(entry.get(name))) for i, entry in enumerate(history)]
+        points = [(step, value) for step, value in numbers if step is not None and value is not None]
+        if not points:
+            continue
+        group, place, heading = _place(name)
+        x, y = np.array(points, np.float64).T
+        logarithmic = group == "Losses" and y.min() > 0 and y.max() / y.min() > 8
+        note = "log scale" if logarithmic else ""
+        groups[group].append((place, {"name": heading, "note": note, "chart": line_chart(x, y, logarithmic)}))
+    return {
+        group: [figure for _, figure in sorted(figures, key=lambda item: item[0])]
+        for group, figures in groups.items()
+        if figures
+    }
+
+
+def _timings(timings: Mapping[str, float]) -> Table | None:
+    known = {name: seconds for name, value in timings.items() if (seconds := number(value)) is not None}
+    if not known:
+        return None
+    longest = max(known.values()) or 1.0
+    rows = [
+        [Cell(_words(name)), Cell(duration(seconds)), Cell(bar=max(100 * seconds / longest, 0.5))]
+        for name, seconds in known.items()
+    ]
+    return Table(cells("Part", "Time", ""), rows)
