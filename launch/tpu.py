@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Cloud TPU VMs from zero to a run that survives preemption; needs only Python and gcloud.
 
-    python launch/tpu.py run --name=wan --zone=us-east5-a --type=v5p-16 --spot --watch -- \\
+    python launch/tpu.py run --name=wan --zone=us-east5-a --type=v5p-16 --spot --watch --env=HF_TOKEN -- \\
         dollar train --config=configs/mine.py --workdir=/bucket/runs/wan
 
 Every command may be given again: it does what is still missing. `run` makes the slice, installs the
@@ -13,6 +13,8 @@ Arguments may stand in a file, one a line: python launch/tpu.py run @wan.flags -
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -23,8 +25,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).resolve().with_name("worker.sh")
-# The images that come without a framework; https://cloud.google.com/tpu/docs/runtimes
+# The images that come without a framework: https://docs.cloud.google.com/tpu/docs/runtimes, and for tpu7x, which
+# projects get as VMs on request only, https://github.com/AI-Hypercomputer/accelerator-microbenchmarks.
 RUNTIMES = {
+    "tpu7x": "v2-alpha-tpu7-ubuntu2404",
     "v6e": "v2-alpha-tpuv6e",
     "v5p": "v2-alpha-tpuv5",
     "v5litepod": "v2-alpha-tpuv5-lite",
@@ -32,10 +36,13 @@ RUNTIMES = {
 }
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 GONE = ("FAILED", "SUSPENDED")
-# Exit codes of worker.sh: the command is gone without an exit code; nothing runs.
-KILLED, IDLE = 4, 6
+# Exit codes of worker.sh: the command is gone without an exit code; it ended with one; nothing runs; the command
+# ended because SIGTERM came, the notice that the machine is taken away; `stop` ended it; the command refused its input.
+KILLED, FAILED, IDLE, TERMINATED, STOPPED, REFUSED = 4, 5, 6, 7, 8, 9
 # What is returned when the machine or the connection, not the command, is at fault.
-LOST = (1, 255, KILLED)
+LOST = (1, 255, KILLED, TERMINATED)
+# So often in a row `run --watch` may fail to install and start the command.
+ATTEMPTS = 5
 
 
 class LaunchError(Exception):
@@ -115,7 +122,9 @@ class Pod:
             raise LaunchError("--type is missing: the slice to ask for, such as v5p-16 or v6e-64")
         runtime = a.runtime or RUNTIMES.get(a.type.split("-")[0])
         if runtime is None:
-            raise LaunchError(f"--type={a.type} is of no known generation: name its image with --runtime")
+            raise LaunchError(
+                f"--type={a.type} is of no known generation ({', '.join(RUNTIMES)}): name its image with --runtime"
+            )
         nodes = [f"--node-id={a.name}"]
         if a.slices > 1:
             nodes = [f"--node-count={a.slices}", f"--node-prefix={a.name}"]
@@ -133,8 +142,6 @@ class Pod:
 
     def _install(self) -> int:
         commit = _git("rev-parse", "HEAD")
-        if _git("status", "--porcelain", "--untracked-files=no"):
-            print("note: what is not committed is not installed", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             archive = f"{folder}/dollar.tar.gz"
             if self.dry_run:
@@ -150,13 +157,20 @@ class Pod:
         """Creates, installs, starts and follows; with --watch again after every preemption, until it ends well."""
         if not self.args.command:
             raise LaunchError("what shall run? give it after --, such as: -- dollar train --config=…")
+        if self.args.watch and self.args.detach:
+            raise LaunchError("--watch follows the run and --detach leaves it: give one of them")
+        self._name_uncommitted()
+        unstarted = 0
         while True:
             self.create()
-            code = self._run_once()
+            started, code = self._run_once()
             if self.dry_run or code == 0:
                 return
-            if code not in LOST:
-                raise LaunchError("the run failed; its message is above, more of it in python launch/tpu.py logs")
+            if not (code in LOST or (code == FAILED and self._is_gone())):
+                raise LaunchError(self._ending(code))
+            unstarted = 0 if started else unstarted + 1
+            if unstarted == ATTEMPTS:
+                raise LaunchError(f"{self.name} could not be set up {ATTEMPTS} times in a row; the messages are above")
             if not self.args.watch:
                 raise LaunchError(
                     f"{self.name} or the way to it was lost; the same command again goes on where the run was"
@@ -164,21 +178,56 @@ class Pod:
             print(f"{self.name} or the way to it was lost; looking again", flush=True)
             time.sleep(self.args.poll)
 
-    def _run_once(self) -> int:
-        """Installs, starts unless it runs, and follows; the exit code of the step that failed, or 0."""
+    def _run_once(self) -> tuple[bool, int]:
+        """Installs, starts unless it runs, and follows; whether it started, and the failed step's exit code, or 0."""
         if code := self._install():
-            return code
+            return False, code
         code = self.ssh(["running", *self.args.command], everywhere=False)
         if code == IDLE or self.dry_run:
             # A worker may not have noticed yet that the others are gone.
-            code = self.ssh(["stop"]) or self.ssh(["start", *self.args.command])
+            code = self.ssh(["stop"]) or self._send_environment() or self.ssh(["start", *self.args.command])
         if code or self.args.detach:
-            return code
-        return self.ssh(["follow"], everywhere=False)
+            return False, code
+        return True, self.ssh(["follow"], everywhere=False)
+
+    def _ending(self, code: int) -> str:
+        if code == STOPPED:
+            return f"{self.name} was told to stop; the same command again goes on where the run was"
+        if code == REFUSED:
+            return "the command refused its input; its message is above"
+        return "the run failed; its message is above, more of it in python launch/tpu.py logs"
+
+    def _is_gone(self) -> bool:
+        """Whether the slice is taken away: worker 0 then fails because another worker went first."""
+        time.sleep(self.args.poll)  # the state lags behind
+        return self.state() != "ACTIVE"
+
+    def _send_environment(self) -> int:
+        """--env's variables as a file that only its owner reads, and that `start` deletes: no command line has them."""
+        if not self.args.env:
+            return 0
+        with tempfile.TemporaryDirectory() as folder:  # of mode 700
+            path = Path(folder, "dollar.env")
+            path.touch(mode=0o600)
+            path.write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in self.args.env))
+            return self._gcloud("scp", str(path), f"{self.name}:", "--node=all", "--worker=all").returncode
+
+    def _name_uncommitted(self) -> None:
+        """Says what the workers will not have; raises LaunchError when the command needs it."""
+        new = _git("ls-files", "--others", "--exclude-standard", "-z").split("\0")
+        changed = _git("diff", "--name-only", "-z", "HEAD").split("\0")
+        files = [file for file in (*changed, *new) if file]
+        named = {word.rpartition("=")[2].partition(":")[0] for word in self.args.command}  # --config=FILE:ARGUMENT
+        if needed := [file for file in files if file in named]:
+            raise LaunchError(f"{needed[0]} is not committed, so the workers would not have it: commit it first")
+        if files:
+            rest = f" and {len(files) - 8} more" if len(files) > 8 else ""
+            print(f"note: not committed, so not installed: {', '.join(files[:8])}{rest}", file=sys.stderr)
 
     def attach(self) -> None:
-        if self.ssh(["follow"], everywhere=False):
-            raise LaunchError("the run failed or the connection broke; its message is above")
+        if code := self.ssh(["follow"], everywhere=False):
+            lost = f"{self.name} or the way to it was lost; `run` goes on where the run was"
+            raise LaunchError(lost if code in LOST else self._ending(code))
 
     def status(self) -> None:
         state = self.state()
@@ -219,6 +268,31 @@ def _git(*words: str) -> str:
     return done.stdout.strip()
 
 
+def variable(entry: str) -> tuple[str, str]:
+    """Name and value of an environment variable: KEY=VALUE, or KEY for the value it has here."""
+    key, given, value = entry.partition("=")
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", key):
+        raise argparse.ArgumentTypeError(f"{key!r} is no variable's name: give KEY or KEY=VALUE")
+    if not given and key not in os.environ:
+        raise argparse.ArgumentTypeError(f"{key} is not set here: set it, or give {key}=VALUE")
+    return key, value if given else os.environ[key]
+
+
+def bucket(name: str) -> str:
+    """The bucket's name, which may be given as gs://NAME."""
+    name = name.removeprefix("gs://").rstrip("/")
+    if not re.fullmatch("[a-z0-9][a-z0-9._-]+[a-z0-9]", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is no bucket's name, such as my-bucket or gs://my-bucket")
+    return name
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose refusals are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; --help lists the arguments\n")
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; what follows `--` is the command to run."""
     argv = list(argv)
@@ -226,24 +300,25 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if "--" in argv:
         cut = argv.index("--")
         argv, command = argv[:cut], argv[cut + 1 :]
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--name", required=True, help="of the queued resource and its TPU VMs")
     common.add_argument("--zone", required=True)
     common.add_argument("--project", help="gcloud's own unless given")
     common.add_argument("--dry-run", action="store_true", help="print each command instead of running it")
-    slice_ = argparse.ArgumentParser(add_help=False)
-    slice_.add_argument("--type", help="such as v5p-16 (8 chips; v5p and v4 count cores) or v6e-64 (64 chips)")
+    slice_ = Parser(add_help=False)
+    slice_.add_argument("--type", help="such as v5p-16 (8 chips: v4, v5p, tpu7x count cores) or v6e-64 (64 chips)")
     slice_.add_argument("--slices", type=int, default=1, help="more than one: joined by the data-centre network")
-    slice_.add_argument("--spot", action="store_true", help="cheaper, and may be taken away")
-    slice_.add_argument("--reserved", action="store_true", help="from a reservation of the project's")
+    capacity = slice_.add_mutually_exclusive_group()
+    capacity.add_argument("--spot", action="store_true", help="cheaper, and may be taken away")
+    capacity.add_argument("--reserved", action="store_true", help="from a reservation of the project's")
     slice_.add_argument("--runtime", help="software version of the VMs; known for " + ", ".join(RUNTIMES))
     slice_.add_argument("--service-account", help="that the VMs act as; it must be able to use the bucket")
     slice_.add_argument("--valid-until-duration", help="give up when not served by then, such as 6h")
     slice_.add_argument("--poll", type=float, default=30.0, help="seconds between two looks at the state")
-    install = argparse.ArgumentParser(add_help=False)
-    install.add_argument("--bucket", help="Cloud Storage bucket to mount at /bucket on every worker")
+    install = Parser(add_help=False)
+    install.add_argument("--bucket", type=bucket, help="Cloud Storage bucket to mount at /bucket on every worker")
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@"
     )
     commands = parser.add_subparsers(dest="do", required=True, metavar="COMMAND")
@@ -259,6 +334,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("install", "put the committed tree and its packages on every worker", install)
     run = add("run", "create, install, start and follow; again: resume", slice_, install)
     run.add_argument("--watch", action="store_true", help="make the slice anew whenever it is taken away")
+    run.add_argument(
+        "--env",
+        type=variable,
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE]",
+        help="environment variable of the command; KEY alone takes the value it has here, which is never printed",
+    )
     run.add_argument("--detach", action="store_true", help="do not follow the log")
     run.set_defaults(no_wait=False)
     add("attach", "follow worker 0's log to the end of the command; Ctrl-C leaves it running")

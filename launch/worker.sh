@@ -30,7 +30,9 @@ mount_bucket() {
         sudo apt-get update -qq && sudo apt-get install -y -qq gcsfuse
     fi
     sudo mkdir -p /bucket && sudo chown "$(id -u):$(id -g)" /bucket
-    gcsfuse --implicit-dirs --rename-dir-limit=100000 "$1" /bucket
+    # On machines as large as these gcsfuse would remember a file's size and generation for ever, and one worker
+    # would not see what another has written anew.
+    gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=10 "$1" /bucket
 }
 
 case ${1:-} in
@@ -63,10 +65,17 @@ running) # COMMAND...
 start) # COMMAND...
     shift
     printf '%s\n' "$*" >job.txt
-    rm -f exit_code pid
-    # In the shell's own session it would die with the connection. The command's exit code outlives it.
+    rm -f exit_code pid stopped
+    # The variables of --env; they stay in the command's memory alone.
+    if [[ -f $HOME/dollar.env ]]; then
+        # shellcheck disable=SC1091
+        source "$HOME/dollar.env"
+        rm -f "$HOME/dollar.env"
+    fi
+    # In the shell's own session it would die with the connection. The command's exit code outlives it. With the
+    # trap the shell, which SIGTERM reaches too, lives until the command has saved its checkpoint.
     # shellcheck disable=SC2016
-    setsid bash -c 'echo $$ >pid; cd src; PATH="$HOME/dollar/venv/bin:$PATH" "$@"; echo $? >../exit_code' \
+    setsid bash -c 'trap : TERM; echo $$ >pid; cd src; PATH="$HOME/dollar/venv/bin:$PATH" "$@"; echo $? >../exit_code' \
         dollar "$@" >>log 2>&1 </dev/null &
     for _ in {1..50}; do
         [[ -s pid ]] && break
@@ -76,13 +85,19 @@ start) # COMMAND...
     ;;
 follow)
     [[ -f pid ]] || { echo "$(hostname): nothing was started" >&2; exit 3; }
-    tail -n 200 -F --pid="$(<pid)" log 2>/dev/null
+    tail -n 200 -s 0.2 -F --pid="$(<pid)" log 2>/dev/null
+    if [[ -f stopped ]]; then exit 8; fi
     [[ -f exit_code ]] || exit 4
-    [[ $(<exit_code) == 0 ]] || { echo "$(hostname): ended with exit code $(<exit_code)" >&2; exit 5; }
+    if [[ $(<exit_code) == 0 ]]; then exit; fi
+    echo "$(hostname): ended with exit code $(<exit_code)" >&2
+    # 143: SIGTERM came; 2: `dollar` refused its input, and would refuse it again.
+    case $(<exit_code) in 143) exit 7 ;; 2) exit 9 ;; *) exit 5 ;; esac
     ;;
 status)
     if running; then
         echo "$(hostname): running $(<job.txt)"
+    elif [[ -f stopped ]]; then
+        echo "$(hostname): stopped, nothing runs"
     elif [[ -f exit_code ]]; then
         echo "$(hostname): ended with exit code $(<exit_code)"
     else
@@ -99,12 +114,10 @@ profile)
     ;;
 stop)
     if running; then
+        touch stopped
         kill -TERM -- "-$(<pid)"
-        # It saves a checkpoint first.
-        for _ in {1..1200}; do
-            running || break
-            sleep 0.1
-        done
+        # It ends its step, which may take minutes, and saves a checkpoint first.
+        timeout 1800 tail -s 0.1 -f --pid="$(<pid)" /dev/null || true
         if running; then kill -KILL -- "-$(<pid)"; fi
     fi
     rm -f pid

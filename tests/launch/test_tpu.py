@@ -2,27 +2,27 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "launch" / "tpu.py"
+LAUNCH = Path(__file__).parents[2] / "launch"
 PLACE = ["--name=wan", "--zone=us-east5-a"]
 SLICE = [*PLACE, "--type=v5p-16", "--poll=0.01"]
 UV = '#!/bin/bash\n[[ $1 == venv ]] && mkdir -p venv/bin\necho "$*" >>uv_calls\n'
 
 
 class Cloud:
-    """The fake cloud in a folder, and the tool run against it."""
+    """The fake cloud in a folder, and the tool of a repository run against it."""
 
-    def __init__(self, folder: Path, **changes):
-        self.folder = folder
-        cloud = {"resources": {}, "states": ["ACTIVE"], "preempt": 0, **changes}
+    def __init__(self, folder: Path, repository: Path, **changes):
+        self.folder, self.repository = folder, repository
+        cloud = {"resources": {}, "states": ["ACTIVE"], "preempt": 0, "outlived": 0, **changes}
         (folder / "cloud.json").write_text(json.dumps(cloud))
         programs = folder / "bin"
         programs.mkdir()
@@ -32,15 +32,20 @@ class Cloud:
         path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.env = {**os.environ, "PATH": path, "FAKE_CLOUD": str(folder)}
 
-    def __call__(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            [sys.executable, TOOL, *arguments],
+    def start(self, *arguments: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, self.repository / "launch" / "tpu.py", *arguments],
             env=self.env,
-            text=True,
-            capture_output=True,
-            timeout=60,
             cwd=self.folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
+
+    def __call__(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+        process = self.start(*arguments)
+        done = subprocess.CompletedProcess(arguments, 0, *process.communicate(timeout=120))
+        done.returncode = process.returncode
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
@@ -55,12 +60,28 @@ class Cloud:
         return [" ".join(w) for w in words if w != ["describe"]]
 
 
+def git(folder: Path, *words: str):
+    subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", "-C", folder, *words], check=True)
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory):
+    """A small one with launch/ in it."""
+    folder = tmp_path_factory.mktemp("repository")
+    shutil.copytree(LAUNCH, folder / "launch")
+    (folder / "pyproject.toml").touch()
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "first")
+    return folder
+
+
 @pytest.fixture
-def cloud(tmp_path):
+def cloud(tmp_path, repository):
     clouds = []
 
     def make(**changes):
-        clouds.append(Cloud(tmp_path, **changes))
+        clouds.append(Cloud(tmp_path, repository, **changes))
         return clouds[-1]
 
     yield make
@@ -150,7 +171,7 @@ def test_profiling_signals_the_training_process_alone(cloud):
 
 
 def wait_for(happens):
-    for _ in range(100):
+    for _ in range(600):
         if happens():
             return
         time.sleep(0.05)
@@ -161,6 +182,77 @@ def test_a_command_that_fails_fails_the_tool(cloud):
     c = cloud()
     done = c("run", *SLICE, "--watch", "--", "bash", "-c", "echo oh no; exit 7", code=1)
     assert "oh no" in done.stdout and "exit code 7" in done.stderr and c.verbs().count("create") == 1
+
+
+# Worker 0's command ends with the code it is given, once.
+ONCE = "f=$FAKE_CLOUD/once; [[ $PWD == */0-0/* && ! -e $f ]] || exit 0; touch $f; exit $1"
+
+
+@pytest.mark.parametrize(("code", "outlived"), [(143, 0), (1, 1)])
+def test_a_command_that_ends_with_its_machines_is_started_again(cloud, code, outlived):
+    """143: SIGTERM came. 1: another worker went first; only the slice's state says so."""
+    c = cloud(outlived=outlived)
+    done = c("run", *SLICE, "--watch", "--", "bash", "-c", ONCE, "command", str(code))
+    assert c.verbs() == ["create", *RUN, *["delete", "create"] * outlived, *RUN]
+    assert done.stdout.count("lost; looking again") == 1
+
+
+def test_refused_input_is_not_tried_again_whatever_becomes_of_the_slice(cloud):
+    c = cloud(outlived=1)
+    error = c("run", *SLICE, "--watch", "--", "bash", "-c", ONCE, "command", "2", code=1).stderr
+    assert "the command refused its input" in error and c.verbs() == ["create", *RUN]
+
+
+def test_a_slice_that_cannot_be_set_up_is_given_up(cloud):
+    c = cloud(unreachable=True)
+    error = c("run", *SLICE, "--watch", "--", "true", code=1).stderr
+    assert "could not be set up 5 times in a row" in error and c.verbs() == ["create", *["scp"] * 5]
+
+
+def test_stop_waits_until_the_command_has_saved_and_ends_the_watch(cloud):
+    c = cloud()
+    save = 'trap "sleep 0.5; echo saved; exit 143" TERM; echo ready; while :; do sleep 0.05; done'
+    watch = c.start("run", *SLICE, "--watch", "--", "bash", "-c", save)
+    log = c.folder / "0-1" / "dollar" / "log"
+    wait_for(lambda: log.exists() and "ready" in log.read_text() and "ssh follow" in c.verbs())
+    c("stop", *PLACE)
+    assert "saved" in log.read_text(), "stop came back before the command was done"
+    assert "was told to stop" in watch.communicate(timeout=60)[1] and watch.returncode == 1
+    assert c.verbs().count("ssh start") == 1
+
+
+def test_environment_variables_reach_the_command_and_nothing_else(cloud):
+    c = cloud()
+    c.env["HF_TOKEN"] = "se'cret $x"
+    arguments = ["run", *SLICE, "--env=HF_TOKEN", "--env=MODE=a=b", "--", "bash", "-c", "echo [$HF_TOKEN] [$MODE]"]
+    assert "[se'cret $x] [a=b]\n" in c(*arguments).stdout
+    assert "cret" not in json.dumps(c.calls()), "a command line has it"
+    left = [p for w in ("0-0", "0-1") for p in (c.folder / w).rglob("*") if p.is_file() and b"cret" in p.read_bytes()]
+    assert {p.name for p in left} == {"log"}, "the command wrote it there"
+    dry = c(*arguments[:-4], "--dry-run", *arguments[-4:])
+    assert "cret" not in dry.stdout + dry.stderr and "dollar.env wan:" in dry.stdout
+
+
+def test_what_is_not_committed_is_named_and_refused_where_the_command_needs_it(cloud, tmp_path):
+    c = cloud()
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(c.repository), str(clone))
+    c.repository = clone
+    (clone / "pyproject.toml").write_text("changed")
+    (clone / "mine.py").touch()
+    command = ["run", *SLICE, "--dry-run", "--", "dollar", "train"]
+    assert "not committed, so not installed: pyproject.toml, mine.py\n" in c(*command).stderr
+    refused = c(*command, "--config=mine.py:vsd", code=1)
+    assert refused.stderr.startswith("tpu.py run: mine.py is not committed") and not refused.stdout
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_bucket_is_mounted_by_its_name(cloud):
+    c = cloud()
+    for given in ("clips", "gs://clips", "gs://clips/"):
+        *_, last = c("install", *PLACE, f"--bucket={given}", "--dry-run").stdout.splitlines()
+        (command,) = [word for word in shlex.split(last) if word.startswith("--command=bash worker.sh install ")]
+        assert command.endswith(" clips")
 
 
 def test_several_slices_are_one_request(cloud):
@@ -214,6 +306,7 @@ def test_arguments_may_stand_in_a_file(cloud):
         (["create", *PLACE], "--type is missing"),
         (["create", *PLACE, "--type=v9-8"], "--type=v9-8 is of no known generation"),
         (["run", *SLICE], "what shall run"),
+        (["run", *SLICE, "--watch", "--detach", "--", "true"], "--watch follows the run and --detach leaves it"),
     ],
 )
 def test_bad_requests_are_one_sentence(cloud, arguments, message):
@@ -221,27 +314,30 @@ def test_bad_requests_are_one_sentence(cloud, arguments, message):
     assert message in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["create", *SLICE, "--spot", "--reserved"], "--reserved: not allowed with argument --spot"),
+        (["run", *SLICE, "--bucket=gs://clips/wan"], "'clips/wan' is no bucket's name"),
+        (["run", *SLICE, "--env=NOT_SET_HERE"], "NOT_SET_HERE is not set here"),
+        (["run", *SLICE, "--env=a b=c"], "'a b' is no variable's name"),
+        (["create", "--name=wan"], "--zone"),
+        (["status", *PLACE, "--", "true"], "status takes no command"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(cloud, arguments, message):
+    error = cloud()(*arguments, code=2).stderr
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_every_generation_has_its_image(cloud):
+    c = cloud()
+    for kind, image in {"tpu7x-8": "v2-alpha-tpu7-ubuntu2404", "v6e-8": "v2-alpha-tpuv6e"}.items():
+        out = c("create", *PLACE, f"--type={kind}", "--dry-run").stdout
+        assert f"--accelerator-type={kind} --runtime-version={image} " in out
+
+
 def test_bad_login_is_one_sentence(cloud):
     c = cloud(broken=True)
     error = c("create", *SLICE, code=1).stderr
     assert "not logged in" in error and len(error.splitlines()) == 1
-
-
-@pytest.mark.parametrize("script", ["worker.sh", "train.slurm"])
-def test_shell_scripts_pass_shellcheck(script):
-    subprocess.run(["shellcheck", "--shell=bash", ROOT / "launch" / script], check=True)
-
-
-def test_the_job_set_asks_for_the_chips_of_its_topology():
-    job = yaml.safe_load((ROOT / "launch" / "jobset.yaml").read_text())
-    assert (job["apiVersion"], job["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    (slices,) = job["spec"]["replicatedJobs"]
-    spec = slices["template"]["spec"]
-    assert spec["completionMode"] == "Indexed" and spec["parallelism"] == spec["completions"]
-    pod = spec["template"]["spec"]
-    chips = 1
-    for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
-        chips *= int(side)
-    (container,) = pod["containers"]
-    assert spec["completions"] * container["resources"]["limits"]["google.com/tpu"] == chips
-    assert container["command"][:2] == ["dollar", "train"]
