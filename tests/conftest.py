@@ -3,8 +3,10 @@
 A test that passes a wrong value to see our own error is named `test_bad_...` and goes unchecked.
 """
 
+import json
 import os
 import runpy
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dollar_jax.config import DistillConfig, from_config
 
@@ -85,6 +88,46 @@ def quick_compilation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def shown_events(workdir: Path) -> list[tuple[int, str, float | None]]:
+    """(step, tag, value) of every event that TensorBoard shows of a run, in its order, videos without a value.
+
+    A file is a row of records: length, its checksum, so many bytes, their checksum. Where a run starts again, what
+    came before it at its step or later is not shown.
+    """
+    shown: list[tuple[int, str, float | None]] = []
+    for path in sorted((workdir / "events").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            at += 16 + length
+            if event.HasField("session_log") and event.session_log.status == SessionLog.START:
+                shown = [old for old in shown if old[0] < event.step]
+            for value in event.summary.value:
+                shown.append((event.step, value.tag, value.simple_value if value.HasField("simple_value") else None))
+    return shown
+
+
+@pytest.fixture(scope="session")
+def check_events() -> Callable[[Path], list[int]]:
+    """Asserts that a run's TensorBoard events are its history: no resumption has doubled or lost one.
+
+    Returns the steps that have a video.
+    """
+
+    def check(workdir: Path) -> list[int]:
+        lines = [json.loads(line) for line in (workdir / "history.jsonl").read_text().splitlines()]
+        logged = {(line["step"], tag): value for line in lines for tag, value in line.items() if tag != "step"}
+        shown = shown_events(workdir)
+        scalars = [event for event in shown if event[2] is not None]
+        assert sorted((step, tag) for step, tag, _ in scalars) == sorted(logged)
+        for step, tag, value in scalars:
+            assert value == pytest.approx(logged[step, tag], rel=1e-6)
+        return [step for step, tag, _ in shown if tag == "teacher_left_student_right"]
+
+    return check
 
 
 class ToyTokenizer:

@@ -64,6 +64,34 @@ def test_loops_kernels_and_collectives_of_optimised_hlo():
 
 
 @pytest.mark.parametrize(
+    ("instruction", "sent"),
+    [
+        # A ring of four: each chip sends three quarters of what all of it is, 4 KiB.
+        ("f32[256] reduce-scatter(%whole), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add", 3072),
+        ("(f32[1024], f32[256]) reduce-scatter-start(%whole), replica_groups={{0,1,2,3},{4,5,6,7}}", 3072),
+        ("f32[1024] all-gather(%part), replica_groups=[2,4]<=[8], dimensions={0}", 3072),
+        ("(f32[256], f32[1024]) all-gather-start(%part), replica_groups=[2,4]<=[8], dimensions={0}", 3072),
+        ("f32[1024] all-reduce(%whole), replica_groups=[2,4]<=[8], to_apply=%add", 2 * 3072),
+        ("(f32[1024], f32[256]) all-reduce(%whole, %part), replica_groups=[4,2]<=[8]", 2 * (4096 + 1024) / 2),
+        ("f32[1024] all-to-all(%whole), replica_groups=[4,2]<=[8], dimensions={0}", 2048),
+        ("f32[1024] collective-permute(%whole), source_target_pairs={{0,1},{1,0}}", 4096),
+        ("bf16[1024] collective-permute(%whole), source_target_pairs={{0,1},{1,0}}", 2048),
+    ],
+)
+def test_bytes_that_a_collective_sends(instruction, sent):
+    call = instruction.partition(") " if instruction[0] == "(" else " ")[2]
+    text = f"""
+ENTRY %main (whole: f32[1024], part: f32[256]) -> f32[256] {{
+  %whole = f32[1024]{{0}} parameter(0)
+  %part = f32[256]{{0}} parameter(1)
+  ROOT %out = {instruction}
+}}
+"""
+    kind = call.partition("(")[0].removesuffix("-start")
+    assert cost(text).collective_bytes == {kind: sent}
+
+
+@pytest.mark.parametrize(
     "window", ["size=12 stride=11 lhs_dilate=12", "size=12 pad=11_11 rhs_reversal=1"], ids=["dilated", "padded"]
 )
 def test_a_product_with_batch_axes_that_comes_as_a_convolution(window):

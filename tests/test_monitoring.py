@@ -10,10 +10,11 @@ import pytest
 
 from dollar_jax import objectives
 from dollar_jax.config import VisibilityConfig
-from dollar_jax.flops import count_flops
-from dollar_jax.monitoring import Profile, SampleLogger, make_throughput, readable
+from dollar_jax.flops import Throughput, count_flops
+from dollar_jax.monitoring import Log, Profile, SampleLogger, make_throughput, readable
 from dollar_jax.objectives import Networks
 from dollar_jax.program import build_program
+from dollar_jax.run import read_history
 from dollar_jax.schedule import Schedule
 from dollar_jax.video import read_video
 
@@ -170,3 +171,35 @@ def test_a_profile_is_of_the_steps_asked_for(tmp_path, monkeypatch):
         cut.after(step, ())
     cut.close()
     assert calls == [str(tmp_path / "profile"), "stop"]
+
+
+# The log
+
+
+def log_steps(config, workdir, first, last, checkpoints):
+    """What a run leaves that begins after step `first` and is gone after `last`: a loss of 10 times the step."""
+    workdir.mkdir(exist_ok=True)
+    with Log(workdir, first, config, Throughput(8, None, None)) as log:
+        for step in range(first + 1, last + 1):
+            if step == 4:
+                log.show(step, np.zeros((2, 8, 8, 3), np.uint8), ["it is grey"])
+            metrics = {"student_loss": np.float32(10 * step), "data_mean": np.float32(step)}
+            metrics |= {"data_std": np.float32(2), "latent_mean": np.float32(0), "latent_std": np.float32(1)}
+            log.step(step, metrics, {"reward_generated": 0.5 * step}, step in checkpoints)
+    for path in (workdir / "events").glob("*tfevents.1*"):  # two logs within a second would be one file
+        path.rename(path.with_name(f"events.out.tfevents.{len(list(path.parent.iterdir())):010d}"))
+
+
+@pytest.mark.parametrize("saved", [0, 4])
+def test_a_resumed_log_doubles_nothing_and_loses_nothing(make_config, check_events, tmp_path, saved):
+    config = make_config({"log_every": 3})
+    log_steps(config, tmp_path / "cut", 0, 7, checkpoints=[saved])
+    log_steps(config, tmp_path / "cut", saved, 8, checkpoints=[8])
+    log_steps(config, tmp_path / "whole", 0, 8, checkpoints=[saved, 8])
+    assert check_events(tmp_path / "cut") == check_events(tmp_path / "whole") == [4]
+    for run in ("cut", "whole"):
+        lines = read_history(tmp_path / run)
+        assert [line["step"] for line in lines] == sorted({3, 6, 8, saved} - {0})
+        for line in lines:
+            assert line["student_loss"] == 10 * line["step"] and line["reward_generated"] == 0.5 * line["step"]
+            assert line["latent_mean_drift"] == -line["step"] and line["latent_std_ratio"] == 0.5
