@@ -410,8 +410,11 @@ def _prepare() -> None:
     import jax
 
     from dollar_jax.data import shapes
-    from dollar_jax.data.prepare import Loader, PrepareSettings, load_generator, prepare
     from dollar_jax.generate import SHIPPED_TEACHERS
+    from dollar_jax.prepare.clips import Loader
+    from dollar_jax.prepare.job import prepare
+    from dollar_jax.prepare.settings import PrepareSettings
+    from dollar_jax.prepare.shards import load_generator
 
     _prepare_jax()
     sizes = {"frames": shapes.FRAMES, "height": shapes.SIZE, "width": shapes.SIZE, "max_text_length": 12}
@@ -449,7 +452,7 @@ def _prepare() -> None:
         raise ValueError(f"--process_index={index} must be below --process_count={count}")
     out, hand_out = Path(FLAGS.out), None
     if FLAGS.beam is not None:
-        from dollar_jax.data.beam import hand_out_with_beam
+        from dollar_jax.prepare.beam import hand_out_with_beam
 
         if count > 1:
             raise ValueError("with --beam the work is shared by its runner: start dollar prepare on one host only")
@@ -609,7 +612,7 @@ def _import(*names: str) -> None:
 
 
 def _export(*names: str) -> None:
-    from dollar_jax.weights.exporter import export_run
+    from dollar_jax.export import export_run
 
     if len(names) != 1:
         raise ValueError("give the new folder: dollar export --workdir=RUN FOLDER")

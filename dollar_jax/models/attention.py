@@ -15,8 +15,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from dollar_jax.models import placement
-from dollar_jax.models.placement import BLOCK, CONTEXT, TENSOR
+from dollar_jax.models import activation_sharding
+from dollar_jax.models.activation_sharding import BLOCK, CONTEXT, TENSOR
 
 Implementation = Literal["auto", "splash", "cudnn", "xla"]
 Kernel = Literal["splash", "cudnn", "xla"]
@@ -43,7 +43,7 @@ def attention(
     all of them. "auto" is Pallas' splash attention on TPU, cuDNN's flash attention on GPU in 16 bits, and
     XLA elsewhere and wherever there is a mask or bias.
 
-    On a mesh with a `context` axis (see `models.placement`) queries are shared over it. So are keys in
+    On a mesh with a `context` axis (see `models.activation_sharding`) queries are shared over it. So are keys in
     self-attention, whose `context` says how they meet: "gather" collects all keys on every device,
     "ulysses" trades tokens for heads. With None the keys are whole everywhere, as those of a text are, and
     queries or heads that do not divide over the mesh are too.
@@ -60,25 +60,25 @@ def attention(
         )
         return checkpoint_name(out, NAME)
     local = functools.partial(_local, kind=kind, scale=scale, length=length)
-    if placement.mesh() is None:
+    if activation_sharding.mesh() is None:
         return local(q, k, v)
     if context is not None:
         _check(q, k, context)
-    if kind == "xla" and (context is None or placement.axis_size(CONTEXT) == 1):
+    if kind == "xla" and (context is None or activation_sharding.axis_size(CONTEXT) == 1):
         # XLA shares its own operations out as well as we could.
-        q = placement.constrain(q, None if context else CONTEXT, TENSOR)
-        return local(q, *(placement.constrain(x, None, TENSOR) for x in (k, v)))
+        q = activation_sharding.constrain(q, None if context else CONTEXT, TENSOR)
+        return local(q, *(activation_sharding.constrain(x, None, TENSOR) for x in (k, v)))
 
-    over = placement.rows(q.shape[0])
-    heads = TENSOR if q.shape[2] % placement.axis_size(TENSOR) == 0 else None
-    tokens = P(over, CONTEXT if q.shape[1] % placement.axis_size(CONTEXT) == 0 else None, heads)
+    over = activation_sharding.rows(q.shape[0])
+    heads = TENSOR if q.shape[2] % activation_sharding.axis_size(TENSOR) == 0 else None
+    tokens = P(over, CONTEXT if q.shape[1] % activation_sharding.axis_size(CONTEXT) == 0 else None, heads)
     keys = P(over, CONTEXT if context else None, heads)
     inner = {None: local, "gather": _gathered(local), "ulysses": _ulysses(local)}[context]
     return jax.shard_map(inner, in_specs=(tokens, keys, keys), out_specs=tokens, check_vma=False)(q, k, v)
 
 
 def _choose(q: Array, masked: bool) -> Kernel:
-    platform = placement.platform()
+    platform = activation_sharding.platform()
     if masked:
         return "xla"
     if platform == "tpu":
@@ -87,10 +87,10 @@ def _choose(q: Array, masked: bool) -> Kernel:
 
 
 def _check(q: Array, k: Array, context: ContextParallel) -> None:
-    heads, parts = q.shape[2], placement.axis_size(TENSOR)
+    heads, parts = q.shape[2], activation_sharding.axis_size(TENSOR)
     if heads % parts:
         raise ValueError(f"{heads} heads do not divide over the mesh's tensor axis of {parts}")
-    share = placement.axis_size(CONTEXT)
+    share = activation_sharding.axis_size(CONTEXT)
     if context == "ulysses" and heads // parts % share:
         raise ValueError(
             f"{heads // parts} heads per device do not divide over the mesh's context axis of {share}, "
@@ -157,7 +157,7 @@ def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=NAME,
-        interpret=placement.platform() != "tpu",
+        interpret=activation_sharding.platform() != "tpu",
     )
     segments = None
     if length < keys:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dollar_jax.models import placement
+from dollar_jax.models import activation_sharding
 from dollar_jax.models.attention import ContextParallel, Implementation, attention
 from dollar_jax.models.embeddings import (
     Rotary,
@@ -190,7 +190,7 @@ class CogVideoXTransformer(nnx.Module):
         c = self.config
         grid, patch = self._grid(x.shape[1:]), (1, c.patch_size, c.patch_size)
         # Whole rows, as in Wan.
-        time = placement.constrain(self.time_embedding(timestep_embedding(t, c.dim)), None)
+        time = activation_sharding.constrain(self.time_embedding(timestep_embedding(t, c.dim)), None)
         video = self.patch_embedding(patchify(x, patch))
         length = text.shape[1]
         rotary = None
@@ -203,9 +203,8 @@ class CogVideoXTransformer(nnx.Module):
 
         y = jnp.concatenate([self.text_proj(text), video], axis=1)
         tokens = y.shape[1]
-        y = placement.pad_tokens(y, axis=1)
-        if rotary is not None:
-            rotary = placement.pad_tokens(rotary[0], axis=0), placement.pad_tokens(rotary[1], axis=0)
+        y = activation_sharding.pad_tokens(y, axis=1)
+        rotary = jax.tree.map(lambda table: activation_sharding.pad_tokens(table, axis=0), rotary)
         is_text = jnp.arange(y.shape[1])[:, None] < length
         y = run_blocks(
             self.blocks, y, time, is_text, rotary, tokens, length=c.num_layers, remat=c.remat, scan=c.scan_layers

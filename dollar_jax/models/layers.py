@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dollar_jax.models import placement
+from dollar_jax.models import activation_sharding
 from dollar_jax.models.attention import ContextParallel, Implementation
 
 Remat = Literal["none", "full", "dots", "attention"]
@@ -158,7 +158,7 @@ def run_blocks(
 
     def place(x: Array) -> Array:
         # What a scan carries has one placement throughout; left to itself XLA may choose a worse one.
-        return placement.constrain(x, placement.CONTEXT, None)
+        return activation_sharding.constrain(x, activation_sharding.CONTEXT, None)
 
     x = place(x)
 

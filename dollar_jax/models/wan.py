@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dollar_jax.models import placement
+from dollar_jax.models import activation_sharding
 from dollar_jax.models.attention import ContextParallel, Implementation, attention
 from dollar_jax.models.embeddings import Rotary, patchify, rotary_tables, rotate, timestep_embedding, unpatchify
 from dollar_jax.models.layers import (
@@ -94,7 +94,7 @@ class ConditionEmbedder(nnx.Module):
         """The embedded time, the six modulations every block starts from, and the text."""
         time = self.time_embedder(timestep_embedding(t, self.freq_dim))
         # Whole rows: to share their channels, XLA would trade the whole of the next kernel for another part.
-        time = placement.constrain(time, None)
+        time = activation_sharding.constrain(time, None)
         modulation = self.time_proj(jax.nn.silu(time))
         return time, modulation.reshape(t.shape[0], 6, -1), self.text_embedder(text)
 
@@ -202,16 +202,16 @@ class WanTransformer(nnx.Module):
 
         y = patchify(x, c.patch_size)
         tokens = y.shape[1]
-        y = placement.pad_tokens(y, axis=1)
-        rotary = placement.pad_tokens(rotary[0], axis=0), placement.pad_tokens(rotary[1], axis=0)
-        text = placement.constrain(text, None, None)
-        y = self.patch_embedding(placement.constrain(y, placement.CONTEXT, None))
+        y = activation_sharding.pad_tokens(y, axis=1)
+        rotary = jax.tree.map(lambda table: activation_sharding.pad_tokens(table, axis=0), rotary)
+        text = activation_sharding.constrain(text, None, None)
+        y = self.patch_embedding(activation_sharding.constrain(y, activation_sharding.CONTEXT, None))
         y = run_blocks(
             self.blocks, y, text, modulation, rotary, tokens, length=c.num_layers, remat=c.remat, scan=c.scan_layers
         )
         shift, scale = jnp.split(self.scale_shift_table[...] + time[:, None], 2, axis=1)
         y = self.proj_out(layer_norm(y, c.eps) * (1 + scale) + shift)
-        y = placement.constrain(y, placement.CONTEXT, None)
+        y = activation_sharding.constrain(y, activation_sharding.CONTEXT, None)
         return unpatchify(y[:, :tokens], grid, c.patch_size)
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:

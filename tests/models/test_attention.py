@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dollar_jax.models import activation_sharding
 from dollar_jax.models import attention as module
-from dollar_jax.models import placement
 from dollar_jax.models.attention import attention
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.sharding import with_mesh
@@ -125,8 +125,8 @@ def test_a_sequence_that_does_not_divide_is_padded():
 
 def test_padding_is_little_and_in_whole_blocks(monkeypatch):
     for parts, tokens, padded in ((1, 32_760, 32_760), (8, 32_760, 32_768), (16, 32_760, 32_768), (8, 12, 16)):
-        monkeypatch.setattr(placement, "axis_size", lambda axis, parts=parts: parts)
-        assert placement.padded_length(tokens) == padded
+        monkeypatch.setattr(activation_sharding, "axis_size", lambda axis, parts=parts: parts)
+        assert activation_sharding.padded_length(tokens) == padded
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_padding_is_little_and_in_whole_blocks(monkeypatch):
     ],
 )
 def test_the_platform_chooses_the_kernel(monkeypatch, platform, dtype, masked, kind):
-    monkeypatch.setattr(placement, "platform", lambda: platform)
+    monkeypatch.setattr(activation_sharding, "platform", lambda: platform)
     assert module._choose(jnp.zeros((1, 2, 1, 8), dtype), masked) == kind
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from dollar_jax.data.videos import SUFFIXES, Unusable
+from dollar_jax.prepare.videos import SUFFIXES, Unusable
 
 Item = dict[str, Any]
 MANIFESTS = tuple(f"{stem}.{kind}" for stem in ("metadata", "captions", "manifest") for kind in ("csv", "jsonl"))

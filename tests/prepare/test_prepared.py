@@ -16,8 +16,8 @@ from dollar_jax import train as loop
 from dollar_jax.data import prepared
 from dollar_jax.data.clip import clip_size
 from dollar_jax.data.latents import load_data
-from dollar_jax.data.prepare import prepare
 from dollar_jax.data.prepared import PreparedVideos
+from dollar_jax.prepare.job import prepare
 from dollar_jax.run import read_history
 from dollar_jax.state import to_items
 

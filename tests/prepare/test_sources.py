@@ -8,8 +8,8 @@ import tracemalloc
 import pytest
 
 from dollar_jax.data.moving_shapes import MovingShapes
-from dollar_jax.data.sources import Dataset, list_manifest, list_source, open_video, read_caption
-from dollar_jax.data.videos import Unusable
+from dollar_jax.prepare.sources import Dataset, list_manifest, list_source, open_video, read_caption
+from dollar_jax.prepare.videos import Unusable
 
 
 def outcome(item):

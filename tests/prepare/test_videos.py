@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dollar_jax.data.videos import ClipSettings, Unusable, array_frames, clips_of, read_clips, resample
+from dollar_jax.prepare.videos import ClipSettings, Unusable, array_frames, clips_of, read_clips, resample
 from dollar_jax.video import encode_mp4
 
 RED, GREEN, BLUE, GREY = (220, 30, 30), (30, 200, 40), (40, 60, 210), (128, 128, 128)

@@ -18,9 +18,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dollar_jax import cli
-from dollar_jax.data import prepare as job
-from dollar_jax.data.prepare import prepare
-from dollar_jax.data.videos import ClipSettings, read_clips
+from dollar_jax.prepare import job, shards
+from dollar_jax.prepare.job import prepare
+from dollar_jax.prepare.videos import ClipSettings, read_clips
 
 COUNT = 18
 BAD = {
@@ -104,7 +104,7 @@ def test_the_preview_is_a_picture(whole):
 
 def test_the_same_settings_again_only_say_what_is_there(whole, settings, generator, monkeypatch):
     before = contents(whole[0])
-    monkeypatch.setattr(job, "_Unit", None)
+    monkeypatch.setattr(job, "Unit", None)
     assert prepare(settings, generator, whole[0]) == whole[1]
     assert contents(whole[0]) == before
 
@@ -159,7 +159,7 @@ def test_five_kills_and_the_same_bytes(videos, teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dollar_jax.data.prepare"])  # imports once for all of them
+    context.set_forkserver_preload(["dollar_jax.prepare.job"])  # imports once for all of them
     rng = random.Random(0)
 
     def start(out):
@@ -200,9 +200,9 @@ def test_three_hosts_share_the_work(whole, settings, generator, tmp_path):
 def test_beam_makes_the_same_bytes(whole, settings, generator, tmp_path, monkeypatch):
     """On its direct runner, which sends the pipeline through its portable form; and goes on after a kill."""
     pytest.importorskip("apache_beam", reason="needs pip install -e '.[beam]'")
-    from dollar_jax.data.beam import hand_out_with_beam
+    from dollar_jax.prepare.beam import hand_out_with_beam
 
-    monkeypatch.setattr(job, "load_generator", lambda _: generator)
+    monkeypatch.setattr(shards, "load_generator", lambda _: generator)
     out, encoded = tmp_path / "out", []
     encode = job.encode_units
     monkeypatch.setattr(job, "encode_units", lambda units, *rest: (encoded.extend(units), encode(units, *rest)))
@@ -225,10 +225,10 @@ def test_beam_makes_the_same_bytes(whole, settings, generator, tmp_path, monkeyp
 
 def test_bad_beam_without_beam_or_on_several_hosts(videos, teacher, tmp_path, monkeypatch, capsys):
     run = command(videos, teacher, tmp_path / "out", "--beam=")
-    monkeypatch.setitem(sys.modules, "dollar_jax.data.beam", SimpleNamespace(hand_out_with_beam=None))
+    monkeypatch.setitem(sys.modules, "dollar_jax.prepare.beam", SimpleNamespace(hand_out_with_beam=None))
     assert cli.main([*run, "--process_index=0", "--process_count=2"]) == 2
     assert "start dollar prepare on one host only" in capsys.readouterr().err
-    monkeypatch.delitem(sys.modules, "dollar_jax.data.beam", raising=False)
+    monkeypatch.delitem(sys.modules, "dollar_jax.prepare.beam", raising=False)
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     assert cli.main(run) == 2
     assert "pip install -e '.[beam]'" in capsys.readouterr().err

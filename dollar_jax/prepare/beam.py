@@ -1,7 +1,7 @@
 """`dollar prepare --beam`: the units of a job as the elements of an Apache Beam pipeline, on any of its runners.
 
-A worker writes whole units to the folder that all of them share, so that a unit which is killed, retried or done
-twice ends with the same bytes as without Beam.
+Workers write whole units into a folder that all of them share. A unit that is interrupted and retried, or made
+twice, ends with the same bytes as without Beam.
 """
 
 from __future__ import annotations
@@ -16,29 +16,26 @@ try:
 except ImportError as error:
     raise ValueError("--beam needs Apache Beam: pip install -e '.[beam]'") from error
 
-from dollar_jax.data import prepare
+from dollar_jax.prepare import job, shards
+from dollar_jax.prepare.settings import PrepareSettings
 
 
 class EncodeUnits(beam.DoFn):
-    """Units in; the same out, when they are whole. The teacher is loaded once in each process."""
+    """Makes each unit it is given and passes its number on. The teacher is loaded once in each process."""
 
-    def __init__(self, settings: prepare.PrepareSettings, out: Path):
+    def __init__(self, settings: PrepareSettings, out: Path):
         self.settings, self.out, self.shared = settings, out, Shared()
 
     def setup(self) -> None:
-        self.encoder = self.shared.acquire(
-            lambda: prepare.Encoder(self.settings, prepare.load_generator(self.settings))
-        )
+        self.encoder = self.shared.acquire(lambda: shards.Encoder(self.settings, shards.load_generator(self.settings)))
 
     def process(self, unit: int) -> Iterator[int]:
-        prepare.encode_units([unit], self.encoder, self.out)
+        job.encode_units([unit], self.encoder, self.out)
         yield unit
 
 
-def hand_out_with_beam(
-    settings: prepare.PrepareSettings, out: Path, options: Sequence[str], units: Sequence[int]
-) -> None:
-    """Has a pipeline with these command-line `options` make the units; see `prepare.prepare`."""
+def hand_out_with_beam(settings: PrepareSettings, out: Path, options: Sequence[str], units: Sequence[int]) -> None:
+    """Has a pipeline with these command-line `options` make the units; see `job.prepare`."""
     encode = EncodeUnits(settings, out.absolute())
     with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
         _ = pipeline | beam.Create(units) | beam.Reshuffle() | beam.ParDo(encode)

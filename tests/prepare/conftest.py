@@ -6,12 +6,13 @@ import pytest
 
 from dollar_jax.config import SamplingConfig
 from dollar_jax.data import shapes
-from dollar_jax.data.prepare import PrepareSettings, prepare
 from dollar_jax.data.vocabulary import build_tokenizer
 from dollar_jax.generate import Generator
 from dollar_jax.models.umt5 import UMT5Config
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig
+from dollar_jax.prepare.job import prepare
+from dollar_jax.prepare.settings import PrepareSettings
 from dollar_jax.schedule import Schedule
 from dollar_jax.video import encode_mp4
 from dollar_jax.weights.pipeline import (

@@ -1,0 +1,68 @@
+"""An item of the source's list as clips to encode."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dollar_jax.prepare import sources
+from dollar_jax.prepare.settings import PrepareSettings
+from dollar_jax.prepare.sources import TFDS, Item
+from dollar_jax.prepare.videos import Unusable, array_frames, clips_of, read_clips
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """The `number`-th clip of the `index`-th video of the list; `frames`, uint8 [t, h, w, 3], is None for a prompt."""
+
+    index: int
+    number: int
+    name: str
+    caption: str
+    frames: np.ndarray | None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        return None if self.frames is None else (self.frames.shape[1], self.frames.shape[2])
+
+
+class Loader:
+    """Reads items of the settings' source: loader(index, item) gives an item's clips."""
+
+    def __init__(self, settings: PrepareSettings):
+        self.settings = settings
+        self.dataset = None
+        if settings.source is not None and settings.source.startswith(TFDS):
+            self.dataset = sources.Dataset(settings.source.removeprefix(TFDS), settings.split)
+
+    def items(self) -> Iterator[Item]:
+        """The source's items in their order; raises OSError or ValueError for a source that cannot be read."""
+        if self.dataset is not None:
+            return self.dataset.items()
+        if self.settings.source is not None:
+            return sources.list_source(self.settings.source)
+        assert self.settings.prompts is not None
+        return sources.list_manifest(Path(self.settings.prompts), prompts=True)
+
+    def __call__(self, index: int, item: Item) -> list[Clip] | str:
+        """The clips of the `index`-th item, or the reason why it has none."""
+        settings = self.settings.clip_settings
+        rng = np.random.default_rng([self.settings.seed, index])
+        try:
+            if self.dataset is not None:
+                video, caption = self.dataset.read(item["video"]["record"])
+                clips = clips_of(array_frames(video), settings, rng)
+            else:
+                caption = sources.read_caption(item)
+                if self.settings.prompts is not None:
+                    return [Clip(index, 0, item["name"], caption, None)]
+                clips = read_clips(sources.open_video(item), settings, rng)
+        except Unusable as reason:
+            return str(reason)
+        except Exception as error:  # whatever is wrong with one video, the job goes on
+            return f"cannot be read: {type(error).__name__}: {error}"
+        names = [item["name"]] if settings.clips == 1 else [f"{item['name']}#{i}" for i in range(len(clips))]
+        return [Clip(index, i, names[i], caption, frames) for i, frames in enumerate(clips)]

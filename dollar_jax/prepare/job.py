@@ -1,0 +1,241 @@
+"""`dollar prepare`: videos and captions, or prompts alone, as a TFDS data set of latents and text states.
+
+The list of videos is cut into units of `shard_size` videos. A unit becomes one ArrayRecord shard for each aspect
+bucket that occurs in it. Until all units are finished, their files lie in OUT/parts:
+
+    parts/index.jsonl                 the list, written once, so that a resumed job goes through the same list
+    parts/00012-480x832.shard         a shard of unit 12
+    parts/00012.jpg                   a preview of the first clips of unit 12
+    parts/00012.json                  the report of unit 12, written when its shards are whole: counts, rejected videos
+
+In the end the shards are moved to OUT under the names of a TFDS data set, and parts/ is deleted. A unit depends on
+the list and the settings alone, so that a job which was killed and resumed ends with the same bytes as one which
+was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from dollar_jax.data.prepared import NAME, SPLIT, fingerprint
+from dollar_jax.generate import Generator
+from dollar_jax.prepare.clips import Loader
+from dollar_jax.prepare.settings import PARTS, PrepareSettings, bucket_name, draft, remember_settings, replace_file
+from dollar_jax.prepare.shards import PREVIEW, Encoder, Unit, report_path
+from dollar_jax.prepare.sources import Item
+
+REJECTED = "rejected.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a job has made; `waiting` is the number of units that other hosts have yet to finish."""
+
+    clips: int
+    videos: int
+    rejected: int
+    waiting: int
+
+
+def prepare(
+    settings: PrepareSettings,
+    generator: Generator,
+    out: Path,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 4,
+    hand_out: Callable[[list[int]], None] | None = None,
+) -> Summary:
+    """Makes the data set in `out`, or resumes an unfinished job there; a finished one is left as it is.
+
+    Several hosts may write to the same `out`: each of `process_count` takes every `process_count`-th unit, and
+    host 0 then waits for the others and finishes the data set. `hand_out`, if given, is called with the unfinished
+    units and returns when other workers have made them by `encode_units`.
+
+    Raises ValueError before any work for impossible settings or an unusable source, or when `out` holds something
+    else; and in the end when not one video could be used.
+    """
+    loader = Loader(settings)
+    first = next(loader.items(), None)
+    if first is None:
+        raise ValueError(f"there is nothing to prepare in {settings.source or settings.prompts}")
+    encoder = Encoder(settings, generator)
+    remember_settings(settings, out)
+    parts = out / PARTS
+    if not parts.exists():
+        return _finished(out)
+    total = _write_index(parts / "index.jsonl", loader.items())
+    units = -(-total // settings.shard_size)
+    mine = range(process_index, units, process_count)
+    todo = [unit for unit in mine if not report_path(parts, unit).exists()]
+    sizes = [min(settings.shard_size, total - unit * settings.shard_size) for unit in range(units)]
+    expected = sum(sizes[unit] for unit in mine)
+    done = expected - sum(sizes[unit] for unit in todo)
+    with tqdm(total=expected, initial=done, desc="preparing", unit="video", smoothing=0.05) as bar:
+        if hand_out is None:
+            encode_units(todo, encoder, out, workers, bar)
+        elif todo:
+            with ThreadPoolExecutor(1) as pool:
+                handed, missing = pool.submit(hand_out, todo), todo
+                while not handed.done():
+                    wait([handed], timeout=1)
+                    missing = [unit for unit in missing if not report_path(parts, unit).exists()]
+                    bar.update(expected - sum(sizes[unit] for unit in missing) - bar.n)
+                handed.result()
+    if process_index:
+        try:
+            waiting = sum(not report_path(parts, unit).exists() for unit in range(units))
+            summary = dataclasses.replace(_tally(parts, units), waiting=waiting)
+        except FileNotFoundError:  # host 0 finishes as soon as it sees the last unit
+            return _finished(out)
+        return summary if parts.exists() else _finished(out)
+    _wait(parts, units)
+    return _finish(settings, encoder, out, units)
+
+
+def encode_units(units: Collection[int], encoder: Encoder, out: Path, workers: int = 1, bar: Any = None) -> None:
+    """Writes the shards and reports of these units into `out`; videos are decoded by `workers` threads."""
+    size, rejected = encoder.settings.shard_size, 0
+    items = _read_index(out / PARTS / "index.jsonl", set(units), size)
+    loaded = _load_ahead(Loader(encoder.settings), items, workers)
+    for unit, members in itertools.groupby(loaded, lambda loaded: loaded[0] // size):
+        job = Unit(out, unit, encoder)
+        for index, item, clips in members:
+            job.add(index, item, clips)
+            rejected += isinstance(clips, str)
+            if bar is not None:
+                bar.update()
+                bar.set_postfix({"rejected": rejected} if rejected else None, refresh=False)
+        job.close()
+
+
+def _load_ahead(
+    load: Callable[[int, Item], Any], items: Iterable[tuple[int, Item]], workers: int
+) -> Iterator[tuple[int, Item, Any]]:
+    """(index, item, load(index, item)) in order, with the next 2 · `workers` items being loaded in threads."""
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[tuple[int, Item, Future[Any]]] = deque()
+        for index, item in items:
+            ahead.append((index, item, pool.submit(load, index, item)))
+            if len(ahead) > 2 * workers:
+                index, item, future = ahead.popleft()
+                yield index, item, future.result()
+        for index, item, future in ahead:
+            yield index, item, future.result()
+
+
+def _reports(parts: Path, units: int) -> Iterator[dict[str, Any]]:
+    for unit in range(units):
+        if report_path(parts, unit).exists():
+            yield json.loads(report_path(parts, unit).read_text())
+
+
+def _tally(parts: Path, units: int) -> Summary:
+    clips = videos = rejected = 0
+    for report in _reports(parts, units):
+        clips += sum(shard["clips"] for shard in report["shards"])
+        videos += report["videos"]
+        rejected += len(report["rejected"])
+    return Summary(clips, videos, rejected, 0)
+
+
+def _wait(parts: Path, units: int) -> None:
+    """Returns when the other hosts have finished their units."""
+    missing = [unit for unit in range(units) if not report_path(parts, unit).exists()]
+    if not missing:
+        return
+    with tqdm(total=len(missing), desc="waiting for the other hosts", unit="shard") as bar:
+        while missing:
+            time.sleep(1)
+            missing = [unit for unit in missing if not report_path(parts, unit).exists()]
+            bar.update(bar.total - len(missing) - bar.n)
+
+
+def _finish(settings: PrepareSettings, encoder: Encoder, out: Path, units: int) -> Summary:
+    """Moves the shards to their final names and writes the TFDS metadata; may be killed and run again at any point."""
+    parts = out / PARTS
+    summary = _tally(parts, units)
+    shards: list[tuple[int, dict[str, Any]]] = []
+    with draft(out / REJECTED) as rejected:
+        for unit, report in enumerate(_reports(parts, units)):
+            shards += [(unit, shard) for shard in report["shards"]]
+            rejected.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in report["rejected"])
+    if not shards:
+        raise ValueError(
+            f"none of the {summary.videos} videos could be used: {out / REJECTED} says why. "
+            f"Mend them and start again with another --out, or remove {out}"
+        )
+    for number, (unit, shard) in enumerate(shards):
+        part = parts / f"{unit:05d}-{shard['bucket']}.shard"
+        name = f"{NAME}-{SPLIT}.array_record-{number:05d}-of-{len(shards):05d}"
+        if part.exists() or not (out / name).exists():
+            part.replace(out / name)
+    for sheet in sorted(parts.glob("[0-9]*.jpg"))[:1]:
+        replace_file(out / PREVIEW, sheet.read_bytes())
+    tfds.folder_dataset.write_metadata(
+        data_dir=out,
+        features=encoder.features,
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=SPLIT,
+                shard_lengths=[shard["clips"] for _, shard in shards],
+                num_bytes=sum(shard["bytes"] for _, shard in shards),
+            )
+        ],
+        filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        check_data=False,
+        description="Latents and text states of captioned videos, made by dollar prepare.",
+        metadata=tfds.core.MetadataDict(
+            settings=dataclasses.asdict(settings),
+            shards=[shard["bucket"] for _, shard in shards],
+            latent_shapes={
+                bucket_name(size): encoder.generator.pipeline.vae.config.latent_shape(settings.frames, *size)
+                for size in settings.buckets
+            },
+            fingerprint=fingerprint(encoder.generator),
+            videos=summary.videos,
+            rejected=summary.rejected,
+        ),
+    )
+    # Renamed first: a parts/ that is half deleted would look like an unfinished job.
+    gone = out / f".{PARTS}"
+    parts.rename(gone)
+    shutil.rmtree(gone)
+    return summary
+
+
+def _finished(out: Path) -> Summary:
+    shutil.rmtree(out / f".{PARTS}", ignore_errors=True)
+    info = tfds.builder_from_directory(out).info
+    about: Any = info.metadata
+    return Summary(info.splits[SPLIT].num_examples, about["videos"], about["rejected"], 0)
+
+
+def _write_index(path: Path, items: Iterator[Item]) -> int:
+    """Writes the list unless it was written before; returns its length."""
+    if not path.exists():
+        with draft(path) as file:
+            for item in tqdm(items, "listing", unit="video", mininterval=1):
+                file.write(json.dumps(item) + "\n")
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _read_index(path: Path, units: set[int], size: int) -> Iterator[tuple[int, Item]]:
+    """The items of these units of `size` items, each with its place in the list."""
+    with path.open() as file:
+        for index, line in enumerate(file):
+            if index // size in units:
+                yield index, json.loads(line)

@@ -1,0 +1,112 @@
+"""What `dollar prepare` makes its data set of, and the names of the files it leaves while it works."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Literal
+
+from dollar_jax.data.clip import SETTINGS
+from dollar_jax.prepare.sources import TFDS
+from dollar_jax.prepare.videos import ClipSettings
+
+PARTS = "parts"  # the folder of unfinished work inside the data set's folder
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareSettings:
+    """Everything that decides the bytes of the data set; a resumed job must have the same settings.
+
+    Either `source` (see `sources.list_source`) or `prompts` (see `sources.list_manifest`) is None. `split` is that
+    of a TFDS source. `frames`, `buckets`, `fps`, `crop` and `clips` are those of `videos.ClipSettings`. With
+    `sample` a record holds one sample of the VAE's posterior, otherwise its mean and standard deviation.
+    """
+
+    source: str | None
+    split: str
+    prompts: str | None
+    teacher: str
+    frames: int
+    buckets: tuple[tuple[int, int], ...]
+    fps: float | None
+    crop: Literal["centre", "random"]
+    clips: int
+    sample: bool
+    dtype: Literal["float16", "float32"]
+    max_text_length: int
+    seed: int
+    shard_size: int
+    batch_size: int  # of the VAE, for each device
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.prompts is None):
+            raise ValueError("give either --source, for videos, or --prompts, for a data set without videos")
+        if self.source is not None and self.source.startswith(TFDS) and self.fps is not None:
+            raise ValueError("videos of a TFDS data set carry no times: leave out --fps")
+        if len(set(self.buckets)) != len(self.buckets) or not self.buckets:
+            raise ValueError(f"the buckets must be different sizes, not {self.buckets}")
+        if self.prompts is not None and len(self.buckets) > 1:
+            raise ValueError("prompts alone have no shape of their own: give one size, not several buckets")
+
+    @property
+    def clip_settings(self) -> ClipSettings:
+        return ClipSettings(self.frames, self.buckets, self.fps, self.crop, self.clips)
+
+
+def bucket_name(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def remember_settings(settings: PrepareSettings, out: Path) -> None:
+    """Writes the settings into `out`. If a job was begun there, compares them with its settings instead.
+
+    Raises ValueError when they differ, or when `out` holds something else.
+    """
+    path = out / SETTINGS
+    now = json.loads(json.dumps(dataclasses.asdict(settings)))
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name, value in now.items():
+            if before[name] != value:
+                raise ValueError(
+                    f"{out} was begun with {name} = {before[name]!r}, not {value!r}: choose another --out, or "
+                    "the same settings to go on"
+                )
+        return
+    if out.exists() and any(path.name != PARTS for path in out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no data set of ours: choose another --out")
+    (out / PARTS).mkdir(parents=True, exist_ok=True)
+    replace_file(path, (json.dumps(now, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def draft(path: Path) -> Iterator[IO[str]]:
+    """A text file that gets its name, replacing what had it, when the block ends without an error.
+
+    Until then it lies in parts/, so that a killed job leaves nothing of it in the data set's folder.
+    """
+    unfinished = _unfinished(path)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            yield file
+    except BaseException:
+        unfinished.unlink()
+        raise
+    unfinished.replace(path)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a whole file as `draft` does."""
+    unfinished = _unfinished(path)
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
+
+
+def _unfinished(path: Path) -> Path:
+    folder = path.parent if path.parent.name == PARTS else path.parent / PARTS
+    return folder / f".{path.name}.{platform.node()}.{os.getpid()}"

@@ -1,0 +1,209 @@
+"""Clips as the records of a data set: encoded by the teacher's networks, written to one shard for each size."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from PIL import Image, ImageDraw
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+from dollar_jax.config import SamplingConfig
+from dollar_jax.generate import Generator, load_teacher
+from dollar_jax.prepare.clips import Clip
+from dollar_jax.prepare.settings import PARTS, PrepareSettings, bucket_name, replace_file
+from dollar_jax.prepare.sources import Item
+
+PREVIEW = "preview.jpg"
+_SHOWN, _MOMENTS, _THUMBNAIL = 8, 6, 96  # of a preview: clips, frames of each, their height in pixels
+
+
+def load_generator(settings: PrepareSettings) -> Generator:
+    """The teacher that the settings name, of which only VAE and text encoder are used."""
+    clip = settings.frames, *settings.buckets[0]
+    sampling = SamplingConfig(50, 1.0, 0.0)  # nothing is sampled
+    return Generator(load_teacher(settings.teacher), settings.max_text_length, sampling, clip)
+
+
+def latents_features(settings: PrepareSettings, channels: int, text_dim: int, time: int, space: int) -> Any:
+    """The TFDS features of a record.
+
+    Latents have `time` frames and are [t, h, w, channels] with one latent pixel for `space` × `space` pixels. Text
+    states are [tokens, text_dim] without padding.
+    """
+    dtype = np.dtype(settings.dtype)
+    heights, widths = ({size[i] // space for size in settings.buckets} for i in range(2))
+    latent = tfds.features.Tensor(
+        shape=(time, *(next(iter(s)) if len(s) == 1 else None for s in (heights, widths)), channels),
+        dtype=dtype,
+        encoding="bytes",
+    )
+    features: dict[str, Any] = {
+        "name": tfds.features.Text(),
+        "caption": tfds.features.Text(),
+        "text": tfds.features.Tensor(shape=(None, text_dim), dtype=dtype, encoding="bytes"),
+    }
+    if settings.prompts is None:
+        features["latent"] = latent
+        if not settings.sample:
+            features["latent_std"] = latent
+    return tfds.features.FeaturesDict(features)
+
+
+class Encoder:
+    """Encodes clips by a teacher's VAE and text encoder, with the batch shared by all devices of this host."""
+
+    def __init__(self, settings: PrepareSettings, generator: Generator):
+        self.settings = settings
+        devices = jax.local_devices()
+        mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+        everywhere, self._rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+        self.batch = settings.batch_size * len(devices)
+        pipeline = generator.pipeline
+        placed = {
+            name: dataclasses.replace(part, params=jax.device_put(part.params, everywhere))
+            for name, part in (("vae", pipeline.vae), ("text_encoder", pipeline.text_encoder))
+        }
+        self.generator = dataclasses.replace(generator, pipeline=dataclasses.replace(pipeline, **placed))
+        vae, patch = pipeline.vae.config, pipeline.transformer.config.patch_size
+        for height, width in settings.buckets:
+            latent = vae.latent_shape(settings.frames, height, width)
+            if any(a % p for a, p in zip(latent, patch, strict=False)):
+                raise ValueError(
+                    f"a clip of {settings.frames}×{height}×{width} has latents of {latent[:3]}, which the "
+                    f"teacher's patches of {tuple(patch)} do not divide: choose another height and width"
+                )
+        self.latent = vae.latent_shape(settings.frames, *settings.buckets[0])
+        self.features = latents_features(
+            settings, self.latent[-1], generator.null_text.shape[-1], self.latent[0], vae.scale_factor_spatial
+        )
+        self._serializer = ExampleSerializer(self.features.get_serialized_info())
+
+    def records(self, clips: list[Clip]) -> Iterator[tuple[Clip, bytes | str]]:
+        """Each of at most `batch` clips of one size with its serialised record, or with the reason why it has none."""
+        spare = self.batch - len(clips)
+        texts = self.generator.text([clip.caption for clip in clips] + [""] * spare)
+        mean = std = None
+        if self.settings.prompts is None:
+            frames = np.stack([clip.frames for clip in clips])  # type: ignore[arg-type]
+            frames = np.concatenate([frames, np.zeros((spare, *frames.shape[1:]), np.uint8)])
+            mean, std = self.generator.encode_posterior(jax.device_put(frames, self._rows))
+        for i, clip in enumerate(clips):
+            arrays = {"text": texts[i, : 1 + max(np.flatnonzero(np.any(texts[i], -1)), default=0)]}
+            if mean is not None and std is not None:
+                if self.settings.sample:
+                    noise = np.random.default_rng([self.settings.seed, clip.index, clip.number])
+                    arrays["latent"] = mean[i] + std[i] * noise.standard_normal(std[i].shape, np.float32)
+                else:
+                    arrays |= {"latent": mean[i], "latent_std": std[i]}
+            with np.errstate(over="ignore"):
+                arrays = {name: x.astype(self.settings.dtype) for name, x in arrays.items()}
+            if not all(np.isfinite(x).all() for x in arrays.values()):
+                yield clip, f"its latents or text states are not finite in {self.settings.dtype}"
+                continue
+            example = {"name": clip.name, "caption": clip.caption, **arrays}
+            # The features are a protobuf map, whose order differs between processes unless it is asked for.
+            message: Any = self._serializer.get_tf_example(self.features.encode_example(example))
+            yield clip, message.SerializeToString(deterministic=True)
+
+
+class Unit:
+    """Writes the shards of one unit of the list.
+
+    The unit counts as finished once its report exists, which `close` writes last. What a killed job left of an
+    unfinished unit is deleted and made again.
+    """
+
+    def __init__(self, out: Path, unit: int, encoder: Encoder):
+        self.out, self.parts, self.unit, self.encoder = out, out / PARTS, unit, encoder
+        for left in self.parts.glob(f"{unit:05d}[-.]*"):
+            left.unlink()
+        self.waiting: dict[tuple[int, int] | None, list[Clip]] = {}
+        self.writers: dict[str, Any] = {}
+        self.shards: dict[str, dict[str, Any]] = {}
+        self.rejected: list[tuple[int, str, str]] = []
+        self.shown: list[Clip] = []
+        self.videos = 0
+
+    def add(self, index: int, item: Item, clips: list[Clip] | str) -> None:
+        self.videos += 1
+        if isinstance(clips, str):
+            self.rejected.append((index, item["name"], clips))
+            return
+        for clip in clips:
+            waiting = self.waiting.setdefault(clip.size, [])
+            waiting.append(clip)
+            if len(waiting) == self.encoder.batch:
+                self._encode(self.waiting.pop(clip.size))
+
+    def _encode(self, clips: list[Clip]) -> None:
+        bucket = bucket_name(clips[0].size or self.encoder.settings.buckets[0])
+        for clip, record in self.encoder.records(clips):
+            if isinstance(record, str):
+                self.rejected.append((clip.index, clip.name, record))
+                continue
+            if bucket not in self.writers:
+                # One record to a group: training reads them in random order.
+                self.writers[bucket] = ArrayRecordWriter(str(self._shard(bucket)), "group_size:1")
+                self.shards[bucket] = {"bucket": bucket, "clips": 0, "bytes": 0}
+            self.writers[bucket].write(record)
+            self.shards[bucket]["clips"] += 1
+            self.shards[bucket]["bytes"] += len(record)
+            if len(self.shown) < _SHOWN and clip.frames is not None:
+                self.shown.append(clip)
+
+    def close(self) -> None:
+        for clips in self.waiting.values():
+            self._encode(clips)
+        for writer in self.writers.values():
+            writer.close()
+        if self.shown:
+            sheet = contact_sheet(self.shown)
+            replace_file(self.parts / f"{self.unit:05d}.jpg", sheet)
+            if not (self.out / PREVIEW).exists():
+                replace_file(self.out / PREVIEW, sheet)
+        report = {
+            "videos": self.videos,
+            "shards": [self.shards[bucket] for bucket in sorted(self.shards)],
+            "rejected": [{"name": name, "reason": reason} for _, name, reason in sorted(self.rejected)],
+        }
+        replace_file(report_path(self.parts, self.unit), json.dumps(report).encode())
+
+    def _shard(self, bucket: str) -> Path:
+        return self.parts / f"{self.unit:05d}-{bucket}.shard"
+
+
+def report_path(parts: Path, unit: int) -> Path:
+    return parts / f"{unit:05d}.json"
+
+
+def contact_sheet(clips: list[Clip]) -> bytes:
+    """A JPEG with a row of frames and the caption for each clip."""
+    rows = []
+    for clip in clips:
+        assert clip.frames is not None
+        height, width = clip.frames.shape[1:3]
+        size = max(1, round(_THUMBNAIL * width / height)), _THUMBNAIL
+        moments = np.linspace(0, len(clip.frames) - 1, _MOMENTS).round().astype(int)
+        rows.append([Image.fromarray(clip.frames[i]).resize(size) for i in moments])
+    wide = max(_MOMENTS * (row[0].width + 4) for row in rows)
+    sheet = Image.new("RGB", (wide, len(rows) * (_THUMBNAIL + 20)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (clip, row) in enumerate(zip(clips, rows, strict=True)):
+        top = i * (_THUMBNAIL + 20)
+        for j, image in enumerate(row):
+            sheet.paste(image, (j * (image.width + 4), top))
+        draw.text((2, top + _THUMBNAIL + 3), f"{clip.name}: {clip.caption}"[: wide // 6], fill="black")
+    data = io.BytesIO()
+    sheet.save(data, "JPEG", quality=90)
+    return data.getvalue()
