@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.clip import clip_size
+from dollar_jax.files import new_folder
 from dollar_jax.generate import student_params, teacher_folder
 from dollar_jax.models import lora
 from dollar_jax.run import read_config, restore_trained
@@ -61,33 +62,30 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
     student = parts["transformer"]
     step, params = restore_trained(workdir, student.network, config.lora, ema)
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
-    partial.mkdir(parents=True)
-    if adapter:
-        tensors = adapter_tensors(params, config.lora.scale, student.table)
-        files.write_file(partial / ADAPTER_FILE, tensors, dtype)
-    else:
-        if config.lora.rank:
-            params = student_params(config.lora, load_component(teacher / "transformer", student).params, params)
-        for name, part in tqdm(parts.items(), "exporting"):
-            if name == "transformer":
-                component = Component(student.config, student.network, params)
-                save_component(partial, name, component, dtype, shard_size)
-            elif (teacher / name / IMPORTED).is_dir():
-                save_component(partial, name, load_component(teacher / name, part), "float32", shard_size)
-            else:
-                shutil.copytree(teacher / name, partial / name)
-        shutil.copytree(teacher / "tokenizer", partial / "tokenizer")
-        index = json.loads((teacher / "model_index.json").read_text())
-        write_json(partial / "model_index.json", index | {"scheduler": ["diffusers", SCHEDULERS[schedule.path]]})
-    write_json(partial / "scheduler" / "scheduler_config.json", scheduler(config, schedule))
-    path = workdir / "metrics.json"
-    metrics = json.loads(path.read_text()) if path.is_file() else {}
-    pipeline = family_of(student.config).pipeline
-    card = model_card(config, schedule, pipeline, step, ema, metrics, adapter)
-    (partial / "README.md").write_text(card)
-    partial.rename(folder)
+    with new_folder(folder) as draft:
+        if adapter:
+            tensors = adapter_tensors(params, config.lora.scale, student.table)
+            files.write_file(draft / ADAPTER_FILE, tensors, dtype)
+        else:
+            if config.lora.rank:
+                params = student_params(config.lora, load_component(teacher / "transformer", student).params, params)
+            for name, part in tqdm(parts.items(), "exporting"):
+                if name == "transformer":
+                    component = Component(student.config, student.network, params)
+                    save_component(draft, name, component, dtype, shard_size)
+                elif (teacher / name / IMPORTED).is_dir():
+                    save_component(draft, name, load_component(teacher / name, part), "float32", shard_size)
+                else:
+                    shutil.copytree(teacher / name, draft / name)
+            shutil.copytree(teacher / "tokenizer", draft / "tokenizer")
+            index = json.loads((teacher / "model_index.json").read_text())
+            write_json(draft / "model_index.json", index | {"scheduler": ["diffusers", SCHEDULERS[schedule.path]]})
+        write_json(draft / "scheduler" / "scheduler_config.json", scheduler(config, schedule))
+        path = workdir / "metrics.json"
+        metrics = json.loads(path.read_text()) if path.is_file() else {}
+        pipeline = family_of(student.config).pipeline
+        card = model_card(config, schedule, pipeline, step, ema, metrics, adapter)
+        (draft / "README.md").write_text(card)
 
 
 def adapter_tensors(adapters: Params, scale: float, table: Sequence[Row]) -> dict[str, np.ndarray]:

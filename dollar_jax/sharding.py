@@ -173,7 +173,7 @@ def make_global_rows(value: np.ndarray, rows: np.ndarray, where: NamedSharding, 
 
 
 def with_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function traced for a mesh, whose axes the models then name (`models.placement`)."""
+    """The function traced for a mesh, whose axes the models then name (`models.activation_sharding`)."""
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:

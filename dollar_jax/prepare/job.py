@@ -30,9 +30,10 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from dollar_jax.data.prepared import NAME, SPLIT, fingerprint
+from dollar_jax.files import new_file, write_file
 from dollar_jax.generate import Generator
 from dollar_jax.prepare.clips import Loader
-from dollar_jax.prepare.settings import PARTS, PrepareSettings, bucket_name, draft, remember_settings, replace_file
+from dollar_jax.prepare.settings import PARTS, PrepareSettings, bucket_name, remember_settings
 from dollar_jax.prepare.shards import PREVIEW, Encoder, Unit, report_path
 from dollar_jax.prepare.sources import Item
 
@@ -168,7 +169,7 @@ def _finish(settings: PrepareSettings, encoder: Encoder, out: Path, units: int) 
     parts = out / PARTS
     summary = _tally(parts, units)
     shards: list[tuple[int, dict[str, Any]]] = []
-    with draft(out / REJECTED) as rejected:
+    with new_file(out / REJECTED, drafts=parts) as draft, draft.open("w", encoding="utf-8") as rejected:
         for unit, report in enumerate(_reports(parts, units)):
             shards += [(unit, shard) for shard in report["shards"]]
             rejected.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in report["rejected"])
@@ -183,7 +184,7 @@ def _finish(settings: PrepareSettings, encoder: Encoder, out: Path, units: int) 
         if part.exists() or not (out / name).exists():
             part.replace(out / name)
     for sheet in sorted(parts.glob("[0-9]*.jpg"))[:1]:
-        replace_file(out / PREVIEW, sheet.read_bytes())
+        write_file(out / PREVIEW, sheet.read_bytes(), drafts=parts)
     tfds.folder_dataset.write_metadata(
         data_dir=out,
         features=encoder.features,
@@ -226,7 +227,7 @@ def _finished(out: Path) -> Summary:
 def _write_index(path: Path, items: Iterator[Item]) -> int:
     """Writes the list unless it was written before; returns its length."""
     if not path.exists():
-        with draft(path) as file:
+        with new_file(path) as draft, draft.open("w", encoding="utf-8") as file:
             for item in tqdm(items, "listing", unit="video", mininterval=1):
                 file.write(json.dumps(item) + "\n")
     with path.open("rb") as file:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import platform
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from dollar_jax.data.clip import SETTINGS
+from dollar_jax.files import write_file
 from dollar_jax.prepare.sources import TFDS
 from dollar_jax.prepare.videos import ClipSettings
 
@@ -81,32 +78,4 @@ def remember_settings(settings: PrepareSettings, out: Path) -> None:
     if out.exists() and any(path.name != PARTS for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no data set of ours: choose another --out")
     (out / PARTS).mkdir(parents=True, exist_ok=True)
-    replace_file(path, (json.dumps(now, indent=2) + "\n").encode())
-
-
-@contextlib.contextmanager
-def draft(path: Path) -> Iterator[IO[str]]:
-    """A text file that gets its name, replacing what had it, when the block ends without an error.
-
-    Until then it lies in parts/, so that a killed job leaves nothing of it in the data set's folder.
-    """
-    unfinished = _unfinished(path)
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            yield file
-    except BaseException:
-        unfinished.unlink()
-        raise
-    unfinished.replace(path)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a whole file as `draft` does."""
-    unfinished = _unfinished(path)
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
-
-
-def _unfinished(path: Path) -> Path:
-    folder = path.parent if path.parent.name == PARTS else path.parent / PARTS
-    return folder / f".{path.name}.{platform.node()}.{os.getpid()}"
+    write_file(path, json.dumps(now, indent=2) + "\n", drafts=out / PARTS)

@@ -19,9 +19,10 @@ from PIL import Image, ImageDraw
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from dollar_jax.config import SamplingConfig
+from dollar_jax.files import write_file
 from dollar_jax.generate import Generator, load_teacher
 from dollar_jax.prepare.clips import Clip
-from dollar_jax.prepare.settings import PARTS, PrepareSettings, bucket_name, replace_file
+from dollar_jax.prepare.settings import PARTS, PrepareSettings, bucket_name
 from dollar_jax.prepare.sources import Item
 
 PREVIEW = "preview.jpg"
@@ -169,15 +170,15 @@ class Unit:
             writer.close()
         if self.shown:
             sheet = contact_sheet(self.shown)
-            replace_file(self.parts / f"{self.unit:05d}.jpg", sheet)
+            write_file(self.parts / f"{self.unit:05d}.jpg", sheet)
             if not (self.out / PREVIEW).exists():
-                replace_file(self.out / PREVIEW, sheet)
+                write_file(self.out / PREVIEW, sheet, drafts=self.parts)
         report = {
             "videos": self.videos,
             "shards": [self.shards[bucket] for bucket in sorted(self.shards)],
             "rejected": [{"name": name, "reason": reason} for _, name, reason in sorted(self.rejected)],
         }
-        replace_file(report_path(self.parts, self.unit), json.dumps(report).encode())
+        write_file(report_path(self.parts, self.unit), json.dumps(report))
 
     def _shard(self, bucket: str) -> Path:
         return self.parts / f"{self.unit:05d}-{bucket}.shard"

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dollar_jax.checkpoint import save_stream
+from dollar_jax.files import new_folder
 from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights.pipeline import IMPORTED, load_tokenizer, read_parts, read_schedule
 from dollar_jax.weights.table import stream_params
@@ -56,17 +57,13 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32") -> 
         bar.set_postfix_str(tensor.name, refresh=False)
         return tensor.read()
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an import that was interrupted
-    partial.mkdir(parents=True)
-    with bar:
+    with new_folder(folder) as draft, bar:
         for name in parts:
-            save_stream(partial / name / IMPORTED, streams[name])
-            shutil.copy(found / name / "config.json", partial / name)
-    for name in ("tokenizer", "scheduler"):
-        shutil.copytree(found / name, partial / name)
-    shutil.copy(found / "model_index.json", partial)
-    partial.rename(folder)
+            save_stream(draft / name / IMPORTED, streams[name])
+            shutil.copy(found / name / "config.json", draft / name)
+        for name in ("tokenizer", "scheduler"):
+            shutil.copytree(found / name, draft / name)
+        shutil.copy(found / "model_index.json", draft)
 
 
 def fetch(source: str) -> Path:
