@@ -15,17 +15,16 @@ import argparse
 import dataclasses
 import gc
 import json
-import runpy
 import statistics
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from dollar_jax.cli import DEMO_CONFIG
-from dollar_jax.config import DistillConfig, RewardTerm, from_config
+from dollar_jax.config import DistillConfig, RewardTerm, changed
 from dollar_jax.data.latents import load_data
 from dollar_jax.evaluate.measure import Drawn, default_plan, measure
+from dollar_jax.experiment import load
 from dollar_jax.generate import make_generator, subset
 from dollar_jax.objectives import Frozen
 from dollar_jax.program import build_program
@@ -96,9 +95,7 @@ def main() -> None:
 
 def make_config(videos: int, steps: int) -> DistillConfig:
     """The default experiment without a reward."""
-    config = runpy.run_path(str(DEMO_CONFIG))["get_config"]("vsd+cd")
-    config.steps, config.data.train_videos, config.log_every = steps, videos, 1
-    return from_config(DistillConfig, config)
+    return changed(load("demo", "vsd+cd"), {"steps": steps, "data.train_videos": videos, "log_every": 1})
 
 
 def with_reward(base: DistillConfig, start: Path, name: str, method: Any, weight: float) -> DistillConfig:

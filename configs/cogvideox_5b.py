@@ -9,20 +9,20 @@ configs/cogvideox_2b.py says how and why. The larger model has rotary embeddings
 shifted, and its latents are scaled otherwise: those of the 2B model cannot be used again.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_SMALLER = runpy.run_path(str(Path(__file__).with_name("cogvideox_2b.py")))
+from dollar_jax.experiment import experiment
+
 TRANSFORMER = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
-SCHEDULE = {**_SMALLER["SCHEDULE"], "snr_shift_scale": 1.0}
+SCHEDULE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "rescale_zero_snr": True,
+    "snr_shift_scale": 1.0,
+}
 
 
 def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
-    """`losses` is one of configs/demo.py's."""
-    config = _SMALLER["get_config"](losses)
-    config.teacher = "teachers/cogvideox_5b"
-    config.data.name = "data/cogvideox_5b"
-    config.compute.remat = "full"
-    return config
+    changes = {"teacher": "teachers/cogvideox_5b", "data.name": "data/cogvideox_5b", "compute.remat": "full"}
+    return experiment("cogvideox_2b", losses, changes)

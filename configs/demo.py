@@ -24,221 +24,109 @@ What was learnt on the way to these values, on two CPU cores:
   but Wan has none. Fewer and larger tokens, patches of (1, 2, 4) or (1, 4, 4), are worse per step.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
-LOSSES = ("vsd", "cd", "vsd+cd", "vsd+cd+lrm")
+from dollar_jax.experiment import experiment
+
+# The shipped teacher: `dollar pretrain --config=configs/demo.py`.
+PRETRAIN = {
+    "vae": {
+        "base_dim": 16,
+        "decoder_base_dim": 20,
+        "z_dim": 16,
+        "dim_mult": (1, 2, 2),
+        "num_res_blocks": 1,
+        "temperal_downsample": (True, True),
+        "latents_mean": (0.0,) * 16,
+        "latents_std": (1.0,) * 16,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+    },
+    "vae_phases": (
+        {
+            "frames": 1,
+            "batch_size": 64,
+            "steps": 2000,
+            "learning_rate": 5e-3,
+            "adam_learning_rate": 3e-3,
+            "kl_weight": 1e-5,
+        },
+        {
+            "frames": 9,
+            "batch_size": 4,
+            "steps": 3000,
+            "learning_rate": 2.5e-3,
+            "adam_learning_rate": 1.5e-3,
+            "kl_weight": 2e-4,
+        },
+        {
+            "frames": 17,
+            "batch_size": 4,
+            "steps": 2500,
+            "learning_rate": 1.5e-3,
+            "adam_learning_rate": 1e-3,
+            "kl_weight": 4e-4,
+        },
+    ),
+    "text_encoder": {"vocab_size": 24, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
+    "transformer": {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 12,
+        "attention_head_dim": 16,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 64,
+        "freq_dim": 64,
+        "ffn_dim": 768,
+        "num_layers": 4,
+        "rope_max_seq_len": 64,
+    },
+}
 
 
 def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
-    """`losses` is one of LOSSES."""
-    if losses not in LOSSES:
-        raise ValueError(f"configs/demo.py:{losses} is unknown; there are {', '.join(LOSSES)}")
     adam = {
         "schedule": "cosine",
         "warmup_steps": 10,
         "final_ratio": 0.1,
         "b1": 0.5,
         "b2": 0.99,
-        "eps": 1e-8,
         "weight_decay": 0.0,
         "clip_norm": 1.0,
     }
-    return ConfigDict(
-        {
-            "seed": 0,
-            "teacher": "moving_shapes",
-            "init": config_dict.placeholder(str),
-            "steps": 200,
+    changes = {
+        "teacher": "moving_shapes",
+        "steps": 200,
+        "batch_size": 32,
+        "checkpoint_every": 100,
+        "keep_checkpoints": 1,
+        "log_every": 5,
+        "mesh": {"data": -1, "fsdp": 1},
+        "compute": {"dtype": "float32", "teacher_dtype": "float32", "remat": "none", "vae_chunk": None},
+        "data": {"name": "moving_shapes", "max_text_length": 12},
+        "sampling.guidance_weight": 1.0,
+        "student": {
+            # A rectified flow with time shift 3 at u = 1, 3/4, 1/2, 1/4.
+            "timesteps": (1000.0, 900.0, 750.0, 500.0),
+            "input": "forward",
+            "ema_decay": 0.95,
+            "optimiser": {**adam, "learning_rate": 3e-4},
+        },
+        "vsd": {"guidance_weight": 1.0, "score_range": (0.02, 0.98), "score_shift": 3.0},
+        "consistency": {"times": "student", "skip": 3, "guidance_weight": 1.0, "distance": "mse", "boundary": "none"},
+        "fake_score": {"updates": 2, "optimiser": {**adam, "learning_rate": 6e-4}},
+        "reward": {
+            "weight": 0.03,
+            "start_step": 40,
+            "samples": 4,
+            "replay": 1024,
             "batch_size": 32,
-            "accumulation": 1,
-            "checkpoint_every": 100,
-            "keep_checkpoints": 1,
-            "log_every": 5,
-            "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1},
-            "compute": {
-                "dtype": "float32",
-                "teacher_dtype": "float32",
-                "remat": "none",
-                "scan_layers": True,
-                "vae_chunk": config_dict.placeholder(int),  # the whole clip at once
-                "attention": "auto",
-                "context_parallel": "gather",
-                "offload": (),
-            },
-            "lora": {
-                "rank": 0,  # student and fake score are trained whole
-                "alpha": 8.0,
-                "targets": ("blocks/attn./to_(q|k|v|out)", "blocks/ffn?/proj_(in|out)"),
-            },
-            "data": {
-                "name": "moving_shapes",  # or the folder that dollar prepare left
-                "train_videos": 1024,
-                "max_text_length": 12,
-                "corrupt_records": 0,
-                "prefetch": 2,
-            },
-            "sampling": {"num_steps": 50, "guidance_weight": 1.0, "eta": 0.0, "solver": "ddim"},
-            "student": {
-                # A rectified flow with time shift 3 at u = 1, 3/4, 1/2, 1/4.
-                "timesteps": (1000.0, 900.0, 750.0, 500.0),
-                "input": "forward",
-                "ema_decay": 0.95,
-                "optimiser": {**adam, "learning_rate": 3e-4},
-            },
-            "vsd": {
-                "weight": 1.0 if "vsd" in losses else 0.0,
-                "guidance_weight": 1.0,
-                "normalisation": "dmd",
-                "floor": 1e-6,
-                "nan_to_zero": False,
-                "score_range": (0.02, 0.98),
-                "score_shift": 3.0,
-            },
-            "consistency": {
-                "weight": 0.5 if "cd" in losses else 0.0,
-                "times": "student",
-                "num_steps": 50,
-                "skip": 3,
-                "guidance_weight": 1.0,
-                "distance": "mse",
-                "huber_c": 1e-3,
-                "boundary": "none",
-                "sigma_data": 0.5,
-                "timestep_scaling": 10.0,
-            },
-            "fake_score": {"updates": 2, "loss": "prediction", "optimiser": {**adam, "learning_rate": 6e-4}},
-            "reward": {
-                "rewards": ({"name": "vivid", "weight": 1.0, "folder": None},) if "lrm" in losses else (),
-                "method": "lrm",
-                "normalise": True,
-                "weight": 0.03,
-                "start_step": 40,
-                "ramp_steps": 0,
-                "decay": "constant",
-                "final_ratio": 0.0,
-                "samples": 4,
-                "latent_frames": config_dict.placeholder(int),
-                "timeout": 60.0,
-                "retries": 1,
-                "remat": True,
-                "replay": 1024,
-                "batch_size": 32,
-                "updates": 2,
-                "statistics_decay": 0.99,
-                "guard": {
-                    "window": 64,
-                    "min_correlation": config_dict.placeholder(float),
-                    "max_fall": config_dict.placeholder(float),
-                },
-                "head": {
-                    "width": 64,
-                    "use_text": False,
-                    "stem_kernel": 3,
-                    "stem_stride": 1,
-                    "stem_padding": 1,
-                    "second_kernel": 3,
-                    "second_stride": 2,
-                    "second_padding": 1,
-                    "temporal_kernel": 1,
-                    # A group norm would hide the latent's overall scale.
-                    "group_norm": False,
-                    "groups": 1,
-                },
-                "optimiser": {**adam, "learning_rate": 2e-3, "b1": 0.9},
-            },
-            "visibility": {
-                "samples_every": 100,
-                "prompts": (
-                    "a large red circle moving left slowly",
-                    "a small blue square moving up quickly",
-                    "a large yellow triangle moving right quickly",
-                ),
-                "videos": 8,
-                "seed": 0,
-                "least_diversity": 0.5,
-                "std_range": (0.6, 1.5),
-                "most_drift": 0.3,
-                "peak_tflops": config_dict.placeholder(float),
-                "profile_steps": 0,
-            },
-            "pretrain": pretrain(),
-        }
-    )
-
-
-def pretrain() -> ConfigDict:
-    """The teacher that ships with the package: `dollar pretrain --config=configs/demo.py`."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "init": config_dict.placeholder(str),  # a pipeline folder to go on from
-            "vae": {
-                "base_dim": 16,
-                "decoder_base_dim": 20,
-                "z_dim": 16,
-                "dim_mult": (1, 2, 2),
-                "num_res_blocks": 1,
-                "temperal_downsample": (True, True),
-                "latents_mean": (0.0,) * 16,
-                "latents_std": (1.0,) * 16,
-                "in_channels": 12,
-                "out_channels": 12,
-                "patch_size": 2,
-            },
-            "vae_videos": 4096,
-            "vae_phases": (
-                {
-                    "frames": 1,
-                    "batch_size": 64,
-                    "steps": 2000,
-                    "learning_rate": 5e-3,
-                    "adam_learning_rate": 3e-3,
-                    "kl_weight": 1e-5,
-                },
-                {
-                    "frames": 9,
-                    "batch_size": 4,
-                    "steps": 3000,
-                    "learning_rate": 2.5e-3,
-                    "adam_learning_rate": 1.5e-3,
-                    "kl_weight": 2e-4,
-                },
-                {
-                    "frames": 17,
-                    "batch_size": 4,
-                    "steps": 2500,
-                    "learning_rate": 1.5e-3,
-                    "adam_learning_rate": 1e-3,
-                    "kl_weight": 4e-4,
-                },
-            ),
-            "text_encoder": {"vocab_size": 24, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
-            "max_text_length": 12,
-            "transformer": {
-                "patch_size": (1, 2, 2),
-                "num_attention_heads": 12,
-                "attention_head_dim": 16,
-                "in_channels": 16,
-                "out_channels": 16,
-                "text_dim": 64,
-                "freq_dim": 64,
-                "ffn_dim": 768,
-                "num_layers": 4,
-                "rope_max_seq_len": 64,
-            },
-            "teacher": {
-                "videos": 20480,
-                "batch_size": 64,
-                "steps": 12000,
-                "learning_rate": 4e-3,
-                "adam_learning_rate": 1.2e-3,
-                "ema_decay": 0.999,
-                "caption_dropout": 0.1,
-                "shift": 3.0,
-            },
-            "guidance_weight": 1.0,
-            "num_steps": 50,
-            "dtype": "float16",
-            "checkpoint_every": 500,
-        }
-    )
+            "updates": 2,
+            # A group norm would hide the latent's overall scale.
+            "head": {"width": 64, "stem_kernel": 3, "stem_stride": 1, "group_norm": False, "groups": 1},
+            "optimiser": {**adam, "learning_rate": 2e-3, "b1": 0.9},
+        },
+        "pretrain": PRETRAIN,
+    }
+    return experiment(None, losses, changes)

@@ -13,24 +13,21 @@ Wan's VAE takes 1 + 4n frames: the data has 129 where the paper has 128, which a
 What the paper leaves unknown is as in configs/wan_1_3b.py.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from dollar_jax.experiment import experiment
 
 
 def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
-    """`losses` as in configs/demo.py."""
-    wan = Path(__file__).with_name("wan_1_3b.py")
-    config = runpy.run_path(str(wan))["get_config"](losses)
-    config.steps = 40_000
-    config.accumulation = 7 if "lrm" in losses else 1
-    config.batch_size = 8 * config.accumulation
-    config.data.name = "data/paper"
-    config.student.timesteps = (1000.0, 750.0, 500.0, 250.0)
-    config.student.input = "forward"
-    config.vsd.guidance_weight = 3.5
-    config.consistency.guidance_weight = 7.5
-    config.reward.samples = 8  # one per device
-    config.reward.batch_size = 8
-    return config
+    accumulation = 7 if "lrm" in losses else 1
+    changes = {
+        "steps": 40_000,
+        "accumulation": accumulation,
+        "batch_size": 8 * accumulation,
+        "data.name": "data/paper",
+        "student": {"timesteps": (1000.0, 750.0, 500.0, 250.0), "input": "forward"},
+        "vsd.guidance_weight": 3.5,
+        "consistency.guidance_weight": 7.5,
+        "reward": {"samples": 8, "batch_size": 8},  # one per device
+    }
+    return experiment("wan_1_3b", losses, changes)

@@ -8,18 +8,16 @@ As configs/wan_1_3b.py, with lower learning rates and more of the forward pass r
 much host memory as its largest parameter, 5.7 GB in bf16.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from dollar_jax.experiment import experiment
 
 
 def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
-    """`losses` as in configs/demo.py."""
-    small = Path(__file__).with_name("wan_1_3b.py")
-    config = runpy.run_path(str(small))["get_config"](losses)
-    config.teacher = "teachers/wan_14b"
-    config.compute.remat = "full"
-    config.student.optimiser.learning_rate = 2e-6
-    config.fake_score.optimiser.learning_rate = 2e-6
-    return config
+    changes = {
+        "teacher": "teachers/wan_14b",
+        "compute.remat": "full",
+        "student.optimiser.learning_rate": 2e-6,
+        "fake_score.optimiser.learning_rate": 2e-6,
+    }
+    return experiment("wan_1_3b", losses, changes)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import os
 import re
-import runpy
 import shlex
 import sys
 import traceback
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 from absl import flags
 
 FLAGS = flags.FlagValues()
-DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
 
 
 # Errors whose message says all.
@@ -316,16 +314,10 @@ def _define_prepare(_: list[str]) -> None:
 # --- commands -------------------------------------------------------------------------------------
 
 
-def _load_demo_config(*losses: str) -> Any:
-    if not DEMO_CONFIG.is_file():
-        raise FileNotFoundError(f"{DEMO_CONFIG} is missing: install from a checkout with pip install -e .")
-    return runpy.run_path(str(DEMO_CONFIG))["get_config"](*losses)
-
-
 def _distill_config(config: Any) -> Any:
-    from dollar_jax.config import DistillConfig, from_config
+    from dollar_jax.config import distill_config
 
-    return from_config(DistillConfig, config)
+    return distill_config(config)
 
 
 def _prepare_jax() -> None:
@@ -337,12 +329,14 @@ def _prepare_jax() -> None:
 
 
 def _demo() -> None:
+    from dollar_jax.config import changed
     from dollar_jax.demo import demo
+    from dollar_jax.experiment import load
 
     _prepare_jax()
-    config = dataclasses.replace(_distill_config(_load_demo_config()), seed=FLAGS.seed)
+    config = changed(load("demo"), {"seed": FLAGS.seed})
     if FLAGS.quick:
-        config = dataclasses.replace(config, steps=20, data=dataclasses.replace(config.data, train_videos=128))
+        config = changed(config, {"steps": 20, "data.train_videos": 128})
     workdir = Path(FLAGS.workdir)
     page = demo(config, workdir, FLAGS.quick)
     print_table(workdir / "metrics.json")
@@ -575,14 +569,11 @@ def _vbench_videos() -> None:
 
 
 def _reproduce() -> None:
+    from dollar_jax.experiment import load
     from dollar_jax.reproduce import reproduce
 
     _prepare_jax()
-
-    def experiment(losses: str) -> Any:
-        return _distill_config(_load_demo_config(losses))
-
-    page = reproduce(experiment, Path(FLAGS.workdir), FLAGS.quick, FLAGS.seeds, FLAGS.steps)
+    page = reproduce(functools.partial(load, "demo"), Path(FLAGS.workdir), FLAGS.quick, FLAGS.seeds, FLAGS.steps)
     print(page.with_suffix(".md").read_text())
     print(f"Look at {page} in a browser; {page.with_suffix('.csv')} holds every cell.")
 

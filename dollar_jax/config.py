@@ -1,239 +1,206 @@
-"""Every setting as a frozen dataclass. `configs/*.py` spell them out as ConfigDicts, which end here.
+"""Every setting as a frozen dataclass: its default, meaning and range, and whether a resumed run may change it.
 
-Where the paper leaves a value unknown the field says so; the value lives in the experiment's config.
+These defaults are the only ones: `configs/*.py` say what an experiment changes, and a config.json written before a
+field existed is read with the field's default. Where the paper gives a value, that is the default; where it leaves a
+value unknown the meaning says so, and the default is what systems that distil Wan use.
 """
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple
 
-T = TypeVar("T")
+from dollar_jax.fields import REQUIRED, field, from_config, merged, plain, settings
 
-
-def from_config(cls: type[T], config: Mapping[str, Any], where: str = "config") -> T:
-    """The dataclass `cls` of a ConfigDict or mapping with exactly its fields.
-
-    Raises ValueError naming the key that is missing, unknown or of the wrong type.
-    """
-    hints = typing.get_type_hints(cls)
-    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in config:
-        if key not in names:
-            raise ValueError(f"{where} has no field {key!r}; its fields are {', '.join(sorted(names))}")
-    missing = names - set(config)
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
-    return cls(**{name: _convert(hints[name], config[name], f"{where}.{name}") for name in names})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        (hint,) = (arg for arg in args if arg is not type(None))
-        return _convert(hint, value, where)
-    if origin is typing.Literal:
-        if value not in args:
-            raise ValueError(f"{where} is {value!r}, but must be one of {', '.join(map(repr, args))}")
-        return value
-    group = origin is collections.abc.Mapping
-    if (group or dataclasses.is_dataclass(hint)) and not hasattr(value, "items"):
-        raise ValueError(f"{where} must be a group of settings, not {value!r}")
-    if group:
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return from_config(typing.cast(type, hint), value, where)
-    if origin is tuple:
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise ValueError(f"{where} must be a sequence, not {value!r}")
-        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
-        if len(kinds) != len(value):
-            raise ValueError(f"{where} needs {len(kinds)} values, not {len(value)}")
-        return tuple(_convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{where} is {value!r}, but must be of type {hint.__name__}")
-    return value
+LARGEST_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEPhase:
-    """One phase of VAE training: `steps` steps on clips of `frames` frames.
+    """One phase of VAE training."""
 
-    `learning_rate` is Muon's, of the weight matrices; `adam_learning_rate` that of all else. Both follow
-    a cosine.
-    """
-
-    frames: int
-    batch_size: int
-    steps: int
-    learning_rate: float
-    adam_learning_rate: float
-    kl_weight: float
+    frames: int = field(1, "Frames of a clip.", low=1)
+    batch_size: int = field(64, "Clips to a step.", low=1)
+    steps: int = field(2000, "Steps of this phase.", low=1)
+    learning_rate: float = field(5e-3, "Muon's, of the weight matrices; follows a cosine.", above=0)
+    adam_learning_rate: float = field(3e-3, "Adam's, of all other parameters; follows a cosine.", above=0)
+    kl_weight: float = field(1e-5, "Weight of the KL divergence beside the reconstruction.", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherTraining:
-    """Training of the text encoder and DiT together on the denoising loss; rates as in `VAEPhase`."""
+    """Training of the text encoder and DiT together on the denoising loss."""
 
-    videos: int
-    batch_size: int
-    steps: int
-    learning_rate: float
-    adam_learning_rate: float
-    ema_decay: float
-    caption_dropout: float
-    shift: float
+    videos: int = field(20480, "Rendered training videos.", low=1)
+    batch_size: int = field(64, "Videos to a step.", low=1)
+    steps: int = field(12000, "Training steps.", low=1)
+    learning_rate: float = field(4e-3, "Muon's, of the weight matrices; follows a cosine.", above=0)
+    adam_learning_rate: float = field(1.2e-3, "Adam's, of all other parameters; follows a cosine.", above=0)
+    ema_decay: float = field(0.999, "Decay of the moving average that is kept.", low=0, high=1)
+    caption_dropout: float = field(0.1, "Share of the videos that are trained on without their caption.", low=0, high=1)
+    shift: float = field(3.0, "Time shift of the rectified flow.", above=0)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """`dollar pretrain`. `vae`, `text_encoder` and `transformer` are the components' own settings.
+    """`dollar pretrain`."""
 
-    `init` is a pipeline folder whose weights training goes on from, or None for fresh ones.
-    """
-
-    seed: int
-    init: str | None
-    vae: Mapping[str, Any]
-    vae_phases: tuple[VAEPhase, ...]
-    vae_videos: int
-    text_encoder: Mapping[str, Any]
-    max_text_length: int
-    transformer: Mapping[str, Any]
-    teacher: TeacherTraining
-    guidance_weight: float
-    num_steps: int
-    dtype: str
-    checkpoint_every: int
+    seed: int = field(0, "Seed of everything.", low=0, high=LARGEST_SEED)
+    init: str | None = field(None, "Pipeline folder whose weights training goes on from; None for fresh ones.")
+    vae: Mapping[str, Any] = field(REQUIRED, "The VAE's own settings.")
+    vae_phases: tuple[VAEPhase, ...] = field(REQUIRED, "The VAE's training phases, one after another.")
+    vae_videos: int = field(4096, "Rendered videos that the VAE is trained on.", low=1)
+    text_encoder: Mapping[str, Any] = field(REQUIRED, "The text encoder's own settings.")
+    max_text_length: int = field(12, "Tokens of a caption.", low=1)
+    transformer: Mapping[str, Any] = field(REQUIRED, "The transformer's own settings.")
+    teacher: TeacherTraining = field(TeacherTraining(), "Training of text encoder and transformer.")
+    guidance_weight: float = field(1.0, "w of the samples that the finished teacher is measured by.")
+    num_steps: int = field(50, "Steps of those samples.", low=1)
+    dtype: Literal["float32", "float16", "bfloat16"] = field("float16", "Type of the weights on disk.")
+    checkpoint_every: int = field(500, "Steps between checkpoints.", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; -1, at most once, takes what the others leave."""
 
-    data: int
-    fsdp: int
-    context: int
-    tensor: int
+    data: int = field(1, "Devices among which the batch is shared, each with all parameters.", low=-1)
+    fsdp: int = field(-1, "Devices among which the batch, the parameters and the optimiser states are shared.", low=-1)
+    context: int = field(1, "Devices among which the tokens of a clip are shared.", low=-1)
+    tensor: int = field(1, "Devices among which heads and channels are shared.", low=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserConfig:
     """AdamW; rates, betas, decay and clipping are unknown in the paper."""
 
-    learning_rate: float
-    schedule: Literal["constant", "cosine"]
-    warmup_steps: int
-    final_ratio: float  # of the cosine's last learning rate to its peak
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float | None
+    learning_rate: float = field(1e-5, "Highest learning rate; unknown in the paper.", above=0, resumable=True)
+    schedule: Literal["constant", "cosine"] = field("constant", "Course of the learning rate after the warm-up.")
+    warmup_steps: int = field(100, "Updates over which the learning rate rises from 0.", low=0)
+    final_ratio: float = field(1.0, "The cosine's last learning rate as a share of its highest.", low=0, high=1)
+    b1: float = field(0.9, "Decay of the gradient's moving average; unknown in the paper.", low=0, high=1)
+    b2: float = field(0.999, "Decay of the squared gradient's moving average; unknown in the paper.", low=0, high=1)
+    eps: float = field(1e-8, "Added to the divisor.", above=0)
+    weight_decay: float = field(0.01, "Decoupled weight decay of kernels and embeddings.", low=0)
+    clip_norm: float | None = field(
+        10.0, "Global norm to which a gradient is clipped; None for no clipping.", above=0, resumable=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """The student: its timesteps, descending, and what it is trained on.
+    """The student: its timesteps, and what it is trained on. The paper does not settle `input`."""
 
-    `input` "forward" noises real latents to the student's timesteps; "backward" walks there from noise
-    with the student's own steps. The paper settles neither.
-    """
+    timesteps: tuple[float, ...] = field(
+        (1000.0, 750.0, 500.0, 250.0),
+        "The student's timesteps on the teacher's schedule, descending.",
+        above=0,
+        high=1000,
+    )
+    input: Literal["forward", "backward"] = field(
+        "backward",
+        "forward noises real latents to the timesteps; backward goes there from noise by the student's own steps.",
+    )
+    ema_decay: float = field(
+        0.99,
+        "Decay of the average that is the consistency target and is sampled from; unknown in the paper.",
+        low=0,
+        high=1,
+    )
+    optimiser: OptimiserConfig = field(OptimiserConfig(), "The student's optimiser.")
 
-    timesteps: tuple[float, ...]
-    input: Literal["forward", "backward"]
-    # Of the target θ⁻ and of the weights that are sampled from; unknown in the paper.
-    ema_decay: float
-    optimiser: OptimiserConfig
+    def __post_init__(self) -> None:
+        if not self.timesteps or list(self.timesteps) != sorted(set(self.timesteps), reverse=True):
+            raise ValueError(f"config.student.timesteps must descend, not {self.timesteps}")
 
 
 @dataclasses.dataclass(frozen=True)
 class VSDConfig:
     """Variational score distillation, DOLLAR eq. (8.7-8.9).
 
-    `guidance_weight` is the paper's w in v_c + w (v_c - v_∅), 3.5 there; diffusers' scale is w + 1.
     Normalisation and the range of score timesteps are unknown in the paper.
     """
 
-    weight: float
-    guidance_weight: float
-    normalisation: Literal["dmd", "batch", "none"]
-    floor: float
-    nan_to_zero: bool
-    score_range: tuple[float, float]  # of the uniform variable that is mapped to score timesteps
-    score_shift: float  # time shift of that map; 1 on a DDPM path
+    weight: float = field(1.0, "Weight of L_VSD.", low=0)
+    guidance_weight: float = field(3.5, "The paper's w in v_c + w (v_c - v_∅); diffusers' guidance scale is w + 1.")
+    normalisation: Literal["dmd", "batch", "none"] = field("dmd", "What the gradient is divided by; see losses.vsd.")
+    floor: float = field(1e-6, "Smallest divisor of the normalisation.", above=0)
+    nan_to_zero: bool = field(False, "Replace what is not a number in the gradient by 0.")
+    score_range: tuple[float, float] = field(
+        (0.001, 0.999), "Range of the uniform variable that is mapped to score timesteps.", low=0, high=1
+    )
+    score_shift: float = field(1.0, "Time shift of that map; 1 on a DDPM path.", above=0)
+
+    def __post_init__(self) -> None:
+        if self.score_range[0] > self.score_range[1]:
+            raise ValueError(f"config.vsd.score_range must ascend, not {self.score_range}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ConsistencyConfig:
-    """Consistency distillation, DOLLAR eq. (8.4-8.6), over `skip` = m teacher steps.
+    """Consistency distillation, DOLLAR eq. (8.4-8.6). Distance and boundary values are unknown in the paper."""
 
-    `times` "grid" takes t_{n+m} from the teacher's grid of `num_steps`, as in the paper. "student" takes
-    the student's own timesteps, each with its next one as the target, `skip` teacher steps apart; the
-    student's forward is then shared with VSD. `guidance_weight` is the paper's w, 7.5 there.
-    Distance and boundary values are unknown in the paper.
-    """
+    weight: float = field(0.5, "β_CD, the weight of L_CD.", low=0)
+    times: Literal["grid", "student"] = field(
+        "grid",
+        "grid takes t_{n+m} from the teacher's grid, as in the paper; student takes the student's own timesteps, "
+        "each with its next one as the target, and shares the student's forward pass with VSD.",
+    )
+    num_steps: int = field(50, "Steps of the teacher's grid.", low=1)
+    skip: int = field(5, "m, the teacher's steps between input and target.", low=1)
+    guidance_weight: float = field(7.5, "The paper's w of the teacher's steps; diffusers' guidance scale is w + 1.")
+    distance: Literal["mse", "huber", "pseudo_huber"] = field("pseudo_huber", "Distance to the target.")
+    huber_c: float = field(1e-3, "Where the Huber distances turn from quadratic to linear.", above=0)
+    boundary: Literal["lcm", "none"] = field("lcm", "Skip scalings that make f the identity at the clean end.")
+    sigma_data: float = field(0.5, "σ_data of the skip scalings.", above=0)
+    timestep_scaling: float = field(10.0, "Factor of the timestep in the skip scalings.", above=0)
 
-    weight: float  # β_CD
-    times: Literal["grid", "student"]
-    num_steps: int
-    skip: int
-    guidance_weight: float
-    distance: Literal["mse", "huber", "pseudo_huber"]
-    huber_c: float
-    boundary: Literal["lcm", "none"]
-    sigma_data: float
-    timestep_scaling: float
+    def __post_init__(self) -> None:
+        if self.times == "grid" and self.skip > self.num_steps:
+            raise ValueError(
+                f"config.consistency.skip must be at most config.consistency.num_steps, {self.num_steps}, "
+                f"not {self.skip}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class FakeScoreConfig:
-    """The fake-score network: `updates` per student update (5 in the paper) on its denoising loss.
+    """The fake-score network, which learns the student's score by denoising its samples."""
 
-    `loss` "prediction" is the network's own target (8.13), "x0" the clean latent.
-    """
-
-    updates: int
-    loss: Literal["prediction", "x0"]
-    optimiser: OptimiserConfig
+    updates: int = field(5, "Updates per update of the student.", low=1)
+    loss: Literal["prediction", "x0"] = field(
+        "prediction", "Denoise towards the network's own target, DOLLAR eq. (8.13), or the clean latent."
+    )
+    optimiser: OptimiserConfig = field(OptimiserConfig(), "The fake score's optimiser.")
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardHeadSettings:
     """The latent reward model; see `models.reward_head`."""
 
-    width: int
-    use_text: bool
-    stem_kernel: int
-    stem_stride: int
-    stem_padding: int
-    second_kernel: int
-    second_stride: int
-    second_padding: int
-    temporal_kernel: int  # 1 scores every latent frame alone and averages; 3 convolves over time too
-    group_norm: bool
-    groups: int
+    width: int = field(128, "Channels.", low=1)
+    use_text: bool = field(False, "Score the agreement with the text, rather than the latent alone.")
+    stem_kernel: int = field(4, "Kernel of the first convolution.", low=1)
+    stem_stride: int = field(4, "Stride of the first convolution.", low=1)
+    stem_padding: int = field(1, "Padding of the first convolution.", low=0)
+    second_kernel: int = field(3, "Kernel of the second convolution.", low=1)
+    second_stride: int = field(2, "Stride of the second convolution.", low=1)
+    second_padding: int = field(1, "Padding of the second convolution.", low=0)
+    temporal_kernel: int = field(
+        1, "Latent frames a convolution sees, an odd number; 1 scores every frame alone and averages.", low=1
+    )
+    group_norm: bool = field(True, "Normalise after each convolution, which hides the latent's overall scale.")
+    groups: int = field(32, "Groups of the normalisation; divides the width.", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardTerm:
-    """One reward of the weighted sum, by its name in `rewards`: ours, module:function or path.py:function.
+    """One reward of the weighted sum."""
 
-    A `weight` of 0 holds the reward out: it is measured and never trained on. `folder` holds its weights,
-    for the rewards that have some.
-    """
-
-    name: str
-    weight: float
-    folder: str | None
+    name: str = field(REQUIRED, "One of ours, module:function or path.py:function.")
+    weight: float = field(1.0, "Weight in the sum; 0 holds the reward out: it is measured and never trained on.")
+    folder: str | None = field(None, "Folder of the reward's weights, for a reward that has some.")
 
     @property
     def label(self) -> str:
@@ -243,49 +210,64 @@ class RewardTerm:
 
 @dataclasses.dataclass(frozen=True)
 class RewardGuard:
-    """When a reward counts as hacked and training stops; None for never.
+    """When a reward counts as hacked and training stops.
 
-    Both bounds look at the last `window` generated samples, scored before anything learned from them:
-    the correlation of latent and true reward there, and how far the mean of a held-out reward has fallen
-    below its highest, in standard deviations of the held-out reward at its highest.
+    Both bounds look at the last `window` generated samples, scored before anything learned from them.
     """
 
-    window: int
-    min_correlation: float | None
-    max_fall: float | None
+    window: int = field(64, "Generated samples that the bounds look at.", low=2)
+    min_correlation: float | None = field(
+        None, "Least correlation of latent and true reward; None for no such bound.", low=-1, high=1
+    )
+    max_fall: float | None = field(
+        None,
+        "How far the mean of a held-out reward may fall below its highest, in its standard deviations there; "
+        "None for no such bound.",
+        above=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """The rewards and how they reach the student, DOLLAR eq. (8.10-8.12).
+    """The rewards and how they reach the student, DOLLAR eq. (8.10-8.12)."""
 
-    `method` "lrm" learns them by a latent model and differentiates that; "direct" differentiates decoder
-    and JAX rewards; "ddpo" is REINFORCE on the last two student steps, DOLLAR eq. (8.24-8.26). With
-    `normalise` every reward is standardised by running statistics before it is weighted, so that `weight`
-    (β_FT) counts standard deviations; the paper's 1.0 goes with raw HPSv2 values, whose deviation is
-    about 0.01.
-    """
-
-    rewards: tuple[RewardTerm, ...]
-    method: Literal["lrm", "direct", "ddpo"]
-    normalise: bool
-    weight: float  # β_FT
-    start_step: int  # from which L_FT counts; before it the latent model only learns
-    ramp_steps: int  # over which β_FT then rises linearly to `weight`
-    decay: Literal["constant", "cosine"]  # of β_FT after that, to the last step
-    final_ratio: float  # of the cosine's last β_FT to `weight`
-    samples: int  # of real and of generated latents each that are scored per step
-    latent_frames: int | None  # scored of each: a random run of so many, or None for the whole clip
-    timeout: float  # seconds that a host reward may take over one step's samples
-    retries: int  # of a host reward that raised or took longer, before the samples are skipped
-    remat: bool  # "direct" recomputes decoder and rewards in the backward pass
-    replay: int  # scored latents kept
-    batch_size: int  # of one update of the latent model
-    updates: int  # of the latent model per step
-    statistics_decay: float
-    guard: RewardGuard
-    head: RewardHeadSettings
-    optimiser: OptimiserConfig
+    rewards: tuple[RewardTerm, ...] = field((RewardTerm("vivid"),), "The rewards that are summed or held out.")
+    method: Literal["lrm", "direct", "ddpo"] = field(
+        "lrm",
+        "lrm learns the rewards by a latent model and differentiates that; direct differentiates decoder and JAX "
+        "rewards; ddpo is REINFORCE on the last two student steps, DOLLAR eq. (8.24-8.26).",
+    )
+    normalise: bool = field(
+        True,
+        "Standardise every reward by running statistics before it is weighted, so that the weight counts standard "
+        "deviations; the paper's 1.0 goes with raw HPSv2 values, whose deviation is about 0.01.",
+    )
+    weight: float = field(0.01, "β_FT, the weight of L_FT.", low=0)
+    start_step: int = field(1000, "Step from which L_FT counts; before it the latent model only learns.", low=0)
+    ramp_steps: int = field(0, "Steps over which β_FT then rises linearly to its weight.", low=0)
+    decay: Literal["constant", "cosine"] = field("constant", "Course of β_FT after that, to the last step.")
+    final_ratio: float = field(0.0, "The cosine's last β_FT as a share of its weight.", low=0, high=1)
+    samples: int = field(8, "Real and generated latents, of each so many, that are scored per step.", low=1)
+    latent_frames: int | None = field(
+        None, "Latent frames scored of each, a random run of them; None for the whole clip.", low=1
+    )
+    timeout: float = field(
+        60.0, "Seconds that a host reward may take over one step's samples.", above=0, resumable=True
+    )
+    retries: int = field(
+        1,
+        "Further tries of a host reward that raised or took longer, before the samples are skipped.",
+        low=0,
+        resumable=True,
+    )
+    remat: bool = field(True, "direct recomputes decoder and rewards in the backward pass.", resumable=True)
+    replay: int = field(128, "Scored latents kept in the host's memory and in checkpoints.", low=1)
+    batch_size: int = field(64, "Scored latents to one update of the latent model.", low=1)
+    updates: int = field(1, "Updates of the latent model per step.", low=1)
+    statistics_decay: float = field(0.99, "Decay of the rewards' running mean and deviation.", low=0, high=1)
+    guard: RewardGuard = field(RewardGuard(), "When training stops because a reward is being hacked.", resumable=True)
+    head: RewardHeadSettings = field(RewardHeadSettings(), "The latent reward model.")
+    optimiser: OptimiserConfig = field(OptimiserConfig(), "The latent reward model's optimiser.")
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -307,15 +289,6 @@ class RewardConfig:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"config.reward.rewards names {name!r} twice; names must differ in the logs")
-        for name, least in (("samples", 1), ("updates", 1), ("retries", 0), ("ramp_steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"config.reward.{name} must be at least {least}")
-        if self.latent_frames is not None and self.latent_frames < 1:
-            raise ValueError("config.reward.latent_frames must be at least 1, or None for the whole clip")
-        if not self.timeout > 0:
-            raise ValueError(f"config.reward.timeout must be positive, not {self.timeout}")
-        if self.guard.window < 2:
-            raise ValueError("config.reward.guard.window must be at least 2")
         if self.guard.min_correlation is not None and (self.method != "lrm" or not self.trained):
             raise ValueError("config.reward.guard.min_correlation needs a latent reward model: set it to None")
         if self.guard.max_fall is not None and not self.held_out:
@@ -327,30 +300,30 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Clips and captions, encoded once by the teacher's own VAE and text encoder.
+    """Clips and captions, encoded once by the teacher's own VAE and text encoder."""
 
-    `name` is "moving_shapes", the default domain, or the folder of a data set that `dollar prepare` made.
-    """
-
-    name: str
-    train_videos: int  # of the default domain
-    max_text_length: int
-    corrupt_records: int  # of a prepared data set that are skipped, each named, before a run stops
-    prefetch: int  # batches on the devices ahead of the step
+    name: str = field(REQUIRED, 'Folder that `dollar prepare` left, or "moving_shapes" for the default domain.')
+    train_videos: int = field(1024, "Rendered training videos of the default domain.", low=1)
+    max_text_length: int = field(512, "Tokens of a caption.", low=1)
+    corrupt_records: int = field(
+        0,
+        "Unreadable records of a prepared data set that are skipped, each named, before a run stops.",
+        low=0,
+        resumable=True,
+    )
+    prefetch: int = field(2, "Batches on the devices ahead of the step.", low=1, resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How the teacher is sampled. `guidance_weight` is the paper's w (diffusers' scale is w + 1).
+    """How the teacher is sampled."""
 
-    `solver` "ddim" is the paper's, on a rectified flow Euler's; "unipc" is the one Wan is published with,
-    which takes no `eta`.
-    """
-
-    num_steps: int
-    guidance_weight: float
-    eta: float
-    solver: Literal["ddim", "unipc"] = "ddim"
+    num_steps: int = field(50, "Sampling steps.", low=1)
+    guidance_weight: float = field(7.5, "The paper's w in v_c + w (v_c - v_∅); diffusers' guidance scale is w + 1.")
+    eta: float = field(0.0, "Share of fresh noise in DDIM's steps; 0 is deterministic.", low=0, high=1)
+    solver: Literal["ddim", "unipc"] = field(
+        "ddim", "ddim is the paper's, on a rectified flow Euler's; unipc is the one Wan is published with."
+    )
 
     def __post_init__(self) -> None:
         if self.solver == "unipc" and self.eta:
@@ -361,44 +334,46 @@ class SamplingConfig:
 class ComputeConfig:
     """How networks are computed: nothing here changes what they are, but for rounding.
 
-    `dtype` is that of the transformer's matrix products; norms, modulation, rotary and timestep embeddings
-    stay fp32, as do the student's and fake score's own weights. `remat` says what the backward pass keeps
-    of a block (see `models.layers.run_blocks`).
+    Norms, modulation, rotary and timestep embeddings stay fp32, as do the student's and fake score's own weights.
     """
 
-    dtype: Literal["float32", "bfloat16"]
-    teacher_dtype: Literal["float32", "bfloat16"]  # of the frozen teacher's and text encoder's weights
-    remat: Literal["none", "full", "dots", "attention"]
-    scan_layers: bool  # one compiled block instead of a program as long as the network is deep
-    vae_chunk: int | None  # latent frames the video VAE takes at a time; None is the whole clip
-    # The kernel of the transformer's attention: "auto" goes by the platform (see `models.attention`).
-    attention: Literal["auto", "splash", "cudnn", "xla"]
-    # How the keys of a sequence that is shared over the mesh's context axis meet.
-    context_parallel: Literal["gather", "ulysses"]
-    # Parts of the state whose kernels lie in the host's memory between their uses.
-    offload: tuple[Literal["ema", "student_optimiser", "fake_score_optimiser"], ...]
-
-    def __post_init__(self) -> None:
-        if self.vae_chunk is not None and self.vae_chunk < 1:
-            raise ValueError(f"config.compute.vae_chunk must be at least 1 or None, not {self.vae_chunk}")
+    dtype: Literal["float32", "bfloat16"] = field("bfloat16", "Type of the transformer's matrix products.")
+    teacher_dtype: Literal["float32", "bfloat16"] = field(
+        "bfloat16", "Type of the frozen teacher's and text encoder's weights."
+    )
+    remat: Literal["none", "full", "dots", "attention"] = field(
+        "attention", "What the backward pass keeps of a block; see models.layers.run_blocks."
+    )
+    scan_layers: bool = field(True, "One compiled block instead of a program as long as the network is deep.")
+    vae_chunk: int | None = field(1, "Latent frames the video VAE takes at a time; None is the whole clip.", low=1)
+    attention: Literal["auto", "splash", "cudnn", "xla"] = field(
+        "auto", "The transformer's attention kernel; auto goes by the platform, see models.attention."
+    )
+    context_parallel: Literal["gather", "ulysses"] = field(
+        "gather", "How the keys of a sequence that is shared over the mesh's context axis meet."
+    )
+    offload: tuple[Literal["ema", "student_optimiser", "fake_score_optimiser"], ...] = field(
+        (), "Parts of the state whose kernels lie in the host's memory between their uses."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters of student and fake score on the frozen teacher (arXiv 2106.09685).
 
-    With `rank` 0 both are trained whole. Otherwise the teacher's weights are held once for all three, and
-    state, average and checkpoints hold only the adapters, scaled by alpha / rank. `targets` are regular
-    expressions for the paths of dense layers, such as `blocks/attn1/to_q`.
+    The teacher's weights are then held once for all three, and state, average and checkpoints hold only the adapters.
     """
 
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
+    rank: int = field(0, "Rank of the adapters; 0 trains all weights of student and fake score.", low=0)
+    alpha: float = field(8.0, "The adapters are scaled by alpha / rank.", above=0)
+    targets: tuple[str, ...] = field(
+        ("blocks/attn./to_(q|k|v|out)", "blocks/ffn?/proj_(in|out)"),
+        "Regular expressions for the paths of the dense layers that get adapters, such as blocks/attn1/to_q.",
+    )
 
     def __post_init__(self) -> None:
-        if self.rank < 0 or (self.rank and not self.targets):
-            raise ValueError("config.lora needs a rank of at least 0, and targets where it is not 0")
+        if self.rank and not self.targets:
+            raise ValueError("config.lora needs targets where its rank is not 0")
 
     @property
     def scale(self) -> float:
@@ -407,22 +382,34 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VisibilityConfig:
-    """What a run shows of itself, see `visibility`; none of it changes the training.
+    """What a run shows of itself, see `visibility`; none of it changes the training."""
 
-    A warning of collapse comes when less than `least_diversity` of the teacher's Vendi score above 1 is
-    left, when the latents' deviation leaves `std_range` times the teacher's, or their mean moves further
-    from the teacher's than `most_drift` of its deviations.
-    """
-
-    samples_every: int  # steps between sample grids; 0 for none
-    prompts: tuple[str, ...]
-    videos: int  # per prompt
-    seed: int
-    least_diversity: float
-    std_range: tuple[float, float]
-    most_drift: float
-    peak_tflops: float | None  # of one device, for the MFU; None where `visibility` knows it, or for none
-    profile_steps: int  # traced for XProf; 0 for none
+    samples_every: int = field(100, "Steps between sample grids; 0 for none.", low=0)
+    prompts: tuple[str, ...] = field(
+        (
+            "a large red circle moving left slowly",
+            "a small blue square moving up quickly",
+            "a large yellow triangle moving right quickly",
+        ),
+        "Prompts of the sample grids.",
+    )
+    videos: int = field(8, "Videos per prompt.", low=1)
+    seed: int = field(0, "Seed of their noise.", low=0, high=LARGEST_SEED)
+    least_diversity: float = field(
+        0.5, "Share of the teacher's Vendi score above 1 below which a collapse is warned of.", low=0
+    )
+    std_range: tuple[float, float] = field(
+        (0.6, 1.5),
+        "Latents' deviation, as a share of the teacher's, outside of which a collapse is warned of.",
+        above=0,
+    )
+    most_drift: float = field(
+        0.3, "Distance of the latents' mean from the teacher's, in its deviations, that is warned of.", low=0
+    )
+    peak_tflops: float | None = field(
+        None, "Peak TFLOP/s of one device, for the MFU; None where the device is known, or for no MFU.", above=0
+    )
+    profile_steps: int = field(0, "Steps traced for XProf; 0 for none.", low=0)
 
     def __post_init__(self) -> None:
         if self.samples_every and (not self.prompts or self.videos < 2):
@@ -430,48 +417,96 @@ class VisibilityConfig:
                 "config.visibility.samples_every needs prompts, and videos of at least 2 per prompt to tell "
                 "diversity by; or set it to 0"
             )
+        if self.std_range[0] >= self.std_range[1]:
+            raise ValueError(f"config.visibility.std_range must ascend, not {self.std_range}")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """`dollar train` and `dollar demo`."""
 
-    seed: int
-    teacher: str  # a pipeline folder in diffusers layout, or "moving_shapes" for the shipped one
-    init: str | None  # the workdir of a run whose student and fake score this one goes on from, or None
-    steps: int
-    batch_size: int
-    accumulation: int  # micro-batches whose gradients are summed within a step
-    checkpoint_every: int
-    keep_checkpoints: int
-    log_every: int
-    mesh: MeshConfig
-    compute: ComputeConfig
-    lora: LoraConfig
-    data: DataConfig
-    sampling: SamplingConfig
-    student: StudentConfig
-    vsd: VSDConfig
-    consistency: ConsistencyConfig
-    fake_score: FakeScoreConfig
-    reward: RewardConfig
-    visibility: VisibilityConfig
-    pretrain: PretrainConfig | None
+    seed: int = field(0, "Seed of everything.", low=0, high=LARGEST_SEED)
+    teacher: str = field(REQUIRED, 'Pipeline folder in diffusers layout, or "moving_shapes" for the shipped teacher.')
+    init: str | None = field(None, "Workdir of a run whose student and fake score this one goes on from.")
+    steps: int = field(10_000, "Updates of the student.", low=1, resumable=True)
+    batch_size: int = field(64, "Videos to a step, over all devices.", low=1)
+    accumulation: int = field(1, "Micro-batches whose gradients are summed within a step.", low=1)
+    checkpoint_every: int = field(500, "Steps between checkpoints.", low=1, resumable=True)
+    keep_checkpoints: int = field(2, "Newest checkpoints that are kept.", low=1, resumable=True)
+    log_every: int = field(10, "Steps between logged metrics.", low=1, resumable=True)
+    mesh: MeshConfig = field(MeshConfig(), "Devices along each mesh axis.", resumable=True)
+    compute: ComputeConfig = field(ComputeConfig(), "How networks are computed.", resumable=True)
+    lora: LoraConfig = field(LoraConfig(), "Low-rank adapters.")
+    data: DataConfig = field(REQUIRED, "Clips and captions.")
+    sampling: SamplingConfig = field(SamplingConfig(), "How the teacher is sampled.")
+    student: StudentConfig = field(StudentConfig(), "The student.")
+    vsd: VSDConfig = field(VSDConfig(), "Variational score distillation.")
+    consistency: ConsistencyConfig = field(ConsistencyConfig(), "Consistency distillation.")
+    fake_score: FakeScoreConfig = field(FakeScoreConfig(), "The fake-score network.")
+    reward: RewardConfig = field(RewardConfig(), "The rewards.")
+    visibility: VisibilityConfig = field(VisibilityConfig(), "What a run shows of itself.", resumable=True)
+    pretrain: PretrainConfig | None = field(None, "How `dollar pretrain` trains a teacher.", resumable=True)
 
     def __post_init__(self) -> None:
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"config.batch_size {self.batch_size} does not divide into {self.accumulation} micro-batches"
             )
-        if self.data.prefetch < 1 or self.data.corrupt_records < 0:
-            raise ValueError("config.data.prefetch must be at least 1, config.data.corrupt_records at least 0")
-        if self.fake_score.updates < 1:
-            raise ValueError("config.fake_score.updates must be at least 1")
-        times = self.student.timesteps
-        if not times or any(a <= b for a, b in zip(times, times[1:], strict=False)):
-            raise ValueError(f"config.student.timesteps must descend, not {times}")
         rows = self.batch_size // self.accumulation
         if self.reward.rewards and rows % self.reward.samples:
             raise ValueError(f"config.reward.samples {self.reward.samples} does not divide a micro-batch of {rows}")
-        if self.reward.trained and self.reward.method == "ddpo" and len(times) < 2:
+        if self.reward.trained and self.reward.method == "ddpo" and len(self.student.timesteps) < 2:
             raise ValueError("config.reward.method 'ddpo' needs at least two of config.student.timesteps")
+
+
+class Dropped(NamedTuple):
+    """A setting that is no more: since which version, what to use instead, and the value that all runs have now."""
+
+    version: str
+    instead: str
+    now: Any
+
+
+DROPPED: dict[str, Dropped] = {}
+"""Settings of earlier versions by their dotted paths."""
+
+
+def distill_config(fields: Any, past: bool = False) -> DistillConfig:
+    """The configuration of a ConfigDict or mapping.
+
+    In a run's config.json (`past`), which an earlier version may have written, a setting that was dropped since is
+    passed over where the run had the value that all runs have now. Raises ValueError naming what is wrong.
+    """
+    for path, gone in DROPPED.items():
+        *groups, name = path.split(".")
+        group: Any = fields
+        for part in groups:
+            group = group[part] if hasattr(group, "items") and part in group else {}
+        if hasattr(group, "items") and name in group:
+            if not past or plain(group[name]) != plain(gone.now):
+                raise ValueError(f"config.{path} was dropped in version {gone.version}: {gone.instead}")
+            fields = _without(fields, path)
+    return from_config(DistillConfig, fields)
+
+
+def _without(fields: Mapping[str, Any], path: str) -> dict[str, Any]:
+    name, _, rest = path.partition(".")
+    return {k: _without(v, rest) if k == name else v for k, v in fields.items() if rest or k != name}
+
+
+def changed(config: DistillConfig, changes: Mapping[str, Any]) -> DistillConfig:
+    """The configuration with settings changed by their dotted paths, checked anew; ValueError for an unknown one."""
+    return distill_config(merged(dataclasses.asdict(config), changes))
+
+
+def unresumable(before: DistillConfig, now: DistillConfig) -> list[tuple[str, Any, Any]]:
+    """The settings, as (path, before, now), that differ though a run may not be resumed with another value."""
+    new = {setting.path: setting.value for setting in settings(now)}
+    found = []
+    for setting in settings(before):
+        old, value = setting.value, new.get(setting.path)
+        # An optimiser that clips keeps a state of another structure than one that does not.
+        clips = setting.path.endswith("clip_norm") and (old is None) != (value is None)
+        if plain(old) != plain(value) and (clips or not setting.resumable):
+            found.append((setting.path, old, value))
+    return found

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dollar_jax.config import DistillConfig, from_config
+from dollar_jax.config import DistillConfig, changed
 from dollar_jax.data import shapes
 from dollar_jax.data.latents import load_data
 from dollar_jax.evaluate.features import vae_features
@@ -167,20 +167,6 @@ class Lab:
     @staticmethod
     def _places(count: int) -> np.ndarray:
         return np.linspace(0, count - 1, SHOWN).round().astype(int)
-
-
-def changed(config: DistillConfig, changes: Mapping[str, Any]) -> DistillConfig:
-    """The configuration with settings changed by their dotted names; ValueError for a name there is not."""
-    fields = dataclasses.asdict(config)
-    for name, value in changes.items():
-        *path, last = name.split(".")
-        group = fields
-        for part in path:
-            group = group[part]
-        if last not in group:
-            raise ValueError(f"config has no field {name!r}")
-        group[last] = value
-    return from_config(DistillConfig, fields)
 
 
 def _path(workdir: Path, key: str, seed: int) -> Path:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from dollar_jax.checkpoint import Checkpoints
-from dollar_jax.config import DistillConfig, LoraConfig, from_config
+from dollar_jax.config import DistillConfig, LoraConfig, distill_config, unresumable
 from dollar_jax.files import write_file
 from dollar_jax.generate import Generator, student_network, student_params
 from dollar_jax.models import lora
@@ -31,7 +29,7 @@ def read_config(workdir: Path) -> DistillConfig:
     path = workdir / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG} in it")
-    return from_config(DistillConfig, json.loads(path.read_text()))
+    return distill_config(json.loads(path.read_text()), past=True)
 
 
 def record_config(config: DistillConfig, workdir: Path) -> None:
@@ -41,30 +39,13 @@ def record_config(config: DistillConfig, workdir: Path) -> None:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if (workdir / CONFIG).exists():
-        before, now = (dict(_fields(dataclasses.asdict(c))) for c in (read_config(workdir), config))
-        for name in sorted(before.keys() | now.keys()):
-            if not _may_change(name) and before.get(name) != now.get(name):
-                raise ValueError(
-                    f"{workdir} holds a run with config.{name} = {before.get(name)!r}, not "
-                    f"{now.get(name)!r}: choose another workdir, or the run's own settings to resume it"
-                )
+        for name, before, now in unresumable(read_config(workdir), config):
+            raise ValueError(
+                f"{workdir} holds a run with config.{name} = {before!r}, not {now!r}: choose another workdir, "
+                "or the run's own settings to resume it"
+            )
     if jax.process_index() == 0:
         write_file(workdir / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-
-
-def _may_change(name: str) -> bool:
-    """Whether the setting of that dotted name may differ between a run and its resumption."""
-    changeable = {"mesh", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "visibility", "pretrain"}
-    return name.split(".")[0] in changeable
-
-
-def _fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings by their dotted names, sequences as lists, as JSON gives them back."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, list(value) if isinstance(value, tuple) else value
 
 
 def read_history(workdir: Path) -> list[dict[str, float]]:

@@ -24,7 +24,7 @@ import pytest
 from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dollar_jax.config import DistillConfig, from_config
+from dollar_jax.config import DistillConfig, distill_config
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_debug_key_reuse", True)
@@ -78,7 +78,7 @@ def make_config(get_config: Callable[..., ConfigDict]) -> Callable[..., DistillC
     def make(changes: dict[str, Any] | None = None) -> DistillConfig:
         config = get_config()
         config.update_from_flattened_dict({**TINY, **(changes or {})})
-        return from_config(DistillConfig, config)
+        return distill_config(config)
 
     return make
 

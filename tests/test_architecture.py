@@ -28,7 +28,7 @@ IMPORTS = [
     ("orbax only in checkpoint.py", r"(?!dollar_jax/checkpoint\.py)", r"orbax\b"),
     ("safetensors only in weights/", "(?!dollar_jax/weights/)", r"safetensors\b"),
     ("torch only in tests and benchmarks", "", r"torch\w*(\.|$)"),
-    ("ConfigDict only in cli.py and configs/", r"dollar_jax/(?!cli\.py)", r"ml_collections\b"),
+    ("ConfigDict only at the command line and in configs/", r"dollar_jax/(?!cli|experiment\.py)", r"ml_collections\b"),
     ("step does no I/O", r"dollar_jax/step\.py", IO),
 ]
 # (rule, the files it holds in, names and calls forbidden there); a call is "function(arguments".

@@ -1,5 +1,6 @@
 """Every experiment in configs/: it converts, and what it trains builds at its real size without any memory."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -8,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dollar_jax.config import DistillConfig, from_config
+from dollar_jax.config import distill_config
+from dollar_jax.experiment import load
+from dollar_jax.fields import plain, settings
 from dollar_jax.generate import transformer_options
 from dollar_jax.models.cogvideox import CogVideoXConfig
 from dollar_jax.models.cogvideox_vae import CogVideoXVAEConfig
@@ -26,16 +29,29 @@ T5_XXL = UMT5Config(vocab_size=32128, d_model=4096, d_ff=10240, num_layers=24, n
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_config_converts(path, losses):
     module = runpy.run_path(str(path))
-    config = from_config(DistillConfig, module["get_config"](losses))
+    config = distill_config(module["get_config"](losses))
     weights = config.vsd.weight, config.consistency.weight
     assert [weight > 0 for weight in weights] == ["vsd" in losses, "cd" in losses.replace("vsd", "")]
     assert re.search(rf"dollar (train|demo)\b.*{path.name}", module["__doc__"]), "the docstring says how to run it"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_resolves_to_the_values_of_version_0_1(path):
+    before = json.loads((Path(__file__).parent / "resolved_configs.json").read_text())
+    for setting in settings(load(path.stem)):
+        values = before[setting.path]
+        assert plain(setting.value) == values.get("all", values.get(path.stem)), setting.path
+
+
+def test_the_papers_batch_goes_by_the_losses():
+    config = load("paper", "vsd+cd")
+    assert (config.batch_size, config.accumulation) == (8, 1)
+
+
 @pytest.mark.parametrize("name", ["cogvideox_2b", "cogvideox_5b"])
 def test_the_whole_step_builds_at_real_size(name):
     module = runpy.run_path(str(next(path for path in FILES if path.stem == name)))
-    config = from_config(DistillConfig, module["get_config"]())
+    config = distill_config(module["get_config"]())
     vae = CogVideoXVAEConfig()
     clip = (49, 480, 720)
     shape = vae.latent_shape(*clip)

@@ -1,6 +1,5 @@
 """The configurations of real teachers: settings, published sizes, and a step that fits together; no weights."""
 
-import runpy
 from pathlib import Path
 
 import diffusers
@@ -8,7 +7,7 @@ import jax
 import pytest
 import torch
 
-from dollar_jax.config import DistillConfig, from_config
+from dollar_jax.experiment import load
 from dollar_jax.generate import transformer_options
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig
@@ -23,31 +22,26 @@ SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 SIZES = [(SMALL, 1_418_996_800), ({}, 14_288_491_584)]
 
 
-def read(name, *losses):
-    settings = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*losses)
-    return from_config(DistillConfig, settings)
-
-
 def count(shapes):
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 @pytest.mark.parametrize("name", ["wan_1_3b", "wan_14b", "paper"])
 def test_the_whole_method_is_on_and_can_be_taken_apart(name):
-    config = read(name)
+    config = load(name)
     assert config.vsd.weight == 1 and config.consistency.weight == 0.5 and config.reward.trained
     assert config.compute.dtype == config.compute.teacher_dtype == "bfloat16"
     assert config.fake_score.updates == config.consistency.skip == 5
     assert config.pretrain is None
-    assert read(name, "vsd").consistency.weight == 0 and read(name, "cd").vsd.weight == 0
-    assert read(name, "vsd+cd").reward.rewards == ()
+    assert load(name, "vsd").consistency.weight == 0 and load(name, "cd").vsd.weight == 0
+    assert load(name, "vsd+cd").reward.rewards == ()
     docstring = (CONFIGS / f"{name}.py").read_text()
     assert f"dollar train --config=configs/{name}.py --workdir=" in docstring
     assert f"teachers/{config.teacher.split('/')[1]} --dtype=bfloat16" in docstring
 
 
 def test_the_papers_numbers():
-    config = read("paper")
+    config = load("paper")
     assert (config.batch_size, config.accumulation, config.steps) == (56, 7, 40_000)
     assert (config.vsd.guidance_weight, config.consistency.guidance_weight) == (3.5, 7.5)
     assert WanVAEConfig().latent_shape(129, 192, 320) == (33, 24, 40, 16)
@@ -76,7 +70,7 @@ def test_the_vae_has_as_many_parameters_as_diffusers():
     ],
 )
 def test_the_step_fits_together_on_eight_devices(name, fields, clip):
-    config = read(name)
+    config = load(name)
     wan = WanConfig(**fields, param_dtype=config.compute.teacher_dtype, **transformer_options(config.compute))
     latent, text = WanVAEConfig().latent_shape(*clip), (config.data.max_text_length, wan.text_dim)
     transformer = wan_transformer(wan)

@@ -1,0 +1,81 @@
+"""The experiments in configs/: found by name from any folder, read, and made of one another.
+
+`get_config` of a file returns every setting as a ConfigDict, so that a command line can change each of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from dollar_jax.config import DistillConfig, distill_config
+from dollar_jax.fields import merged, unwrapped
+
+LOSSES = ("vsd", "cd", "vsd+cd", "vsd+cd+lrm")
+_PACKAGE = Path(__file__).parent
+# In a wheel they lie in the package; in a checkout beside it.
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+
+
+def experiment(base: str | None, losses: str, changes: Mapping[str, Any]) -> ConfigDict:
+    """The settings of another experiment, or the defaults for None, with `changes` by dotted paths or groups.
+
+    `base` is a name in configs/ or a path. `losses` is one of LOSSES; the others' weights are 0.
+    """
+    if losses not in LOSSES:
+        raise ValueError(f"the variant :{losses} is unknown; there are {', '.join(LOSSES)}")
+    fields = merged({} if base is None else dataclasses.asdict(load(base, losses)), changes)
+    terms = losses.split("+")
+    without = {"vsd": {"vsd.weight": 0.0}, "cd": {"consistency.weight": 0.0}, "lrm": {"reward.rewards": ()}}
+    for term, off in without.items():
+        fields = fields if term in terms else merged(fields, off)
+    return as_config_dict(distill_config(fields))
+
+
+def load(name: str, *losses: str) -> DistillConfig:
+    """The experiment `name`: one of configs/, such as demo, or the path of a file like those.
+
+    Raises ValueError or OSError naming the file when it cannot be read, fails, or returns something else.
+    """
+    path = find(name)
+    try:
+        module = runpy.run_path(str(path))
+        if "get_config" not in module:
+            raise ValueError("there is no function get_config in it")
+        config = module["get_config"](*losses)
+    except (Exception, SystemExit) as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path}: {kind}{error}") from error
+    if not hasattr(config, "items"):
+        raise ValueError(f"{path}: get_config must return settings, not {config!r}")
+    return distill_config(config)
+
+
+def find(name: str) -> Path:
+    """The file of an experiment given by its name in configs/ or by its path."""
+    path = CONFIGS / f"{name}.py" if Path(name).name == name and not name.endswith(".py") else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.py")))
+        raise FileNotFoundError(f"there is no configuration {name}: give the path of a file, or one of {known}")
+    return path
+
+
+def as_config_dict(config: Any) -> ConfigDict:
+    """A dataclass as a ConfigDict of the same fields; what is None takes a value of the field's own type."""
+    fields = {}
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            value = as_config_dict(value)
+        elif value is None and unwrapped(hint) in (int, float, str):
+            value = config_dict.placeholder(unwrapped(hint))
+        elif isinstance(value, tuple):
+            value = tuple(vars(v) if dataclasses.is_dataclass(v) else v for v in value)
+        fields[name] = value
+    return ConfigDict(fields)
