@@ -516,8 +516,8 @@ def _student(generator: Any, workdir: Path, config: Any, steps: int, ema: bool =
 
 
 def _evaluate() -> None:
-    from dollar_jax.demo import evaluate
     from dollar_jax.evaluate.features import alexnet_features, vae_features
+    from dollar_jax.evaluate.run import evaluate
     from dollar_jax.generate import make_generator
     from dollar_jax.run import read_config
 

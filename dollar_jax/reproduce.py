@@ -24,10 +24,10 @@ from dollar_jax.evaluate.features import vae_features
 from dollar_jax.evaluate.measure import (
     NetworkMeasures,
     default_plan,
+    draw_in_turns,
     measure,
     network_measures,
     samplers,
-    seconds_side_by_side,
 )
 from dollar_jax.evaluate.metrics import write_metrics
 from dollar_jax.generate import Generator, make_generator
@@ -160,7 +160,8 @@ class Lab:
         drawn = samplers(self.generator, student, config.student.timesteps)
         drawn = {name: row for name, row in drawn.items() if not name.startswith("undistilled")}
         prompts = [str(caption) for caption in shapes.covering_captions()[: self.base.batch_size]]
-        rows = seconds_side_by_side(self.generator, drawn, prompts, ROUNDS)
+        _, seconds = draw_in_turns(self.generator, drawn, prompts, len(prompts), 0, ROUNDS)
+        rows = {name: {"nfe": row.nfe, **seconds[name]} for name, row in drawn.items()}
         write_metrics(_path(self.workdir, SPEED, 0), {"settings": _settings(config, self.quick), "rows": rows})
         return rows
 

@@ -22,6 +22,8 @@ from dollar_jax.rewards import AnyReward
 from dollar_jax.types import Params
 from dollar_jax.video import to_uint8
 
+TIMED = 3  # batches at least, for a median
+
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
@@ -80,66 +82,47 @@ def measure(
 ) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
     """Per row: alignment, reward, vendi, flicker, nfe, seconds per video, ...; and its videos, uint8 [n t h w 3].
 
-    Every row draws from the same noise. Timings are medians over batches, compilation excluded.
+    Every row draws from the same noise. Times are medians over at least `TIMED` batches, see `draw_in_turns`.
     """
-    prompts, batch = plan.prompts, plan.batch
-    padded = prompts + prompts[: -len(prompts) % batch]
-    keys = video_keys(plan.seed, len(padded))
-    bar = tqdm(total=len(rows) * len(padded), desc="sampling and measuring", unit="video")
-    metrics, videos = {}, {}
-    for name, row in rows.items():
-        compiled: Any = row.draw.lower(  # type: ignore[attr-defined]
-            row.params, keys[:batch], generator.text(padded[:batch])
-        ).compile()
-        generator.decode(np.zeros((batch, *generator.latent_shape), np.float32))
-        frames, clock = [], {"text": [], "diffusion": [], "decode": []}
-        for start in range(0, len(padded), batch):
-            part = slice(start, start + batch)
-            text = _timed(clock["text"], generator.text, padded[part])
-            latent = _timed(clock["diffusion"], compiled, row.params, keys[part], text)
-            frames.append(_timed(clock["decode"], generator.decode, latent))
-            bar.update(batch)
-        drawn = np.concatenate(frames)[: len(prompts)]
-        seconds = {stage: statistics.median(times) / batch for stage, times in clock.items()}
-        metrics[name] = {
-            **quality(drawn, plan, reward, network),
+    batches = -(-len(plan.prompts) // plan.batch)
+    drawn, seconds = draw_in_turns(generator, rows, plan.prompts, plan.batch, plan.seed, -(-TIMED // batches))
+    metrics = {
+        name: {
+            **quality(drawn[name], plan, reward, network),
             "nfe": row.nfe,
-            "diffusion_seconds": seconds["diffusion"],
-            "total_seconds": sum(seconds.values()),
+            **{f"{stage}_seconds": statistics.median(times) for stage, times in seconds[name].items()},
         }
-        videos[name] = to_uint8(drawn)
-    bar.close()
-    return metrics, videos
-
-
-def seconds_side_by_side(
-    generator: Generator, rows: dict[str, Drawn], prompts: Sequence[str], rounds: int
-) -> dict[str, dict[str, Any]]:
-    """Per row `nfe`, and seconds per video in each round: `diffusion`, and with text and decoding `total`.
-
-    In a round every row draws all prompts in its turn, so that what else the machine does falls on all alike.
-    Compilation is excluded, and a first round that warms up.
-    """
-    keys = video_keys(0, len(prompts))
-    text = generator.text(prompts)
-    compiled: dict[str, Any] = {
-        name: row.draw.lower(row.params, keys, text).compile()  # type: ignore[attr-defined]
         for name, row in rows.items()
     }
-    generator.decode(np.zeros((len(prompts), *generator.latent_shape), np.float32))
-    found: dict[str, dict[str, Any]] = {
-        name: {"nfe": row.nfe, "diffusion": [], "total": []} for name, row in rows.items()
-    }
-    for i in tqdm(range(1 + rounds), "timing side by side", unit="round"):
-        for name, row in rows.items():
-            clock: list[float] = []
-            text = _timed(clock, generator.text, prompts)
-            latent = _timed(clock, compiled[name], row.params, keys, text)
-            _timed(clock, generator.decode, latent)
-            if i:
-                found[name]["diffusion"].append(clock[1] / len(prompts))
-                found[name]["total"].append(sum(clock) / len(prompts))
-    return found
+    return metrics, {name: to_uint8(frames) for name, frames in drawn.items()}
+
+
+def draw_in_turns(
+    generator: Generator, rows: dict[str, Drawn], prompts: Sequence[str], batch: int, seed: int, rounds: int = 1
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, list[float]]]]:
+    """Per row the videos of all prompts, floats [n t h w 3] in [0, 1], and seconds per video of each batch.
+
+    The seconds are those of the `diffusion`, and with text encoder and decoder in `total`. All prompts are drawn
+    `rounds` times. The rows take turns batch by batch, so that what else the machine does falls on all alike; a
+    first turn, which compiles and warms up, is not counted.
+    """
+    padded = [*prompts, *prompts[: -len(prompts) % batch]]
+    parts = [slice(start, start + batch) for start in range(0, len(padded), batch)]
+    frames: dict[str, list[np.ndarray]] = {name: [] for name in rows}
+    seconds: dict[str, dict[str, list[float]]] = {name: {"diffusion": [], "total": []} for name in rows}
+    turns = [(i, part, name) for i, part in enumerate([parts[0], *parts * rounds]) for name in rows]
+    for i, part, name in tqdm(turns, "sampling in turns", unit="batch"):
+        keys = video_keys(seed, len(padded))[part]  # anew: the rows share their noise, which JAX takes for a mistake
+        clock: list[float] = []
+        text = _timed(clock, generator.text, padded[part])
+        latent = _timed(clock, rows[name].draw, rows[name].params, keys, text)
+        drawn = _timed(clock, generator.decode, latent)
+        if 0 < i <= len(parts):
+            frames[name].append(drawn)
+        if i > 0:
+            seconds[name]["diffusion"].append(clock[1] / batch)
+            seconds[name]["total"].append(sum(clock) / batch)
+    return {name: np.concatenate(found)[: len(prompts)] for name, found in frames.items()}, seconds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,7 +109,7 @@ def write_ablation(
 
 
 Means = dict[tuple[str, str], dict[str, tuple[float, float]]]
-Speed = Mapping[str, Mapping[str, Any]]  # sampler → what `measure.seconds_side_by_side` says of it
+Speed = Mapping[str, Mapping[str, Any]]  # sampler → `nfe`, and what `measure.draw_in_turns` says of its seconds
 
 
 def summary(results: Sequence[Result], labels: Mapping[str, str]) -> Means:

@@ -1,0 +1,59 @@
+"""Sampling in turns: what is drawn, and how its time is taken."""
+
+import numpy as np
+import pytest
+
+from dollar_jax.evaluate import measure as module
+from dollar_jax.evaluate.measure import Drawn, draw_in_turns
+
+
+class Machine:
+    """A clock that drawing moves on, a hundredfold the first time, and slower while something else runs."""
+
+    def __init__(self, slow=()):
+        self.now, self.turns, self.slow = 0.0, [], slow
+
+    def text(self, prompts):
+        self.now += 1
+        return np.array([len(prompt) for prompt in prompts])
+
+    def decode(self, latent):
+        self.now += 2
+        return latent
+
+    def row(self, name, cost):
+        def draw(params, keys, text):
+            first = name not in self.turns
+            self.turns.append(name)
+            busy = 10 if len(self.turns) in self.slow else 1
+            self.now += cost * (100 if first else busy)
+            return (text + params)[:, None, None, None, None].astype(np.float32)
+
+        return Drawn(draw, 0.5, 1)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    machine = Machine(slow=(5, 6))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: machine.now)
+    return machine
+
+
+def test_rows_take_turns_and_the_first_turn_is_not_counted(machine):
+    rows = {"teacher": machine.row("teacher", 40.0), "student": machine.row("student", 4.0)}
+    frames, seconds = draw_in_turns(machine, rows, ["a", "bb", "ccc"], batch=2, seed=0, rounds=2)
+    assert machine.turns == ["teacher", "student"] * 5  # to warm up, then 2 batches twice
+    assert seconds["student"]["diffusion"] == [2, 20, 2, 2]  # per video; others were busy in the second batch
+    assert seconds["teacher"]["diffusion"] == [20, 200, 20, 20]
+    assert seconds["student"]["total"] == [3.5, 21.5, 3.5, 3.5]
+    for found in frames.values():
+        np.testing.assert_array_equal(found.ravel(), [1.5, 2.5, 3.5])  # each prompt once, in order
+
+
+def test_the_speedup_is_of_medians_at_least_three(machine, monkeypatch):
+    monkeypatch.setattr(module, "quality", lambda *_: {})
+    rows = {"teacher_50": machine.row("teacher_50", 40.0), "student_4": machine.row("student_4", 4.0)}
+    plan = module.Plan(["a", "bb"], [], 1, 2, 0)  # type: ignore[arg-type]
+    metrics, _ = module.measure(machine, rows, plan, None)
+    assert len(machine.turns) == 2 * (1 + module.TIMED)
+    assert module.speedups(metrics, "teacher_50") == {"speedup_4": 10}
