@@ -41,8 +41,8 @@ GONE = ("FAILED", "SUSPENDED")
 KILLED, FAILED, IDLE, TERMINATED, STOPPED, REFUSED = 4, 5, 6, 7, 8, 9
 # What is returned when the machine or the connection, not the command, is at fault.
 LOST = (1, 255, KILLED, TERMINATED)
-# So often in a row `run --watch` may fail to install and start the command.
-ATTEMPTS = 5
+# So often in a row `run --watch` may fail to reach the slice and to start the command on it.
+ATTEMPTS = 10
 
 
 class LaunchError(Exception):
@@ -160,17 +160,26 @@ class Pod:
         if self.args.watch and self.args.detach:
             raise LaunchError("--watch follows the run and --detach leaves it: give one of them")
         self._name_uncommitted()
-        unstarted = 0
+        unstarted, ever = 0, False
         while True:
-            self.create()
-            started, code = self._run_once()
+            try:
+                self.create()
+                started, code = self._run_once()
+            except LaunchError as error:
+                if not (self.args.watch and ever):
+                    raise
+                print(error, file=sys.stderr)  # the network may be away for a while; the run goes on
+                started, code = False, 1
+            ever |= started
             if self.dry_run or code == 0:
                 return
             if not (code in LOST or (code == FAILED and self._is_gone())):
                 raise LaunchError(self._ending(code))
             unstarted = 0 if started else unstarted + 1
             if unstarted == ATTEMPTS:
-                raise LaunchError(f"{self.name} could not be set up {ATTEMPTS} times in a row; the messages are above")
+                raise LaunchError(
+                    f"{self.name} could not be set up or reached {ATTEMPTS} times in a row; the messages are above"
+                )
             if not self.args.watch:
                 raise LaunchError(
                     f"{self.name} or the way to it was lost; the same command again goes on where the run was"
@@ -323,7 +332,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="do", required=True, metavar="COMMAND")
 
-    def add(name: str, about: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def add(name: str, about: str, *parents: Parser) -> Parser:
         return commands.add_parser(
             name, help=about, description=about, parents=[common, *parents], fromfile_prefix_chars="@"
         )

@@ -188,13 +188,14 @@ def test_a_command_that_fails_fails_the_tool(cloud):
 ONCE = "f=$FAKE_CLOUD/once; [[ $PWD == */0-0/* && ! -e $f ]] || exit 0; touch $f; exit $1"
 
 
-@pytest.mark.parametrize(("code", "outlived"), [(143, 0), (1, 1)])
-def test_a_command_that_ends_with_its_machines_is_started_again(cloud, code, outlived):
+@pytest.mark.parametrize(("code", "outlived", "outages"), [(143, 0, 2), (1, 1, 0)])
+def test_a_command_that_ends_with_its_machines_is_started_again(cloud, code, outlived, outages):
     """143: SIGTERM came. 1: another worker went first; only the slice's state says so."""
-    c = cloud(outlived=outlived)
+    c = cloud(outlived=outlived, states=["ACTIVE", *["OUTAGE"] * outages, "ACTIVE"])
     done = c("run", *SLICE, "--watch", "--", "bash", "-c", ONCE, "command", str(code))
     assert c.verbs() == ["create", *RUN, *["delete", "create"] * outlived, *RUN]
-    assert done.stdout.count("lost; looking again") == 1
+    assert done.stdout.count("lost; looking again") == 1 + outages
+    assert done.stderr.count("TransportError") == outages
 
 
 def test_refused_input_is_not_tried_again_whatever_becomes_of_the_slice(cloud):
@@ -206,7 +207,7 @@ def test_refused_input_is_not_tried_again_whatever_becomes_of_the_slice(cloud):
 def test_a_slice_that_cannot_be_set_up_is_given_up(cloud):
     c = cloud(unreachable=True)
     error = c("run", *SLICE, "--watch", "--", "true", code=1).stderr
-    assert "could not be set up 5 times in a row" in error and c.verbs() == ["create", *["scp"] * 5]
+    assert "could not be set up or reached 10 times in a row" in error and c.verbs() == ["create", *["scp"] * 10]
 
 
 def test_stop_waits_until_the_command_has_saved_and_ends_the_watch(cloud):
@@ -223,14 +224,14 @@ def test_stop_waits_until_the_command_has_saved_and_ends_the_watch(cloud):
 
 def test_environment_variables_reach_the_command_and_nothing_else(cloud):
     c = cloud()
-    c.env["HF_TOKEN"] = "se'cret $x"
+    c.env["HF_TOKEN"] = "hf'xyzzy $x"
     arguments = ["run", *SLICE, "--env=HF_TOKEN", "--env=MODE=a=b", "--", "bash", "-c", "echo [$HF_TOKEN] [$MODE]"]
-    assert "[se'cret $x] [a=b]\n" in c(*arguments).stdout
-    assert "cret" not in json.dumps(c.calls()), "a command line has it"
-    left = [p for w in ("0-0", "0-1") for p in (c.folder / w).rglob("*") if p.is_file() and b"cret" in p.read_bytes()]
+    assert "[hf'xyzzy $x] [a=b]\n" in c(*arguments).stdout
+    assert "xyzzy" not in json.dumps(c.calls()), "a command line has it"
+    left = [p for w in ("0-0", "0-1") for p in (c.folder / w).rglob("*") if p.is_file() and b"xyzzy" in p.read_bytes()]
     assert {p.name for p in left} == {"log"}, "the command wrote it there"
     dry = c(*arguments[:-4], "--dry-run", *arguments[-4:])
-    assert "cret" not in dry.stdout + dry.stderr and "dollar.env wan:" in dry.stdout
+    assert "xyzzy" not in dry.stdout + dry.stderr and "dollar.env wan:" in dry.stdout
 
 
 def test_what_is_not_committed_is_named_and_refused_where_the_command_needs_it(cloud, tmp_path):
