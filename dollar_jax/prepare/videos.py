@@ -1,4 +1,7 @@
-"""Clips from video files: decoded, turned upright, resampled in time, scaled to cover a size and cropped to it."""
+"""Clips from video files: decoded, turned upright, resampled in time, scaled to cover a size and cropped to it.
+
+A frame becomes what a good player shows on a BT.709 screen; docs/data.md has the table.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,22 @@ import av
 import numpy as np
 from av.error import FFmpegError
 from av.stream import Disposition
-from av.video.reformatter import Colorspace, Interpolation
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+
+from dollar_jax.prepare.colour import HDR, TO_BT709, to_bt709
+from dollar_jax.prepare.filters import Crop, Timed, filtered, pixel_crop
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
-_UNSPECIFIED = 2  # FFmpeg's number for a colour space that nobody wrote down
 _QUALITY = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+_NEVER_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
+
+# What cannot be shown as it was meant, by FFmpeg's numbers.
+_UNTAGGED = (0, 2, 3)  # colour spaces: RGB, which has none, unspecified, reserved
+_MATRICES = (*_UNTAGGED, 1, 4, 5, 6, 7, 9)  # BT.709, FCC, BT.601 twice, SMPTE 240M, BT.2020
+_TRANSFERS = {ColorTrc.LINEAR: "linear", ColorTrc.LOG: "logarithmic", ColorTrc.LOG_SQRT: "logarithmic"}
+_TRANSFERS |= {ColorTrc.SMPTE428: "digital cinema (SMPTE 428)"}
+_STEREO = (1, 2, 3, 4, 5, 6, 7)  # AVStereo3DType without 2D, and unspecified: then one eye's view is decoded
+_PROJECTIONS = {0: "equirectangular", 1: "cube map", 2: "equirectangular", 3: "half equirectangular", 5: "fisheye"}
 
 
 class Unusable(ValueError):
@@ -39,9 +53,6 @@ class ClipSettings:
     clips: int
 
 
-Timed = tuple[Fraction, Fraction, av.VideoFrame]  # start and duration in seconds
-
-
 def read_clips(file: Any, settings: ClipSettings, rng: np.random.Generator) -> list[np.ndarray]:
     """The clips, uint8 [t, h, w, 3], of a path or an open binary file; `rng` places a random crop.
 
@@ -50,13 +61,12 @@ def read_clips(file: Any, settings: ClipSettings, rng: np.random.Generator) -> l
     """
     try:
         with av.open(file) as container:
-            stream = next((s for s in container.streams.video if not _is_cover(s)), None)
-            if stream is None:
-                raise Unusable("holds no video")
+            stream = shown_stream(container.streams.video)
             # Videos are decoded side by side; a decoder's own threads make damaged frames come out by chance.
             stream.codec_context.thread_count = 1
             aspect = stream.sample_aspect_ratio or Fraction(1)
-            return clips_of(_decode(container, stream), settings, rng, aspect)
+            crop = _container_crop(file, stream.index) if "matroska" in container.format.name else (0, 0, 0, 0)
+            return clips_of(filtered(_decode(container, stream), crop), settings, rng, aspect)
     except (FFmpegError, UnicodeDecodeError) as error:
         raise Unusable(f"cannot be read as a video: {getattr(error, 'strerror', error)}") from error
 
@@ -122,17 +132,19 @@ def resample(frames: Iterable[Timed], fps: float | None) -> Iterator[av.VideoFra
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How a video's frames become its clip's: stored (height, width), crop, and the display matrix's turns."""
+    """How a video's frames become its clip's: stored (height, width), crop, turns and colours."""
 
     stored: tuple[int, int]
     corner: tuple[int, int]
     size: tuple[int, int]
     turn: tuple[bool, bool, bool]  # transposed, then flipped up-down, then left-right
     colorspace: int | None
+    light: tuple[int, int] | None  # transfer characteristic and primaries, where they are not BT.709's
 
     @staticmethod
     def of(frame: av.VideoFrame, aspect: Fraction, settings: ClipSettings, rng: np.random.Generator) -> View:
         """The view of a video by its first frame."""
+        _check_showable(frame)
         turn = _turn(frame)
         height, width = Fraction(frame.height), frame.width * aspect
         if turn[0]:
@@ -145,24 +157,42 @@ class View:
         spare = [a - b for a, b in zip(covering, size, strict=True)]
         random = settings.crop == "random"
         corner = tuple(int(rng.integers(s + 1)) if random else s // 2 for s in spare)
+        transfer, primaries, untagged = frame.color_trc, frame.color_primaries, frame.colorspace in _UNTAGGED
+        hdr = transfer in HDR
+        if hdr and primaries not in (*TO_BT709, ColorPrimaries.BT709):
+            primaries = ColorPrimaries.BT2020
         # Players take untagged large pictures for BT.709 and small ones for BT.601.
         large = frame.width >= 1280 or frame.height > 576
-        guess = Colorspace.ITU709 if frame.colorspace == _UNSPECIFIED and large else None
+        guess = Colorspace.BT2020 if hdr else Colorspace.ITU709 if large else Colorspace.ITU601
         stored = covering[::-1] if turn[0] else covering
-        return View(stored, (corner[0], corner[1]), size, turn, guess)  # type: ignore[arg-type]
+        return View(
+            stored,  # type: ignore[arg-type]
+            (corner[0], corner[1]),
+            size,
+            turn,
+            guess if untagged else None,
+            (transfer, primaries) if hdr or primaries in TO_BT709 else None,
+        )
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         """uint8 [h, w, 3]; raises Unusable when the frame is damaged."""
         if frame.is_corrupt:
             raise Unusable("a frame cannot be decoded whole")
+        grey_tv = len(frame.format.components) == 1 and frame.color_range == ColorRange.MPEG
+        if any(c.is_alpha for c in frame.format.components) or frame.format.has_palette:
+            frame = _over_black(frame, self.colorspace)
         scaled = frame.reformat(
             width=self.stored[1],
             height=self.stored[0],
-            format="rgb24",
+            format="rgb48le" if self.light else "rgb24",
             src_colorspace=self.colorspace,
             interpolation=_QUALITY,
         )
         image = scaled.to_ndarray()
+        if self.light:
+            image = to_bt709(image, *self.light)
+        if grey_tv:  # swscale takes every grey picture for full range
+            image = np.clip(np.rint((image - 16.0) * (255 / 219)), 0, 255).astype(np.uint8)
         transposed, up_down, left_right = self.turn
         if transposed:
             image = image.swapaxes(0, 1)
@@ -171,11 +201,54 @@ class View:
         return np.ascontiguousarray(image[y : y + height, x : x + width])
 
 
+def _over_black(frame: av.VideoFrame, colorspace: int | None) -> av.VideoFrame:
+    """A picture with transparency, on black."""
+    image = frame.reformat(format="rgba", src_colorspace=colorspace, interpolation=_QUALITY).to_ndarray()
+    opaque = np.rint(image[..., :3] * (image[..., 3:] / 255)).astype(np.uint8)
+    return av.VideoFrame.from_ndarray(opaque, format="rgb24")
+
+
+def _check_showable(frame: av.VideoFrame) -> None:
+    """Raise Unusable for kinds of pictures that would be shown wrongly."""
+    try:
+        side_data: Any = frame.side_data
+        first = {data.type.name: int.from_bytes(bytes(data)[:4], "little") for data in side_data}
+    except ValueError:
+        raise Unusable("carries picture data that this version of PyAV does not know") from None
+    if first.get("STEREO3D") in _STEREO:
+        raise Unusable("is stereo 3D: both eyes' views in one picture")
+    if first.get("SPHERICAL") in _PROJECTIONS:
+        raise Unusable(f"is a 360° video ({_PROJECTIONS[first['SPHERICAL']]})")
+    if "DOVI_METADATA" in first and frame.colorspace not in (1, 9):
+        raise Unusable("is Dolby Vision without a base layer in BT.2020 or BT.709")
+    if frame.colorspace not in _MATRICES:
+        raise Unusable(f"has a colour matrix that is not supported: number {frame.colorspace} of ITU-T H.273")
+    if frame.color_trc in _TRANSFERS:
+        raise Unusable(f"has a {_TRANSFERS[ColorTrc(frame.color_trc)]} transfer characteristic")
+
+
+def _container_crop(file: Any, index: int) -> Crop:
+    """What the container says to cut off stream `index`."""
+    if isinstance(file, str):
+        with open(file, "rb") as opened:
+            return pixel_crop(opened.read(1 << 20), index)  # the tracks are described at the beginning
+    position = file.tell()
+    file.seek(0)
+    crop = pixel_crop(file.read(1 << 20), index)
+    file.seek(position)
+    return crop
+
+
 def _decode(container: Any, stream: Any) -> Iterator[Timed]:
     """Frames in the order they are shown."""
+    decoder = _alpha_decoder(stream)
+    if decoder:
+        decoded = (frame for packet in container.demux(stream) for frame in decoder.decode(packet))
+    else:
+        decoded = container.decode(stream)
     rate = stream.average_rate or stream.guessed_rate or Fraction(25)
     last = None
-    for frame in container.decode(stream):
+    for frame in decoded:
         duration = frame.duration * frame.time_base if frame.duration else 1 / rate
         if frame.pts is None:
             time = Fraction(0) if last is None else last + 1 / rate
@@ -186,9 +259,28 @@ def _decode(container: Any, stream: Any) -> Iterator[Timed]:
             last = time
 
 
-def _is_cover(stream: Any) -> bool:
-    """Whether it is the cover picture of a piece of music."""
-    return bool(stream.disposition & Disposition.attached_pic)
+def _alpha_decoder(stream: Any) -> Any:
+    """The decoder of VP8's and VP9's transparency, which FFmpeg's own decoders leave out; None for other streams."""
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.codec.canonical_name)
+    if name is None or {k.lower(): v for k, v in stream.metadata.items()}.get("alpha_mode") != "1":
+        return None
+    try:
+        decoder = av.CodecContext.create(name, "r")
+    except ValueError:
+        raise Unusable(f"is transparent, and this FFmpeg lacks {name}") from None
+    decoder.thread_count = 1
+    return decoder
+
+
+def shown_stream(streams: Any) -> Any:
+    """The video stream a player shows: the default one, of several or none the largest; never a cover or preview."""
+    streams = [s for s in streams if not s.disposition & _NEVER_SHOWN]
+    if not streams:
+        raise Unusable("holds no video")
+    if all(s.codec_context is None for s in streams):
+        raise Unusable("has a codec that this FFmpeg cannot decode")
+    streams = [s for s in streams if s.codec_context is not None]
+    return max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
 
 
 def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
