@@ -218,6 +218,7 @@ def test_stop_waits_until_the_command_has_saved_and_ends_the_watch(cloud):
     wait_for(lambda: log.exists() and "ready" in log.read_text() and "ssh follow" in c.verbs())
     c("stop", *PLACE)
     assert "saved" in log.read_text(), "stop came back before the command was done"
+    assert log.with_name("exit_code").read_text() == "143\n", "the shell around the command ended before it"
     assert "was told to stop" in watch.communicate(timeout=60)[1] and watch.returncode == 1
     assert c.verbs().count("ssh start") == 1
 
