@@ -144,7 +144,7 @@ class View:
     @staticmethod
     def of(frame: av.VideoFrame, aspect: Fraction, settings: ClipSettings, rng: np.random.Generator) -> View:
         """The view of a video by its first frame."""
-        _check_showable(frame)
+        check_showable(frame)
         turn = _turn(frame)
         height, width = Fraction(frame.height), frame.width * aspect
         if turn[0]:
@@ -202,13 +202,15 @@ class View:
 
 
 def _over_black(frame: av.VideoFrame, colorspace: int | None) -> av.VideoFrame:
-    """A picture with transparency, on black."""
+    """A picture with transparency, on black; one that is opaque after all, untouched."""
     image = frame.reformat(format="rgba", src_colorspace=colorspace, interpolation=_QUALITY).to_ndarray()
+    if image[..., 3].min() == 255:
+        return frame
     opaque = np.rint(image[..., :3] * (image[..., 3:] / 255)).astype(np.uint8)
     return av.VideoFrame.from_ndarray(opaque, format="rgb24")
 
 
-def _check_showable(frame: av.VideoFrame) -> None:
+def check_showable(frame: av.VideoFrame) -> None:
     """Raise Unusable for kinds of pictures that would be shown wrongly."""
     try:
         side_data: Any = frame.side_data
@@ -219,7 +221,7 @@ def _check_showable(frame: av.VideoFrame) -> None:
         raise Unusable("is stereo 3D: both eyes' views in one picture")
     if first.get("SPHERICAL") in _PROJECTIONS:
         raise Unusable(f"is a 360° video ({_PROJECTIONS[first['SPHERICAL']]})")
-    if "DOVI_METADATA" in first and frame.colorspace not in (1, 9):
+    if "DOVI_RPU_BUFFER" in first and frame.colorspace not in (1, 9):
         raise Unusable("is Dolby Vision without a base layer in BT.2020 or BT.709")
     if frame.colorspace not in _MATRICES:
         raise Unusable(f"has a colour matrix that is not supported: number {frame.colorspace} of ITU-T H.273")

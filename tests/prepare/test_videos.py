@@ -12,12 +12,22 @@ import numpy as np
 import pytest
 from av.error import InvalidDataError
 from av.filter import Graph
+from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorPrimaries, ColorTrc
 from PIL import Image, ImageSequence
 
 from dollar_jax.prepare.colour import to_bt709
 from dollar_jax.prepare.filters import filtered
-from dollar_jax.prepare.videos import ClipSettings, Unusable, array_frames, clips_of, read_clips, resample, shown_stream
+from dollar_jax.prepare.videos import (
+    ClipSettings,
+    Unusable,
+    array_frames,
+    check_showable,
+    clips_of,
+    read_clips,
+    resample,
+    shown_stream,
+)
 from dollar_jax.video import encode_mp4
 
 CASES = Path(__file__).parent / "cases"
@@ -579,3 +589,16 @@ def test_360_degrees_are_rejected():
 def test_colours_that_cannot_be_shown(tags, reason):
     with pytest.raises(Unusable, match=reason):
         read(record("libx264", flat(RED), "yuv444p", **tags))
+
+
+def test_dolby_vision_needs_a_base_layer():
+    """Profile 5 leaves its colours untagged; profile 8 has a base in BT.2020. A stand-in: FFmpeg writes no metadata."""
+
+    class Metadata(bytes):
+        type = Type.DOVI_RPU_BUFFER
+
+    for colorspace in (2, 15):
+        frame: Any = SimpleNamespace(side_data=[Metadata(8)], colorspace=colorspace, color_trc=2)
+        with pytest.raises(Unusable, match="Dolby Vision without a base layer"):
+            check_showable(frame)
+    check_showable(SimpleNamespace(side_data=[Metadata(8)], colorspace=9, color_trc=16))  # type: ignore[arg-type]
