@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dollar_jax.config import DistillConfig, changed
+from dollar_jax.config import DistillConfig, changed, distill_config
 from dollar_jax.data import shapes
 from dollar_jax.data.latents import load_data
 from dollar_jax.evaluate.features import vae_features
@@ -121,8 +121,8 @@ class Lab:
 
     def shown(self, seed: int) -> list[str]:
         """The prompts whose videos are kept."""
-        captions = default_plan(seed, self.quick).captions
-        return [str(captions[i]) for i in self._places(len(captions))]
+        plan = default_plan(seed, self.quick)
+        return [str(plan.captions[i]) for i in plan.spread(SHOWN)]
 
     def run(self, key: str, seed: int, config: DistillConfig) -> dict[str, Any]:
         """Trains and measures a cell; its rows by sampler, which lie in `cells/` when it is done."""
@@ -143,10 +143,9 @@ class Lab:
             # Taken hours apart from the others': `time` takes them side by side.
             del row["diffusion_seconds"], row["total_seconds"]
         if seed == 0:
-            places = self._places(len(plan.captions))
             folder = self.workdir / "cells"
             folder.mkdir(parents=True, exist_ok=True)
-            kept: dict[str, Any] = {name: video[places] for name, video in videos.items()}
+            kept: dict[str, Any] = {name: video[plan.spread(SHOWN)] for name, video in videos.items()}
             np.savez_compressed(folder / f"{key}.npz", **kept)
         else:
             # Optimisers and all, a checkpoint is far larger than what it was made for.
@@ -165,17 +164,13 @@ class Lab:
         write_metrics(_path(self.workdir, SPEED, 0), {"settings": _settings(config, self.quick), "rows": rows})
         return rows
 
-    @staticmethod
-    def _places(count: int) -> np.ndarray:
-        return np.linspace(0, count - 1, SHOWN).round().astype(int)
-
 
 def _path(workdir: Path, key: str, seed: int) -> Path:
     return workdir / "cells" / f"{key}-seed{seed}.json"
 
 
 def _settings(config: DistillConfig, quick: bool) -> Any:
-    """What makes a cell what it is, as JSON gives it back."""
+    """The settings that a cell's figures depend on, as JSON gives them back."""
     fields = dataclasses.asdict(config) | {"pretrain": None, "visibility": None, "quick": quick}
     return json.loads(json.dumps(fields))
 
@@ -186,7 +181,9 @@ def _read_cell(workdir: Path, key: str, seed: int, config: DistillConfig, quick:
     if not path.exists():
         return None
     cell = json.loads(path.read_text())
-    if cell["settings"] != _settings(dataclasses.replace(config, seed=seed), quick):
+    stored = {name: value for name, value in cell["settings"].items() if name not in ("visibility", "quick")}
+    before = distill_config(stored, past=True)  # with the defaults of settings that are newer than the cell
+    if _settings(before, cell["settings"]["quick"]) != _settings(dataclasses.replace(config, seed=seed), quick):
         raise ValueError(f"{path} is of other settings than these: choose another workdir, or remove it")
     return cell["rows"]
 

@@ -139,6 +139,18 @@ def test_a_second_start_runs_only_what_is_missing(run, tmp_path):
     assert drop.sub("", Text(tmp_path / "reproduction.html").text) == drop.sub("", before)
 
 
+def test_a_cell_that_knows_no_newer_setting_is_read_with_its_default(run, tmp_path):
+    start, ran = run
+    start(tmp_path, quick=True, seeds=1)
+    path = tmp_path / "cells" / "cd-seed0.json"
+    cell = json.loads(path.read_text())
+    del cell["settings"]["sampling"]["solver"]
+    path.write_text(json.dumps(cell))
+    ran.clear()
+    start(tmp_path, quick=True, seeds=1)
+    assert not ran
+
+
 def test_a_cell_of_other_settings_is_refused_before_any_work(run, tmp_path):
     start, ran = run
     start(tmp_path, quick=True, seeds=1)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
+
+from dollar_jax.video import to_uint8, unit_range
 
 FRAMES = 17
 SIZE = 32
@@ -131,13 +132,7 @@ def render(caption: Caption, rng: np.random.Generator) -> np.ndarray:
     tint = 0.05 * rng.uniform() * (tint - tint.mean()) / np.linalg.norm(tint - tint.mean())
     background = rng.uniform(0.2, 0.8) + tint
     video = background * (1 - mask) + colour * mask
-    return np.round(255 * np.clip(video, 0, 1)).astype(np.uint8)
-
-
-def stream(seed: int, split: str = "train") -> Iterator[tuple[np.ndarray, Caption]]:
-    """Endless (video, caption) pairs of a split: "train", "validation" or "held_out"."""
-    for index in itertools.count():
-        yield example(seed, split, index)
+    return to_uint8(video)
 
 
 SPLITS = ("train", "validation", "held_out")
@@ -189,7 +184,7 @@ def verify(video: np.ndarray) -> Reading:
     shape. Direction and speed come from the fitted positions of the nearest five frames; an object
     that stands still has neither.
     """
-    frames = np.asarray(video, np.float32) / (255 if video.dtype == np.uint8 else 1)
+    frames = unit_range(video).astype(np.float32)
     chroma = frames - frames.mean(-1, keepdims=True)
     chroma = chroma - np.median(chroma, (0, 1, 2))
     distance = np.linalg.norm(chroma, axis=-1)

@@ -66,6 +66,10 @@ class Plan:
         repeated = [caption for caption in self.diverse for _ in range(self.samples)]
         return [str(caption) for caption in (*self.captions, *repeated)]
 
+    def spread(self, count: int) -> np.ndarray:
+        """The places of `count` captions, spread over all of them."""
+        return np.linspace(0, len(self.captions) - 1, count).round().astype(int)
+
 
 def default_plan(seed: int, quick: bool = False) -> Plan:
     """72 captions that cover every colour, shape and direction, and 6 captions drawn 8 times; a third if quick."""

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.measure import default_plan, measure, network_measures, percentages, samplers, speedups
 from dollar_jax.evaluate.metrics import write_metrics
@@ -60,7 +58,7 @@ def evaluate(
     }
     write_metrics(out, metrics)
 
-    chosen = np.linspace(0, len(plan.captions) - 1, SHOWN).round().astype(int)
+    chosen = plan.spread(SHOWN)
     shown = {name: clips[chosen] for name, clips in videos.items()}
     prompts = [str(plan.captions[i]) for i in chosen]
     for i, prompt in enumerate(prompts):
