@@ -221,7 +221,7 @@ def check_showable(frame: av.VideoFrame) -> None:
         raise Unusable("is stereo 3D: both eyes' views in one picture")
     if first.get("SPHERICAL") in _PROJECTIONS:
         raise Unusable(f"is a 360° video ({_PROJECTIONS[first['SPHERICAL']]})")
-    if "DOVI_RPU_BUFFER" in first and frame.colorspace not in (1, 9):
+    if first.keys() & {"DOVI_RPU_BUFFER", "DOVI_METADATA"} and frame.colorspace not in (1, 9):
         raise Unusable("is Dolby Vision without a base layer in BT.2020 or BT.709")
     if frame.colorspace not in _MATRICES:
         raise Unusable(f"has a colour matrix that is not supported: number {frame.colorspace} of ITU-T H.273")
