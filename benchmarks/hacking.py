@@ -17,14 +17,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as imageio
 import jax
 import numpy as np
+from PIL import Image
 from rewards import make_config
 
 from dollar_jax.config import RewardTerm
 from dollar_jax.data.latents import load_data
-from dollar_jax.evaluate.measure import Drawn, default_plan, measure
+from dollar_jax.evaluate.measure import BoundSampler, default_plan, measure
 from dollar_jax.generate import make_generator, subset
 from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.run import read_history, restore_student
@@ -58,7 +58,7 @@ def main() -> None:
     strips: list[np.ndarray] = []
 
     def look(name: str, folder: Path, steps: int) -> None:
-        drawn = {name: Drawn(draw, restore_student(folder, generator), 4)}
+        drawn = {name: BoundSampler(draw, restore_student(folder, generator), 4)}
         table, videos = measure(generator, drawn, plan, reward)
         rows[name] = {**table[name], "steps": steps}
         strips.append(np.concatenate([np.concatenate(list(v[::4]), 1) for v in videos[name][:3]], 1))
@@ -87,7 +87,7 @@ def main() -> None:
     lines += [f"| {name} | {' | '.join(f'{row[c]:.3g}' for c in COLUMNS)} |" for name, row in rows.items()]
     (args.workdir / "hacking.md").write_text("\n".join(lines) + "\n")
     image = np.concatenate(strips).repeat(3, 0).repeat(3, 1)
-    imageio.imwrite(args.workdir / "hacking.png", image)
+    Image.fromarray(image).save(args.workdir / "hacking.png")
     print("\n".join(lines))
 
 

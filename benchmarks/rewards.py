@@ -23,7 +23,7 @@ import jax
 
 from dollar_jax.config import DistillConfig, RewardTerm, changed
 from dollar_jax.data.latents import load_data
-from dollar_jax.evaluate.measure import Drawn, default_plan, measure
+from dollar_jax.evaluate.measure import BoundSampler, default_plan, measure
 from dollar_jax.experiment import load
 from dollar_jax.generate import make_generator, subset
 from dollar_jax.objectives import Frozen
@@ -64,10 +64,10 @@ def main() -> None:
         weight = base.sampling.guidance_weight
         teacher = generator.teacher_sampler(base.sampling.num_steps, weight)
         before = {
-            f"teacher, {base.sampling.num_steps} steps": Drawn(
+            f"teacher, {base.sampling.num_steps} steps": BoundSampler(
                 teacher, generator.pipeline.transformer.params, 2 * base.sampling.num_steps
             ),
-            "before": Drawn(draw, restore_student(base_dir, generator), 4),
+            "before": BoundSampler(draw, restore_student(base_dir, generator), 4),
         }
         for way, measured in measure(generator, before, plan, reward)[0].items():
             rows.append(row(name, kind, way, measured))
@@ -80,7 +80,7 @@ def main() -> None:
             seconds, gib = probe(config, folder, generator)
             config = dataclasses.replace(config, steps=max(2, round(args.seconds / seconds)))
             train(config, folder, generator, load_data(config, generator, base_dir))
-            drawn = {method: Drawn(draw, restore_student(folder, generator), 4)}
+            drawn = {method: BoundSampler(draw, restore_student(folder, generator), 4)}
             measured: dict[str, Any] = dict(measure(generator, drawn, plan, reward)[0][method])
             lines = [line for line in read_history(folder) if "reward_fresh_correlation" in line]
             if lines:

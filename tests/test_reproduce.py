@@ -16,7 +16,7 @@ from dollar_jax import reproduce as module
 from dollar_jax.config import changed, distill_config
 from dollar_jax.data import shapes
 from dollar_jax.data.latents import EncodedVideos
-from dollar_jax.evaluate.measure import Plan
+from dollar_jax.evaluate.measure import SamplePlan
 from dollar_jax.report.ablation import Result, paper_claims, summary
 from dollar_jax.reproduce import METHODS, reproduce
 
@@ -213,7 +213,7 @@ def test_two_methods_are_trained_and_measured(toy_generator, make_config, monkey
     some = shapes.covering_captions()[:4]
     monkeypatch.setattr(module, "make_generator", lambda config: toy_generator)
     monkeypatch.setattr(module, "load_data", lambda *_: data)
-    monkeypatch.setattr(module, "default_plan", lambda seed, quick: Plan(some, some[:2], 2, 8, seed))
+    monkeypatch.setattr(module, "default_plan", lambda seed, quick: SamplePlan(some, some[:2], 2, 8, seed))
     monkeypatch.setattr(module, "METHODS", METHODS[:1] + METHODS[-1:])
 
     def experiment(losses):

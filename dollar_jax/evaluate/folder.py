@@ -21,7 +21,7 @@ from dollar_jax.video import read_video, unit_range
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class PromptVideos:
     """The videos of a folder by prompt, read one prompt at a time."""
 
     paths: dict[str, list[Path]]
@@ -57,8 +57,8 @@ def measure_folder(
     """
     if reference is not None and features is None:
         raise ValueError("a Fréchet distance needs a network's features: give --features or --workdir")
-    prompts = Prompts(find_videos(folder))
-    others = None if reference is None else Prompts(find_videos(reference))
+    prompts = PromptVideos(find_videos(folder))
+    others = None if reference is None else PromptVideos(find_videos(reference))
     captions = _captions(list(prompts.paths))
     single: dict[str, list[float]] = {}  # one number per video
     within: dict[str, list[float]] = {}  # one per prompt with several videos

@@ -26,7 +26,7 @@ TIMED = 3  # batches at least, for a median
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class BoundSampler:
     """One way to draw: a jitted sampler, its parameters, and its network evaluations per video."""
 
     draw: Sampler
@@ -34,25 +34,25 @@ class Drawn:
     nfe: int
 
 
-def samplers(generator: Generator, student: Params | None, timesteps: Sequence[float]) -> dict[str, Drawn]:
+def samplers(generator: Generator, student: Params | None, timesteps: Sequence[float]) -> dict[str, BoundSampler]:
     """The table's rows. `teacher_n`: n guided ODE steps. `undistilled_n`: the teacher in the student's place."""
     teacher = generator.pipeline.transformer.params
     weight = generator.sampling.guidance_weight
     passes = 2 if weight else 1
     rows = {}
     for steps in (generator.sampling.num_steps, 4, 1):
-        rows[f"teacher_{steps}"] = Drawn(generator.teacher_sampler(steps, weight), teacher, passes * steps)
+        rows[f"teacher_{steps}"] = BoundSampler(generator.teacher_sampler(steps, weight), teacher, passes * steps)
     for prefix, params in (("student", student), ("undistilled", teacher)):
         for steps in (4, 2, 1):
             if params is None or steps > len(timesteps) or (prefix, steps) == ("undistilled", 2):
                 continue
             sampler = generator.student_sampler(subset(timesteps, steps))
-            rows[f"{prefix}_{steps}"] = Drawn(sampler, params, steps)
+            rows[f"{prefix}_{steps}"] = BoundSampler(sampler, params, steps)
     return rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SamplePlan:
     """Which videos are drawn: one per caption, and `samples` more of each of the `diverse` captions."""
 
     captions: Sequence[shapes.Caption]
@@ -71,16 +71,16 @@ class Plan:
         return np.linspace(0, len(self.captions) - 1, count).round().astype(int)
 
 
-def default_plan(seed: int, quick: bool = False) -> Plan:
+def default_plan(seed: int, quick: bool = False) -> SamplePlan:
     """72 captions that cover every colour, shape and direction, and 6 captions drawn 8 times; a third if quick."""
     captions = shapes.covering_captions()
-    return Plan(captions[::3] if quick else captions, captions[5::12], 4 if quick else 8, 24, seed)
+    return SamplePlan(captions[::3] if quick else captions, captions[5::12], 4 if quick else 8, 24, seed)
 
 
 def measure(
     generator: Generator,
-    rows: dict[str, Drawn],
-    plan: Plan,
+    rows: dict[str, BoundSampler],
+    plan: SamplePlan,
     reward: AnyReward | None,
     network: NetworkMeasures | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
@@ -102,7 +102,7 @@ def measure(
 
 
 def draw_in_turns(
-    generator: Generator, rows: dict[str, Drawn], prompts: Sequence[str], batch: int, seed: int, rounds: int = 1
+    generator: Generator, rows: dict[str, BoundSampler], prompts: Sequence[str], batch: int, seed: int, rounds: int = 1
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, list[float]]]]:
     """Per row the videos of all prompts, floats [n t h w 3] in [0, 1], and seconds per video of each batch.
 
@@ -145,7 +145,7 @@ def network_measures(features: Features, quick: bool = False) -> NetworkMeasures
 
 
 def quality(
-    drawn: np.ndarray, plan: Plan, reward: AnyReward | None, network: NetworkMeasures | None = None
+    drawn: np.ndarray, plan: SamplePlan, reward: AnyReward | None, network: NetworkMeasures | None = None
 ) -> dict[str, float]:
     """The measures of a plan's videos, floats in [0, 1] in the order of its prompts."""
     count = len(plan.captions)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dollar_jax.evaluate import measure as module
-from dollar_jax.evaluate.measure import Drawn, draw_in_turns
+from dollar_jax.evaluate.measure import BoundSampler, draw_in_turns
 
 
 class Machine:
@@ -29,7 +29,7 @@ class Machine:
             self.now += cost * (100 if first else busy)
             return (text + params)[:, None, None, None, None].astype(np.float32)
 
-        return Drawn(draw, 0.5, 1)
+        return BoundSampler(draw, 0.5, 1)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_rows_take_turns_and_the_first_turn_is_not_counted(machine):
 def test_the_speedup_is_of_medians_at_least_three(machine, monkeypatch):
     monkeypatch.setattr(module, "quality", lambda *_: {})
     rows = {"teacher_50": machine.row("teacher_50", 40.0), "student_4": machine.row("student_4", 4.0)}
-    plan = module.Plan(["a", "bb"], [], 1, 2, 0)  # type: ignore[arg-type]
+    plan = module.SamplePlan(["a", "bb"], [], 1, 2, 0)  # type: ignore[arg-type]
     metrics, _ = module.measure(machine, rows, plan, None)
     assert len(machine.turns) == 2 * (1 + module.TIMED)
     assert module.speedups(metrics, "teacher_50") == {"speedup_4": 10}
