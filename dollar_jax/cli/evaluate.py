@@ -22,7 +22,13 @@ def define_flags(_: list[str]) -> None:
         "Folder with AlexNet's weights (safetensors, torchvision's names; LPIPS's heads lin0 "
         "to lin4 if you have them) for diversity and Fréchet distance; by default the VAE of the run's teacher.",
     )
-    define("string", "out", None, "The JSON of measures; metrics.json in the workdir or the folder by default.")
+    define(
+        "string",
+        "out",
+        None,
+        "The JSON of measures; metrics.json in the workdir or the folder by default. Another name is also that of "
+        "the page and the videos.",
+    )
     define("bool", "quick", False, "Fewer videos.")
     define("string", "vbench", None, "Write the videos VBench asks for into this folder, and measure nothing.")
     define(
