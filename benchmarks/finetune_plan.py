@@ -29,6 +29,7 @@ from dollar_jax.config import MeshConfig
 from dollar_jax.flops import count_flops
 from dollar_jax.hlo import cost
 from dollar_jax.sharding import with_mesh
+from dollar_jax.weights.families import PUBLISHED
 
 TOPOLOGY, VIDEO, TEXT = "v5p:2x2x1", (81, 720, 1280), 512
 PUBLISHED_SECONDS, PUBLISHED_TFLOPS = 36.0, 135.9  # of a step, of a chip
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def row(remat: str, devices: list, chip: plan.Chip) -> str:
-    architecture = plan.KNOWN["wan_14b"]
+    architecture = PUBLISHED["wan_14b"]
     config = dataclasses.replace(
         architecture.transformer,
         dtype="bfloat16",

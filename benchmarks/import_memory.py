@@ -25,21 +25,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dollar_jax.data import shapes as domain
 from dollar_jax.data.vocabulary import build_tokenizer
-from dollar_jax.plan import KNOWN
 from dollar_jax.weights import safetensors_io as files
-from dollar_jax.weights.pipeline import COMPONENTS, family_of, load_component, read_parts, write_json
+from dollar_jax.weights.families import COMPONENTS, PUBLISHED
+from dollar_jax.weights.pipeline import load_component, read_parts, write_json
 from dollar_jax.weights.scheduler import scheduler_json
-from dollar_jax.weights.table import export_stream, flatten, unflatten
+from dollar_jax.weights.table import export_stream
 
 BLOCK = (0.02 * np.random.default_rng(0).normal(size=2**20 + 7)).astype(jnp.bfloat16)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", choices=sorted(KNOWN), default="wan_1_3b")
+    parser.add_argument("--teacher", choices=sorted(PUBLISHED), default="wan_1_3b")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--small-text", action="store_true")
     parser.add_argument("--check", action="store_true")
@@ -64,23 +65,23 @@ def main() -> None:
 
 def write_source(name: str, folder: Path, small_text: bool) -> None:
     """A pipeline folder as diffusers saves it."""
-    teacher = KNOWN[name]
+    teacher = PUBLISHED[name]
     if small_text:
         small = dataclasses.replace(teacher.text_encoder, vocab_size=64, d_ff=64, num_layers=1)
         teacher = dataclasses.replace(teacher, text_encoder=small)
-    family = family_of(teacher.transformer)
+    family = teacher.family
     index: dict[str, Any] = {"_class_name": family.pipeline}
     for part in COMPONENTS:
         kind, config = getattr(family, part), getattr(teacher, part)
         network = kind.network(config)
         table = kind.table(config, network.shapes)
-        file = files.TRANSFORMERS_FILE if part == "text_encoder" else files.DIFFUSERS_FILE
+        file = files.TRANSFORMERS_FILE if kind.library == "transformers" else files.DIFFUSERS_FILE
         dtype = "float32" if part == "vae" else "bfloat16"
         pairs = tensors(network.shapes, table)
         files.write_component(
             folder / part, kind.write(config), pairs, file_name=file, dtype=dtype, shard_size=5 * 10**9
         )
-        index[part] = ["transformers" if part == "text_encoder" else "diffusers", kind.class_name]
+        index[part] = [kind.library, kind.class_name]
     tokenizer = build_tokenizer(domain.VOCABULARY)
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler = scheduler_json(teacher.schedule, family.path)
@@ -96,8 +97,8 @@ def made_up(path: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def tensors(shapes: Any, table: Any) -> Iterator[tuple[str, np.ndarray]]:
-    for path, leaf in flatten(shapes).items():
-        yield from export_stream(table, unflatten({path: made_up(path, leaf.shape)}))
+    for path, leaf in flatten_dict(shapes, sep="/").items():
+        yield from export_stream(table, unflatten_dict({path: made_up(path, leaf.shape)}, sep="/"))
 
 
 def check(folder: Path) -> None:
@@ -105,7 +106,7 @@ def check(folder: Path) -> None:
     transformer = load_component(
         folder / "transformer", read_parts(folder, "bfloat16", dtype="bfloat16")["transformer"]
     )
-    flat = flatten(transformer.params)
+    flat = flatten_dict(transformer.params, sep="/")
     for path, value in flat.items():
         np.testing.assert_array_equal(np.asarray(value), made_up(path, value.shape), err_msg=path)
     print(f"{len(flat)} parameters, {sum(x.size for x in flat.values()) / 1e9:.2f} billion values: as written")

@@ -25,14 +25,14 @@ from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights.pipeline import (
     IMPORTED,
     Component,
-    family_of,
     load_component,
+    read_family,
     read_parts,
     read_schedule,
     save_component,
     write_json,
 )
-from dollar_jax.weights.scheduler import scheduler_json
+from dollar_jax.weights.scheduler import TEACHER, scheduler_json
 from dollar_jax.weights.table import Row, export_stream
 
 # A name that begins with an underscore passes diffusers' check of a scheduler's fields.
@@ -55,7 +55,8 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
         raise FileExistsError(f"{folder} is there already; delete it, or export into another folder")
     config = read_config(workdir)
     teacher = teacher_folder(config.teacher)
-    schedule = read_schedule(teacher)
+    family = read_family(teacher)
+    schedule = read_schedule(teacher, family)
     if adapter and not config.lora.rank:
         raise ValueError(f"{workdir} trained the student whole (config.lora.rank is 0): it has no adapter")
     parts = read_parts(teacher)
@@ -72,9 +73,10 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
             for name, part in tqdm(parts.items(), "exporting"):
                 if name == "transformer":
                     component = Component(student.config, student.network, params)
-                    save_component(draft, name, component, dtype, shard_size)
+                    save_component(draft / name, part.kind, component, dtype, shard_size)
                 elif (teacher / name / IMPORTED).is_dir():
-                    save_component(draft, name, load_component(teacher / name, part), "float32", shard_size)
+                    component = load_component(teacher / name, part)
+                    save_component(draft / name, part.kind, component, "float32", shard_size)
                 else:
                     shutil.copytree(teacher / name, draft / name)
             shutil.copytree(teacher / "tokenizer", draft / "tokenizer")
@@ -83,8 +85,7 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
         write_json(draft / "scheduler" / "scheduler_config.json", scheduler(config, schedule))
         path = workdir / "metrics.json"
         metrics = json.loads(path.read_text()) if path.is_file() else {}
-        pipeline = family_of(student.config).pipeline
-        card = model_card(config, schedule, pipeline, step, ema, metrics, adapter)
+        card = model_card(config, schedule, family.pipeline, step, ema, metrics, adapter)
         (draft / "README.md").write_text(card)
 
 
@@ -111,13 +112,15 @@ def adapter_tensors(adapters: Params, scale: float, table: Sequence[Row]) -> dic
 def scheduler(config: DistillConfig, schedule: Schedule) -> dict[str, Any]:
     """The scheduler that samples as `sampling.few_step_sample` does: predict x0, re-noise, repeat.
 
-    On the rectified flow its shift is 1, for the student's timesteps are shifted already. The consistency
-    models' scheduler takes the path's final betas, and a scaling that leaves nothing of its boundary condition.
+    The file also keeps the teacher's scheduler, which `dollar import` goes by. On the rectified flow the shift is 1,
+    for the student's timesteps are shifted already. The consistency models' scheduler takes the path's final betas,
+    and a scaling that leaves nothing of its boundary condition.
     """
-    common = {
+    common: dict[str, Any] = {
         "_class_name": SCHEDULERS[schedule.path],
         "num_train_timesteps": schedule.num_train_timesteps,
         TIMESTEPS: list(config.student.timesteps),
+        TEACHER: scheduler_json(schedule, schedule.path),
     }
     if schedule.path == "rf":
         return {**common, "shift": 1.0, "stochastic_sampling": True}
@@ -127,7 +130,7 @@ def scheduler(config: DistillConfig, schedule: Schedule) -> dict[str, Any]:
     return {
         **common,
         "trained_betas": betas.tolist(),
-        "prediction_type": scheduler_json(schedule, "ddpm")["prediction_type"],
+        "prediction_type": common[TEACHER]["prediction_type"],
         "original_inference_steps": schedule.num_train_timesteps,
         "timestep_scaling": 1e6,
         "clip_sample": False,

@@ -47,7 +47,7 @@ def from_config(cls: type[T], config: Mapping[str, Any], where: str = "config") 
     values, missing = {}, []
     for name, known in fields.items():
         if name in config:
-            values[name] = _convert(hints[name], config[name], f"{where}.{name}")
+            values[name] = convert(hints[name], config[name], f"{where}.{name}")
             _check(known, values[name], f"{where}.{name}")
         elif known.default is REQUIRED:
             missing.append(name)
@@ -69,14 +69,11 @@ def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 def check_path(cls: type, path: str, where: str = "config") -> None:
     """Raises ValueError, with the nearest name, when a dotted path is no setting of the dataclass `cls`."""
-    part, _, rest = path.partition(".")
-    name, indexed, _ = part.partition("[")
+    name, _, rest = path.partition(".")
     hints = typing.get_type_hints(cls)
     if name not in hints:
         raise ValueError(_unknown(name, hints, where))
-    hint, where = unwrapped(hints[name]), f"{where}.{part}"
-    if indexed and typing.get_origin(hint) is tuple:
-        hint = typing.get_args(hint)[0]
+    hint, where = unwrapped(hints[name]), f"{where}.{name}"
     if dataclasses.is_dataclass(hint) and rest:
         check_path(typing.cast(type, hint), rest, where)
     elif rest and typing.get_origin(hint) is not collections.abc.Mapping:
@@ -117,7 +114,7 @@ def plain(value: Any) -> Any:
 
 
 def _unknown(key: str, hints: Mapping[str, Any], where: str) -> str:
-    near = difflib.get_close_matches(key, hints, 1, 0.5)
+    near = difflib.get_close_matches(key, hints, 1)
     hint = f"did you mean {where}.{near[0]}?" if near else f"its fields are {', '.join(sorted(hints))}"
     return f"{where} has no field {key!r}; {hint}"
 
@@ -129,9 +126,10 @@ def unwrapped(hint: Any) -> Any:
     return hint
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """A value as the type `hint`, lists as tuples; raises ValueError naming it by `where`."""
     if hint != unwrapped(hint):
-        return None if value is None else _convert(unwrapped(hint), value, where)
+        return None if value is None else convert(unwrapped(hint), value, where)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         if value not in args:
@@ -150,7 +148,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) != len(value):
             raise ValueError(f"{where} needs {len(kinds)} values, not {len(value)}")
-        return tuple(_convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
+        return tuple(convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

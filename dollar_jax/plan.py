@@ -27,17 +27,12 @@ from dollar_jax.data.clip import MOVING_SHAPES, clip_size
 from dollar_jax.flops import count_flops
 from dollar_jax.generate import decode_frames, teacher_folder, transformer_options
 from dollar_jax.hlo import Cost, cost
-from dollar_jax.models.cogvideox import CogVideoXConfig
-from dollar_jax.models.cogvideox_vae import CogVideoXVAEConfig
-from dollar_jax.models.umt5 import UMT5Config
-from dollar_jax.models.wan import WanConfig
-from dollar_jax.models.wan_vae import WanVAEConfig
 from dollar_jax.objectives import Frozen
 from dollar_jax.program import build_program
 from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.pixels import pixel_rewards
-from dollar_jax.schedule import Schedule
-from dollar_jax.weights.pipeline import Architecture, read_architecture
+from dollar_jax.weights.families import PUBLISHED, Architecture
+from dollar_jax.weights.pipeline import read_architecture
 
 What = Literal["train", "sample", "decode", "text", "import"]
 GIB = 2**30
@@ -55,28 +50,6 @@ class Chip:
 
 # https://cloud.google.com/tpu/docs/v5e, v5p and v6e; the memory as libtpu reports it.
 CHIPS = {"v5e": Chip(15.75, 197, 819, 200), "v5p": Chip(95.74, 459, 2765, 600), "v6e": Chip(31.25, 918, 1640, 448)}
-_XXL = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
-_T5 = dataclasses.replace(_XXL, vocab_size=32128, shared_position_bias=True)
-_COG = functools.partial(
-    Schedule, "ddpm", "v", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_zero_snr=True
-)
-# Teachers that can be planned for before they are there, by the names of their folders.
-KNOWN = {
-    "wan_1_3b": Architecture(
-        WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30),
-        WanVAEConfig(),
-        _XXL,
-        Schedule("rf", "velocity", shift=3.0),
-    ),
-    "wan_14b": Architecture(WanConfig(), WanVAEConfig(), _XXL, Schedule("rf", "velocity", shift=5.0)),
-    "cogvideox_2b": Architecture(CogVideoXConfig(), CogVideoXVAEConfig(), _T5, _COG(snr_shift_scale=3.0)),
-    "cogvideox_5b": Architecture(
-        CogVideoXConfig(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True),
-        CogVideoXVAEConfig(scaling_factor=0.7),
-        _T5,
-        _COG(snr_shift_scale=1.0),
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,11 +240,11 @@ def _architecture(config: DistillConfig) -> Architecture:
     folder = teacher_folder(config.teacher)
     if (folder / "model_index.json").is_file():
         return read_architecture(folder)
-    if folder.name not in KNOWN:
+    if folder.name not in PUBLISHED:
         raise ValueError(
-            f"the teacher {config.teacher} is not there; without it only these can be planned: {', '.join(KNOWN)}"
+            f"the teacher {config.teacher} is not there; without it only these can be planned: {', '.join(PUBLISHED)}"
         )
-    return KNOWN[folder.name]
+    return PUBLISHED[folder.name]
 
 
 def _clip(config: DistillConfig, video: tuple[int, int, int] | None) -> tuple[int, int, int]:

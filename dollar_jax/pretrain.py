@@ -36,16 +36,11 @@ from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig, normalise
 from dollar_jax.schedule import Schedule, add_noise, target, time_from_uniform
 from dollar_jax.video import signed_range
-from dollar_jax.weights.pipeline import (
-    Component,
-    Pipeline,
-    load_pipeline,
-    save_pipeline,
-    tokenize,
-    umt5_encoder,
-    wan_transformer,
-    wan_vae,
-)
+from dollar_jax.weights.families import WAN
+from dollar_jax.weights.pipeline import Component, Pipeline, load_pipeline, save_pipeline, tokenize
+from dollar_jax.weights.umt5 import UMT5
+from dollar_jax.weights.wan import WAN_TRANSFORMER
+from dollar_jax.weights.wan_vae import WAN_VAE
 
 Params = Any
 Metrics = dict[str, jax.Array]
@@ -168,7 +163,7 @@ def train_vae(config: PretrainConfig, folder: Path) -> Component:
     same VAE had 17 dB where frames had brought it to 21 dB in the same time.
     """
     vae = WanVAEConfig(**config.vae)
-    network = wan_vae(vae)
+    network = WAN_VAE.network(vae)
     key = jax.random.key(config.seed)
     params = load_pipeline(config.init).vae.params if config.init else jax.jit(network.init)(key)
     videos, _ = rendered(config.seed, "train", config.vae_videos)
@@ -219,7 +214,7 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     c = config.teacher
     tokenizer = build_tokenizer(shapes.VOCABULARY)
     text_config, dit_config = UMT5Config(**config.text_encoder), WanConfig(**config.transformer)
-    text, dit = umt5_encoder(text_config), wan_transformer(dit_config)
+    text, dit = UMT5.network(text_config), WAN_TRANSFORMER.network(dit_config)
     schedule = Schedule("rf", "velocity", shift=c.shift)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,6 +281,7 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
         ema_decay=c.ema_decay,
     )
     return Pipeline(
+        WAN,
         Component(dit_config, dit, params["transformer"]),
         Component(vae_config, vae.network, vae.params),
         Component(text_config, text, params["text_encoder"]),

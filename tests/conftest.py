@@ -151,7 +151,11 @@ def toy_generator() -> Any:
     from dollar_jax.models.wan import WanConfig
     from dollar_jax.models.wan_vae import WanVAEConfig
     from dollar_jax.schedule import Schedule
-    from dollar_jax.weights.pipeline import Component, Pipeline, umt5_encoder, wan_transformer, wan_vae
+    from dollar_jax.weights import families
+    from dollar_jax.weights.pipeline import Component, Pipeline
+    from dollar_jax.weights.umt5 import UMT5
+    from dollar_jax.weights.wan import WAN_TRANSFORMER
+    from dollar_jax.weights.wan_vae import WAN_VAE
 
     def component(config, network):
         rng = np.random.default_rng(len(jax.tree.leaves(network.shapes)))
@@ -182,9 +186,10 @@ def toy_generator() -> Any:
     )
     text = UMT5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     pipeline = Pipeline(
-        component(wan, wan_transformer(wan)),
-        component(vae, wan_vae(vae)),
-        component(text, umt5_encoder(text)),
+        families.WAN,
+        component(wan, WAN_TRANSFORMER.network(wan)),
+        component(vae, WAN_VAE.network(vae)),
+        component(text, UMT5.network(text)),
         ToyTokenizer(),
         Schedule("rf", "velocity", shift=3.0),
     )

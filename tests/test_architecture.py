@@ -24,7 +24,7 @@ IMPORTS = [
     ("losses and schedule know no randomness", PURE, r"(random|jax\.random|numpy\.random)\b"),
     ("objectives gets networks as arguments", "dollar_jax/objectives", r"dollar_jax\.models\b"),
     ("models knows nothing of training", "dollar_jax/models/", TRAINING),
-    ("flax only in models/", "(?!dollar_jax/models/)", r"flax\b"),
+    ("flax only in models/", "(?!dollar_jax/models/)", r"flax\b(?!\.traverse_util)"),
     ("orbax only in checkpoint.py", r"(?!dollar_jax/checkpoint\.py)", r"orbax\b"),
     ("safetensors only in weights/", "(?!dollar_jax/weights/)", r"safetensors\b"),
     ("torch only in tests and benchmarks", "", r"torch\w*(\.|$)"),

@@ -19,7 +19,9 @@ from dollar_jax.models.umt5 import UMT5Config
 from dollar_jax.objectives import Frozen
 from dollar_jax.program import build_program
 from dollar_jax.schedule import Schedule
-from dollar_jax.weights.pipeline import cogvideox_transformer, cogvideox_vae_network, umt5_encoder
+from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER
+from dollar_jax.weights.cogvideox_vae import COGVIDEOX_VAE
+from dollar_jax.weights.umt5 import UMT5
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 T5_XXL = UMT5Config(vocab_size=32128, d_model=4096, d_ff=10240, num_layers=24, num_heads=64, shared_position_bias=True)
@@ -57,7 +59,7 @@ def test_the_whole_step_builds_at_real_size(name):
     shape = vae.latent_shape(*clip)
     assert shape == (13, 60, 90, 16)
     compute = config.compute
-    transformer = cogvideox_transformer(
+    transformer = COGVIDEOX_TRANSFORMER.network(
         CogVideoXConfig(**module["TRANSFORMER"], param_dtype=compute.teacher_dtype, **transformer_options(compute))
     )
     schedule = Schedule("ddpm", "v", **module["SCHEDULE"])
@@ -70,9 +72,9 @@ def test_the_whole_step_builds_at_real_size(name):
     assert {"student_loss", "vsd", "consistency"} <= metrics.keys()
 
     ids = jax.ShapeDtypeStruct((1, config.data.max_text_length), jnp.int32)
-    encoder = umt5_encoder(T5_XXL)
+    encoder = UMT5.network(T5_XXL)
     assert jax.eval_shape(encoder.apply, encoder.shapes, ids, ids).shape == (1, *text_shape)
-    network = cogvideox_vae_network(vae)
+    network = COGVIDEOX_VAE.network(vae)
     latent = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
 
     def decode(params, latent):

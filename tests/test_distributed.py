@@ -22,7 +22,11 @@ from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig
 from dollar_jax.run import read_history
 from dollar_jax.schedule import Schedule
-from dollar_jax.weights.pipeline import Component, Pipeline, save_pipeline, umt5_encoder, wan_transformer, wan_vae
+from dollar_jax.weights import families
+from dollar_jax.weights.pipeline import Component, Pipeline, save_pipeline
+from dollar_jax.weights.umt5 import UMT5
+from dollar_jax.weights.wan import WAN_TRANSFORMER
+from dollar_jax.weights.wan_vae import WAN_VAE
 
 ROOT = Path(__file__).parents[1]
 WAN = WanConfig(
@@ -79,9 +83,13 @@ def component(config, network):
 def launch(tmp_path_factory, pytestconfig):
     """launch(workdir, processes, devices, settings) starts `dollar train` and returns the processes."""
     folder = tmp_path_factory.mktemp("distributed")
-    parts = component(WAN, wan_transformer(WAN)), component(VAE, wan_vae(VAE)), component(TEXT, umt5_encoder(TEXT))
+    parts = (
+        component(WAN, WAN_TRANSFORMER.network(WAN)),
+        component(VAE, WAN_VAE.network(VAE)),
+        component(TEXT, UMT5.network(TEXT)),
+    )
     tokenizer = build_tokenizer(shapes.VOCABULARY)
-    save_pipeline(folder / "teacher", Pipeline(*parts, tokenizer, Schedule("rf", "velocity", shift=3.0)))
+    save_pipeline(folder / "teacher", Pipeline(families.WAN, *parts, tokenizer, Schedule("rf", "velocity", shift=3.0)))
     started = []
 
     def start(workdir, processes, devices, **settings):

@@ -14,7 +14,7 @@ import pytest
 
 from dollar_jax import cli, plan, sharding
 from dollar_jax.config import MeshConfig
-from dollar_jax.weights.pipeline import wan_transformer
+from dollar_jax.weights.wan import WAN_TRANSFORMER
 
 TINY = {"batch_size": 8, "mesh.data": 1, "mesh.fsdp": 4, "mesh.context": 2}
 
@@ -44,7 +44,7 @@ def test_a_plan_counts_what_a_chip_holds_and_does(virtual, make_config, quick_co
     tokens = math.prod(s // p for s, p in zip((t, h, w), c.patch_size, strict=True))
     expected = 8 * times * forward_flops(c, tokens, config.data.max_text_length) / 8 / 1e12
     assert found.model_tflops == pytest.approx(expected, rel=1e-6)
-    weights = sum(math.prod(s.shape) for s in jax.tree.leaves(wan_transformer(c).shapes)) * 4 / 2**30
+    weights = sum(math.prod(s.shape) for s in jax.tree.leaves(WAN_TRANSFORMER.network(c).shapes)) * 4 / 2**30
     assert weights / 8 < found.argument_gib < weights / 7
     assert found.fits and found.collectives_gib and found.collectives_gib["all-gather"] > 0
     assert found.mesh == {"data": 1, "fsdp": 4, "context": 2, "tensor": 1}
@@ -55,7 +55,7 @@ def test_a_plan_counts_what_a_chip_holds_and_does(virtual, make_config, quick_co
 def test_a_plan_of_an_import_holds_the_teacher_and_leaves_the_state(virtual, make_config, quick_compilation):
     found = plan.plan(config := make_config(TINY), "v5e:2x4", "import")
     architecture = plan._architecture(config)
-    sizes = [s.size for s in jax.tree.leaves(wan_transformer(architecture.transformer).shapes)]
+    sizes = [s.size for s in jax.tree.leaves(WAN_TRANSFORMER.network(architecture.transformer).shapes)]
     weights = sum(sizes) * 4 / 2**30
     assert weights / 8 < found.argument_gib < weights / 7
     # Student, average, fake score and two moments each of two optimisers.

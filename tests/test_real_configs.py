@@ -14,7 +14,8 @@ from dollar_jax.models.wan_vae import WanVAEConfig
 from dollar_jax.objectives import Frozen
 from dollar_jax.program import build_program
 from dollar_jax.schedule import Schedule
-from dollar_jax.weights.pipeline import wan_transformer, wan_vae
+from dollar_jax.weights.wan import WAN_TRANSFORMER
+from dollar_jax.weights.wan_vae import WAN_VAE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
@@ -52,13 +53,13 @@ def test_transformers_have_the_published_number_of_parameters(fields, published)
     with torch.device("meta"):
         theirs = diffusers.WanTransformer3DModel(**fields)
     assert sum(p.numel() for p in theirs.parameters()) == published
-    assert count(wan_transformer(WanConfig(**fields)).shapes) == published
+    assert count(WAN_TRANSFORMER.network(WanConfig(**fields)).shapes) == published
 
 
 def test_the_vae_has_as_many_parameters_as_diffusers():
     with torch.device("meta"):
         theirs = diffusers.AutoencoderKLWan()
-    assert count(wan_vae(WanVAEConfig()).shapes) == sum(p.numel() for p in theirs.parameters())
+    assert count(WAN_VAE.network(WanVAEConfig()).shapes) == sum(p.numel() for p in theirs.parameters())
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_the_step_fits_together_on_eight_devices(name, fields, clip):
     config = load(name)
     wan = WanConfig(**fields, param_dtype=config.compute.teacher_dtype, **transformer_options(config.compute))
     latent, text = WanVAEConfig().latent_shape(*clip), (config.data.max_text_length, wan.text_dim)
-    transformer = wan_transformer(wan)
+    transformer = WAN_TRANSFORMER.network(wan)
     program = build_program(config, transformer, Schedule("rf", "velocity", shift=3.0), latent, text)
     null_text = jax.ShapeDtypeStruct((1, *text), "float32")
     frozen = Frozen(transformer.shapes, null_text)

@@ -13,7 +13,9 @@ from dollar_jax.models.wan import WanConfig
 from dollar_jax.program import build_program
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import to_items
-from dollar_jax.weights.pipeline import cogvideox_transformer, umt5_encoder, wan_transformer
+from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER
+from dollar_jax.weights.umt5 import UMT5
+from dollar_jax.weights.wan import WAN_TRANSFORMER
 
 WAN_1_3B = WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 LATENT, TEXT = (21, 60, 104, 16), (512, 4096)
@@ -35,7 +37,7 @@ def program(make_config):
     """Shapes and shardings of distilling Wan 2.1 1.3B over fsdp=4, tensor=2; nothing is allocated."""
     config = make_config({"mesh.fsdp": 4, "mesh.tensor": 2, "reward.head.use_text": True})
     schedule = Schedule("rf", "velocity", shift=3.0)
-    return build_program(config, wan_transformer(WAN_1_3B), schedule, LATENT, TEXT)
+    return build_program(config, WAN_TRANSFORMER.network(WAN_1_3B), schedule, LATENT, TEXT)
 
 
 def test_every_kernel_and_its_optimiser_state_is_split_by_fsdp(program):
@@ -62,10 +64,10 @@ ROTARY = CogVideoXConfig(num_attention_heads=48, num_layers=42, use_rotary_posit
 @pytest.mark.parametrize(
     "network",
     [
-        lambda: cogvideox_transformer(CogVideoXConfig()),
-        lambda: cogvideox_transformer(ROTARY),
-        lambda: umt5_encoder(T5),
-        lambda: umt5_encoder(dataclasses.replace(T5, shared_position_bias=True)),
+        lambda: COGVIDEOX_TRANSFORMER.network(CogVideoXConfig()),
+        lambda: COGVIDEOX_TRANSFORMER.network(ROTARY),
+        lambda: UMT5.network(T5),
+        lambda: UMT5.network(dataclasses.replace(T5, shared_position_bias=True)),
     ],
     ids=["cogvideox-2b", "cogvideox-5b", "umt5", "t5"],
 )
@@ -125,7 +127,7 @@ def test_bad_heads_are_refused_before_any_compilation(make_config):
             "6 heads per device do not divide over the mesh's context axis of 4, as 'ulysses' needs",
         ),
     ]:
-        network = wan_transformer(dataclasses.replace(WAN_1_3B, num_layers=1, **options))
+        network = WAN_TRANSFORMER.network(dataclasses.replace(WAN_1_3B, num_layers=1, **options))
         with pytest.raises(ValueError, match=message):
             build_program(make_config(changes), network, Schedule("rf", "velocity"), LATENT, TEXT)
 
@@ -166,7 +168,7 @@ def test_bad_mesh_over_slices_is_one_sentence():
 
 
 def test_bad_batch_is_refused_before_any_compilation(make_config):
-    network = wan_transformer(dataclasses.replace(WAN_1_3B, num_layers=1))
+    network = WAN_TRANSFORMER.network(dataclasses.replace(WAN_1_3B, num_layers=1))
     for changes, name in [
         ({"batch_size": 12, "mesh.data": 8}, "batch_size / accumulation is 12"),
         ({"batch_size": 16, "accumulation": 4, "mesh.data": 8}, "batch_size / accumulation is 4"),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.experimental.compilation_cache import compilation_cache
 
 from dollar_jax import step as step_module
@@ -19,11 +20,10 @@ from dollar_jax.rewards import JaxReward
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import from_items, to_items
-from dollar_jax.weights.pipeline import wan_transformer
-from dollar_jax.weights.table import flatten
+from dollar_jax.weights.wan import WAN_TRANSFORMER
 
 LATENT, TEXT, ROWS = (2, 4, 4, 4), (3, 8), 8
-NETWORK = wan_transformer(
+NETWORK = WAN_TRANSFORMER.network(
     WanConfig(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -221,7 +221,8 @@ def test_adapters_start_where_the_whole_network_does(runner, base, initial, alon
     adapted = runner(*LORA)
     items = host(to_items(adapted.program.init(jax.random.key(0), adapted.frozen.teacher)))
     for name in ("student", "ema", "fake_score"):
-        assert set(flatten(items[name])) and all("/adapter/" in path for path in flatten(items[name]))
+        paths = list(flatten_dict(items[name], sep="/"))
+        assert paths and all("/adapter/" in path for path in paths)
     state, history = adapted.run(items, 2)
     first, whole = history[0], alone(())[1][0]
     same = ("vsd", "consistency", "student_loss", "latent_std")

@@ -78,6 +78,15 @@ class CogVideoXConfig:
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns that make one token."""
+        return 1, self.patch_size, self.patch_size
+
+    @property
+    def text_dim(self) -> int:
+        return self.text_embed_dim
+
 
 class Modulation(nnx.Module):
     """Layer norm, a shift and a scale by the time, and the gate of what follows; text has its own."""
@@ -188,7 +197,7 @@ class CogVideoXTransformer(nnx.Module):
     ) -> Float[Array, "b t h w out"]:
         """`t` in [0, 999]; every row of `text` is attended to, as in CogVideoX those of padding are."""
         c = self.config
-        grid, patch = self._grid(x.shape[1:]), (1, c.patch_size, c.patch_size)
+        grid, patch = self._grid(x.shape[1:]), c.patch
         # Whole rows, as in Wan.
         time = activation_sharding.constrain(self.time_embedding(timestep_embedding(t, c.dim)), None)
         video = self.patch_embedding(patchify(x, patch))

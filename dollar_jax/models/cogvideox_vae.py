@@ -70,6 +70,10 @@ class CogVideoXVAEConfig:
         return (1 / self.scaling_factor,) * self.latent_channels
 
     @property
+    def scale_factor_spatial(self) -> int:
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
     def levels_in_time(self) -> int:
         return int(math.log2(self.temporal_compression_ratio))
 
@@ -79,7 +83,7 @@ class CogVideoXVAEConfig:
         The decoder takes latent frames in pairs after the first three: an even number of them would become
         more frames than were encoded.
         """
-        time, space = self.temporal_compression_ratio, 2 ** (len(self.block_out_channels) - 1)
+        time, space = self.temporal_compression_ratio, self.scale_factor_spatial
         if (frames - 1) % (LATENT_CHUNK * time) or height % space or width % space:
             raise ValueError(
                 f"a clip of {frames}×{height}×{width} does not fit this VAE: frames must be "

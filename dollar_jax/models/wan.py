@@ -77,6 +77,11 @@ class WanConfig:
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns that make one token."""
+        return self.patch_size
+
 
 class ConditionEmbedder(nnx.Module):
     def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:

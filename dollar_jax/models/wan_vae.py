@@ -66,6 +66,10 @@ class WanVAEConfig:
                 f"{self.patch_size} make {space}"
             )
 
+    @property
+    def latent_channels(self) -> int:
+        return self.z_dim
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(t, h, w, c) of the latent of a clip; raises ValueError when the clip does not divide."""
         time, space = self.scale_factor_temporal, self.scale_factor_spatial

@@ -76,7 +76,7 @@ class Encoder:
             for name, part in (("vae", pipeline.vae), ("text_encoder", pipeline.text_encoder))
         }
         self.generator = dataclasses.replace(generator, pipeline=dataclasses.replace(pipeline, **placed))
-        vae, patch = pipeline.vae.config, pipeline.transformer.config.patch_size
+        vae, patch = pipeline.vae.config, pipeline.transformer.config.patch
         for height, width in settings.buckets:
             latent = vae.latent_shape(settings.frames, height, width)
             if any(a % p for a, p in zip(latent, patch, strict=False)):

@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from dollar_jax.models.cogvideox import CogVideoXConfig
+from dollar_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
+from dollar_jax.weights.kind import Kind
 from dollar_jax.weights.table import SAME, TRANSPOSE, Row, Transform
-
-CLASS_NAME = "CogVideoXTransformer3DModel"
-# Fields of config.json with the values all text-to-video models of version 1.0 have.
-_FIXED = {
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "ofs_embed_dim": None,
-    "dropout": 0.0,
-    "patch_size_t": None,
-    "activation_fn": "gelu-approximate",
-    "timestep_activation_fn": "silu",
-    "norm_elementwise_affine": True,
-    "use_learned_positional_embeddings": False,
-    "patch_bias": True,
-}
-# Fields of CogVideoXConfig that are no part of config.json.
-_OURS = ("dtype", "param_dtype", "remat", "scan_layers", "attention", "context_parallel")
 
 
 def cogvideox_table(config: CogVideoXConfig) -> list[Row]:
@@ -92,23 +72,24 @@ def _output_kernel(config: CogVideoXConfig) -> Transform:
     return Transform(lambda x: order.forward(x).T, lambda x: order.inverse(x.T))
 
 
-def cogvideox_config(fields: Mapping[str, Any], **ours: Any) -> CogVideoXConfig:
-    """From a component's config.json; `ours` are the fields of CogVideoXConfig after the blank."""
-    for name, value in _FIXED.items():
-        if fields.get(name, value) != value:
-            raise ValueError(
-                f"config.json has {name} = {fields[name]!r}, but only the text-to-video models of "
-                f"CogVideoX 1.0 are supported, where it is {value!r}"
-            )
-    # Files written before a field existed lack it, and mean its default.
-    names = {f.name for f in dataclasses.fields(CogVideoXConfig)} - set(_OURS)
-    required = {"num_attention_heads", "attention_head_dim", "num_layers", "time_embed_dim"}
-    if missing := sorted(required - fields.keys()):
-        raise ValueError(f"config.json lacks {', '.join(missing)}: it is not a {CLASS_NAME}'s")
-    return CogVideoXConfig(**{k: v for k, v in fields.items() if k in names}, **ours)
-
-
-def cogvideox_config_json(config: CogVideoXConfig) -> dict[str, Any]:
-    """The fields of config.json with which diffusers builds the same model."""
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OURS}
-    return {"_class_name": CLASS_NAME, **fields, **_FIXED}
+COGVIDEOX_TRANSFORMER = Kind(
+    "diffusers",
+    "CogVideoXTransformer3DModel",
+    CogVideoXConfig,
+    CogVideoXTransformer,
+    lambda config, shapes: cogvideox_table(config),
+    note="only the text-to-video models of CogVideoX 1.0 are supported",
+    fixed={
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "ofs_embed_dim": None,
+        "dropout": 0.0,
+        "patch_size_t": None,
+        "activation_fn": "gelu-approximate",
+        "timestep_activation_fn": "silu",
+        "norm_elementwise_affine": True,
+        "use_learned_positional_embeddings": False,
+        "patch_bias": True,
+    },
+    required=frozenset({"num_attention_heads", "attention_head_dim", "num_layers", "time_embed_dim"}),
+)

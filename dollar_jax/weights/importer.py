@@ -12,11 +12,12 @@ from tqdm import tqdm
 from dollar_jax.checkpoint import save_stream
 from dollar_jax.files import new_folder
 from dollar_jax.weights import safetensors_io as files
-from dollar_jax.weights.pipeline import IMPORTED, load_tokenizer, read_parts, read_schedule
+from dollar_jax.weights.families import COMPONENTS
+from dollar_jax.weights.pipeline import IMPORTED, load_tokenizer, read_family, read_parts, read_schedule
 from dollar_jax.weights.table import stream_params
 
 DTYPES = ("float32", "bfloat16")
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt"]  # of a hub's repository: no pickles
+_DESCRIPTION = ["*.json", "*.model", "*.txt"]  # of a hub's repository: what is read before its weights
 
 
 def import_pipeline(source: str, folder: str | Path, dtype: str = "float32") -> None:
@@ -34,10 +35,11 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32") -> 
         raise FileExistsError(f"{folder} is there already; delete it, or import into another folder")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; a teacher can be imported as one of {DTYPES}")
-    found = fetch(source)
+    found = fetch(source, _DESCRIPTION)
     parts = read_parts(found, param_dtype=dtype)
-    read_schedule(found)
+    read_schedule(found, read_family(found))
     load_tokenizer(found / "tokenizer")
+    found = fetch(source, [*_DESCRIPTION, *(f"{name}/*.safetensors" for name in COMPONENTS)])
     stored = {name: files.list_tensors(found / name) for name in parts}
     streams = {}
     for name, part in parts.items():
@@ -66,8 +68,8 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32") -> 
         shutil.copy(found / "model_index.json", draft)
 
 
-def fetch(source: str) -> Path:
-    """The folder `source`, or the hub's repository of that name, OWNER/NAME, downloaded."""
+def fetch(source: str, patterns: list[str]) -> Path:
+    """The folder `source`, or the files of these names in the hub's repository OWNER/NAME, downloaded."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -79,7 +81,7 @@ def fetch(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=_WANTED))
+        return Path(snapshot_download(source, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
             f"{source} is no folder here, and the hub did not give it ({type(error).__name__}); "

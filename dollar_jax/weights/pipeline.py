@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dollar_jax.checkpoint import restore_tree
-from dollar_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
-from dollar_jax.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
-from dollar_jax.models.network import Network, make_network
-from dollar_jax.models.umt5 import UMT5Config, UMT5Encoder
-from dollar_jax.models.wan import WanConfig, WanTransformer
-from dollar_jax.models.wan_vae import WanVAE, WanVAEConfig
-from dollar_jax.schedule import Path as DiffusionPath
+from dollar_jax.models.network import Network
 from dollar_jax.schedule import Schedule
-from dollar_jax.weights import cogvideox, cogvideox_vae, umt5, wan
 from dollar_jax.weights import safetensors_io as files
-from dollar_jax.weights import wan_vae as wan_vae_weights
+from dollar_jax.weights.families import COMPONENTS, FAMILIES, Architecture, Family
+from dollar_jax.weights.kind import Kind
 from dollar_jax.weights.scheduler import schedule_of, scheduler_json
 from dollar_jax.weights.table import Params, Row, export_stream, import_params
 
-COMPONENTS = ("transformer", "vae", "text_encoder")
 # The Orbax folder in place of a component's safetensors, once it is imported.
 IMPORTED = "params"
 
@@ -41,161 +34,44 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """What a diffusers folder holds; its transformer says of which family it is."""
+    """What a diffusers folder holds."""
 
+    family: Family
     transformer: Component
     vae: Component
     text_encoder: Component
     tokenizer: Any
     schedule: Schedule
 
-    @property
-    def family(self) -> Family:
-        return family_of(self.transformer.config)
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What a pipeline folder says of its networks, without their weights."""
-
-    transformer: Any
-    vae: Any
-    text_encoder: UMT5Config
-    schedule: Schedule
-
-    @property
-    def family(self) -> Family:
-        return family_of(self.transformer)
-
-
-def wan_transformer(config: WanConfig) -> Network:
-    return make_network(lambda rngs: WanTransformer(config, rngs))
-
-
-def wan_vae(config: WanVAEConfig) -> Network:
-    return make_network(lambda rngs: WanVAE(config, rngs))
-
-
-def umt5_encoder(config: UMT5Config) -> Network:
-    return make_network(lambda rngs: UMT5Encoder(config, rngs))
-
-
-def cogvideox_transformer(config: CogVideoXConfig) -> Network:
-    return make_network(lambda rngs: CogVideoXTransformer(config, rngs))
-
-
-def cogvideox_vae_network(config: CogVideoXVAEConfig) -> Network:
-    return make_network(lambda rngs: CogVideoXVAE(config, rngs))
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """One kind of network: its config.json as our configuration and back, its functions, its weight table."""
-
-    class_name: str
-    config: type
-    read: Callable[..., Any]
-    write: Callable[[Any], dict[str, Any]]
-    network: Callable[[Any], Network]
-    table: Callable[[Any, Params], Sequence[Row]]  # of a configuration and the parameters' shapes
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One kind of diffusers pipeline, and what its transformer expects.
-
-    `masks_padding`: the text encoder does not see the rows of padding, and the transformer gets zeros there.
-    """
-
-    pipeline: str
-    transformer: Kind
-    vae: Kind
-    text_encoder: Kind
-    path: DiffusionPath
-    masks_padding: bool
-
-
-_UMT5 = Kind(
-    umt5.CLASS_NAME,
-    UMT5Config,
-    umt5.umt5_config,
-    umt5.umt5_config_json,
-    umt5_encoder,
-    lambda config, shapes: umt5.UMT5_TABLE,
-)
-FAMILIES = (
-    Family(
-        "WanPipeline",
-        Kind(
-            wan.CLASS_NAME,
-            WanConfig,
-            wan.wan_config,
-            wan.wan_config_json,
-            wan_transformer,
-            lambda config, shapes: wan.wan_table(config),
-        ),
-        Kind(
-            wan_vae_weights.CLASS_NAME,
-            WanVAEConfig,
-            wan_vae_weights.wan_vae_config,
-            wan_vae_weights.wan_vae_config_json,
-            wan_vae,
-            lambda config, shapes: wan_vae_weights.wan_vae_table(shapes),
-        ),
-        _UMT5,
-        path="rf",
-        masks_padding=True,
-    ),
-    Family(
-        "CogVideoXPipeline",
-        Kind(
-            cogvideox.CLASS_NAME,
-            CogVideoXConfig,
-            cogvideox.cogvideox_config,
-            cogvideox.cogvideox_config_json,
-            cogvideox_transformer,
-            lambda config, shapes: cogvideox.cogvideox_table(config),
-        ),
-        Kind(
-            cogvideox_vae.CLASS_NAME,
-            CogVideoXVAEConfig,
-            cogvideox_vae.cogvideox_vae_config,
-            cogvideox_vae.cogvideox_vae_config_json,
-            cogvideox_vae_network,
-            lambda config, shapes: cogvideox_vae.cogvideox_vae_table(shapes),
-        ),
-        dataclasses.replace(_UMT5, class_name=umt5.T5_CLASS_NAME),
-        path="ddpm",
-        masks_padding=False,
-    ),
-)
-
-
-def family_of(transformer_config: Any) -> Family:
-    """The family whose transformers are configured like this."""
-    return next(f for f in FAMILIES if isinstance(transformer_config, f.transformer.config))
-
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What a component's config.json says: its network, and the table of its weights."""
 
+    kind: Kind
     config: Any
     network: Network
     table: Sequence[Row]
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """From a folder's JSON files alone; raises as `load_pipeline` does."""
+    folder = Path(folder)
+    family = read_family(folder)
+    configs = _read_configs(folder, family, {})
+    return Architecture(family, **configs, schedule=read_schedule(folder, family))
 
 
 def read_parts(folder: Path, param_dtype: str = "float32", **transformer_options: Any) -> dict[str, Part]:
     """The COMPONENTS of a pipeline folder without their weights; raises as `load_pipeline` does."""
     family = read_family(folder)
     held = {"param_dtype": param_dtype}
-    options = {"transformer": held | transformer_options, "vae": {}, "text_encoder": held}
+    configs = _read_configs(folder, family, {"transformer": held | transformer_options, "text_encoder": held})
     parts = {}
-    for name in COMPONENTS:
+    for name, config in configs.items():
         kind: Kind = getattr(family, name)
-        config = kind.read(files.read_config(folder / name), **options[name])
         network = kind.network(config)
-        parts[name] = Part(config, network, kind.table(config, network.shapes))
+        parts[name] = Part(kind, config, network, kind.table(config, network.shapes))
     return parts
 
 
@@ -221,23 +97,33 @@ def load_pipeline(
         for name, part in parts.items()
     }
     tokenizer = load_tokenizer(folder / "tokenizer")
-    return Pipeline(**loaded, tokenizer=tokenizer, schedule=read_schedule(folder))
+    family = read_family(folder)
+    return Pipeline(family, **loaded, tokenizer=tokenizer, schedule=read_schedule(folder, family))
 
 
 def read_family(folder: Path) -> Family:
     """The family of a pipeline folder, by its model_index.json.
 
-    Raises FileNotFoundError or ValueError naming the class that does not belong there.
+    Raises FileNotFoundError or ValueError naming the entry that is missing or not supported.
     """
     path = folder / "model_index.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+        raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json{_foreign(folder)}")
     index = files.read_json(path)
-    found = {name: (index.get(name) or [None, None])[-1] for name in COMPONENTS}
-    families = {family.transformer.class_name: family for family in FAMILIES}
-    if found["transformer"] not in families:
-        raise ValueError(f"{path} has the transformer {found['transformer']}; those known are {', '.join(families)}")
-    family = families[found["transformer"]]
+    found = {name: _class_name(path, name, index.get(name)) for name in COMPONENTS}
+    pipelines = {family.pipeline: family for family in FAMILIES}
+    transformers = {family.transformer.class_name: family for family in FAMILIES}
+    pipeline = str(index.get("_class_name", ""))
+    if pipeline and pipeline not in pipelines:
+        raise ValueError(f"{path} is of a {pipeline}; the pipelines known are {', '.join(pipelines)}")
+    if found["transformer"] not in transformers:
+        raise ValueError(
+            f"{path} has the transformer {found['transformer']}; those known are {', '.join(transformers)}"
+        )
+    family = pipelines.get(pipeline, transformers[found["transformer"]])
+    for name, why in family.unsupported.items():
+        if index.get(name) not in (None, False, [None, None]):
+            raise ValueError(f"{path} has {name} = {index[name]!r}: this pipeline takes {why}")
     for name, class_name in found.items():
         kind: Kind = getattr(family, name)
         if class_name != kind.class_name:
@@ -245,12 +131,43 @@ def read_family(folder: Path) -> Family:
     return family
 
 
-def read_architecture(folder: str | Path) -> Architecture:
-    """From a folder's JSON files alone; raises as `load_pipeline` does."""
-    folder = Path(folder)
-    family = read_family(folder)
-    configs = {name: getattr(family, name).read(files.read_config(folder / name)) for name in COMPONENTS}
-    return Architecture(**configs, schedule=read_schedule(folder))
+def _class_name(path: Path, name: str, entry: Any) -> str | None:
+    if entry is None:
+        return None
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, str | None) for x in entry)):
+        raise ValueError(f"{path} has {name} = {entry!r}; it must be the library and the class of the {name}")
+    return entry[1]
+
+
+def _foreign(folder: Path) -> str:
+    """What to do with Wan's weights in the layout of Wan's own code."""
+    config = folder / "config.json"
+    if config.is_file() and files.read_json(config).get("_class_name") in ("WanModel", "WanModelVACE"):
+        return ", but the layout of Wan's own code: give the same model's repository whose name ends in -Diffusers"
+    return ""
+
+
+def _read_configs(folder: Path, family: Family, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The components' configurations, which must fit together."""
+    configs: dict[str, Any] = {}
+    for name in COMPONENTS:
+        file = folder / name / "config.json"
+        configs[name] = getattr(family, name).read(files.read_config(file.parent), file, **options.get(name, {}))
+    transformer, vae, text = configs.values()
+    file = folder / "transformer" / "config.json"
+    taken, made = transformer.in_channels, transformer.out_channels or transformer.in_channels
+    if taken != made:
+        raise ValueError(
+            f"{file} has in_channels = {taken} and out_channels = {made}: the others are a condition such as an "
+            "image, and only text-to-video models are supported"
+        )
+    if taken != vae.latent_channels:
+        raise ValueError(f"{file} has in_channels = {taken}, but the latents of the vae have {vae.latent_channels}")
+    if transformer.text_dim != text.d_model:
+        raise ValueError(
+            f"{file} is for text states of {transformer.text_dim} channels, not text_encoder's {text.d_model}"
+        )
+    return configs
 
 
 def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> None:
@@ -258,31 +175,28 @@ def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32"
     folder, family = Path(folder), pipeline.family
     scheduler = scheduler_json(pipeline.schedule, family.path)
     for name in COMPONENTS:
-        save_component(folder, name, getattr(pipeline, name), dtype)
+        save_component(folder / name, getattr(family, name), getattr(pipeline, name), dtype)
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    kinds = {name: getattr(family, name) for name in COMPONENTS}
     write_json(
         folder / "model_index.json",
         {
             "_class_name": family.pipeline,
             "scheduler": ["diffusers", scheduler["_class_name"]],
-            "text_encoder": ["transformers", family.text_encoder.class_name],
             "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
-            "transformer": ["diffusers", family.transformer.class_name],
-            "vae": ["diffusers", family.vae.class_name],
+            **{name: [kind.library, kind.class_name] for name, kind in kinds.items()},
         },
     )
 
 
-def save_component(folder: Path, name: str, component: Component, dtype: str, shard_size: int | None = None) -> None:
-    """Writes one of COMPONENTS under its name in the pipeline folder."""
-    kinds: list[Kind] = [getattr(family, name) for family in FAMILIES]
-    kind = next(kind for kind in kinds if isinstance(component.config, kind.config))
+def save_component(folder: Path, kind: Kind, component: Component, dtype: str, shard_size: int | None = None) -> None:
+    """Writes a component's folder."""
     table = kind.table(component.config, component.network.shapes)
-    file_name = files.TRANSFORMERS_FILE if name == "text_encoder" else files.DIFFUSERS_FILE
     tensors = export_stream(table, component.params)
+    file_name = {"diffusers": files.DIFFUSERS_FILE, "transformers": files.TRANSFORMERS_FILE}[kind.library]
     files.write_component(
-        folder / name, kind.write(component.config), tensors, file_name=file_name, dtype=dtype, shard_size=shard_size
+        folder, kind.write(component.config), tensors, file_name=file_name, dtype=dtype, shard_size=shard_size
     )
 
 
@@ -308,13 +222,16 @@ def load_component(folder: Path, part: Part, place: Callable[[Params], Any] | No
     """A component with its weights, from Orbax or safetensors; see `load_pipeline`."""
     shapes = part.network.shapes
     if (folder / IMPORTED).is_dir():
-        params = restore_tree(folder / IMPORTED, shapes, place and place(shapes))
-    else:
-        params = import_params(part.table, files.read_tensors(folder), shapes)
+        return Component(part.config, part.network, restore_tree(folder / IMPORTED, shapes, place and place(shapes)))
+    tensors = files.read_tensors(folder)
+    try:
+        params = import_params(part.table, tensors, shapes)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     return Component(part.config, part.network, params)
 
 
-def read_schedule(folder: Path) -> Schedule:
+def read_schedule(folder: Path, family: Family) -> Schedule:
     """The path and prediction that scheduler/scheduler_config.json describes.
 
     Raises FileNotFoundError, or ValueError naming the field that asks for something else.
@@ -322,10 +239,10 @@ def read_schedule(folder: Path) -> Schedule:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it says how the teacher is sampled")
-    return schedule_of(files.read_json(path), read_family(folder).path, path)
+    return schedule_of(files.read_json(path), family.path, path)
 
 
-def write_json(path: Path, fields: dict[str, Any]) -> None:
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
     """One object as a JSON file, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(fields, indent=2) + "\n")

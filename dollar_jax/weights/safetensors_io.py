@@ -31,18 +31,24 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def tensor_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a folder: the one file, or the shards its index names.
 
-    Raises FileNotFoundError when there are none or a shard is missing; pickles (`.bin`, `.pt`,
+    Where there are both, diffusers follows the index and transformers the file, each by its own names, and so is it
+    here. Weights that only exist in a variant, such as model.fp16.safetensors, are taken.
+
+    Raises FileNotFoundError when there are none, several variants, or a shard is missing; pickles (`.bin`, `.pt`,
     `.ckpt`) are never opened.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    single = [p for p in (folder / DIFFUSERS_FILE, folder / TRANSFORMERS_FILE) if p.is_file()]
-    if single:
-        return single[:1]
+    indices = sorted(folder.glob("*.safetensors.index*.json"))
+    names = (f"{DIFFUSERS_FILE}.index.json", DIFFUSERS_FILE, TRANSFORMERS_FILE, f"{TRANSFORMERS_FILE}.index.json")
+    usual = [folder / name for name in names if (folder / name).is_file()]
+    if usual or len(indices) == 1:
+        first = (usual or indices)[0]
+        return _shards(first) if first in indices else [first]
     if indices:
-        return _shards(indices[0])
+        found = ", ".join(index.name for index in indices)
+        raise FileNotFoundError(f"{folder} holds several variants of its weights, {found}: leave the one you mean")
     others = sorted(folder.glob("*.safetensors"))
     if len(others) == 1:
         return others

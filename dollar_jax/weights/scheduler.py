@@ -8,6 +8,11 @@ from typing import Any
 
 from dollar_jax.schedule import Path as DiffusionPath
 from dollar_jax.schedule import Prediction, Schedule
+from dollar_jax.weights.kind import typed
+
+# In the file of an exported student: the fields of its teacher's scheduler. diffusers takes a name that begins with
+# an underscore for its own and passes it on.
+TEACHER = "_teacher_scheduler"
 
 # Per flow-matching scheduler: its field for the time shift; and the fields that change what sampling means, with
 # diffusers' default where the file leaves them out and the value this implementation has.
@@ -34,14 +39,19 @@ _FLOWS: dict[str, tuple[str, dict[str, tuple[Any, Any]]]] = {
 }
 
 _PREDICTIONS: dict[str, Prediction] = {"v_prediction": "v", "epsilon": "eps", "sample": "x0"}
-_COGVIDEOX = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "snr_shift_scale": 3.0}
+COGVIDEOX_NOISE: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "snr_shift_scale": 3.0,
+}
 # Per DDPM scheduler: diffusers' defaults of the noise's fields; and the fields that change what sampling
 # means, as above. CogVideoX's have a field clip_sample that they never read. How timesteps are spaced is the
 # sampler's affair: ours spaces them "trailing".
 _SAME = {"trained_betas": (None, None), "set_alpha_to_one": (True, True)}
 _DDPMS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, Any]]]] = {
-    "CogVideoXDDIMScheduler": (_COGVIDEOX, _SAME),
-    "CogVideoXDPMScheduler": (_COGVIDEOX, _SAME),
+    "CogVideoXDDIMScheduler": (COGVIDEOX_NOISE, _SAME),
+    "CogVideoXDPMScheduler": (COGVIDEOX_NOISE, _SAME),
     "DDIMScheduler": (
         {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "snr_shift_scale": 1.0},
         {**_SAME, "clip_sample": (True, False), "thresholding": (False, False)},
@@ -50,11 +60,13 @@ _DDPMS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, Any]]]] = {
 
 
 def schedule_of(fields: Mapping[str, Any], path: DiffusionPath, file: Path) -> Schedule:
-    """What the fields of a scheduler's file mean on a diffusion path.
+    """What the fields of a scheduler's file mean on a diffusion path; the teacher's where it is a student's file.
 
     Raises ValueError naming the field that asks for something else.
     """
     schedulers = _FLOWS if path == "rf" else _DDPMS
+    if isinstance(teacher := fields.get(TEACHER), Mapping):
+        fields = teacher
     name = str(fields.get("_class_name"))
     if name not in schedulers:
         raise ValueError(f"{file} is a {name}; the schedulers known are {', '.join(schedulers)}")
@@ -62,23 +74,23 @@ def schedule_of(fields: Mapping[str, Any], path: DiffusionPath, file: Path) -> S
         found = fields.get(field, default)
         if found != value:
             raise ValueError(f"{file} has {field} = {found!r}; a {name} must have {value!r} to be followed here")
-    steps = int(fields.get("num_train_timesteps", 1000))
+    steps = typed(fields.get("num_train_timesteps", 1000), int, "num_train_timesteps", file)
     if path == "rf":
-        shift = float(fields.get(_FLOWS[name][0], 1.0))
+        shift = typed(fields.get(_FLOWS[name][0], 1.0), float, _FLOWS[name][0], file)
         return Schedule("rf", "velocity", num_train_timesteps=steps, shift=shift)
-    noise = _DDPMS[name][0] | dict(fields)
-    prediction = fields.get("prediction_type", "epsilon")
+    noise: dict[str, Any] = {
+        field: typed(fields.get(field, default), type(default), field, file)
+        for field, default in _DDPMS[name][0].items()
+    }
+    prediction = typed(fields.get("prediction_type", "epsilon"), str, "prediction_type", file)
     if prediction not in _PREDICTIONS:
         raise ValueError(f"{file} has prediction_type = {prediction!r}; it can be one of {', '.join(_PREDICTIONS)}")
     return Schedule(
         "ddpm",
         _PREDICTIONS[prediction],
         num_train_timesteps=steps,
-        beta_schedule=noise["beta_schedule"],
-        beta_start=float(noise["beta_start"]),
-        beta_end=float(noise["beta_end"]),
-        rescale_zero_snr=bool(fields.get("rescale_betas_zero_snr", False)),
-        snr_shift_scale=float(noise["snr_shift_scale"]),
+        rescale_zero_snr=typed(fields.get("rescale_betas_zero_snr", False), bool, "rescale_betas_zero_snr", file),
+        **noise,
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 Params = dict[str, Any]
 Pairs = Iterable[tuple[str, np.ndarray]]
@@ -65,7 +66,7 @@ def import_params(table: Sequence[Row], tensors: Mapping[str, np.ndarray] | Pair
     Raises ValueError, naming the tensor, when one has no place, comes twice, is missing or has
     another shape. Tensors are taken one at a time: with an iterator no model is held twice.
     """
-    expected = flatten(shapes)
+    expected: dict[str, Any] = flatten_dict(shapes, sep="/")
     checked = _Checked(table, expected)
     arrays = {path: np.empty(s.shape, s.dtype) for path, s in expected.items()}
     pairs = cast(Pairs, tensors.items() if isinstance(tensors, Mapping) else tensors)
@@ -73,7 +74,7 @@ def import_params(table: Sequence[Row], tensors: Mapping[str, np.ndarray] | Pair
         if (place := checked.place(key, tensor.shape)) is not None:
             place.of(arrays)[...] = place.transform.forward(tensor)
     checked.finish()
-    return unflatten(arrays)
+    return unflatten_dict(arrays, sep="/")
 
 
 def stream_params(
@@ -84,7 +85,7 @@ def stream_params(
     `tensors` gives the names and shapes of all tensors, which are checked as in `import_params` before
     the first is read; `read` gets one of them.
     """
-    expected = flatten(shapes)
+    expected: dict[str, Any] = flatten_dict(shapes, sep="/")
     checked = _Checked(table, expected)
     sources: dict[str, list[tuple[str, _Place]]] = {path: [] for path in expected}
     for key, shape in tensors.items():
@@ -143,14 +144,9 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def export_params(table: Sequence[Row], params: Params) -> dict[str, np.ndarray]:
-    """A weight file's tensors, contiguous, in the parameters' dtypes: undoes `import_params`."""
-    return dict(export_stream(table, params))
-
-
 def export_stream(table: Sequence[Row], params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """The pairs of `export_params` one at a time."""
-    arrays = {path: np.asarray(value) for path, value in flatten(params).items()}
+    """A weight file's tensors one at a time, contiguous, in the parameters' dtypes: undoes `import_params`."""
+    arrays = {path: np.asarray(value) for path, value in flatten_dict(params, sep="/").items()}
     for key, place in _places(table, arrays).items():
         yield key, np.asarray(place.transform.inverse(place.of(arrays)), order="C")
 
@@ -178,24 +174,3 @@ def _path_pattern(path: str) -> re.Pattern[str]:
     for name, regex, literal in zip(literals[1::3], literals[2::3], literals[3::3], strict=True):
         parts += [f"(?P<{name}>{regex})", re.escape(literal)]
     return re.compile("".join(parts))
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": x}} as {"a/b": x}."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        flat |= flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> Params:
-    """Undoes `flatten`."""
-    tree: Params = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = value
-    return tree

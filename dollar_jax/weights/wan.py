@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from dollar_jax.models.wan import WanConfig
+from dollar_jax.models.wan import WanConfig, WanTransformer
+from dollar_jax.weights.kind import Kind
 from dollar_jax.weights.table import BATCHED, SAME, TRANSPOSE, Row, Transform
-
-CLASS_NAME = "WanTransformer3DModel"
-# Fields of config.json that condition on an image, with the values a text-to-video model has.
-_IMAGE_FIELDS = {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
-# Fields of WanConfig that are no part of config.json.
-_OURS = ("dtype", "param_dtype", "remat", "scan_layers", "attention", "context_parallel")
 
 
 def wan_table(config: WanConfig) -> list[Row]:
@@ -60,23 +51,12 @@ def _patch_kernel(config: WanConfig) -> Transform:
     return Transform(forward, inverse)
 
 
-def wan_config(fields: Mapping[str, Any], **ours: Any) -> WanConfig:
-    """From a component's config.json; `ours` are the fields of WanConfig after the blank."""
-    for name, value in _IMAGE_FIELDS.items():
-        if fields.get(name) != value:
-            raise ValueError(
-                f"config.json has {name} = {fields[name]!r}: this is an image-to-video model, "
-                "and only text-to-video ones are supported"
-            )
-    names = {f.name for f in dataclasses.fields(WanConfig)} - set(_OURS)
-    if missing := sorted(names - fields.keys()):
-        raise ValueError(f"config.json lacks {', '.join(missing)}: it is not a {CLASS_NAME}'s")
-    # JSON has no tuples.
-    values = {name: fields[name] for name in names} | {"patch_size": tuple(fields["patch_size"])}
-    return WanConfig(**values, **ours)
-
-
-def wan_config_json(config: WanConfig) -> dict[str, Any]:
-    """The fields of config.json with which diffusers builds the same model."""
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OURS}
-    return {"_class_name": CLASS_NAME, **fields, **_IMAGE_FIELDS}
+WAN_TRANSFORMER = Kind(
+    "diffusers",
+    "WanTransformer3DModel",
+    WanConfig,
+    WanTransformer,
+    lambda config, shapes: wan_table(config),
+    note="this is an image-to-video model, and only text-to-video ones are supported",
+    fixed={"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None},
+)

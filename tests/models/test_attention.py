@@ -11,7 +11,7 @@ from dollar_jax.models import attention as module
 from dollar_jax.models.attention import attention
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.sharding import with_mesh
-from dollar_jax.weights.pipeline import wan_transformer
+from dollar_jax.weights.wan import WAN_TRANSFORMER
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -93,7 +93,7 @@ def test_a_mesh_changes_no_number(options, n, m):
 
 def test_a_sequence_that_does_not_divide_is_padded():
     """Twelve tokens over eight devices, through the whole transformer and back."""
-    network = wan_transformer(
+    network = WAN_TRANSFORMER.network(
         WanConfig(
             num_attention_heads=2,
             attention_head_dim=8,

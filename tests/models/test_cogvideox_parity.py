@@ -13,9 +13,9 @@ import torch
 
 from dollar_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer, positions
 from dollar_jax.models.network import make_network
-from dollar_jax.weights.cogvideox import cogvideox_config, cogvideox_config_json, cogvideox_table
+from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER, cogvideox_table
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
-from dollar_jax.weights.table import export_params, import_params
+from dollar_jax.weights.table import export_stream, import_params
 
 torch.set_num_threads(1)
 
@@ -54,7 +54,7 @@ def reference(folder, **fields):
 
 
 def load(folder, **ours):
-    config = cogvideox_config(read_config(folder), **ours)
+    config = COGVIDEOX_TRANSFORMER.read(read_config(folder), **ours)
     network = make_network(lambda rngs: CogVideoXTransformer(config, rngs))
     return config, network, import_params(cogvideox_table(config), read_tensors(folder), network.shapes)
 
@@ -146,13 +146,13 @@ def test_bf16_stays_close_to_fp32(tmp_path):
 def test_round_trip_through_our_own_file(tmp_path, fields):
     model = reference(tmp_path / "theirs", **fields)
     config, _, params = load(tmp_path / "theirs")
-    tensors = export_params(cogvideox_table(config), params)
+    tensors = dict(export_stream(cogvideox_table(config), params))
     theirs = {name: value.numpy() for name, value in model.state_dict().items()}
     assert tensors.keys() == theirs.keys()
     for name, value in tensors.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
-    write_component(tmp_path / "ours", cogvideox_config_json(config), tensors)
+    write_component(tmp_path / "ours", COGVIDEOX_TRANSFORMER.write(config), tensors)
     again = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "ours")
     for name, value in again.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), theirs[name], err_msg=name)
@@ -223,6 +223,6 @@ def test_wrong_latents_are_refused(shape, message):
     ],
 )
 def test_foreign_configurations_are_refused(change, message):
-    fields = {**cogvideox_config_json(CogVideoXConfig()), **change}
+    fields = {**COGVIDEOX_TRANSFORMER.write(CogVideoXConfig()), **change}
     with pytest.raises(ValueError, match=message):
-        cogvideox_config({key: value for key, value in fields.items() if key != "num_layers" or value})
+        COGVIDEOX_TRANSFORMER.read({key: value for key, value in fields.items() if key != "num_layers" or value})

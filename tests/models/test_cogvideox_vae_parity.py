@@ -13,9 +13,9 @@ import torch
 from dollar_jax.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 from dollar_jax.models.network import make_network
 from dollar_jax.models.wan_vae import denormalise, normalise
-from dollar_jax.weights.cogvideox_vae import cogvideox_vae_config, cogvideox_vae_config_json, cogvideox_vae_table
+from dollar_jax.weights.cogvideox_vae import COGVIDEOX_VAE, cogvideox_vae_table
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
-from dollar_jax.weights.table import export_params, import_params
+from dollar_jax.weights.table import export_stream, import_params
 
 torch.set_num_threads(1)
 
@@ -69,7 +69,7 @@ def saved(tmp_path_factory):
 
 
 def load(folder):
-    config = cogvideox_vae_config(read_config(folder))
+    config = COGVIDEOX_VAE.read(read_config(folder))
     network = make_network(lambda rngs: CogVideoXVAE(config, rngs))
     params = import_params(cogvideox_vae_table(network.shapes), read_tensors(folder), network.shapes)
     return config, Jitted(network), jax.tree.map(jnp.asarray, params)
@@ -154,16 +154,16 @@ def test_chunks_after_the_first_are_compiled_once(saved):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_export_is_bit_identical(saved, tmp_path, name):
     _, model, config, vae, params = saved[name]
-    tensors = export_params(cogvideox_vae_table(vae.network.shapes), params)
+    tensors = dict(export_stream(cogvideox_vae_table(vae.network.shapes), params))
     theirs = {key: value.numpy() for key, value in model.state_dict().items()}
     assert tensors.keys() == theirs.keys()
-    write_component(tmp_path, cogvideox_vae_config_json(config), tensors)
+    write_component(tmp_path, COGVIDEOX_VAE.write(config), tensors)
     again = diffusers.AutoencoderKLCogVideoX.from_pretrained(tmp_path)
     for key, value in again.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), theirs[key], err_msg=key)
     names = {key for key in model.config if not key.startswith("_")}
     assert {key: again.config[key] for key in names} == {key: model.config[key] for key in names}
-    assert cogvideox_vae_config(read_config(tmp_path)) == config
+    assert COGVIDEOX_VAE.read(read_config(tmp_path)) == config
 
 
 def test_latents_are_scaled_as_the_pipeline_does(saved):
@@ -209,4 +209,4 @@ def test_chunks_of_another_length_are_refused(saved):
 def test_foreign_configurations_are_refused(saved, change, message):
     fields = {**read_config(saved["full"][0]), **change}
     with pytest.raises(ValueError, match=message):
-        cogvideox_vae_config({k: v for k, v in fields.items() if k != "latent_channels" or v})
+        COGVIDEOX_VAE.read({k: v for k, v in fields.items() if k != "latent_channels" or v})

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from dollar_jax.models import lora
 from dollar_jax.models.wan import WanConfig
-from dollar_jax.weights.pipeline import wan_transformer
-from dollar_jax.weights.table import flatten
+from dollar_jax.weights.wan import WAN_TRANSFORMER
 
-NETWORK = wan_transformer(
+NETWORK = WAN_TRANSFORMER.network(
     WanConfig(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -44,7 +44,7 @@ def inputs():
 
 
 def test_only_the_targets_have_adapters(adapted):
-    shapes = {k: v.shape for k, v in flatten(lora.adapters(adapted.shapes)).items()}
+    shapes = {k: v.shape for k, v in flatten_dict(lora.adapters(adapted.shapes), sep="/").items()}
     assert shapes == {
         "blocks/attn1/to_q/adapter/down": (2, 16, 3),
         "blocks/attn1/to_q/adapter/up": (2, 3, 16),
@@ -63,7 +63,7 @@ def test_fresh_adapters_change_nothing_and_can_learn(adapted, inputs):
     np.testing.assert_array_equal(adapted.apply(lora.combine(params, fresh), *inputs), plain)
 
     grads = jax.grad(lambda a: jnp.square(adapted.apply(lora.combine(params, a), *inputs)).sum())(fresh)
-    for path, g in flatten(grads).items():
+    for path, g in flatten_dict(grads, sep="/").items():
         assert np.abs(g).max() > 0 if path.endswith("up") else not np.any(g), path
     down = np.asarray(fresh["blocks"]["attn1"]["to_q"]["adapter"]["down"])
     assert 0.9 * 16**-0.5 < np.abs(down).max() <= 16**-0.5
@@ -84,7 +84,7 @@ def test_adapters_are_added_to_the_kernels(adapted, inputs):
 
 
 def test_adapters_keep_to_the_dtype_of_the_products():
-    half = wan_transformer(
+    half = WAN_TRANSFORMER.network(
         WanConfig(
             num_attention_heads=2,
             attention_head_dim=8,

@@ -12,8 +12,8 @@ import transformers
 from dollar_jax.models.network import make_network
 from dollar_jax.models.umt5 import UMT5Config, UMT5Encoder, position_buckets, zero_padding
 from dollar_jax.weights.safetensors_io import TRANSFORMERS_FILE, read_config, read_tensors, write_component
-from dollar_jax.weights.table import export_params, import_params
-from dollar_jax.weights.umt5 import UMT5_TABLE, umt5_config, umt5_config_json
+from dollar_jax.weights.table import export_stream, import_params
+from dollar_jax.weights.umt5 import T5, UMT5, UMT5_TABLE
 
 TINY: dict[str, Any] = {
     "vocab_size": 50,
@@ -28,6 +28,7 @@ TINY: dict[str, Any] = {
 }
 
 
+KINDS = {"umt5": UMT5, "t5": T5}
 CLASSES = {
     "umt5": (transformers.UMT5EncoderModel, transformers.UMT5Config),
     "t5": (transformers.T5EncoderModel, transformers.T5Config),
@@ -48,7 +49,8 @@ def saved(request, tmp_path_factory):
 
 
 def load(folder, **ours):
-    config = umt5_config(read_config(folder), **ours)
+    fields = read_config(folder)
+    config = KINDS[fields["model_type"]].read(fields, **ours)
     network = make_network(lambda rngs: UMT5Encoder(config, rngs))
     return config, network, import_params(UMT5_TABLE, read_tensors(folder), network.shapes)
 
@@ -82,7 +84,7 @@ def test_padding_tokens_do_not_change_the_prompt(saved):
 
 def test_another_text_encoder_is_refused(saved):
     with pytest.raises(ValueError, match="model_type = 'mt5'.*umt5 and t5"):
-        umt5_config({**read_config(saved[0]), "model_type": "mt5"})
+        UMT5.read({**read_config(saved[0]), "model_type": "mt5"})
 
 
 def test_buckets_match_at_full_length():
@@ -98,13 +100,18 @@ def test_buckets_match_at_full_length():
 def test_round_trip_through_our_own_file(saved, tmp_path):
     folder, model = saved
     config, _, params = load(folder)
-    tensors = export_params(UMT5_TABLE, params)
+    tensors = dict(export_stream(UMT5_TABLE, params))
     theirs = {k: v.numpy() for k, v in model.state_dict().items() if "embed_tokens" not in k}
     assert tensors.keys() == theirs.keys()
     for name, value in tensors.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
-    write_component(tmp_path, umt5_config_json(config), tensors, file_name=TRANSFORMERS_FILE)
+    write_component(
+        tmp_path,
+        KINDS["t5" if config.shared_position_bias else "umt5"].write(config),
+        tensors,
+        file_name=TRANSFORMERS_FILE,
+    )
     again = type(model).from_pretrained(tmp_path)
     for name, value in again.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), model.state_dict()[name].numpy(), err_msg=name)

@@ -14,8 +14,8 @@ from dollar_jax.models.embeddings import patchify, unpatchify
 from dollar_jax.models.network import make_network
 from dollar_jax.models.wan import WanConfig, WanTransformer
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
-from dollar_jax.weights.table import export_params, import_params
-from dollar_jax.weights.wan import wan_config, wan_config_json, wan_table
+from dollar_jax.weights.table import export_stream, import_params
+from dollar_jax.weights.wan import WAN_TRANSFORMER, wan_table
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -42,7 +42,7 @@ def reference(folder, **fields):
 
 
 def load(folder, **ours):
-    config = wan_config(read_config(folder), **ours)
+    config = WAN_TRANSFORMER.read(read_config(folder), **ours)
     network = make_network(lambda rngs: WanTransformer(config, rngs))
     return config, network, import_params(wan_table(config), read_tensors(folder), network.shapes)
 
@@ -116,7 +116,7 @@ def test_bf16_is_no_worse_than_diffusers_bf16(tmp_path):
     ours = jax.jit(network.apply)(params, x, t, text).astype(jnp.float32)
     assert relative(ours, exact) < 1.5 * relative(theirs, exact)
     kept = {k for k, v in half.state_dict().items() if v.dtype == torch.float32}
-    exported = export_params(wan_table(config), params)
+    exported = dict(export_stream(wan_table(config), params))
     assert {k for k, v in exported.items() if v.dtype == np.float32} == kept
 
 
@@ -150,13 +150,13 @@ def test_bf16_products_and_fp32_norms_modulation_and_embeddings():
 def test_round_trip_through_our_own_file(tmp_path):
     model = reference(tmp_path / "theirs", num_layers=3)
     config, _, params = load(tmp_path / "theirs")
-    tensors = export_params(wan_table(config), params)
+    tensors = dict(export_stream(wan_table(config), params))
     theirs = {name: value.numpy() for name, value in model.state_dict().items()}
     assert tensors.keys() == theirs.keys()
     for name, value in tensors.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
-    write_component(tmp_path / "ours", wan_config_json(config), tensors)
+    write_component(tmp_path / "ours", WAN_TRANSFORMER.write(config), tensors)
     again = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "ours")
     for name, value in again.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), theirs[name], err_msg=name)
@@ -225,11 +225,11 @@ def test_wrong_latents_are_refused(shape, message):
 
 
 def test_image_to_video_and_foreign_configurations_are_refused():
-    fields = wan_config_json(WanConfig())
+    fields = WAN_TRANSFORMER.write(WanConfig())
     with pytest.raises(ValueError, match="image_dim = 1280"):
-        wan_config({**fields, "image_dim": 1280})
+        WAN_TRANSFORMER.read({**fields, "image_dim": 1280})
     with pytest.raises(ValueError, match="lacks ffn_dim"):
-        wan_config({k: v for k, v in fields.items() if k != "ffn_dim"})
+        WAN_TRANSFORMER.read({k: v for k, v in fields.items() if k != "ffn_dim"})
     # A TypeError when shapes and types are checked at run time.
     with pytest.raises((ValueError, TypeError), match="some"):
         WanConfig(remat="some")  # pyright: ignore[reportArgumentType]

@@ -14,8 +14,8 @@ from dollar_jax.models.chunks import Past
 from dollar_jax.models.network import make_network
 from dollar_jax.models.wan_vae import CausalConv3d, RMSNorm, WanVAE, WanVAEConfig, denormalise, normalise
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
-from dollar_jax.weights.table import export_params, import_params
-from dollar_jax.weights.wan_vae import wan_vae_config, wan_vae_config_json, wan_vae_table
+from dollar_jax.weights.table import export_stream, import_params
+from dollar_jax.weights.wan_vae import WAN_VAE, wan_vae_table
 
 TOLERANCE = 1e-4
 # Many small convolutions: to compile them well takes longer than to run them badly.
@@ -54,7 +54,7 @@ def saved(tmp_path_factory):
 
 
 def load(folder):
-    config = wan_vae_config(read_config(folder))
+    config = WAN_VAE.read(read_config(folder))
     network = make_network(lambda rngs: WanVAE(config, rngs))
     params = import_params(wan_vae_table(network.shapes), read_tensors(folder), network.shapes)
     return config, Jitted(network), jax.tree.map(jnp.asarray, params)
@@ -190,16 +190,16 @@ def test_norms_have_a_finite_gradient_at_zero():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_export_is_bit_identical(saved, tmp_path, name):
     _, model, config, vae, params = saved[name]
-    tensors = export_params(wan_vae_table(vae.network.shapes), params)
+    tensors = dict(export_stream(wan_vae_table(vae.network.shapes), params))
     theirs = {key: value.numpy() for key, value in model.state_dict().items()}
     assert tensors.keys() == theirs.keys()
-    write_component(tmp_path, wan_vae_config_json(config), tensors)
+    write_component(tmp_path, WAN_VAE.write(config), tensors)
     again = diffusers.AutoencoderKLWan.from_pretrained(tmp_path)
     for key, value in again.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), theirs[key], err_msg=key)
     names = {key for key in model.config if not key.startswith("_")}
     assert {key: again.config[key] for key in names} == {key: model.config[key] for key in names}
-    assert wan_vae_config(read_config(tmp_path)) == config
+    assert WAN_VAE.read(read_config(tmp_path)) == config
 
 
 def test_latents_are_normalised_as_the_pipeline_does(saved):
@@ -254,13 +254,13 @@ def test_foreign_configurations_are_refused(saved, change, message):
     fields = {**read_config(saved["patched"][0]), **change}
     fields = {key: value for key, value in fields.items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        wan_vae_config(fields)
+        WAN_VAE.read(fields)
 
 
 def test_bad_shape_names_the_tensor(saved):
     _, _, _, vae, params = saved["patched"]
     table = wan_vae_table(vae.network.shapes)
-    tensors = export_params(table, params)
+    tensors = dict(export_stream(table, params))
     name = "decoder.up_blocks.0.upsamplers.0.resample.1.weight"
     tensors[name] = tensors[name][:1]
     with pytest.raises(ValueError, match=name):

@@ -15,15 +15,11 @@ from dollar_jax.prepare.job import prepare
 from dollar_jax.prepare.settings import PrepareSettings
 from dollar_jax.schedule import Schedule
 from dollar_jax.video import encode_mp4
-from dollar_jax.weights.pipeline import (
-    Component,
-    Pipeline,
-    load_pipeline,
-    save_pipeline,
-    umt5_encoder,
-    wan_transformer,
-    wan_vae,
-)
+from dollar_jax.weights import families
+from dollar_jax.weights.pipeline import Component, Pipeline, load_pipeline, save_pipeline
+from dollar_jax.weights.umt5 import UMT5
+from dollar_jax.weights.wan import WAN_TRANSFORMER
+from dollar_jax.weights.wan_vae import WAN_VAE
 
 WAN = WanConfig(
     num_attention_heads=2,
@@ -61,10 +57,10 @@ def component(config, network):
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
-    networks = (WAN, wan_transformer(WAN)), (VAE, wan_vae(VAE)), (TEXT, umt5_encoder(TEXT))
+    networks = (WAN, WAN_TRANSFORMER.network(WAN)), (VAE, WAN_VAE.network(VAE)), (TEXT, UMT5.network(TEXT))
     parts = [component(*network) for network in networks]
     tokenizer = build_tokenizer(shapes.VOCABULARY)
-    save_pipeline(folder, Pipeline(*parts, tokenizer, Schedule("rf", "velocity", shift=3.0)))
+    save_pipeline(folder, Pipeline(families.WAN, *parts, tokenizer, Schedule("rf", "velocity", shift=3.0)))
     return folder
 
 

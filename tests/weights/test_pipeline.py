@@ -19,16 +19,11 @@ from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig
 from dollar_jax.sampling import ode_sample
 from dollar_jax.schedule import Schedule, timestep_grid
-from dollar_jax.weights.pipeline import (
-    Component,
-    Pipeline,
-    load_pipeline,
-    save_pipeline,
-    tokenize,
-    umt5_encoder,
-    wan_transformer,
-    wan_vae,
-)
+from dollar_jax.weights import families
+from dollar_jax.weights.pipeline import Component, Pipeline, load_pipeline, save_pipeline, tokenize
+from dollar_jax.weights.umt5 import UMT5
+from dollar_jax.weights.wan import WAN_TRANSFORMER
+from dollar_jax.weights.wan_vae import WAN_VAE
 
 LENGTH = 12
 PROMPTS = ["a small red circle moving left slowly", "a large cyan triangle moving up"]
@@ -69,8 +64,12 @@ def component(config, network):
 @pytest.fixture(scope="module")
 def pipeline():
     tokenizer = build_tokenizer(shapes.VOCABULARY)
-    parts = component(WAN, wan_transformer(WAN)), component(VAE, wan_vae(VAE)), component(TEXT, umt5_encoder(TEXT))
-    return Pipeline(*parts, tokenizer, Schedule("rf", "velocity", shift=3.0))
+    parts = (
+        component(WAN, WAN_TRANSFORMER.network(WAN)),
+        component(VAE, WAN_VAE.network(VAE)),
+        component(TEXT, UMT5.network(TEXT)),
+    )
+    return Pipeline(families.WAN, *parts, tokenizer, Schedule("rf", "velocity", shift=3.0))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,114 @@
+"""The families of teachers: a diffusers pipeline's networks, schedule and habits, one record for each.
+
+Another family is one more record in FAMILIES, beside its networks in `models` and their tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dollar_jax.models.cogvideox import CogVideoXConfig
+from dollar_jax.models.cogvideox_vae import CogVideoXVAEConfig
+from dollar_jax.models.umt5 import UMT5Config
+from dollar_jax.models.wan import WanConfig
+from dollar_jax.models.wan_vae import WanVAEConfig
+from dollar_jax.schedule import Path as DiffusionPath
+from dollar_jax.schedule import Schedule
+from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER
+from dollar_jax.weights.cogvideox_vae import COGVIDEOX_VAE
+from dollar_jax.weights.kind import Kind
+from dollar_jax.weights.scheduler import COGVIDEOX_NOISE
+from dollar_jax.weights.umt5 import T5, UMT5
+from dollar_jax.weights.wan import WAN_TRANSFORMER
+from dollar_jax.weights.wan_vae import WAN_VAE
+
+COMPONENTS = ("transformer", "vae", "text_encoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A class of diffusers pipelines.
+
+    `masks_padding`: the text encoder does not see the rows of padding, and the transformer gets zeros there; without
+    it padding is part of the text. `guidance_scale` is diffusers' default, w + 1 of ours, and `fps` the frames per
+    second of its videos. `unsupported` are entries of model_index.json that must be absent, null or false, each with
+    what asks for it.
+    """
+
+    pipeline: str
+    transformer: Kind
+    vae: Kind
+    text_encoder: Kind
+    path: DiffusionPath
+    masks_padding: bool
+    guidance_scale: float
+    fps: int
+    unsupported: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a pipeline folder says of its networks, without their weights."""
+
+    family: Family
+    transformer: Any
+    vae: Any
+    text_encoder: UMT5Config
+    schedule: Schedule
+
+
+_IMAGE = "an image as condition, and only text-to-video pipelines are supported"
+_WAN_2_2 = ", as in Wan 2.2, and only Wan 2.1 is supported"
+WAN = Family(
+    "WanPipeline",
+    WAN_TRANSFORMER,
+    WAN_VAE,
+    UMT5,
+    path="rf",
+    masks_padding=True,
+    guidance_scale=5.0,
+    fps=16,
+    unsupported={
+        "transformer_2": f"a second transformer for low noise levels{_WAN_2_2}",
+        "boundary_ratio": f"two transformers that share the noise levels{_WAN_2_2}",
+        "expand_timesteps": f"a time of its own for every token{_WAN_2_2}",
+        "image_encoder": _IMAGE,
+        "image_processor": _IMAGE,
+    },
+)
+COGVIDEOX = Family(
+    "CogVideoXPipeline",
+    COGVIDEOX_TRANSFORMER,
+    COGVIDEOX_VAE,
+    T5,
+    path="ddpm",
+    masks_padding=False,
+    guidance_scale=6.0,
+    fps=8,
+)
+FAMILIES = (WAN, COGVIDEOX)
+
+_UMT5_XXL = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+_T5_XXL = dataclasses.replace(_UMT5_XXL, vocab_size=32128, shared_position_bias=True)
+_COGVIDEOX_SCHEDULE = Schedule("ddpm", "v", rescale_zero_snr=True, **COGVIDEOX_NOISE)
+# Published teachers, by the names their folders have in configs/.
+PUBLISHED = {
+    "wan_1_3b": Architecture(
+        WAN,
+        WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+        WanVAEConfig(),
+        _UMT5_XXL,
+        Schedule("rf", "velocity", shift=3.0),
+    ),
+    "wan_14b": Architecture(WAN, WanConfig(), WanVAEConfig(), _UMT5_XXL, Schedule("rf", "velocity", shift=5.0)),
+    "cogvideox_2b": Architecture(COGVIDEOX, CogVideoXConfig(), CogVideoXVAEConfig(), _T5_XXL, _COGVIDEOX_SCHEDULE),
+    "cogvideox_5b": Architecture(
+        COGVIDEOX,
+        CogVideoXConfig(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True),
+        CogVideoXVAEConfig(scaling_factor=0.7),
+        _T5_XXL,
+        dataclasses.replace(_COGVIDEOX_SCHEDULE, snr_shift_scale=1.0),
+    ),
+}
