@@ -1,5 +1,12 @@
-"""A shim for tools that look for this file; everything is in pyproject.toml."""
+"""The packages; everything else is in pyproject.toml.
 
-from setuptools import setup
+The experiments in configs/ travel in the wheel as `dollar_jax.configs`, which pyproject.toml cannot say beside finding
+the other packages.
+"""
 
-setup()
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["dollar_jax", "dollar_jax.*"]), "dollar_jax.configs"],
+    package_dir={"dollar_jax.configs": "configs"},
+)
