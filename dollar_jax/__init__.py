@@ -5,4 +5,4 @@ jitted, mesh-sharded train step (arXiv 2412.15689, Algorithm 29; see `dollar_jax
 line is `dollar`, or `python -m dollar_jax`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -49,12 +49,12 @@ def load(name: str, *losses: str) -> DistillConfig:
         if "get_config" not in module:
             raise ValueError("there is no function get_config in it")
         config = module["get_config"](*losses)
+        if not hasattr(config, "items"):
+            raise ValueError(f"get_config must return settings, not {config!r}")
+        return distill_config(config)
     except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{path}: {kind}{error}") from error
-    if not hasattr(config, "items"):
-        raise ValueError(f"{path}: get_config must return settings, not {config!r}")
-    return distill_config(config)
 
 
 def find(name: str) -> Path:

@@ -8,14 +8,7 @@ import pytest
 
 from dollar_jax import cli
 
-# ml_collections loads the configuration in an old way.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 DEMO = str(Path(__file__).parents[1] / "configs" / "demo.py")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch):
-    monkeypatch.setattr(cli, "_prepare_jax", lambda: None)  # leave the tests' compilation cache alone
 
 
 def refused(capsys, *arguments):
@@ -52,7 +45,13 @@ def test_every_command_has_help(capsys, name):
     assert not err
     assert out.startswith(f"dollar {name}")
     assert cli.COMMANDS[name].summary in out.splitlines()[0]
-    flags = {"import": "--dtype", "prepare": "--out", "vbench-score": "--json", "plan": "--topology"}
+    flags = {
+        "config": "--config",
+        "import": "--dtype",
+        "prepare": "--out",
+        "vbench-score": "--json",
+        "plan": "--topology",
+    }
     assert flags.get(name, "--workdir") in out
 
 
@@ -109,8 +108,13 @@ def test_wrong_flags(capsys, arguments, parts):
     [
         (["--config=/no/such/file.py"], ["/no/such/file.py"]),
         ([f"--config={DEMO}:everything"], [":everything is unknown", "vsd+cd+lrm"]),
-        ([f"--config={DEMO}", "--config.stepz=3"], ["no field", "stepz"]),
+        ([f"--config={DEMO}", "--config.stepz=3"], ["config has no field 'stepz'; did you mean config.steps?"]),
         ([f"--config={DEMO}", "--config.student.stepz.x=3"], ["no field", "stepz"]),
+        (["--config=demoo"], ["there is no configuration demoo", "cogvideox_2b", "demo", "wan_1_3b"]),
+        ([f"--config={DEMO}", "--config.steps=0"], ["config.steps must be at least 1, not 0"]),
+        (["--config=wan_1_3b", "--config.pretrain.num_steps=3"], ["config.pretrain is None in wan_1_3b"]),
+        ([f"--config={DEMO}", "--config.reward.rewards[1].weight=3"], ["a --config. flag sets what is not there"]),
+        ([f"--config={DEMO}", "--config.steps.x=3"], ["config.steps is a single setting"]),
         ([f"--config={DEMO}", "--config.steps=many"], ["--config.steps=many", "a whole number"]),
         ([f"--config={DEMO}", "--config.student.input=sideways"], ["config.student.input", "'forward', 'backward'"]),
         ([f"--config={DEMO}", "--config.accumulation=7"], ["config.batch_size", "7 micro-batches"]),
@@ -128,6 +132,22 @@ def test_a_configuration_with_a_syntax_error(capsys, tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("def get_config(:\n")
     assert "broken.py, line 1" in refused(capsys, "train", f"--config={path}", f"--workdir={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("def get_config(): return None", "get_config must return settings, not None"),
+        ("steps = 3", "there is no function get_config in it"),
+        ("def get_config(): return {'steps': 3}", "config lacks data, teacher"),
+    ],
+)
+def test_a_configuration_that_fails_names_its_file(capsys, tmp_path, body, message):
+    path = tmp_path / "mine.py"
+    path.write_text(body + "\n")
+    assert refused(capsys, "train", f"--config={path}", f"--workdir={tmp_path}") == f"{path}: {message}"
 
 
 def test_a_teacher_that_is_not_there(capsys, tmp_path):

@@ -73,7 +73,7 @@ def dot_chart(rows: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    pad = 0.06 * (high - low) or max(abs(high), 1e-3) * 0.1
+    pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return float(low - pad), float(high + pad)
 
 

@@ -1,0 +1,81 @@
+"""The command line, `dollar <command> [--flags]`, with a file for each command.
+
+What a command needs is imported when it runs, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from dollar_jax import __version__
+from dollar_jax.cli import (
+    config,
+    demo,
+    evaluate,
+    export,
+    import_,
+    plan,
+    prepare,
+    pretrain,
+    reproduce,
+    sample,
+    train,
+    vbench_score,
+)
+from dollar_jax.cli.base import EXPECTED, FLAGS, HELP, report_error
+
+COMMANDS = {
+    "demo": demo.COMMAND,
+    "train": train.COMMAND,
+    "config": config.COMMAND,
+    "prepare": prepare.COMMAND,
+    "sample": sample.COMMAND,
+    "evaluate": evaluate.COMMAND,
+    "import": import_.COMMAND,
+    "export": export.COMMAND,
+    "plan": plan.COMMAND,
+    "pretrain": pretrain.COMMAND,
+    "reproduce": reproduce.COMMAND,
+    "vbench-score": vbench_score.COMMAND,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; 0 when it did its work, 2 when it was asked for something impossible."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("", "help", *HELP):
+        print(_overview())
+        return 0 if name else 2
+    if name == "--version":
+        print(f"dollar {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"dollar: there is no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    for flag in list(FLAGS):
+        delattr(FLAGS, flag)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        command.define(rest)
+        if any(argument in HELP for argument in rest):
+            usage = f"dollar {name} {command.takes}".rstrip()
+            print(f"{usage}: {command.summary}\n\n{FLAGS.get_help()}")
+            return 0
+        extra = FLAGS([f"dollar {name}", *rest])[1:]
+        if extra and not command.takes:
+            raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
+        command.run(*extra)
+    except (*EXPECTED, KeyboardInterrupt) as error:
+        if os.environ.get("DOLLAR_TRACEBACK") and not isinstance(error, KeyboardInterrupt):
+            raise
+        return report_error(name, error)
+    return 0
+
+
+def _overview() -> str:
+    lines = ["dollar: few-step text-to-video distillation by VSD, consistency and latent reward", ""]
+    lines += [f"  dollar {name:<12} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "dollar <command> --help lists a command's flags, dollar --version the version."])

@@ -1,0 +1,132 @@
+"""What the commands share: their flags, the configuration, and how what ends them is reported."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from absl import flags
+
+if TYPE_CHECKING:
+    from dollar_jax.config import DistillConfig
+
+FLAGS = flags.FlagValues()
+# Errors whose message says all.
+EXPECTED = (flags.Error, ValueError, OSError, SyntaxError, FloatingPointError)
+HELP = ("-h", "--help", "-help")
+
+
+class Command(NamedTuple):
+    """`define` declares the flags of a list of arguments, `run` does the work once they are parsed.
+
+    `define` may take arguments out of the list. `run` gets those that are no flags; `takes` says what they are, and
+    is empty where none are.
+    """
+
+    summary: str
+    define: Callable[[list[str]], None]
+    run: Callable[..., None]
+    takes: str = ""
+
+
+def define(kind: str, name: str, default: Any, *rest: Any) -> None:
+    """A flag of an absl kind: `rest` is its help, and for numbers the least value, for an enum its values before."""
+    getattr(flags, f"DEFINE_{kind}")(name, default, *rest, flag_values=FLAGS)
+
+
+def require(name: str) -> None:
+    flags.mark_flag_as_required(name, FLAGS)
+
+
+def define_workdir(default: str | None = None) -> None:
+    define("string", "workdir", default, "Folder of the run.")
+    if default is None:
+        require("workdir")
+
+
+def define_config(arguments: list[str]) -> None:
+    """--config=NAME, which is read at once and taken out of the arguments, and a flag for each of its settings."""
+    name, rest = _take("config", arguments)
+    if name is None or any(argument in HELP for argument in arguments):
+        about = (
+            "Experiment: a name such as wan_1_3b, or a file such as configs/demo.py, with :vsd, :cd or :vsd+cd for a "
+            "part of its losses. Settings change with --config.student.optimiser.learning_rate=1e-4; "
+            "dollar config --config=NAME lists them all."
+        )
+        arguments[:] = [argument for argument in arguments if not argument.startswith("--config.")]
+        define("string", "config", None, about)
+        require("config")
+        return
+    from ml_collections import config_flags
+
+    from dollar_jax.config import DistillConfig
+    from dollar_jax.experiment import as_config_dict, load
+    from dollar_jax.fields import check_path
+
+    arguments[:] = rest
+    path, colon, losses = name.partition(":")
+    config = as_config_dict(load(path, *([losses] if colon else [])))
+    for argument in rest:
+        if override := re.match(r"--?(no)?config\.([^=]+)", argument):
+            check_path(DistillConfig, override[2])
+            if config.pretrain is None and override[2].startswith("pretrain"):
+                raise ValueError(f"config.pretrain is None in {path}: there is no config.{override[2]} to set")
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=FLAGS, sys_argv=arguments)
+    except (LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"a --config. flag sets what is not there: {error}") from error
+
+
+def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of --flag=VALUE or --flag VALUE, the last one where there are several, and the other arguments."""
+    value, rest, left = None, [], iter(arguments)
+    for argument in left:
+        name, equals, given = argument.partition("=")
+        if name not in (f"--{flag}", f"-{flag}"):
+            rest.append(argument)
+        elif (found := given if equals else next(left, None)) is not None:
+            value = found
+    return value, rest
+
+
+def given_config() -> DistillConfig:
+    """The configuration that the command line asks for."""
+    from dollar_jax.config import distill_config
+
+    return distill_config(FLAGS.config)
+
+
+def prepare_jax() -> None:
+    """The compile cache, so that a second run starts at once."""
+    import jax
+
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "dollar_jax"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def report_error(name: str, error: BaseException) -> int:
+    """Shows what ended a command, in a sentence where it was to be expected; the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\ndollar {name}: {str(error) or 'interrupted; run it again to go on'}", file=sys.stderr)
+        return getattr(error, "exit_code", 130)
+    if isinstance(error, EXPECTED):
+        print(f"dollar {name}: {_sentence(error)}", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    return 1
+
+
+def _sentence(error: Exception) -> str:
+    """The error in one line: absl names every missing flag on a line of its own."""
+    text = str(error)
+    if missing := re.findall(r"^flag (--\w+)=None: Flag ", text, re.MULTILINE):
+        return f"{' and '.join(missing)} must be given"
+    text = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    text = re.sub(r"\[Errno \d+\] ", "", text)
+    text = re.sub(r"invalid literal for int\(\) with base 10: .*", "it must be a whole number", text)
+    return text or type(error).__name__

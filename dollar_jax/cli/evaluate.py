@@ -1,0 +1,113 @@
+"""`dollar evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dollar_jax.cli.base import FLAGS, Command, define, prepare_jax
+from dollar_jax.cli.sample import student_sampler, teacher_sampler
+
+
+def define_flags(_: list[str]) -> None:
+    define("string", "workdir", None, "Folder of the run whose student is measured.")
+    define("string", "videos", None, "Measure this folder of {prompt}-{index}.mp4 instead of drawing any.")
+    define("string", "reference", None, "With --videos: a folder of real videos.")
+    define("string", "reward", None, "With --videos: a reward by its name; clip is the fit to the prompts.")
+    define("string", "reward_folder", None, "The weights of a reward that has some.")
+    define(
+        "string",
+        "features",
+        None,
+        "Folder with AlexNet's weights (safetensors, torchvision's names; LPIPS's heads lin0 "
+        "to lin4 if you have them) for diversity and Fréchet distance; by default the VAE of the run's teacher.",
+    )
+    define(
+        "string",
+        "out",
+        None,
+        "The JSON of measures; metrics.json in the workdir or the folder by default. Another name is also that of "
+        "the page and the videos.",
+    )
+    define("bool", "quick", False, "Fewer videos.")
+    define("string", "vbench", None, "Write the videos VBench asks for into this folder, and measure nothing.")
+    define(
+        "string",
+        "prompts_file",
+        None,
+        "With --vbench: its VBench_full_info.json, or a text file with a prompt per line.",
+    )
+    define("integer", "num", 5, "With --vbench: videos per prompt.", 1)
+    define("integer", "steps", 4, "With --vbench: sampling steps.", 1)
+    define("integer", "seed", 0, "With --vbench: seed of the noise.")
+    define("integer", "batch_size", 16, "With --vbench: videos drawn at a time.", 1)
+    define("bool", "teacher", False, "With --vbench: the teacher's videos.")
+
+
+def run() -> None:
+    from dollar_jax.evaluate.features import alexnet_features, vae_features
+    from dollar_jax.evaluate.run import evaluate
+    from dollar_jax.generate import make_generator
+    from dollar_jax.run import read_config
+
+    prepare_jax()
+    if not FLAGS.workdir and not FLAGS.videos:
+        raise ValueError("--workdir or --videos must be given")
+    if FLAGS.vbench:
+        _vbench_videos()
+        return
+    features = alexnet_features(Path(FLAGS.features)) if FLAGS.features else None
+    if FLAGS.workdir:
+        generator = make_generator(read_config(Path(FLAGS.workdir)))
+        features = features or vae_features(generator)
+        if not FLAGS.videos:
+            out = Path(FLAGS.out or Path(FLAGS.workdir) / "metrics.json")
+            evaluate(Path(FLAGS.workdir), generator, out, FLAGS.quick, features=features)
+            print_table(out)
+    if FLAGS.videos:
+        from dollar_jax.evaluate.folder import measure_folder
+        from dollar_jax.evaluate.metrics import write_metrics
+        from dollar_jax.rewards import get_reward
+
+        folder = Path(FLAGS.videos)
+        reference = Path(FLAGS.reference) if FLAGS.reference else None
+        reward = get_reward(FLAGS.reward, FLAGS.reward_folder) if FLAGS.reward else None
+        measures = measure_folder(folder, features, reference, reward)
+        write_metrics(FLAGS.out or folder / "metrics.json", measures)
+        for name, value in measures.items():
+            print(f"{name:26}{value:.6g}" if isinstance(value, float) else f"{name:26}{value}")
+
+
+def _vbench_videos() -> None:
+    from dollar_jax.evaluate.vbench import read_vbench_prompts, write_videos
+    from dollar_jax.generate import make_generator
+    from dollar_jax.run import read_config
+
+    if not FLAGS.workdir or not FLAGS.prompts_file:
+        raise ValueError("--vbench needs --workdir and --prompts_file, VBench's own list of prompts")
+    workdir, folder = Path(FLAGS.workdir), Path(FLAGS.vbench)
+    config = read_config(workdir)
+    counts = read_vbench_prompts(Path(FLAGS.prompts_file), FLAGS.num)
+    generator = make_generator(config)
+    if FLAGS.teacher:
+        draw, params = teacher_sampler(generator, config.sampling.num_steps)
+    else:
+        draw, params = student_sampler(generator, workdir, config, FLAGS.steps)
+    drawn = write_videos(folder, counts, generator, draw, params, FLAGS.seed, FLAGS.batch_size, config.mesh)
+    print(f"{drawn} videos drawn; {folder} holds all of this process's {sum(counts.values())}")
+
+
+def print_table(path: Path) -> None:
+    """The rows of a metrics.json on the terminal."""
+    metrics = json.loads(path.read_text())
+    columns = ("alignment", "reward", "vendi", "flicker", "nfe", "diffusion_seconds")
+    print("\n" + f"{'':16}" + "".join(f"{name:>18}" for name in columns))
+    for name, row in metrics.items():
+        if isinstance(row, dict) and "alignment" in row:
+            cells = (f"{row[c]:>18.4g}" if c in row else f"{'–':>18}" for c in columns)
+            print(f"{name:16}" + "".join(cells))
+    faster = [f"{k[8:]} steps ×{v:.1f}" for k, v in metrics.items() if k.startswith("speedup_")]
+    print(f"faster than the teacher: {', '.join(faster)}; {metrics['seconds']:.0f} s in all")
+
+
+COMMAND = Command("sample and measure a run again", define_flags, run)

@@ -1,0 +1,47 @@
+"""`dollar plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from dollar_jax.cli.base import FLAGS, Command, define, define_config, given_config, require
+
+
+def define_flags(arguments: list[str]) -> None:
+    define_config(arguments)
+    define("string", "topology", None, "Chips, such as v5p:2x2x2 or v6e:8x8.")
+    require("topology")
+    define("string", "mesh", None, "Such as fsdp=16,context=4; config.mesh unless given.")
+    define("string", "video", None, "HEIGHTxWIDTHxFRAMES; the data's own unless given.")
+    programs = ["train", "sample", "decode", "text", "import"]
+    define("enum", "what", "train", programs, "The program.")
+    define("bool", "search", False, "Try meshes and remat policies, and rank them.")
+    define("string", "json", None, "File for the figures as JSON.")
+
+
+def run() -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from tqdm import tqdm
+
+    from dollar_jax import plan
+
+    config = given_config()
+    if FLAGS.mesh:
+        config = dataclasses.replace(config, mesh=plan.parse_mesh(FLAGS.mesh))
+    rest = (FLAGS.topology, FLAGS.what, plan.parse_video(FLAGS.video) if FLAGS.video else None)
+    if FLAGS.search:
+        found = plan.rank(list(tqdm(plan.search(config, *rest), "compiling", unit="plan")))
+    else:
+        found = [plan.plan(config, *rest)]
+    if not found:
+        raise ValueError("no mesh divides this batch over these chips: change config.batch_size")
+    print(plan.table(found))
+    if FLAGS.json:
+        fields = [dataclasses.asdict(p) for p in found]
+        Path(FLAGS.json).write_text(json.dumps(fields if FLAGS.search else fields[0], indent=2) + "\n")
+
+
+COMMAND = Command("compile for TPU chips that need not be there: memory, operations, time", define_flags, run)

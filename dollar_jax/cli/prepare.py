@@ -1,0 +1,127 @@
+"""`dollar prepare`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shlex
+from pathlib import Path
+
+from dollar_jax.cli.base import FLAGS, Command, define, prepare_jax, require
+
+
+def define_flags(_: list[str]) -> None:
+    define(
+        "string",
+        "source",
+        None,
+        "Videos with captions: a folder (each caption in a .txt beside its video, or a metadata.csv or .jsonl), a "
+        ".csv or .jsonl manifest with video and caption, WebDataset .tar files or a folder of them, or tfds:NAME.",
+    )
+    define("string", "prompts", None, "Prompts without videos instead: a .txt, one a line, a .csv or a .jsonl.")
+    define("string", "out", None, "Folder of the data set.")
+    require("out")
+    define("string", "teacher", "moving_shapes", "The pipeline whose VAE and text encoder encode.")
+    define("integer", "frames", None, "Frames of a clip; the shipped teacher's are known.", 1)
+    define("integer", "height", None, "Height of a clip in pixels.", 1)
+    define("integer", "width", None, "Width of a clip in pixels.", 1)
+    define(
+        "list",
+        "buckets",
+        None,
+        "Several sizes instead, such as 480x832,832x480: each video goes to the one nearest to its shape.",
+    )
+    define("float", "fps", None, "Frames per second of a clip; without it every frame of a video counts.", 1e-3)
+    define("enum", "crop", "centre", ["centre", "random"], "Where a clip is cut out of a video of another shape.")
+    define("integer", "clips", 1, "At most so many clips of a video, one after another from its start.", 1)
+    define("bool", "sample", False, "Keep a sample of the VAE's posterior, not its mean and deviation.")
+    define("enum", "dtype", "float16", ["float16", "float32"], "Of latents and text states on disk.")
+    define("integer", "max_text_length", None, "Tokens of a caption; 512 but for the shipped teacher.", 1)
+    define("integer", "seed", 0, "Seed of random crops and samples.")
+    define("integer", "shard_size", 256, "Videos to a shard; a killed job loses at most the shard it was at.", 1)
+    define("integer", "batch_size", 1, "Clips encoded at once by each device.", 1)
+    define("integer", "workers", os.cpu_count() or 1, "Videos decoded side by side.", 1)
+    define("string", "split", "train", "Split of a tfds: source.")
+    define("integer", "process_index", None, "Which of the hosts this is, by default as jax counts them.", 0)
+    define("integer", "process_count", None, "How many hosts share the work, all writing to --out.", 1)
+    define(
+        "string",
+        "beam",
+        None,
+        "Share the work through Apache Beam (pip install -e '.[beam]'), with these options of its pipeline, such "
+        "as '--runner=FlinkRunner --parallelism=64', or '' for this machine. All workers must see --source, "
+        "--teacher and --out under the same paths.",
+    )
+
+
+def run() -> None:
+    import jax
+
+    from dollar_jax.data import shapes
+    from dollar_jax.generate import SHIPPED_TEACHERS
+    from dollar_jax.prepare.clips import Loader
+    from dollar_jax.prepare.job import prepare
+    from dollar_jax.prepare.settings import PrepareSettings
+    from dollar_jax.prepare.shards import load_generator
+
+    prepare_jax()
+    sizes = {"frames": shapes.FRAMES, "height": shapes.SIZE, "width": shapes.SIZE, "max_text_length": 12}
+    if FLAGS.teacher not in SHIPPED_TEACHERS:
+        sizes = {"frames": None, "height": None, "width": None, "max_text_length": 512}
+    sizes = {name: FLAGS[name].value or value for name, value in sizes.items()}
+    if FLAGS.buckets:
+        if FLAGS.height or FLAGS.width:
+            raise ValueError("give either --height and --width or --buckets")
+        sizes["height"] = sizes["width"] = 0
+    for name, value in sizes.items():
+        if value is None:
+            raise ValueError(f"--{name} must be given for a teacher of your own")
+    settings = PrepareSettings(
+        source=FLAGS.source,
+        split=FLAGS.split,
+        prompts=FLAGS.prompts,
+        teacher=FLAGS.teacher,
+        frames=sizes["frames"],
+        buckets=tuple(map(_size, FLAGS.buckets)) if FLAGS.buckets else ((sizes["height"], sizes["width"]),),
+        fps=FLAGS.fps,
+        crop=FLAGS.crop,
+        clips=FLAGS.clips,
+        sample=FLAGS.sample,
+        dtype=FLAGS.dtype,
+        max_text_length=sizes["max_text_length"],
+        seed=FLAGS.seed,
+        shard_size=FLAGS.shard_size,
+        batch_size=FLAGS.batch_size,
+    )
+    Loader(settings).items()  # what cannot be read is refused before the teacher is loaded
+    index = jax.process_index() if FLAGS.process_index is None else FLAGS.process_index
+    count = jax.process_count() if FLAGS.process_count is None else FLAGS.process_count
+    if index >= count:
+        raise ValueError(f"--process_index={index} must be below --process_count={count}")
+    out, hand_out = Path(FLAGS.out), None
+    if FLAGS.beam is not None:
+        from dollar_jax.prepare.beam import hand_out_with_beam
+
+        if count > 1:
+            raise ValueError("with --beam the work is shared by its runner: start dollar prepare on one host only")
+        hand_out = functools.partial(hand_out_with_beam, settings, out, shlex.split(FLAGS.beam))
+    generator = load_generator(settings)
+    summary = prepare(settings, generator, out, index, count, FLAGS.workers, hand_out)
+    what = "clips" if settings.prompts is None else "prompts"
+    rejected = f"{summary.rejected} rejected, see {out / 'rejected.jsonl'}" if summary.rejected else "0 rejected"
+    print(f"{summary.clips} {what} of {summary.videos} in the list; {rejected}")
+    if summary.waiting:
+        print(f"{summary.waiting} shards are still with other hosts; host 0 finishes {out}.")
+    else:
+        print(f"Train on them with dollar train --config=… --config.data.name={out}")
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text.strip())
+    if not found:
+        raise ValueError(f"--buckets must be sizes such as 480x832,832x480, not {text!r}")
+    return int(found[1]), int(found[2])
+
+
+COMMAND = Command("videos and captions to a data set of latents", define_flags, run)

@@ -1,0 +1,25 @@
+"""`dollar pretrain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dollar_jax.cli.base import FLAGS, Command, define_config, define_workdir, given_config, prepare_jax
+
+
+def define_flags(arguments: list[str]) -> None:
+    define_config(arguments)
+    define_workdir()
+
+
+def run() -> None:
+    from dollar_jax.pretrain import pretrain
+
+    prepare_jax()
+    config = given_config().pretrain
+    if config is None:
+        raise ValueError("this configuration has no pretrain settings; configs/demo.py has")
+    print(f"The teacher is in {pretrain(config, Path(FLAGS.workdir))}.")
+
+
+COMMAND = Command("train the default domain's teacher from nothing", define_flags, run)

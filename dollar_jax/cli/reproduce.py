@@ -1,0 +1,28 @@
+"""`dollar reproduce`."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from dollar_jax.cli.base import FLAGS, Command, define, define_workdir, prepare_jax
+
+
+def define_flags(_: list[str]) -> None:
+    define_workdir()
+    define("bool", "quick", False, "Two seeds, a fifth of the steps, fewer videos.")
+    define("integer", "seeds", None, "Seeds per method, instead of 3.", 1)
+    define("integer", "steps", None, "Training steps, instead of the demo's.", 1)
+
+
+def run() -> None:
+    from dollar_jax.experiment import load
+    from dollar_jax.reproduce import reproduce
+
+    prepare_jax()
+    page = reproduce(functools.partial(load, "demo"), Path(FLAGS.workdir), FLAGS.quick, FLAGS.seeds, FLAGS.steps)
+    print(page.with_suffix(".md").read_text())
+    print(f"Look at {page} in a browser; {page.with_suffix('.csv')} holds every cell.")
+
+
+COMMAND = Command("the paper's ablation on the default domain, as one page", define_flags, run)

@@ -1,0 +1,57 @@
+"""`dollar train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dollar_jax.cli.base import (
+    FLAGS,
+    Command,
+    define,
+    define_config,
+    define_workdir,
+    given_config,
+    prepare_jax,
+    report_error,
+)
+
+
+def define_flags(arguments: list[str]) -> None:
+    define_config(arguments)
+    define_workdir()
+    define(
+        "string",
+        "coordinator_address",
+        None,
+        "HOST:PORT of process 0, the same for every process; not needed on Cloud "
+        "TPU, GKE and SLURM, where the environment says it.",
+    )
+    define("integer", "num_processes", None, "Processes of the run.", 1)
+    define("integer", "process_id", None, "Which of them this is, from 0.", 0)
+    define("bool", "profile", False, "Leave an XProf trace of three steps in WORKDIR/profile.")
+
+
+def run() -> None:
+    import jax
+
+    from dollar_jax import distributed
+    from dollar_jax.config import changed
+    from dollar_jax.data.latents import load_data
+    from dollar_jax.generate import make_generator
+    from dollar_jax.sharding import make_mesh
+    from dollar_jax.train import train
+
+    prepare_jax()
+    config, workdir = given_config(), Path(FLAGS.workdir)
+    if FLAGS.profile:
+        config = changed(config, {"visibility.profile_steps": 3})
+    with distributed.joined(
+        FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, lambda error: report_error("train", error)
+    ):
+        generator = make_generator(config, mesh=make_mesh(config.mesh))
+        train(config, workdir, generator, load_data(config, generator, workdir))
+        if jax.process_index() == 0:
+            print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
+
+
+COMMAND = Command("distil a teacher; resumes what it finds in the workdir", define_flags, run)
