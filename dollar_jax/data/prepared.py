@@ -114,6 +114,12 @@ class PreparedVideos:
                     f"{self.folder} was encoded by another {name} than that of config.teacher {config.teacher}: "
                     f"it was prepared with --teacher={self.about['settings']['teacher']}"
                 )
+        length = self.about["settings"]["max_text_length"]
+        if not generator.pipeline.family.masks_padding and length != config.data.max_text_length:
+            raise ValueError(
+                f"{self.folder} holds captions padded to {length} tokens, which this teacher attends to: set "
+                f"config.data.max_text_length to {length}"
+            )
         if not self.has_latents and (config.student.input == "forward" or config.consistency.weight):
             raise ValueError(
                 f"{self.folder} holds prompts without videos: set config.student.input to 'backward' and "

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 
-class Past:
+class CausalCache:
     """What the causal layers of a stack remember of a clip between two of its chunks.
 
     Layers ask in the order in which they run: `carried` holds the last frames each of them saw in the
@@ -39,19 +39,19 @@ class Past:
 
 
 def in_chunks(
-    run: Callable[[Array, Past], Array], x: Float[Array, "b t h w c"], head: int, size: int
+    run: Callable[[Array, CausalCache], Array], x: Float[Array, "b t h w c"], head: int, size: int
 ) -> Float[Array, "b t2 h2 w2 d"]:
-    """run(x, past) of the first `head` frames, then of `size` at a time, in a scan; they must divide."""
-    past = Past()
-    start = run(x[:, :head], past)
+    """run(x, cache) of the first `head` frames, then of `size` at a time, in a scan; they must divide."""
+    cache = CausalCache()
+    start = run(x[:, :head], cache)
     if x.shape[1] == head:
         return start
 
     def body(carried: list[Array], part: Array) -> tuple[list[Array], Array]:
-        past = Past(carried)
-        out = run(part, past)
-        return past.left, out
+        cache = CausalCache(carried)
+        out = run(part, cache)
+        return cache.left, out
 
     parts = rearrange(x[:, head:], "b (n t) h w c -> n b t h w c", t=size)
-    _, rest = jax.lax.scan(body, past.left, parts)
+    _, rest = jax.lax.scan(body, cache.left, parts)
     return jnp.concatenate([start, rearrange(rest, "n b t h w c -> b (n t) h w c")], 1)

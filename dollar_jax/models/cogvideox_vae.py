@@ -1,7 +1,7 @@
 """CogVideoX's causal video VAE, structured and named as diffusers' `AutoencoderKLCogVideoX`.
 
 A clip is taken 8 frames, or 2 latent frames, at a time, and every convolution in time gets the last frames it
-saw from the chunk before (`Past`). Unlike Wan's, this is not how the whole clip would be computed: a group
+saw from the chunk before (`CausalCache`). Unlike Wan's, this is not how the whole clip would be computed: a group
 norm runs over the frames of its chunk, so the chunks' length is part of the model. The first chunk also takes
 the frames that are left over, and its first frame stands alone in time.
 """
@@ -18,7 +18,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dollar_jax.models.chunks import Past, in_chunks
+from dollar_jax.models.chunks import CausalCache, in_chunks
 from dollar_jax.models.layers import Linear
 
 # What is encoded and decoded at a time; a part of the model.
@@ -106,8 +106,8 @@ class CausalConv3d(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t h w d"]:
-        return self.conv(past.extend(x, 2, repeat=True))
+    def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t h w d"]:
+        return self.conv(cache.extend(x, 2, repeat=True))
 
 
 def _conv2d(dim: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs, stride: int = 1) -> nnx.Conv:
@@ -182,10 +182,12 @@ class ResnetBlock(nnx.Module):
         self.conv_shortcut = None if dim_in == dim_out else _pointwise(dim_in, dim_out, c, rngs)
         self.spatial = spatial
 
-    def __call__(self, x: Float[Array, "b t h w c"], past: Past, latent: Array | None) -> Float[Array, "b t h w d"]:
+    def __call__(
+        self, x: Float[Array, "b t h w c"], cache: CausalCache, latent: Array | None
+    ) -> Float[Array, "b t h w d"]:
         condition: tuple[Any, ...] = (latent,) if self.spatial else ()
-        y = self.conv1(jax.nn.silu(self.norm1(x, *condition)), past)
-        y = self.conv2(jax.nn.silu(self.norm2(y, *condition)), past)
+        y = self.conv1(jax.nn.silu(self.norm1(x, *condition)), cache)
+        y = self.conv2(jax.nn.silu(self.norm2(y, *condition)), cache)
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -235,10 +237,10 @@ class Block(nnx.Module):
         self.upsamplers = nnx.List([] if up is None else [Upsample(dims[-1], up, c, rngs)])
 
     def __call__(
-        self, x: Float[Array, "b t h w c"], past: Past, latent: Array | None = None
+        self, x: Float[Array, "b t h w c"], cache: CausalCache, latent: Array | None = None
     ) -> Float[Array, "b t2 h2 w2 d"]:
         for block in self.resnets:
-            x = block(x, past, latent)
+            x = block(x, cache, latent)
         for resample in (*self.downsamplers, *self.upsamplers):
             x = resample(x)
         return x
@@ -266,11 +268,11 @@ class Encoder(nnx.Module):
         self.norm_out = GroupNorm(dims[-1], 1e-6, c)
         self.conv_out = CausalConv3d(dims[-1], 2 * c.latent_channels, c, rngs)
 
-    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t2 h2 w2 z"]:
-        x = self.conv_in(x, past)
+    def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t2 h2 w2 z"]:
+        x = self.conv_in(x, cache)
         for block in (*self.down_blocks, self.mid_block):
-            x = block(x, past)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)), past)
+            x = block(x, cache)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), cache)
 
 
 class Decoder(nnx.Module):
@@ -295,11 +297,11 @@ class Decoder(nnx.Module):
         self.norm_out = SpatialNorm(dims[-1], c, rngs)
         self.conv_out = CausalConv3d(dims[-1], c.out_channels, c, rngs)
 
-    def __call__(self, latent: Float[Array, "b t h w z"], past: Past) -> Float[Array, "b t2 h2 w2 c"]:
-        x = self.conv_in(latent, past)
+    def __call__(self, latent: Float[Array, "b t h w z"], cache: CausalCache) -> Float[Array, "b t2 h2 w2 c"]:
+        x = self.conv_in(latent, cache)
         for block in (self.mid_block, *self.up_blocks):
-            x = block(x, past, latent)
-        return self.conv_out(jax.nn.silu(self.norm_out(x, latent)), past)
+            x = block(x, cache, latent)
+        return self.conv_out(jax.nn.silu(self.norm_out(x, latent)), cache)
 
 
 class CogVideoXVAE(nnx.Module):

@@ -5,7 +5,7 @@ The first frame has a latent frame of its own, every further four frames share o
 
 `encode` and `decode` take the whole clip at once, or `chunk` latent frames at a time, which costs the
 memory of a chunk: every layer that looks back then gets the last frames it saw from the chunk before
-(`Past`). Both are the same function. The start of the clip shows in two places, as in the reference:
+(`CausalCache`). Both are the same function. The start of the clip shows in two places, as in the reference:
 the temporal strided convolution passes the first frame through, and the temporal upsampling neither
 doubles the first frame nor sees it.
 """
@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dollar_jax.models.attention import attention
-from dollar_jax.models.chunks import Past, in_chunks
+from dollar_jax.models.chunks import CausalCache, in_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +155,9 @@ class CausalConv3d(_Conv):
         if kernel[0] > 1:
             self.kernel[...] = _see_only_now(self.kernel[...], identity)
 
-    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t h2 w2 d"]:
-        seen = past.extend(x, self.kernel.shape[0] - 1)
-        if past.first and x.shape[1] == 1:  # the taps before the last would see nothing but zeros
+    def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t h2 w2 d"]:
+        seen = cache.extend(x, self.kernel.shape[0] - 1)
+        if cache.first and x.shape[1] == 1:  # the taps before the last would see nothing but zeros
             seen = x
         return self.inside(seen)
 
@@ -197,10 +197,10 @@ class ResidualBlock(nnx.Module):
         if dim_in != dim_out:
             self.conv_shortcut = CausalConv3d(dim_in, dim_out, (1, 1, 1), c, rngs)
 
-    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t h w d"]:
+    def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t h w d"]:
         h = self.conv_shortcut.inside(x) if hasattr(self, "conv_shortcut") else x
-        x = self.conv1(jax.nn.silu(self.norm1(x)), past)
-        return h + self.conv2(jax.nn.silu(self.norm2(x)), past)
+        x = self.conv1(jax.nn.silu(self.norm1(x)), cache)
+        return h + self.conv2(jax.nn.silu(self.norm2(x)), cache)
 
 
 class AttentionBlock(nnx.Module):
@@ -226,11 +226,11 @@ class Downsample(nnx.Module):
         if time:
             self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), c, rngs, stride=2, identity=True)
 
-    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t2 h2 w2 c"]:
+    def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t2 h2 w2 c"]:
         x = self.resample(x)
         if hasattr(self, "time_conv"):
-            seen = past.extend(x, 1)
-            if not past.first:
+            seen = cache.extend(x, 1)
+            if not cache.first:
                 x = self.time_conv.inside(seen)
             elif x.shape[1] > 1:
                 x = jnp.concatenate([x[:, :1], self.time_conv.inside(x)], 1)
@@ -245,10 +245,10 @@ class Upsample(nnx.Module):
         if time:
             self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1), c, rngs, identity=True)
 
-    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t2 h2 w2 d"]:
+    def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t2 h2 w2 d"]:
         if hasattr(self, "time_conv"):
-            single = 1 if past.first else 0
-            seen = past.extend(x[:, single:], 2)
+            single = 1 if cache.first else 0
+            seen = cache.extend(x[:, single:], 2)
             if x.shape[1] > single:
                 pairs = self.time_conv.inside(seen)
                 pairs = rearrange(pairs, "b t h w (two c) -> b (t two) h w c", two=2)
@@ -263,8 +263,8 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([ResidualBlock(dim, dim, c, rngs) for _ in range(2)])
         self.attentions = nnx.List([AttentionBlock(dim, c, rngs)])
 
-    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t h w c"]:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, past)), past)
+    def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t h w c"]:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, cache)), cache)
 
 
 class Encoder(nnx.Module):
@@ -285,11 +285,11 @@ class Encoder(nnx.Module):
         self.norm_out = RMSNorm(dims[-1], c)
         self.conv_out = CausalConv3d(dims[-1], 2 * c.z_dim, (3, 3, 3), c, rngs)
 
-    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t2 h2 w2 z"]:
-        x = self.conv_in(x, past)
+    def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t2 h2 w2 z"]:
+        x = self.conv_in(x, cache)
         for block in self.down_blocks:
-            x = block(x, past)
-        return self.conv_out(jax.nn.silu(self.norm_out(self.mid_block(x, past))), past)
+            x = block(x, cache)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.mid_block(x, cache))), cache)
 
 
 class UpBlock(nnx.Module):
@@ -300,9 +300,9 @@ class UpBlock(nnx.Module):
         self.resnets = nnx.List([ResidualBlock(dim, dim_out, c, rngs) for dim in dims])
         self.upsamplers = nnx.List([] if time is None else [Upsample(dim_out, time, c, rngs)])
 
-    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t2 h2 w2 d"]:
+    def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t2 h2 w2 d"]:
         for block in (*self.resnets, *self.upsamplers):
-            x = block(x, past)
+            x = block(x, cache)
         return x
 
 
@@ -324,11 +324,11 @@ class Decoder(nnx.Module):
         self.norm_out = RMSNorm(dims[-1], c)
         self.conv_out = CausalConv3d(dims[-1], c.out_channels, (3, 3, 3), c, rngs)
 
-    def __call__(self, x: Float[Array, "b t h w c"], past: Past) -> Float[Array, "b t2 h2 w2 d"]:
-        x = self.mid_block(self.conv_in(x, past), past)
+    def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t2 h2 w2 d"]:
+        x = self.mid_block(self.conv_in(x, cache), cache)
         for block in self.up_blocks:
-            x = block(x, past)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)), past)
+            x = block(x, cache)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), cache)
 
 
 class WanVAE(nnx.Module):
@@ -350,9 +350,9 @@ class WanVAE(nnx.Module):
         """
         p = self.config.patch_size or 1
 
-        def run(frames: Array, past: Past) -> Array:
+        def run(frames: Array, cache: CausalCache) -> Array:
             x = rearrange(frames, "b t (h p) (w q) c -> b t h w (c q p)", p=p, q=p)
-            return self.quant_conv.inside(self.encoder(x, past))
+            return self.quant_conv.inside(self.encoder(x, cache))
 
         unit = self.config.scale_factor_temporal
         moments = in_chunks(run, frames, *_sizes(frames.shape[1], unit, chunk))
@@ -368,8 +368,8 @@ class WanVAE(nnx.Module):
         """
         p = self.config.patch_size or 1
 
-        def run(latent: Array, past: Past) -> Array:
-            x = self.decoder(self.post_quant_conv.inside(latent), past)
+        def run(latent: Array, cache: CausalCache) -> Array:
+            x = self.decoder(self.post_quant_conv.inside(latent), cache)
             return rearrange(x, "b t h w (c q p) -> b t (h p) (w q) c", p=p, q=p)
 
         x = in_chunks(run, latent, *_sizes(latent.shape[1], 1, chunk))

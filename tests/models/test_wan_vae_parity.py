@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dollar_jax.models.chunks import Past
+from dollar_jax.models.chunks import CausalCache
 from dollar_jax.models.network import make_network
 from dollar_jax.models.wan_vae import CausalConv3d, RMSNorm, WanVAE, WanVAEConfig, denormalise, normalise
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
@@ -225,7 +225,7 @@ def test_fresh_convolutions_in_time_repeat_the_present():
         network = make_network(make)
         params = jit(network.init)(jax.random.key(0))
         assert not np.any(params["kernel"][:-1]), "a fresh network looks at the past"
-        out[name] = network.apply(params, x, Past())
+        out[name] = network.apply(params, x, CausalCache())
     np.testing.assert_allclose(out["same"], x, atol=1e-6)
     np.testing.assert_allclose(out["twice"], np.concatenate([x, x], -1), atol=1e-6)
     assert np.std(out["random"]) > 0.1

@@ -20,10 +20,13 @@ from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import SamplingConfig
 from dollar_jax.data import shapes
 from dollar_jax.data.latents import EncodedVideos
+from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.data.vocabulary import build_tokenizer
 from dollar_jax.generate import Generator, video_keys
+from dollar_jax.prepare.videos import ClipSettings, read_clips
 from dollar_jax.run import CHECKPOINTS, read_history, record_config, restore_student
 from dollar_jax.schedule import Schedule, coefficients, timestep_grid
+from dollar_jax.video import encode_mp4
 from dollar_jax.weights.importer import import_pipeline
 from dollar_jax.weights.pipeline import load_pipeline, load_tokenizer, save_pipeline, tokenize
 from dollar_jax.weights.scheduler import schedule_of, scheduler_json
@@ -223,6 +226,40 @@ def test_an_exported_student_samples_in_diffusers_as_here(folder, make_config, t
     generator = Generator(pipeline, LENGTH, SamplingConfig(50, 1.5, 0.0), (17, 32, 32))
     drawers = (pipeline_cogvideox, scheduling_lcm)
     assert_card_samples(exported, generator, params, times, (0, 1, 4, 2, 3), drawers)
+    # And it is a teacher to go on from.
+    assert cli.main(["import", str(exported), str(tmp_path / "again")]) == 0
+    again = load_pipeline(tmp_path / "again")
+    assert again.schedule == pipeline.schedule
+    jax.tree.map(np.testing.assert_array_equal, again.transformer.params, jax.tree.map(np.asarray, params))
+
+
+@pytest.mark.parametrize("folder", ["2b"], indirect=True)
+def test_videos_are_prepared_with_an_imported_teacher(folder, generator, make_config, tmp_path):
+    teacher, videos, out = tmp_path / "teacher", tmp_path / "videos", tmp_path / "data"
+    assert cli.main(["import", str(folder), str(teacher)]) == 0
+    videos.mkdir()
+    for i in range(2):
+        video, caption = shapes.example(3, "train", i)
+        (videos / f"{i}.mp4").write_bytes(encode_mp4(video[:9, :16, :32], fps=8))
+        (videos / f"{i}.txt").write_text(str(caption))
+    sizes = ["--frames=9", "--height=8", "--width=16", f"--max_text_length={LENGTH}", "--dtype=float32"]
+    assert cli.main(["prepare", f"--source={videos}", f"--teacher={teacher}", f"--out={out}", *sizes]) == 0
+    config = make_config({"teacher": str(teacher), "data.name": str(out), "data.max_text_length": LENGTH})
+    data = PreparedVideos(config.data).check(config, generator)
+    (records,) = data.buckets.values()
+    clip = ClipSettings(9, ((8, 16),), None, "centre", 1)
+    for i in range(2):
+        record = records[i]
+        (frames,) = read_clips(str(videos / record["name"].decode()), clip, np.random.default_rng(0))
+        mean, std = generator.encode_posterior(frames[None])
+        np.testing.assert_allclose(record["latent"], mean[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(record["latent_std"], std[0], rtol=1e-4)
+        text = generator.text([record["caption"].decode()])[0]
+        np.testing.assert_allclose(record["text"], text, rtol=1e-4, atol=1e-5)
+        assert len(record["text"]) == LENGTH, "padding is part of the text"
+    longer = make_config({"teacher": str(teacher), "data.name": str(out), "data.max_text_length": LENGTH + 1})
+    with pytest.raises(ValueError, match="config.data.max_text_length to 12"):
+        PreparedVideos(longer.data).check(longer, generator)
 
 
 def test_a_tokenizer_published_as_a_sentencepiece_model_is_read(tmp_path):

@@ -1,9 +1,11 @@
 """`dollar import`: what diffusers saved, restored from Orbax; and what is refused before any work."""
 
 import functools
+import json
 import shutil
 import weakref
 
+import diffusers
 import jax
 import ml_dtypes
 import numpy as np
@@ -125,8 +127,44 @@ def test_a_name_on_the_hub_is_downloaded(wan_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     importer.import_pipeline("Wan-AI/Tiny", tmp_path / "teacher")
-    assert asked == [("Wan-AI/Tiny", [])]
+    assert asked == [("Wan-AI/Tiny", [])] * 2
     load_pipeline(tmp_path / "teacher")
+
+
+def test_what_is_refused_on_the_hub_is_refused_before_its_weights_are_downloaded(copy, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda _, allow_patterns: asked.extend(allow_patterns) or copy
+    )
+    edit(copy / "transformer" / "config.json", num_layers=10**6)
+    with pytest.raises(ValueError, match="transformer/config.json: num_layers is 1000000"):
+        importer.import_pipeline("Wan-AI/Tiny", tmp_path / "teacher")
+    assert asked and not any("safetensors" in pattern for pattern in asked)
+
+
+def test_the_index_wins_over_a_stale_single_file(wan_folder, copy, tmp_path):
+    """As in diffusers."""
+    folder = copy / "transformer"
+    stale = {name: np.zeros_like(x) for name, x in safetensors_io.read_tensors(folder)}
+    save_file(stale, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(folder).state_dict()
+    for name, value in safetensors_io.read_tensors(folder):
+        np.testing.assert_array_equal(value, theirs[name].numpy(), err_msg=name)
+        assert name not in stale or np.abs(value).max() > 0
+
+
+def test_shards_of_a_variant_are_found(wan_folder, copy):
+    folder = copy / "transformer"
+    model = diffusers.WanTransformer3DModel.from_pretrained(folder)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    model.save_pretrained(folder, max_shard_size="20KB", variant="fp16")
+    assert list(folder.glob("*.index.fp16.json"))
+    ours, exact = load_pipeline(copy), load_pipeline(wan_folder)
+    jax.tree.map(np.testing.assert_array_equal, ours.transformer.params, exact.transformer.params)
+    model.save_pretrained(folder, max_shard_size="20KB", variant="bf16")
+    with pytest.raises(FileNotFoundError, match="several variants of its weights, .*bf16.json, .*fp16.json"):
+        load_pipeline(copy)
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -153,6 +191,46 @@ def test_what_is_no_pipeline(capsys, wan_folder, tmp_path, monkeypatch):
     refused(capsys, wan_folder, tmp_path, tmp_path, "is there already")
     assert cli.main(["import", str(wan_folder)]) == 2
     assert "give two names" in capsys.readouterr().err
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    "file, fields, parts",
+    [
+        ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, ["transformer_2", "Wan 2.2"]),
+        ("model_index.json", {"boundary_ratio": 0.875}, ["boundary_ratio = 0.875"]),
+        ("model_index.json", {"expand_timesteps": True}, ["expand_timesteps = True"]),
+        ("model_index.json", {"image_encoder": ["transformers", "CLIPVisionModel"]}, ["image_encoder", "an image"]),
+        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, ["WanImageToVideoPipeline", "known"]),
+        ("model_index.json", {"transformer": 3}, ["transformer = 3", "the library and the class"]),
+        ("transformer/config.json", {"in_channels": 36}, ["in_channels = 36 and out_channels = 4"]),
+        ("transformer/config.json", {"in_channels": 8, "out_channels": 8}, ["in_channels = 8", "vae have 4"]),
+        ("transformer/config.json", {"text_dim": 8}, ["8 channels", "text_encoder's 16"]),
+        ("transformer/config.json", {"patch_size": 3}, ["patch_size must be a sequence, not 3"]),
+        ("transformer/config.json", {"patch_size": [1, 2]}, ["patch_size needs 3 values, not 2"]),
+        ("transformer/config.json", {"num_layers": 1e6}, ["num_layers is 1000000.0", "of type int"]),
+        ("transformer/config.json", {"num_layers": 10**6}, ["num_layers is 1000000", "from 1 to 1000"]),
+        ("transformer/config.json", {"eps": -1}, ["eps is -1.0", "positive"]),
+        ("transformer/config.json", {"image_dim": 1280}, ["image_dim = 1280", "image-to-video"]),
+        ("transformer/config.json", {"_class_name": "WanAnimate"}, ["WanAnimate", "WanTransformer3DModel"]),
+        ("vae/config.json", {"is_residual": True}, ["is_residual = True", "Wan 2.2"]),
+        ("vae/config.json", {"z_dim": True}, ["z_dim is True", "of type int"]),
+        ("text_encoder/config.json", {"d_model": None}, ["d_model is None"]),
+        ("scheduler/scheduler_config.json", {"flow_shift": "3"}, ["flow_shift is '3'", "of type float"]),
+    ],
+)
+def test_what_cannot_be_used_is_named_before_weights_are_read(capsys, copy, tmp_path, monkeypatch, file, fields, parts):
+    monkeypatch.setattr(safetensors_io, "safe_open", None)
+    edit(copy / file, **fields)
+    refused(capsys, copy, tmp_path / "teacher", copy / file, *parts)
+
+
+def test_wans_own_layout_gets_a_pointer(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanModel", "model_type": "t2v"}))
+    refused(capsys, tmp_path, tmp_path / "teacher", "no model_index.json", "ends in -Diffusers")
 
 
 def test_pickles(capsys, copy, tmp_path):
