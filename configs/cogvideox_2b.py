@@ -23,17 +23,6 @@ from ml_collections import ConfigDict
 
 from dollar_jax.experiment import experiment
 
-# What the teacher's folder holds, to build and plan without it: fields of `CogVideoXConfig`, where they
-# differ from its defaults, and of `Schedule`.
-TRANSFORMER: dict = {}
-SCHEDULE = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "rescale_zero_snr": True,
-    "snr_shift_scale": 3.0,
-}
-
 
 def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
     adam = {"learning_rate": 2e-6, "final_ratio": 0.1, "b1": 0.0, "clip_norm": 1.0}

@@ -13,15 +13,6 @@ from ml_collections import ConfigDict
 
 from dollar_jax.experiment import experiment
 
-TRANSFORMER = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
-SCHEDULE = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "rescale_zero_snr": True,
-    "snr_shift_scale": 1.0,
-}
-
 
 def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
     changes = {"teacher": "teachers/cogvideox_5b", "data.name": "data/cogvideox_5b", "compute.remat": "full"}

@@ -143,56 +143,63 @@ class ToyTokenizer:
 
 
 @pytest.fixture(scope="session")
-def toy_generator() -> Any:
-    """A random pipeline of toy size: prompts of three words, clips of 5 × 32 × 32."""
-    from dollar_jax.config import SamplingConfig
-    from dollar_jax.generate import Generator
+def make_pipeline() -> Callable[..., Any]:
+    """A Wan pipeline of toy size with random weights, made by our own code; its tokenizer is the default domain's."""
+    from dollar_jax.data import shapes
+    from dollar_jax.data.vocabulary import build_tokenizer
     from dollar_jax.models.umt5 import UMT5Config
     from dollar_jax.models.wan import WanConfig
     from dollar_jax.models.wan_vae import WanVAEConfig
     from dollar_jax.schedule import Schedule
-    from dollar_jax.weights import families
+    from dollar_jax.weights.families import COMPONENTS, WAN
     from dollar_jax.weights.pipeline import Component, Pipeline
-    from dollar_jax.weights.umt5 import UMT5
-    from dollar_jax.weights.wan import WAN_TRANSFORMER
-    from dollar_jax.weights.wan_vae import WAN_VAE
 
-    def component(config, network):
-        rng = np.random.default_rng(len(jax.tree.leaves(network.shapes)))
-        params = jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), network.shapes)
-        return Component(config, network, params)
+    def make(layers: int = 1, scale: float = 0.3, tokenizer: Any = None) -> Pipeline:
+        configs = (
+            WanConfig(
+                num_attention_heads=2,
+                attention_head_dim=12,
+                in_channels=4,
+                out_channels=4,
+                text_dim=16,
+                freq_dim=16,
+                ffn_dim=32,
+                num_layers=layers,
+                rope_max_seq_len=32,
+            ),
+            WanVAEConfig(
+                base_dim=4,
+                z_dim=4,
+                dim_mult=(1, 1, 1),
+                num_res_blocks=1,
+                temperal_downsample=(True, True),
+                latents_mean=(0.1, 0.2, 0.3, 0.4),
+                latents_std=(1.0, 2.0, 3.0, 4.0),
+                in_channels=12,
+                out_channels=12,
+                patch_size=2,
+            ),
+            UMT5Config(vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=layers, num_heads=2),
+        )
+        parts = []
+        for name, config in zip(COMPONENTS, configs, strict=True):
+            network, rng = getattr(WAN, name).network(config), np.random.default_rng(0)
+            values = [scale * rng.standard_normal(x.shape, np.float32) for x in jax.tree.leaves(network.shapes)]
+            params = jax.tree.unflatten(jax.tree.structure(network.shapes), map(np.float32, values))
+            parts.append(Component(config, network, params))
+        tokenizer = tokenizer or build_tokenizer(shapes.VOCABULARY)
+        return Pipeline(WAN, *parts, tokenizer, Schedule("rf", "velocity", shift=3.0))
 
-    wan = WanConfig(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=1,
-    )
-    vae = WanVAEConfig(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=(1, 1, 1),
-        num_res_blocks=1,
-        temperal_downsample=(True, True),
-        latents_mean=(0.0,) * 4,
-        latents_std=(1.0,) * 4,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-    )
-    text = UMT5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    pipeline = Pipeline(
-        families.WAN,
-        component(wan, WAN_TRANSFORMER.network(wan)),
-        component(vae, WAN_VAE.network(vae)),
-        component(text, UMT5.network(text)),
-        ToyTokenizer(),
-        Schedule("rf", "velocity", shift=3.0),
-    )
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_generator(make_pipeline: Callable[..., Any]) -> Any:
+    """A random pipeline of toy size: prompts of three words, clips of 5 × 32 × 32."""
+    from dollar_jax.config import SamplingConfig
+    from dollar_jax.generate import Generator
+
+    pipeline = make_pipeline(scale=0.2, tokenizer=ToyTokenizer())
     return Generator(pipeline, 3, SamplingConfig(50, 1.0, 0.0), (5, 32, 32))
 
 

@@ -1,5 +1,6 @@
 """Every experiment in configs/: it converts, and what it trains builds at its real size without any memory."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -13,18 +14,14 @@ from dollar_jax.config import distill_config
 from dollar_jax.experiment import load
 from dollar_jax.fields import plain, settings
 from dollar_jax.generate import transformer_options
-from dollar_jax.models.cogvideox import CogVideoXConfig
-from dollar_jax.models.cogvideox_vae import CogVideoXVAEConfig
-from dollar_jax.models.umt5 import UMT5Config
 from dollar_jax.objectives import Frozen
 from dollar_jax.program import build_program
-from dollar_jax.schedule import Schedule
 from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER
 from dollar_jax.weights.cogvideox_vae import COGVIDEOX_VAE
-from dollar_jax.weights.umt5 import UMT5
+from dollar_jax.weights.families import PUBLISHED
+from dollar_jax.weights.umt5 import T5
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-T5_XXL = UMT5Config(vocab_size=32128, d_model=4096, d_ff=10240, num_layers=24, num_heads=64, shared_position_bias=True)
 
 
 @pytest.mark.parametrize("losses", ["vsd", "cd", "vsd+cd", "vsd+cd+lrm"])
@@ -52,19 +49,17 @@ def test_the_papers_batch_goes_by_the_losses():
 
 @pytest.mark.parametrize("name", ["cogvideox_2b", "cogvideox_5b"])
 def test_the_whole_step_builds_at_real_size(name):
-    module = runpy.run_path(str(next(path for path in FILES if path.stem == name)))
-    config = distill_config(module["get_config"]())
-    vae = CogVideoXVAEConfig()
+    config, teacher = load(name), PUBLISHED[name]
+    vae = teacher.vae
     clip = (49, 480, 720)
     shape = vae.latent_shape(*clip)
     assert shape == (13, 60, 90, 16)
     compute = config.compute
     transformer = COGVIDEOX_TRANSFORMER.network(
-        CogVideoXConfig(**module["TRANSFORMER"], param_dtype=compute.teacher_dtype, **transformer_options(compute))
+        dataclasses.replace(teacher.transformer, param_dtype=compute.teacher_dtype, **transformer_options(compute))
     )
-    schedule = Schedule("ddpm", "v", **module["SCHEDULE"])
-    text_shape = (config.data.max_text_length, T5_XXL.d_model)
-    program = build_program(config, transformer, schedule, shape, text_shape)
+    text_shape = (config.data.max_text_length, teacher.text_encoder.d_model)
+    program = build_program(config, transformer, teacher.schedule, shape, text_shape)
     frozen = Frozen(transformer.shapes, jax.ShapeDtypeStruct((1, *text_shape), jnp.float32))
     state, metrics, fresh = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, program.state_shapes)
@@ -72,7 +67,7 @@ def test_the_whole_step_builds_at_real_size(name):
     assert {"student_loss", "vsd", "consistency"} <= metrics.keys()
 
     ids = jax.ShapeDtypeStruct((1, config.data.max_text_length), jnp.int32)
-    encoder = UMT5.network(T5_XXL)
+    encoder = T5.network(teacher.text_encoder)
     assert jax.eval_shape(encoder.apply, encoder.shapes, ids, ids).shape == (1, *text_shape)
     network = COGVIDEOX_VAE.network(vae)
     latent = jax.ShapeDtypeStruct((1, *shape), jnp.float32)

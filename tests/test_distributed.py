@@ -10,49 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from dollar_jax import distributed
-from dollar_jax.data import shapes
-from dollar_jax.data.vocabulary import build_tokenizer
-from dollar_jax.models.umt5 import UMT5Config
-from dollar_jax.models.wan import WanConfig
-from dollar_jax.models.wan_vae import WanVAEConfig
 from dollar_jax.run import read_history
-from dollar_jax.schedule import Schedule
-from dollar_jax.weights import families
-from dollar_jax.weights.pipeline import Component, Pipeline, save_pipeline
-from dollar_jax.weights.umt5 import UMT5
-from dollar_jax.weights.wan import WAN_TRANSFORMER
-from dollar_jax.weights.wan_vae import WAN_VAE
+from dollar_jax.weights.pipeline import save_pipeline
 
 ROOT = Path(__file__).parents[1]
-WAN = WanConfig(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=4,
-    out_channels=4,
-    text_dim=16,
-    freq_dim=16,
-    ffn_dim=32,
-    num_layers=1,
-    rope_max_seq_len=32,
-)
-VAE = WanVAEConfig(
-    base_dim=4,
-    z_dim=4,
-    dim_mult=(1, 1, 1),
-    num_res_blocks=1,
-    temperal_downsample=(True, True),
-    latents_mean=(0.0,) * 4,
-    latents_std=(1.0,) * 4,
-    in_channels=12,
-    out_channels=12,
-    patch_size=2,
-)
-TEXT = UMT5Config(vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
 SETTINGS = {
     "batch_size": 8,
     "steps": 4,
@@ -73,23 +38,11 @@ SETTINGS = {
 }
 
 
-def component(config, network):
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), network.shapes)
-    return Component(config, network, params)
-
-
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory, pytestconfig):
+def launch(make_pipeline, tmp_path_factory, pytestconfig):
     """launch(workdir, processes, devices, settings) starts `dollar train` and returns the processes."""
     folder = tmp_path_factory.mktemp("distributed")
-    parts = (
-        component(WAN, WAN_TRANSFORMER.network(WAN)),
-        component(VAE, WAN_VAE.network(VAE)),
-        component(TEXT, UMT5.network(TEXT)),
-    )
-    tokenizer = build_tokenizer(shapes.VOCABULARY)
-    save_pipeline(folder / "teacher", Pipeline(families.WAN, *parts, tokenizer, Schedule("rf", "velocity", shift=3.0)))
+    save_pipeline(folder / "teacher", make_pipeline(scale=0.2))
     started = []
 
     def start(workdir, processes, devices, **settings):

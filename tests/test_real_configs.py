@@ -1,5 +1,7 @@
 """The configurations of real teachers: settings, published sizes, and a step that fits together; no weights."""
 
+import dataclasses
+import inspect
 from pathlib import Path
 
 import diffusers
@@ -9,18 +11,17 @@ import torch
 
 from dollar_jax.experiment import load
 from dollar_jax.generate import transformer_options
-from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig
 from dollar_jax.objectives import Frozen
 from dollar_jax.program import build_program
 from dollar_jax.schedule import Schedule
+from dollar_jax.weights.families import FAMILIES, PUBLISHED
 from dollar_jax.weights.wan import WAN_TRANSFORMER
 from dollar_jax.weights.wan_vae import WAN_VAE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 # Parameters as published for Wan-AI/Wan2.1-T2V-1.3B-Diffusers and -14B-Diffusers.
-SIZES = [(SMALL, 1_418_996_800), ({}, 14_288_491_584)]
+SIZES = {"wan_1_3b": 1_418_996_800, "wan_14b": 14_288_491_584}
 
 
 def count(shapes):
@@ -48,12 +49,19 @@ def test_the_papers_numbers():
     assert WanVAEConfig().latent_shape(129, 192, 320) == (33, 24, 40, 16)
 
 
-@pytest.mark.parametrize("fields, published", SIZES)
-def test_transformers_have_the_published_number_of_parameters(fields, published):
+@pytest.mark.parametrize("name, published", SIZES.items())
+def test_transformers_have_the_published_number_of_parameters(name, published):
+    config = PUBLISHED[name].transformer
     with torch.device("meta"):
-        theirs = diffusers.WanTransformer3DModel(**fields)
+        theirs = diffusers.WanTransformer3DModel.from_config(WAN_TRANSFORMER.write(config))
     assert sum(p.numel() for p in theirs.parameters()) == published
-    assert count(WAN_TRANSFORMER.network(WanConfig(**fields)).shapes) == published
+    assert count(WAN_TRANSFORMER.network(config).shapes) == published
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.pipeline)
+def test_a_familys_guidance_is_its_pipelines_default(family):
+    parameters = inspect.signature(getattr(diffusers, family.pipeline).__call__).parameters
+    assert parameters["guidance_scale"].default == family.guidance_scale
 
 
 def test_the_vae_has_as_many_parameters_as_diffusers():
@@ -63,16 +71,17 @@ def test_the_vae_has_as_many_parameters_as_diffusers():
 
 
 @pytest.mark.parametrize(
-    "name, fields, clip",
+    "name, teacher, clip",
     [
-        pytest.param("wan_1_3b", SMALL, (81, 480, 832), marks=pytest.mark.slow),
-        pytest.param("wan_14b", {}, (81, 480, 832), marks=pytest.mark.slow),
-        ("paper", SMALL, (129, 192, 320)),
+        pytest.param("wan_1_3b", "wan_1_3b", (81, 480, 832), marks=pytest.mark.slow),
+        pytest.param("wan_14b", "wan_14b", (81, 480, 832), marks=pytest.mark.slow),
+        ("paper", "wan_1_3b", (129, 192, 320)),
     ],
 )
-def test_the_step_fits_together_on_eight_devices(name, fields, clip):
+def test_the_step_fits_together_on_eight_devices(name, teacher, clip):
     config = load(name)
-    wan = WanConfig(**fields, param_dtype=config.compute.teacher_dtype, **transformer_options(config.compute))
+    options = {"param_dtype": config.compute.teacher_dtype, **transformer_options(config.compute)}
+    wan = dataclasses.replace(PUBLISHED[teacher].transformer, **options)
     latent, text = WanVAEConfig().latent_shape(*clip), (config.data.max_text_length, wan.text_dim)
     transformer = WAN_TRANSFORMER.network(wan)
     program = build_program(config, transformer, Schedule("rf", "velocity", shift=3.0), latent, text)

@@ -8,16 +8,15 @@ import pytest
 from dollar_jax import sharding
 from dollar_jax.config import MeshConfig
 from dollar_jax.models.cogvideox import CogVideoXConfig
-from dollar_jax.models.umt5 import UMT5Config
-from dollar_jax.models.wan import WanConfig
 from dollar_jax.program import build_program
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import to_items
 from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER
+from dollar_jax.weights.families import PUBLISHED
 from dollar_jax.weights.umt5 import UMT5
 from dollar_jax.weights.wan import WAN_TRANSFORMER
 
-WAN_1_3B = WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+WAN_1_3B = PUBLISHED["wan_1_3b"].transformer
 LATENT, TEXT = (21, 60, 104, 16), (512, 4096)
 
 
@@ -57,7 +56,7 @@ def test_every_kernel_and_its_optimiser_state_is_split_by_fsdp(program):
     assert 1.40e9 < whole < 1.43e9
 
 
-T5 = UMT5Config(vocab_size=32128, d_model=4096, d_ff=10240, num_layers=2, num_heads=64)
+T5 = dataclasses.replace(PUBLISHED["cogvideox_2b"].text_encoder, num_layers=2, shared_position_bias=False)
 ROTARY = CogVideoXConfig(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
 
 

@@ -91,7 +91,7 @@ def test_rows_are_fresh_samples_of_the_posterior_with_padded_text(config, one_ea
             (record,) = (r for r in one_each if r["caption"].decode() == caption)
             noise.append(((latent - record["latent"]) / record["latent_std"]).ravel())
             np.testing.assert_array_equal(text[:9], record["text"])
-            assert text.shape == (12, 8) and not text[9:].any()
+            assert text.shape == (12, 16) and not text[9:].any()
     noise = np.stack(noise)  # 180 rows of 64
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
     assert len(np.unique(noise[:, 0])) == len(noise)

@@ -11,65 +11,19 @@ import pytest
 import torch
 
 from dollar_jax.config import SamplingConfig
-from dollar_jax.data import shapes
-from dollar_jax.data.vocabulary import build_tokenizer
 from dollar_jax.generate import Generator, video_keys
-from dollar_jax.models.umt5 import UMT5Config, zero_padding
-from dollar_jax.models.wan import WanConfig
-from dollar_jax.models.wan_vae import WanVAEConfig
+from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.sampling import ode_sample
 from dollar_jax.schedule import Schedule, timestep_grid
-from dollar_jax.weights import families
-from dollar_jax.weights.pipeline import Component, Pipeline, load_pipeline, save_pipeline, tokenize
-from dollar_jax.weights.umt5 import UMT5
-from dollar_jax.weights.wan import WAN_TRANSFORMER
-from dollar_jax.weights.wan_vae import WAN_VAE
+from dollar_jax.weights.pipeline import load_pipeline, save_pipeline, tokenize
 
 LENGTH = 12
 PROMPTS = ["a small red circle moving left slowly", "a large cyan triangle moving up"]
-WAN = WanConfig(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=4,
-    out_channels=4,
-    text_dim=16,
-    freq_dim=16,
-    ffn_dim=32,
-    num_layers=2,
-    rope_max_seq_len=32,
-)
-VAE = WanVAEConfig(
-    base_dim=4,
-    z_dim=4,
-    dim_mult=(1, 1, 1),
-    num_res_blocks=1,
-    temperal_downsample=(True, True),
-    latents_mean=(0.1, 0.2, 0.3, 0.4),
-    latents_std=(1.0, 2.0, 3.0, 4.0),
-    in_channels=12,
-    out_channels=12,
-    patch_size=2,
-)
-TEXT = UMT5Config(vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-
-
-def component(config, network):
-    """A component whose every parameter is random."""
-    leaves, tree = jax.tree.flatten(network.shapes)
-    rng = np.random.default_rng(0)
-    values = [np.float32(0.3) * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves]
-    return Component(config, network, jax.tree.unflatten(tree, values))
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    tokenizer = build_tokenizer(shapes.VOCABULARY)
-    parts = (
-        component(WAN, WAN_TRANSFORMER.network(WAN)),
-        component(VAE, WAN_VAE.network(VAE)),
-        component(TEXT, UMT5.network(TEXT)),
-    )
-    return Pipeline(families.WAN, *parts, tokenizer, Schedule("rf", "velocity", shift=3.0))
+def pipeline(make_pipeline):
+    return make_pipeline(layers=2)
 
 
 @pytest.fixture(scope="module")
