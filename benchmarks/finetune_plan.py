@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,11 +25,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dollar_jax import plan, sharding
+from dollar_jax import sharding
 from dollar_jax.config import MeshConfig
 from dollar_jax.flops import count_flops
 from dollar_jax.hlo import cost
-from dollar_jax.sharding import with_mesh
+from dollar_jax.plan.chips import Chip, chips
+from dollar_jax.plan.planner import GIB, _roofline
+from dollar_jax.program import Program
 from dollar_jax.weights.families import PUBLISHED
 
 TOPOLOGY, VIDEO, TEXT = "v5p:2x2x1", (81, 720, 1280), 512
@@ -40,7 +43,7 @@ def main() -> None:
     parser.add_argument("--remat", nargs="+", default=["full", "attention"])
     parser.add_argument("--out", type=Path, help="where to write the table too")
     args = parser.parse_args()
-    devices, chip = plan.chips(TOPOLOGY)
+    devices, chip = chips(TOPOLOGY)
     columns = (
         "remat",
         "argument, GiB",
@@ -62,7 +65,7 @@ def main() -> None:
             args.out.write_text("\n".join(lines) + "\n")
 
 
-def row(remat: str, devices: list, chip: plan.Chip) -> str:
+def row(remat: str, devices: Sequence, chip: Chip) -> str:
     architecture = PUBLISHED["wan_14b"]
     config = dataclasses.replace(
         architecture.transformer,
@@ -92,22 +95,20 @@ def row(remat: str, devices: list, chip: plan.Chip) -> str:
     arguments = (network.shapes, state, latent, latent, jax.ShapeDtypeStruct((1,), jnp.float32), text)
     whole = sharding.replicated(mesh)
     places = (sharding.shard(mesh, network.shapes), sharding.shard(mesh, state), whole, whole, whole, whole)
-    jitted = jax.jit(
-        with_mesh(mesh, step), in_shardings=places, out_shardings=(*places[:2], whole), donate_argnums=(0, 1)
-    )
+    program = Program("step", step, arguments, mesh, places, (*places[:2], whole), donate=(0, 1))
     begun = time.perf_counter()
-    compiled = jitted.lower(*arguments).compile(compiler_options={"exec_time_optimization_effort": -1.0})
+    compiled = program.trace().lower().compile(compiler_options={"exec_time_optimization_effort": -1.0})
     seconds = time.perf_counter() - begun
     memory, used = compiled.memory_analysis(), cost(compiled.as_text())
     # Once and unsharded, nothing computed twice.
     plain = dataclasses.replace(config, remat="none", attention="xla")
     network = architecture.family.transformer.network(plain)
     model = count_flops(jax.make_jaxpr(step)(*arguments).jaxpr) / len(devices)
-    roofline, bound = plan._roofline(used, chip)
+    roofline, bound = _roofline(used, chip)
     cells = (
         remat,
-        f"{memory.argument_size_in_bytes / plan.GIB:.1f}",
-        f"{memory.temp_size_in_bytes / plan.GIB:.1f}",
+        f"{memory.argument_size_in_bytes / GIB:.1f}",
+        f"{memory.temp_size_in_bytes / GIB:.1f}",
         f"{chip.hbm_gib:.1f}",
         f"{model / 1e12:.0f}",
         f"{used.flops / 1e12:.0f}",

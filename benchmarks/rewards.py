@@ -26,8 +26,7 @@ from dollar_jax.data.latents import load_data
 from dollar_jax.evaluate.measure import BoundSampler, default_plan, measure
 from dollar_jax.experiment import load
 from dollar_jax.generate import make_generator, subset
-from dollar_jax.objectives import Frozen
-from dollar_jax.program import build_program
+from dollar_jax.programs import train_programs
 from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.run import read_history, restore_student
@@ -129,17 +128,16 @@ def probe(config: DistillConfig, folder: Path, generator: Any) -> tuple[float, f
         times = [line["seconds_per_step"] for line in read_history(scratch)][4:]
         pipeline = generator.pipeline
         pixels = pixel_rewards(config.reward, load_rewards(config.reward.rewards), generator.frames)
-        program = build_program(
+        programs = train_programs(
             config,
             pipeline.transformer.network,
             pipeline.schedule,
             generator.latent_shape,
-            generator.null_text.shape[1:],
+            generator.text_shape,
             pixel_rewards=pixels,
+            decoder=pipeline.vae.network.shapes,
         )
-        params = () if pixels is None else pixels.params(pipeline.vae.params)
-        frozen = Frozen(pipeline.transformer.params, generator.null_text, params)
-        compiled = program.step.lower(program.state_shapes, frozen, program.batch_shapes).compile()
+        compiled = programs.step.trace().lower().compile()
         gib = compiled.memory_analysis().temp_size_in_bytes / 2**30
         kept.write_text(json.dumps({"seconds": statistics.median(times), "gib": gib}))
     found = json.loads(kept.read_text())

@@ -46,15 +46,15 @@ class Checkpoints:
         """Returns once every save is on disk."""
         self._manager.wait_until_finished()
 
-    def restore(self, like: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
-        """The named items of a step (the newest, unless given).
+    def restore(self, like: Mapping[str, Any]) -> dict[str, Any]:
+        """The named items of the newest step.
 
         `like` gives each item's structure, shapes, dtypes and shardings, as arrays or
         `jax.ShapeDtypeStruct`s; a Grain iterator is moved to the saved position.
 
         Raises FileNotFoundError when there is no checkpoint or it lacks an item.
         """
-        step = self.latest() if step is None else step
+        step = self.latest()
         if step is None:
             raise FileNotFoundError(f"{self.folder} holds no checkpoint")
         for name in like:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.clip import clip_size
 from dollar_jax.files import new_folder
-from dollar_jax.generate import student_params, teacher_folder
+from dollar_jax.generate import teacher_folder
 from dollar_jax.models import lora
 from dollar_jax.run import read_config, restore_trained
 from dollar_jax.schedule import Schedule, coefficients
@@ -69,7 +69,8 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
             files.write_file(draft / ADAPTER_FILE, tensors, dtype)
         else:
             if config.lora.rank:
-                params = student_params(config.lora, load_component(teacher / "transformer", student).params, params)
+                whole = load_component(teacher / "transformer", student).params
+                params = lora.merge(whole, params, config.lora.scale)
             for name, part in tqdm(parts.items(), "exporting"):
                 if name == "transformer":
                     component = Component(student.config, student.network, params)

@@ -1,4 +1,4 @@
-"""From prompts to frames: text states, jitted samplers of teacher and student, decoding, batch by batch."""
+"""From prompts to frames: the programs of text encoder, samplers and VAE, and drawing with them batch by batch."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from dollar_jax.models import lora
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
+from dollar_jax.program import Program
 from dollar_jax.sharding import shard
 from dollar_jax.types import Params
 from dollar_jax.video import signed_range, to_uint8
 from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
 
 SHIPPED_TEACHERS = {"moving_shapes": Path(__file__).parent / "assets" / "moving_shapes"}
-Sampler = Callable[[Params, jax.Array, Any], jax.Array]  # params, key per video, text → latent
 
 
 def teacher_folder(name: str) -> Path:
@@ -66,50 +66,115 @@ def student_network(transformer: Network, config: LoraConfig) -> Network:
     return lora.adapt(transformer, config.rank, config.alpha, config.targets)
 
 
-def student_params(config: LoraConfig, teacher: Params, trained: Params) -> Params:
-    """Parameters of the transformer itself: what was trained, or the teacher's with those adapters merged."""
-    return lora.merge(teacher, trained, config.scale) if config.rank else trained
+def merge_program(config: LoraConfig, mesh: Mesh, teacher: Params, adapters: Params) -> Program:
+    """(teacher, adapters) → parameters that compute the same without adapters; both are given by their shapes."""
+    where = sharding.shard(mesh, teacher)
+    return Program(
+        "merge_adapters",
+        functools.partial(lora.merge, scale=config.scale),
+        (teacher, adapters),
+        mesh,
+        (where, sharding.shard(mesh, adapters)),
+        where,
+    )
 
 
-def decode_frames(vae: Network, config: Any, chunk: int | None, params: Params, latent: jax.Array) -> jax.Array:
-    """Frames in [0, 1] of normalised latents, `chunk` latent frames at a time if given."""
-    frames = vae.apply(params, denormalise(latent, config), method="decode", chunk=chunk)
-    return (frames + 1) / 2
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampler:
+    """One way to draw latents [n t h w c]: (parameters, a key per video [n], text states [n l d]) → latents.
+
+    Each video has its own key, so that batches do not change the videos. `draw` also takes the states of the
+    empty prompt, where `guided`.
+    """
+
+    name: str
+    draw: Callable[..., jax.Array]
+    generator: Generator
+    guided: bool
+
+    @functools.cache  # noqa: B019 (a sampler lives as long as its programs)
+    def program(self, count: int) -> Program:
+        """The program for so many videos, on the generator's mesh."""
+        g = self.generator
+        shapes = g.pipeline.transformer.network.shapes
+        keys = jax.eval_shape(lambda: video_keys(0, count))
+        text = jax.ShapeDtypeStruct((count, *g.text_shape), jnp.float32)
+        rows = sharding.row_sharding(g.mesh, count)
+        null_text = (jax.ShapeDtypeStruct((1, *g.text_shape), jnp.float32),) if self.guided else ()
+        places = (sharding.shard(g.mesh, shapes), rows, rows, *[sharding.replicated(g.mesh)] * self.guided)
+        return Program(self.name, self.draw, (shapes, keys, text, *null_text), g.mesh, places, rows)
+
+    def arguments(self, params: Params, keys: jax.Array, text: Any) -> tuple[Any, ...]:
+        """What `program` takes, in its place on the mesh."""
+        null_text = (self.generator.null_text,) if self.guided else ()
+        return self.program(len(keys)).place(params, keys, text, *null_text)
+
+    def __call__(self, params: Params, keys: jax.Array, text: Any) -> jax.Array:
+        return self.program(len(keys))(*self.arguments(params, keys, text))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Generator:
-    """A pipeline's jitted functions. Videos are drawn one key each, so batching does not change them."""
+    """A pipeline's programs, from prompts to frames. Samplers run on `mesh`, this process's first device if none
+    is given; text encoder and VAE too, unless it is shared with other processes: then on this first device.
+    """
 
     pipeline: Pipeline
     max_text_length: int
     sampling: SamplingConfig
     clip: tuple[int, int, int]  # frames, height, width
     vae_chunk: int | None = None  # latent frames encoded or decoded at a time; None is all
+    mesh: Mesh = dataclasses.field(default_factory=lambda: _single_device())
 
     @functools.cached_property
     def latent_shape(self) -> tuple[int, int, int, int]:
         return self.pipeline.vae.config.latent_shape(*self.clip)
 
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """Tokens and width of a prompt's states."""
+        return self.max_text_length, self.pipeline.text_encoder.config.d_model
+
     @functools.cached_property
-    def _encode_text(self) -> Any:
+    def own_mesh(self) -> Mesh:
+        """The mesh of what each process does by itself."""
+        devices = list(self.mesh.devices.flat)
+        if len({device.process_index for device in devices}) == 1:
+            return self.mesh
+        own = [device for device in devices if device.process_index == jax.process_index()]
+        return _single_device(own[0])
+
+    @functools.cache  # noqa: B019 (a generator lives as long as its programs)
+    def text_program(self, count: int, mesh: Mesh) -> Program:
+        """(parameters, token ids, mask) → states of `count` prompts."""
         network = self.pipeline.text_encoder.network
-        return jax.jit(lambda p, ids, mask: zero_padding(network.apply(p, ids, mask), mask))
+        tokens = jax.ShapeDtypeStruct((count, self.max_text_length), jnp.int32)
+        rows = sharding.row_sharding(mesh, count)
+        return Program(
+            "text_encoder",
+            lambda params, ids, mask: zero_padding(network.apply(params, ids, mask), mask),
+            (network.shapes, tokens, tokens),
+            mesh,
+            (sharding.shard(mesh, network.shapes, strict=False), rows, rows),
+            rows,
+        )
 
     def text(self, prompts: Sequence[str]) -> np.ndarray:
         """States [n, l, d] of the prompts as the transformer expects them: Wan's has padding zeroed."""
         ids, mask = tokenize(self.pipeline.tokenizer, prompts, self.max_text_length)
         if not self.pipeline.family.masks_padding:
             mask = np.ones_like(mask)
-        return np.asarray(self._encode_text(self.pipeline.text_encoder.params, ids, mask))
+        program = self.text_program(len(prompts), self.own_mesh)
+        return np.asarray(program(*program.place(self.pipeline.text_encoder.params, ids, mask)))
 
     @functools.cached_property
     def null_text(self) -> np.ndarray:
         """States [1, l, d] of the empty prompt, the unconditional half of guidance."""
         return self.text([""])
 
-    @functools.cached_property
-    def _encode(self) -> Any:
+    @functools.cache  # noqa: B019
+    def encode_program(self, shape: tuple[int, ...], mesh: Mesh) -> Program:
+        """(parameters, uint8 frames of `shape`) → mean and deviation of their normalised latents' posterior."""
         vae = self.pipeline.vae
 
         def encode(params: Params, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -117,87 +182,69 @@ class Generator:
             std = jnp.exp(0.5 * log_variance) / jnp.array(vae.config.latents_std)
             return normalise(mean, vae.config), std
 
-        return jax.jit(encode)
+        return self._vae_program("vae_encode", encode, jax.ShapeDtypeStruct(shape, jnp.uint8), mesh)
 
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """Normalised latents, the posterior's mean, of uint8 frames [b t h w 3]."""
         return self.encode_posterior(frames)[0]
 
-    def encode_posterior(self, frames: np.ndarray | jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    def encode_posterior(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the normalised latents' posterior, of uint8 frames [b t h w 3]."""
-        mean, std = self._encode(self.pipeline.vae.params, frames)
+        program = self.encode_program(frames.shape, self.own_mesh)
+        mean, std = program(*program.place(self.pipeline.vae.params, frames))
         return np.asarray(mean), np.asarray(std)
 
     def frames(self, params: Params, latent: jax.Array) -> jax.Array:
         """Frames in [0, 1] of normalised latents, with the VAE's parameters given: pure, to be traced."""
         vae = self.pipeline.vae
-        return decode_frames(vae.network, vae.config, self.vae_chunk, params, latent)
+        frames = vae.network.apply(params, denormalise(latent, vae.config), method="decode", chunk=self.vae_chunk)
+        return (frames + 1) / 2
 
-    @functools.cached_property
-    def _decode(self) -> Any:
-        return jax.jit(self.frames)
+    @functools.cache  # noqa: B019
+    def decode_program(self, shape: tuple[int, ...], mesh: Mesh) -> Program:
+        """(parameters, latents of `shape`) → frames."""
+        return self._vae_program("vae_decode", self.frames, jax.ShapeDtypeStruct(shape, jnp.float32), mesh)
 
     def decode(self, latent: np.ndarray | jax.Array) -> np.ndarray:
         """Frames in [0, 1] of normalised latents."""
-        return np.asarray(self._decode(self.pipeline.vae.params, latent))
+        program = self.decode_program(latent.shape, self.own_mesh)
+        return np.asarray(program(*program.place(self.pipeline.vae.params, latent)))
+
+    def _vae_program(self, name: str, function: Any, videos: jax.ShapeDtypeStruct, mesh: Mesh) -> Program:
+        rows, shapes = sharding.row_sharding(mesh, videos.shape[0]), self.pipeline.vae.network.shapes
+        return Program(name, function, (shapes, videos), mesh, (sharding.replicated(mesh), rows), rows)
 
     def noise(self, keys: jax.Array) -> jax.Array:
         return jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
 
-    @functools.cache  # noqa: B019 (a generator lives as long as its program)
+    @functools.cache  # noqa: B019
     def teacher_sampler(self, num_steps: int, guidance_weight: float) -> Sampler:
         """The ODE in `num_steps` steps with guidance: 2 evaluations each, 1 when the weight is 0."""
-        pipeline, null_text = self.pipeline, jnp.asarray(self.null_text)
+        apply, schedule = self.pipeline.transformer.network.apply, self.pipeline.schedule
 
-        @jax.jit
-        def draw(params: Params, keys: jax.Array, text: jax.Array) -> jax.Array:
+        def draw(params: Params, keys: jax.Array, text: jax.Array, null_text: jax.Array) -> jax.Array:
+            given = (apply, params, schedule, self.noise(keys), text, null_text, guidance_weight, num_steps)
             if self.sampling.solver == "unipc":
-                return sampling.unipc_sample(
-                    pipeline.transformer.network.apply,
-                    params,
-                    pipeline.schedule,
-                    self.noise(keys),
-                    text,
-                    null_text,
-                    guidance_weight,
-                    num_steps,
-                )
-            return sampling.ode_sample(
-                pipeline.transformer.network.apply,
-                params,
-                pipeline.schedule,
-                self.noise(keys),
-                text,
-                null_text,
-                guidance_weight,
-                num_steps,
-                self.sampling.eta,
-                _step_keys(keys) if self.sampling.eta else None,
-            )
+                return sampling.unipc_sample(*given)
+            return sampling.ode_sample(*given, self.sampling.eta, _step_keys(keys) if self.sampling.eta else None)
 
-        return draw
+        return Sampler("teacher_sampler", draw, self, guided=True)
 
     @functools.cache  # noqa: B019
     def student_sampler(self, timesteps: tuple[float, ...]) -> Sampler:
         """The student through its `timesteps`: one evaluation each, without guidance."""
-        pipeline = self.pipeline
+        apply, schedule = self.pipeline.transformer.network.apply, self.pipeline.schedule
 
-        @jax.jit
         def draw(params: Params, keys: jax.Array, text: jax.Array) -> jax.Array:
-            return sampling.few_step_sample(
-                pipeline.transformer.network.apply,
-                params,
-                pipeline.schedule,
-                timesteps,
-                self.noise(keys),
-                text,
-                _step_keys(keys),
-            )
+            noise = self.noise(keys)
+            return sampling.few_step_sample(apply, params, schedule, timesteps, noise, text, _step_keys(keys))
 
-        return draw
+        return Sampler("student_sampler", draw, self, guided=False)
 
-    def __hash__(self) -> int:
-        return id(self)
+
+def _single_device(device: Any = None) -> Mesh:
+    """The mesh of this device, or of the process's first."""
+    return sharding.make_mesh(MeshConfig(1, 1, 1, 1), [device or jax.local_devices()[0]])
 
 
 def make_generator(
@@ -205,14 +252,17 @@ def make_generator(
 ) -> Generator:
     """The teacher of a configuration, ready to sample clips of the size of its data's, or of another.
 
-    An imported teacher is restored into the mesh's sharding if one is given.
+    It samples on `mesh`, on all devices of this process if none is given; an imported teacher is restored into
+    its shards there.
     """
+    mesh = sampling_mesh(config.mesh) if mesh is None else mesh
     return Generator(
         load_teacher(config.teacher, config.compute, mesh),
         config.data.max_text_length,
         config.sampling,
         clip or clip_size(config.data),
         config.compute.vae_chunk,
+        mesh,
     )
 
 
@@ -258,23 +308,19 @@ def draw_videos(
     prompts: Sequence[str],
     keys: jax.Array,
     batch_size: int,
-    mesh: Mesh,
     bar: tqdm | None = None,
 ) -> Iterator[np.ndarray]:
-    """A video per prompt and key [n], uint8 [b t h w 3] batch by batch, sharded over the mesh.
+    """A video per prompt and key [n], uint8 [b t h w 3] batch by batch.
 
     The last batch is filled up for the devices, and cut. Batches do not change the videos beyond rounding.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = generator.mesh.shape["data"] * generator.mesh.shape["fsdp"]
     batch = -(-min(batch_size, len(prompts)) // shards) * shards
-    params = jax.device_put(params, sharding.shard(mesh, params))
-    rows = sharding.batch_sharding(mesh)
-    data = np.asarray(jax.random.key_data(keys))
+    params = sharding.put(params, sharding.shard(generator.mesh, params))
     for start in range(0, len(prompts), batch):
         index = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
         count = min(batch, len(prompts) - start)
-        text = jax.device_put(generator.text([prompts[i] for i in map(int, index)]), rows)
-        latent = draw(params, jax.device_put(jax.random.wrap_key_data(jnp.asarray(data[index])), rows), text)
+        latent = draw(params, keys[index], generator.text([prompts[i] for i in map(int, index)]))
         frames = to_uint8(generator.decode(latent)[:count])
         if bar is not None:
             bar.update(count)
@@ -289,7 +335,6 @@ def sample_prompts(
     seeds: Sequence[int],
     num: int,
     batch_size: int,
-    mesh: MeshConfig,
 ) -> np.ndarray:
     """`num` videos per prompt and seed, uint8 [prompts, seeds × num, t, h, w, 3]; with a progress bar.
 
@@ -303,8 +348,7 @@ def sample_prompts(
     with tqdm(total=share, desc="sampling", unit="video", disable=jax.process_index() > 0) as bar:
         chosen = [prompts[i // len(each)] for i in map(int, index)]
         keys = each[index % len(each)]
-        on = sampling_mesh(mesh)
-        parts = list(draw_videos(generator, draw, params, chosen, keys, batch_size, on, bar))
+        parts = list(draw_videos(generator, draw, params, chosen, keys, batch_size, bar))
     videos = np.concatenate(parts)
     if count > 1:
         videos = np.asarray(multihost_utils.process_allgather(videos, tiled=True))

@@ -26,8 +26,8 @@ from dollar_jax.config import DistillConfig, VisibilityConfig
 from dollar_jax.evaluate.vendi import pixel_features, vendi_per_prompt
 from dollar_jax.flops import PEAK_TFLOPS, Throughput, count_flops
 from dollar_jax.generate import Generator, video_keys
-from dollar_jax.objectives import SCORE_BINS, Frozen
-from dollar_jax.program import Program
+from dollar_jax.objectives import SCORE_BINS
+from dollar_jax.programs import TrainPrograms
 from dollar_jax.run import EVENTS, HISTORY, PROFILE, SAMPLES, truncate_history
 from dollar_jax.signals import SignalFlag
 from dollar_jax.types import Params
@@ -92,7 +92,7 @@ class SampleLogger:
     def due(self, step: int) -> bool:
         return self.config.samples_every > 0 and step % self.config.samples_every == 0
 
-    def samples(self, step: int, params: Params) -> tuple[dict[str, float], np.ndarray, list[str]]:
+    def draw(self, step: int, params: Params) -> tuple[dict[str, float], np.ndarray, list[str]]:
         """Scalars, a video uint8 [t h w 3] (a row per prompt; teacher left, student right), and warnings.
 
         Process 0 leaves the video in `samples/` too, and the warnings on stderr.
@@ -265,22 +265,14 @@ class Profile:
             self._stop = None
 
 
-def make_throughput(config: DistillConfig, program: Program, reward: Params = ()) -> Throughput:
-    """MFU counts every multiplication of the step as written, those of recomputation too.
-
-    `reward` are the parameters of JAX rewards and their decoder, `Frozen.reward`.
-    """
-    devices = program.mesh.devices.ravel()
+def make_throughput(config: DistillConfig, programs: TrainPrograms) -> Throughput:
+    """MFU counts every multiplication of the step as written, those of recomputation too."""
+    devices = programs.mesh.devices.ravel()
     peak = config.visibility.peak_tflops or PEAK_TFLOPS.get(devices[0].device_kind)
     if peak is None:
         return Throughput(config.batch_size, None, None)
-    frozen = Frozen(
-        program.state_shapes.student,
-        jax.ShapeDtypeStruct((1, *program.batch_shapes["text"].shape[1:]), "float32"),
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward),
-    )
-    jaxpr = jax.make_jaxpr(program.step)(program.state_shapes, frozen, program.batch_shapes)
-    return Throughput(config.batch_size, count_flops(jaxpr.jaxpr), peak * 1e12 * len(devices))
+    flops = count_flops(programs.step.trace().jaxpr.jaxpr)
+    return Throughput(config.batch_size, flops, peak * 1e12 * len(devices))
 
 
 def readable(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -34,6 +34,7 @@ from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import UMT5Config, zero_padding
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig, normalise
+from dollar_jax.program import Program
 from dollar_jax.schedule import Schedule, add_noise, target, time_from_uniform
 from dollar_jax.video import signed_range
 from dollar_jax.weights.families import WAN
@@ -89,7 +90,6 @@ def fit(
         ),
     )
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def update(state: Params, batch: Any, step: jax.Array) -> tuple[Params, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), step)
         grads, metrics = jax.grad(loss, has_aux=True)(state["params"], batch, key)
@@ -98,6 +98,7 @@ def fit(
         ema = optax.incremental_update(params, state["ema"], 1 - ema_decay)
         return {"params": params, "ema": ema, "optimiser": optimiser_state}, metrics
 
+    program = Program("pretrain_step", update, donate=(0,))
     state = {"params": params, "ema": jax.tree.map(jnp.copy, params), "optimiser": optimiser.init(params)}
     with Checkpoints(folder, keep=1) as checkpoints:
         first = checkpoints.latest() or 0
@@ -105,7 +106,7 @@ def fit(
             state = checkpoints.restore({"state": state, "data": batches})["state"]
         bar = tqdm(range(first, steps), name, initial=first, total=steps, mininterval=5)
         for step in bar:
-            state, metrics = update(state, next(batches), step)
+            state, metrics = program(state, next(batches), step)
             if step % 50 == 49:
                 bar.set_postfix({k: f"{float(v):.2e}" for k, v in metrics.items()}, refresh=False)
             if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
@@ -165,7 +166,7 @@ def train_vae(config: PretrainConfig, folder: Path) -> Component:
     vae = WanVAEConfig(**config.vae)
     network = WAN_VAE.network(vae)
     key = jax.random.key(config.seed)
-    params = load_pipeline(config.init).vae.params if config.init else jax.jit(network.init)(key)
+    params = load_pipeline(config.init).vae.params if config.init else Program("init", network.init)(key)
     videos, _ = rendered(config.seed, "train", config.vae_videos)
     for number, phase in enumerate(config.vae_phases):
 
@@ -196,12 +197,12 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def encode_all(vae: Component, videos: np.ndarray, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Posterior mean and standard deviation of the raw latents of uint8 videos."""
 
-    @jax.jit
-    def encode(video: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, log_variance = vae.network.apply(vae.params, signed_range(video), method="encode")
+    def encode(params: Params, video: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, log_variance = vae.network.apply(params, signed_range(video), method="encode")
         return mean, jnp.exp(0.5 * log_variance)
 
-    parts = [encode(videos[i : i + batch]) for i in tqdm(range(0, len(videos), batch), "encoding")]
+    program = Program("vae_encode", encode)
+    parts = [program(vae.params, videos[i : i + batch]) for i in tqdm(range(0, len(videos), batch), "encoding")]
     mean, std = (np.concatenate([np.asarray(p[k]) for p in parts]) for k in range(2))
     return mean, std
 

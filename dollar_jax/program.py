@@ -1,185 +1,76 @@
-"""The compiled programs of distillation: the one train step and the state's initialisation, over a mesh.
+"""A function declared for the devices of a mesh: the one place where the package calls `jax.jit`.
 
-Training and ahead-of-time planning both build from here, so what is planned is what runs.
+So every program of a command can be listed, and compiled for chips that are not there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dollar_jax import sharding
-from dollar_jax.config import DistillConfig
-from dollar_jax.generate import student_network
-from dollar_jax.models import lora
-from dollar_jax.models.network import Network, make_network
-from dollar_jax.models.reward_head import RewardHead, RewardHeadConfig
-from dollar_jax.objectives import Frozen, Networks
-from dollar_jax.optim import make_optimiser
-from dollar_jax.rewards.pixels import PixelRewards
-from dollar_jax.schedule import Schedule
-from dollar_jax.state import Optimisers, TrainState, init_state
-from dollar_jax.step import make_step
-from dollar_jax.types import Params
+
+_recordings: list[list[Program]] = []
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """`step` donates the state. `batch_shapes` and `state_shapes` are what it takes."""
+    """What is compiled, before it is: a pure function, and the shapes and places of its arguments.
 
-    mesh: Mesh
-    step: Any
-    state_shapes: TrainState
-    state_sharding: TrainState
-    frozen_sharding: Frozen
-    batch_shapes: dict[str, jax.ShapeDtypeStruct]
-    batch_sharding: dict[str, Any]
-    init: Any
-
-
-def build_program(
-    config: DistillConfig,
-    transformer: Network,
-    schedule: Schedule,
-    latent_shape: tuple[int, ...],
-    text_shape: tuple[int, int],
-    devices: Sequence[Any] | None = None,
-    pixel_rewards: PixelRewards | None = None,
-    score_real: bool = True,
-) -> Program:
-    """Everything but the weights; raises ValueError, before any compilation, for a mesh that does not fit.
-
-    `pixel_rewards` are the JAX ones of config.reward.rewards, with their decoder. `score_real` says
-    whether the data has latents for the latent reward model to learn from beside the generated ones.
+    `arguments` are trees of `jax.ShapeDtypeStruct`; a call with other shapes compiles anew. `in_shardings`,
+    one for each argument, and `out_shardings` may be prefixes of the trees they are for. The arguments that
+    `donate` numbers are gone after a call. Without a mesh it is compiled for wherever its arguments lie.
     """
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_batch(mesh, "batch_size / accumulation", config.batch_size // config.accumulation)
-    head = reward_head_network(config, latent_shape[-1], text_shape[-1])
-    optimisers = Optimisers(
-        make_optimiser(config.student.optimiser, config.steps),
-        make_optimiser(config.fake_score.optimiser, config.steps * config.fake_score.updates),
-        make_optimiser(config.reward.optimiser, config.steps * config.reward.updates),
-    )
-    use_text = config.reward.head.use_text
-    adapted = student_network(transformer, config.lora)
-    structure = jax.tree.structure(adapted.shapes)
 
-    def denoiser(params: Params, *args: Any) -> jax.Array:
-        network = adapted if jax.tree.structure(params) == structure else transformer
-        return network.apply(params, *args)
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    mesh: Mesh | None = None
+    in_shardings: tuple[Any, ...] = ()
+    out_shardings: Any = None
+    donate: tuple[int, ...] = ()
 
-    networks = Networks(
-        denoiser, lambda params, latent, text: head.apply(params, latent, text if use_text else None), pixel_rewards
-    )
+    @functools.cached_property
+    def jitted(self) -> Any:
+        """The function under `jax.jit`, with the program's name in profiles."""
 
-    def init(key: jax.Array, teacher: Params) -> TrainState:
-        state_key, head_key = jax.random.split(key)
-        start = teacher
-        if config.lora.rank:
-            start = lora.adapters(adapted.init(jax.random.fold_in(key, 2)))
-        return init_state(state_key, start, head.init(head_key), optimisers, len(config.reward.trained))
+        def named(*arguments: Any) -> Any:
+            return function(*arguments)
 
-    state_shapes = jax.eval_shape(init, jax.random.key(0), transformer.shapes)
-    on_chips = sharding.shard(mesh, state_shapes)
-    offload = config.compute.offload
-    state_sharding = dataclasses.replace(
-        on_chips, **{f: sharding.in_host_memory(getattr(on_chips, f)) for f in offload}
-    )
-    whole = sharding.replicated(mesh)
-    frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
-    batch_shapes = _batch_shapes(config, latent_shape, text_shape)
-    if pixel_rewards is not None:
-        for name, tokens in pixel_rewards.tokens([""]).items():
-            shape = config.batch_size, tokens.shape[1]
-            batch_shapes[f"tokens_{name}"] = jax.ShapeDtypeStruct(shape, jnp.int32)
-    batch_sharding = {
-        name: sharding.batch_sharding(mesh, leading=int(name.startswith("scored"))) for name in batch_shapes
-    }
-    fresh_sharding = whole
-    if config.reward.rewards:
-        # A few rows on one machine may be everywhere; several machines each score their own.
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        if config.reward.samples % shards == 0 or sharding.host_count(mesh) > 1:
-            sharding.check_batch(mesh, "reward.samples", config.reward.samples)
-            fresh_sharding = sharding.batch_sharding(mesh)
-    if config.reward.trained and config.reward.method == "lrm":
-        sharding.check_batch(mesh, "reward.batch_size", config.reward.batch_size)
-    for name in batch_sharding:
-        if name.startswith("walk"):
-            batch_sharding[name] = fresh_sharding
-    _check_transformer(mesh, transformer, latent_shape, text_shape)
-    update = make_step(config, networks, schedule, optimisers, score_real, {f: getattr(on_chips, f) for f in offload})
+        function = self.function if self.mesh is None else sharding.with_mesh(self.mesh, self.function)
+        named.__name__ = named.__qualname__ = self.name
+        places = {"in_shardings": self.in_shardings or None, "out_shardings": self.out_shardings}
+        given = {name: value for name, value in places.items() if value is not None}
+        return jax.jit(named, donate_argnums=self.donate, **given)
 
-    def put_back(*args: Any) -> Any:
-        # Explicitly: the TPU's compiler refuses to write slices of an output into host memory.
-        state, *others = update(*args)
-        host = {f: jax.device_put(getattr(state, f), getattr(state_sharding, f)) for f in offload}
-        return dataclasses.replace(state, **host), *others
+    def __call__(self, *arguments: Any) -> Any:
+        if _recordings:
+            called = dataclasses.replace(self, arguments=jax.eval_shape(lambda *a: a, *arguments))
+            for recording in _recordings:
+                recording.append(called)
+        return self.jitted(*arguments)
 
-    step = jax.jit(
-        sharding.with_mesh(mesh, put_back),
-        in_shardings=(state_sharding, frozen_sharding, batch_sharding),
-        out_shardings=(state_sharding, whole, fresh_sharding),
-        donate_argnums=0,
-    )
-    return Program(
-        mesh,
-        step,
-        state_shapes,
-        state_sharding,
-        frozen_sharding,
-        batch_shapes,
-        batch_sharding,
-        jax.jit(init, out_shardings=state_sharding),
-    )
+    def place(self, *arguments: Any) -> tuple[Any, ...]:
+        """The arguments where they belong; what is there already stays."""
+        return sharding.put(arguments, self.in_shardings) if self.in_shardings else arguments
+
+    def trace(self) -> Any:
+        """`jax.stages.Traced` for the declared arguments: their jaxpr, to be lowered and compiled from there."""
+        return self.jitted.trace(*self.arguments)
 
 
-def _check_transformer(mesh: Mesh, transformer: Network, latent: tuple[int, ...], text: tuple[int, int]) -> None:
-    """Traces one forward: heads that do not divide over the mesh are an error here, before any compilation."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    shapes = ((rows, *latent), (rows,), (rows, *text))
-    jax.eval_shape(
-        sharding.with_mesh(mesh, transformer.apply),
-        transformer.shapes,
-        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
-    )
-
-
-def reward_head_network(config: DistillConfig, channels: int, text_dim: int) -> Network:
-    """The latent reward model for latents of so many channels and text states of that width."""
-    fields = dataclasses.asdict(config.reward.head)
-    use_text = fields.pop("use_text")
-    head = RewardHeadConfig(channels=channels, text_dim=text_dim if use_text else None, **fields)
-    return make_network(functools.partial(RewardHead, head))
-
-
-def _batch_shapes(
-    config: DistillConfig, latent: tuple[int, ...], text: tuple[int, int]
-) -> dict[str, jax.ShapeDtypeStruct]:
-    def rows(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    c = config.reward
-    shapes = {"latent": rows(config.batch_size, *latent), "text": rows(config.batch_size, *text)}
-    if c.trained and c.method == "lrm":
-        scored = c.updates, c.batch_size
-        shapes |= {
-            "scored_latent": rows(*scored, *c.scored_shape(latent)),
-            "scored_text": rows(*scored, *text),
-            "scored_reward": rows(*scored, len(c.trained)),
-            "scored_weight": rows(*scored),
-        }
-    elif c.trained and c.method == "ddpo":
-        states = min(3, len(config.student.timesteps))
-        shapes |= {
-            "walk_states": rows(c.samples, states, *latent),
-            "walk_text": rows(c.samples, *text),
-            "walk_reward": rows(c.samples, len(c.trained)),
-        }
-    return shapes
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Program]]:
+    """Gives a list of the programs called before the context ends, each with the shapes it was called with."""
+    recording: list[Program] = []
+    _recordings.append(recording)
+    try:
+        yield recording
+    finally:
+        _recordings.remove(recording)

@@ -11,7 +11,7 @@ import jax
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import DistillConfig, LoraConfig, distill_config, unresumable
 from dollar_jax.files import write_file
-from dollar_jax.generate import Generator, student_network, student_params
+from dollar_jax.generate import Generator, merge_program, student_network
 from dollar_jax.models import lora
 from dollar_jax.models.network import Network
 from dollar_jax.types import Params
@@ -74,7 +74,11 @@ def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> Pa
     transformer = generator.pipeline.transformer
     config = read_config(workdir).lora
     _, params = restore_trained(workdir, transformer.network, config, ema)
-    return student_params(config, transformer.params, params)
+    if not config.rank:
+        return params
+    shapes = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p) for p in (transformer.params, params))
+    program = merge_program(config, generator.mesh, *shapes)
+    return program(*program.place(transformer.params, params))
 
 
 def restore_trained(workdir: Path, transformer: Network, config: LoraConfig, ema: bool) -> tuple[int, Params]:

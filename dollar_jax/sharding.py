@@ -6,13 +6,13 @@ that matches a whole path wins; a path that no row matches is an error.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -100,10 +100,11 @@ def check_batch(mesh: Mesh, name: str, size: int) -> None:
         raise ValueError(f"{name} is {size}, which does not divide over data × fsdp = {shards} shards of the mesh")
 
 
-def shard(mesh: Mesh, tree: Any) -> Any:
+def shard(mesh: Mesh, tree: Any, strict: bool = True) -> Any:
     """A NamedSharding for every leaf of a tree of arrays or shapes, by RULES.
 
-    Raises ValueError naming the path that no rule matches, or whose shape its spec does not divide.
+    Raises ValueError naming the path that no rule matches, or whose shape its spec does not divide; unless
+    `strict` a leaf of the latter kind is replicated.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -114,6 +115,8 @@ def shard(mesh: Mesh, tree: Any) -> Any:
         for size, axes in zip(leaf.shape, spec, strict=False):
             axes = (axes,) if isinstance(axes, str) else axes or ()
             shards = math.prod(mesh.shape[axis] for axis in axes)
+            if size % shards and not strict:
+                return replicated(mesh)
             if size % shards:
                 raise ValueError(
                     f"{name!r} of shape {leaf.shape} does not divide by mesh axes {' × '.join(axes)} = {shards}"
@@ -142,6 +145,11 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*[None] * leading, *BATCH))
 
 
+def row_sharding(mesh: Mesh, count: int) -> NamedSharding:
+    """`count` rows over data × fsdp where they divide, whole everywhere where they do not."""
+    return batch_sharding(mesh) if count % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else replicated(mesh)
+
+
 def local_rows(where: jax.sharding.Sharding, count: int) -> np.ndarray:
     """The rows, of `count`, that this process's devices hold, in order."""
     parts = where.addressable_devices_indices_map((count,)).values()
@@ -158,6 +166,8 @@ def put(tree: Any, where: Any) -> Any:
     def place(x: Any, s: NamedSharding) -> jax.Array:
         if isinstance(x, jax.Array) and (s.is_fully_addressable or not x.is_fully_addressable):
             return jax.device_put(x, s)
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(x), s))
         return jax.make_array_from_callback(x.shape, s, lambda index: np.asarray(x[index]))
 
     return jax.tree.map(place, tree, jax.tree.broadcast(where, tree))
@@ -175,7 +185,6 @@ def make_global_rows(value: np.ndarray, rows: np.ndarray, where: NamedSharding, 
 def with_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function traced for a mesh, whose axes the models then name (`models.activation_sharding`)."""
 
-    @functools.wraps(function)
     def traced(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*args)

@@ -7,7 +7,6 @@ before a checkpoint, so that a resumed run repeats an uninterrupted one to the b
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +23,10 @@ from dollar_jax.config import DistillConfig
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.distributed import Preempted, preemption
-from dollar_jax.generate import Generator, student_params
+from dollar_jax.generate import Generator
 from dollar_jax.monitoring import Log, Profile, make_sample_logger, make_throughput
 from dollar_jax.objectives import Frozen
-from dollar_jax.program import Program, build_program
+from dollar_jax.programs import TrainPrograms, train_programs
 from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.rewards.scorer import Scorer
@@ -47,46 +46,44 @@ def train(
     """
     record_config(config, workdir)
     pipeline = generator.pipeline
-    text_shape = generator.null_text.shape[1:]
     rewards = load_rewards(config.reward.rewards)
     pixels = pixel_rewards(config.reward, rewards, generator.frames)
-    program = build_program(
+    programs = train_programs(
         config,
         pipeline.transformer.network,
         pipeline.schedule,
         generator.latent_shape,
-        text_shape,
+        generator.text_shape,
         pixel_rewards=pixels,
         score_real=data.has_latents,
+        decoder=pipeline.vae.network.shapes,
     )
     decoder = None
     if rewards:
-        decoder = sharding.put(pipeline.vae.params, sharding.replicated(program.mesh))
+        decoder = sharding.put(pipeline.vae.params, sharding.replicated(programs.mesh))
     reward_params = () if pixels is None else pixels.params(decoder)
     frozen = sharding.put(
-        Frozen(pipeline.transformer.params, generator.null_text, reward_params), program.frozen_sharding
+        Frozen(pipeline.transformer.params, generator.null_text, reward_params), programs.frozen_sharding
     )
     scorer = None
     if rewards:
-        scorer = Scorer(config, rewards, pixels, generator.frames, decoder, data.latent_shapes, text_shape)
-    rows = sharding.local_rows(program.batch_sharding["latent"], config.batch_size)
-    batches = data.batches(config, rows, program.batch_sharding)
+        shapes = data.latent_shapes, generator.text_shape
+        scorer = Scorer(config, rewards, pixels, generator.frames, decoder, *shapes)
+    rows = sharding.local_rows(programs.batch_sharding["latent"], config.batch_size)
+    batches = data.batches(config, rows, programs.batch_sharding)
     guard = config.reward.guard
-    sampled = functools.partial(student_params, config.lora)
-    if config.lora.rank:
-        sampled = jax.jit(sampled, out_shardings=program.frozen_sharding.teacher)
 
     with Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
         if first:
-            state = _restore(checkpoints, program, scorer, batches)
+            state = _restore(checkpoints, programs, scorer, batches)
         else:
-            state = program.init(jax.random.key(config.seed), frozen.teacher)
+            state = programs.init(jax.random.key(config.seed), frozen.teacher)
             if config.init is not None:
-                state = _go_on_from(Path(config.init), program, state)
+                state = _go_on_from(Path(config.init), programs, state)
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
-        samples_logger = make_sample_logger(config, workdir, generator, frozen.teacher)
-        throughput = make_throughput(config, program, reward_params)
+        samples = make_sample_logger(config, workdir, generator, frozen.teacher)
+        throughput = make_throughput(config, programs)
         with (
             Log(workdir, first, config, throughput) as log,
             Profile(config.visibility.profile_steps, workdir, first) as profile,
@@ -104,7 +101,7 @@ def train(
                 batch, captions = read["on_device"], data.captions_of(read)
                 if scorer is not None:
                     batch = batch | scorer.inputs(step, captions, read["latent"].shape[1:])
-                state, metrics, fresh = program.step(state, frozen, _put(program, rows, batch))
+                state, metrics, fresh = programs.step(state, frozen, _put(programs, rows, batch))
                 busy = metrics["student_loss"]
                 if scorer is not None:
                     scorer.collect()
@@ -118,12 +115,14 @@ def train(
                     scorer.collect()
                 profile.after(step, metrics)
                 host = {} if scorer is None else dict(scorer.latest)
-                if samples_logger.due(step + 1):
-                    ema = jax.device_put(state.ema, sharding.shard(program.mesh, state.ema))
-                    seen, video, warnings = samples_logger.samples(step + 1, sampled(frozen.teacher, ema))
+                if samples.due(step + 1):
+                    student = state.ema
+                    if programs.merge is not None:
+                        student = programs.merge(*programs.merge.place(frozen.teacher, student))
+                    seen, video, warnings = samples.draw(step + 1, student)
                     log.show(step + 1, video, warnings)
                     host |= seen
-                log.step(step + 1, metrics, host, saving or samples_logger.due(step + 1))
+                log.step(step + 1, metrics, host, saving or samples.due(step + 1))
                 if saving:
                     items = {**to_items(state), "data": batches}
                     if scorer is not None:
@@ -137,27 +136,27 @@ def train(
     return state
 
 
-def _go_on_from(workdir: Path, program: Program, state: TrainState) -> TrainState:
+def _go_on_from(workdir: Path, programs: TrainPrograms, state: TrainState) -> TrainState:
     """The state with another run's student, average and fake score; raises FileNotFoundError without one."""
     read_config(workdir)
-    items = _abstract(program)
+    items = _abstract(programs)
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         parts = checkpoints.restore({name: items[name] for name in ("student", "ema", "fake_score")})
     return dataclasses.replace(state, **{k: v for item in parts.values() for k, v in item.items()})
 
 
-def _abstract(program: Program) -> dict[str, Any]:
-    """The items of a checkpoint of the state as shapes on the program's mesh."""
-    shapes = jax.eval_shape(to_items, program.state_shapes)
-    fields = vars(program.state_sharding)
+def _abstract(programs: TrainPrograms) -> dict[str, Any]:
+    """The items of a checkpoint of the state as shapes on the programs' mesh."""
+    shapes = jax.eval_shape(to_items, programs.state_shapes)
+    fields = vars(programs.state_sharding)
     places = {item: {name: fields[name] for name in names} for item, names in ITEMS.items()}
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
 def _restore(
-    checkpoints: Checkpoints, program: Program, scorer: Scorer | None, batches: grain.DatasetIterator
+    checkpoints: Checkpoints, programs: TrainPrograms, scorer: Scorer | None, batches: grain.DatasetIterator
 ) -> TrainState:
-    like = {**_abstract(program), "data": batches}
+    like = {**_abstract(programs), "data": batches}
     if scorer is not None:
         like["replay"] = scorer.state
     items = checkpoints.restore(like)
@@ -167,18 +166,20 @@ def _restore(
     return from_items(items)
 
 
-def _put(program: Program, rows: np.ndarray, batch: Mapping[str, np.ndarray | jax.Array]) -> dict[str, jax.Array]:
+def _put(
+    programs: TrainPrograms, rows: np.ndarray, batch: Mapping[str, np.ndarray | jax.Array]
+) -> dict[str, jax.Array]:
     """The step's global arrays: of this process's `rows` of the videos, and of what every process has whole.
 
     What is on the devices already stays as it is.
     """
 
     def place(name: str, value: np.ndarray | jax.Array) -> jax.Array:
-        where = program.batch_sharding[name]
+        where = programs.batch_sharding[name]
         if isinstance(value, jax.Array):
             return value
         if name.startswith(("scored", "walk")):
             return sharding.put(value, where)
-        return sharding.make_global_rows(value, rows, where, program.batch_shapes[name].shape[0])
+        return sharding.make_global_rows(value, rows, where, programs.batch_shapes[name].shape[0])
 
     return {name: place(name, value) for name, value in batch.items()}

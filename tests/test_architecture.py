@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 FILES = [p.relative_to(ROOT) for d in ("dollar_jax", "configs") for p in ROOT.glob(f"{d}/**/*.py")]
 STDLIB = "|".join(sys.stdlib_module_names)
 IO = r"(logging|os|pathlib|io|json|sys|subprocess|tqdm|absl|tensorboardX|orbax|safetensors)\b"
+COMPILED = r"(?!dollar_jax/program\.py)"
 PURE = r"dollar_jax/(losses|schedule)\.py"
 TRAINING = r"dollar_jax\.(losses|objectives|step|state|optim|sharding|config|train)\b"
 
@@ -30,12 +31,14 @@ IMPORTS = [
     ("torch only in tests and benchmarks", "", r"torch\w*(\.|$)"),
     ("ConfigDict only at the command line and in configs/", r"dollar_jax/(?!cli|experiment\.py)", r"ml_collections\b"),
     ("step does no I/O", r"dollar_jax/step\.py", IO),
+    ("programs are compiled in one place", COMPILED, r"(jax\.(p?jit|pmap)|jax\.experimental\.pjit)\b"),
+    ("the loop is at the top", r"dollar_jax/(?!(cli|demo|reproduce)\b)", r"dollar_jax\.train\b"),
 ]
 # (rule, the files it holds in, names and calls forbidden there); a call is "function(arguments".
 USES = [
     ("losses and schedule know no randomness", PURE, r"(jax|np|numpy)\.random\b"),
     ("jax's transformations and optax instead of NNX's", "", r"nnx\.(jit|grad|Optimizer)\b"),
-    ("the step is jitted by who runs it", r"dollar_jax/(step|objectives)\.py", r"jax\.p?jit\b"),
+    ("programs are compiled in one place", COMPILED, r"jax\.(p?jit|pmap)\b"),
     ("step does no I/O", r"dollar_jax/step\.py", r"(print|open)\("),
     ("every key of a config is explicit", "", r"(\w+\.)*(config|cfg)(\.\w+)*\.get\(2"),
 ]
@@ -88,6 +91,7 @@ models/wan.py: from ..losses import vsd | train.py: from flax import nnx | model
 train.py: import orbax.checkpoint | cli.py: from safetensors import safe_open | step.py: print(1)
 weights/wan.py: import torch.nn | config.py: from ml_collections import ConfigDict
 step.py: from pathlib import Path | step.py: functools.partial(jax.jit, donate_argnums=0)
+generate.py: from jax import jit | generate.py: jax.jit(f) | run.py: from dollar_jax import train
 train.py: self.config.student.get('lr', 1e-4) | models/wan.py: nnx.Optimizer(model, tx)"""
 
 

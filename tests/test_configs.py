@@ -15,7 +15,7 @@ from dollar_jax.experiment import load
 from dollar_jax.fields import plain, settings
 from dollar_jax.generate import transformer_options
 from dollar_jax.objectives import Frozen
-from dollar_jax.program import build_program
+from dollar_jax.programs import train_programs
 from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER
 from dollar_jax.weights.cogvideox_vae import COGVIDEOX_VAE
 from dollar_jax.weights.families import PUBLISHED
@@ -59,7 +59,7 @@ def test_the_whole_step_builds_at_real_size(name):
         dataclasses.replace(teacher.transformer, param_dtype=compute.teacher_dtype, **transformer_options(compute))
     )
     text_shape = (config.data.max_text_length, teacher.text_encoder.d_model)
-    program = build_program(config, transformer, teacher.schedule, shape, text_shape)
+    program = train_programs(config, transformer, teacher.schedule, shape, text_shape)
     frozen = Frozen(transformer.shapes, jax.ShapeDtypeStruct((1, *text_shape), jnp.float32))
     state, metrics, fresh = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, program.state_shapes)

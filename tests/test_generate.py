@@ -21,11 +21,6 @@ def _the_same_keys_again():
         yield
 
 
-@pytest.fixture(scope="module")
-def student(toy_generator):
-    return toy_generator.student_sampler(TIMES), toy_generator.pipeline.transformer.params
-
-
 def test_fewer_steps_are_a_subset_and_more_lie_between():
     times = (1000.0, 900.0, 750.0, 500.0)
     assert subset(times, 1) == (1000.0,)
@@ -37,13 +32,14 @@ def test_fewer_steps_are_a_subset_and_more_lie_between():
         subset(times, 0)
 
 
-def test_neither_batches_nor_devices_change_a_video(toy_generator, student):
+def test_neither_batches_nor_devices_change_a_video(toy_generator):
     prompts, keys = [PROMPTS[i % 3] for i in range(5)], video_keys(3, 5)
     one = make_mesh(MeshConfig(1, 1, 1, 1), jax.local_devices()[:1])
-    drawn = [
-        list(draw_videos(toy_generator, *student, prompts, keys, size, mesh))
-        for size, mesh in ((2, one), (8, sampling_mesh(MeshConfig(-1, 4, 1, 1))))
-    ]
+    drawn = []
+    for size, mesh in ((2, one), (8, sampling_mesh(MeshConfig(-1, 4, 1, 1)))):
+        generator = dataclasses.replace(toy_generator, mesh=mesh)
+        draw, params = generator.student_sampler(TIMES), generator.pipeline.transformer.params
+        drawn.append(list(draw_videos(generator, draw, params, prompts, keys, size)))
     assert [len(part) for part in drawn[0]] == [2, 2, 1] and [len(part) for part in drawn[1]] == [5]
     alone, sharded = (np.concatenate(parts).astype(int) for parts in drawn)
     assert alone.shape == (5, 5, 32, 32, 3)
@@ -51,9 +47,12 @@ def test_neither_batches_nor_devices_change_a_video(toy_generator, student):
     assert all(np.abs(alone[i] - alone[j]).max() > 2 for i in range(5) for j in range(i))
 
 
-def test_a_video_depends_on_its_prompt_seed_and_number_alone(toy_generator, student):
+def test_a_video_depends_on_its_prompt_seed_and_number_alone(toy_generator):
+    generator = dataclasses.replace(toy_generator, mesh=sampling_mesh(MeshConfig(-1, 1, 1, 1)))
+    draw, params = generator.student_sampler(TIMES), generator.pipeline.transformer.params
+
     def run(prompts, seeds, num):
-        return sample_prompts(toy_generator, *student, prompts, seeds, num, 8, MeshConfig(-1, 1, 1, 1)).astype(int)
+        return sample_prompts(generator, draw, params, prompts, seeds, num, 8).astype(int)
 
     many, one = run(PROMPTS, [0, 7], 2), run(PROMPTS[1:2], [7], 1)
     assert many.shape == (3, 4, 5, 32, 32, 3) and one.shape == (1, 1, 5, 32, 32, 3)

@@ -13,7 +13,7 @@ from dollar_jax.config import VisibilityConfig
 from dollar_jax.flops import Throughput, count_flops
 from dollar_jax.monitoring import Log, Profile, SampleLogger, make_throughput, readable
 from dollar_jax.objectives import Networks
-from dollar_jax.program import build_program
+from dollar_jax.programs import train_programs
 from dollar_jax.run import read_history
 from dollar_jax.schedule import Schedule
 from dollar_jax.video import read_video
@@ -35,7 +35,7 @@ def decode(latent):
 
 
 @pytest.fixture
-def watch(tmp_path):
+def logger(tmp_path):
     return SampleLogger(CONFIG, tmp_path, lambda params: params, sampler, decode)
 
 
@@ -51,24 +51,24 @@ COLLAPSED = {
 
 
 @pytest.mark.parametrize("kind", HEALTHY)
-def test_a_healthy_student_raises_no_warning(watch, kind, capsys):
-    scalars, _, warnings = watch.samples(10, sampler(**HEALTHY[kind]))
+def test_a_healthy_student_raises_no_warning(logger, kind, capsys):
+    scalars, _, warnings = logger.draw(10, sampler(**HEALTHY[kind]))
     assert not warnings and scalars["collapse"] == 0
     assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", COLLAPSED)
-def test_a_collapsed_student_raises_the_warning(watch, kind, capsys):
+def test_a_collapsed_student_raises_the_warning(logger, kind, capsys):
     how, message = COLLAPSED[kind]
-    scalars, _, warnings = watch.samples(20, sampler(**how))
+    scalars, _, warnings = logger.draw(20, sampler(**how))
     assert any(message in warning for warning in warnings)
     assert scalars["collapse"] == len(warnings)
     assert f"warning: step 20: {warnings[0]}" in capsys.readouterr().err
 
 
-def test_samples_stand_beside_the_teachers(watch, tmp_path):
+def test_samples_stand_beside_the_teachers(logger, tmp_path):
     student = sampler(shift=0.2)
-    scalars, video, _ = watch.samples(10, student)
+    scalars, video, _ = logger.draw(10, student)
     assert video.shape == (3, 2 * 8 + 6, 4 * 18 + 3 * 6, 3)
     for source, offset in ((sampler(), 0), (student, 10)):
         expected = np.round(255 * decode(source[5]))  # the second video of the second prompt
@@ -86,12 +86,12 @@ def test_the_teacher_is_sampled_once_and_only_when_it_is_due(tmp_path):
         calls.append(0)
         return sampler()
 
-    watch = SampleLogger(CONFIG, tmp_path, lambda params: params, teacher, decode)
-    assert [step for step in range(1, 31) if watch.due(step)] == [10, 20, 30] and not calls
-    watch.samples(10, sampler())
-    watch.samples(20, sampler())
+    logger = SampleLogger(CONFIG, tmp_path, lambda params: params, teacher, decode)
+    assert [step for step in range(1, 31) if logger.due(step)] == [10, 20, 30] and not calls
+    logger.draw(10, sampler())
+    logger.draw(20, sampler())
     assert len(calls) == 1
-    off = SampleLogger(dataclasses.replace(CONFIG, samples_every=0), tmp_path, watch._student, teacher, decode)
+    off = SampleLogger(dataclasses.replace(CONFIG, samples_every=0), tmp_path, logger._student, teacher, decode)
     assert not any(off.due(step) for step in range(30))
 
 
@@ -115,7 +115,7 @@ def test_a_steps_operations_are_those_of_its_forwards(make_config, toy_generator
     )
     network, schedule = toy_generator.pipeline.transformer.network, toy_generator.pipeline.schedule
     latent, text = toy_generator.latent_shape, toy_generator.null_text.shape[1:]
-    found = make_throughput(config, build_program(config, network, schedule, latent, text))
+    found = make_throughput(config, train_programs(config, network, schedule, latent, text))
     one = [jax.ShapeDtypeStruct((8, *shape), "float32") for shape in (latent, (), text)]
     forward = count_flops(jax.make_jaxpr(network.apply)(network.shapes, *one).jaxpr)
     assert forward > 0 and found.flops is not None
@@ -123,7 +123,7 @@ def test_a_steps_operations_are_those_of_its_forwards(make_config, toy_generator
     assert 9 * forward < found.flops < 10.01 * forward
     assert found.peak == 2e12 * 8
     unknown = dataclasses.replace(config, visibility=dataclasses.replace(config.visibility, peak_tflops=None))
-    assert make_throughput(unknown, build_program(unknown, network, schedule, latent, text)).flops is None
+    assert make_throughput(unknown, train_programs(unknown, network, schedule, latent, text)).flops is None
 
 
 def test_the_fake_scores_loss_is_told_apart_by_timestep(make_config):

@@ -13,7 +13,7 @@ from dollar_jax.experiment import load
 from dollar_jax.generate import transformer_options
 from dollar_jax.models.wan_vae import WanVAEConfig
 from dollar_jax.objectives import Frozen
-from dollar_jax.program import build_program
+from dollar_jax.programs import train_programs
 from dollar_jax.schedule import Schedule
 from dollar_jax.weights.families import FAMILIES, PUBLISHED
 from dollar_jax.weights.wan import WAN_TRANSFORMER
@@ -84,7 +84,7 @@ def test_the_step_fits_together_on_eight_devices(name, teacher, clip):
     wan = dataclasses.replace(PUBLISHED[teacher].transformer, **options)
     latent, text = WanVAEConfig().latent_shape(*clip), (config.data.max_text_length, wan.text_dim)
     transformer = WAN_TRANSFORMER.network(wan)
-    program = build_program(config, transformer, Schedule("rf", "velocity", shift=3.0), latent, text)
+    program = train_programs(config, transformer, Schedule("rf", "velocity", shift=3.0), latent, text)
     null_text = jax.ShapeDtypeStruct((1, *text), "float32")
     frozen = Frozen(transformer.shapes, null_text)
     state, metrics, fresh = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)

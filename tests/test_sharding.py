@@ -8,7 +8,7 @@ import pytest
 from dollar_jax import sharding
 from dollar_jax.config import MeshConfig
 from dollar_jax.models.cogvideox import CogVideoXConfig
-from dollar_jax.program import build_program
+from dollar_jax.programs import train_programs
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import to_items
 from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER
@@ -36,7 +36,7 @@ def program(make_config):
     """Shapes and shardings of distilling Wan 2.1 1.3B over fsdp=4, tensor=2; nothing is allocated."""
     config = make_config({"mesh.fsdp": 4, "mesh.tensor": 2, "reward.head.use_text": True})
     schedule = Schedule("rf", "velocity", shift=3.0)
-    return build_program(config, WAN_TRANSFORMER.network(WAN_1_3B), schedule, LATENT, TEXT)
+    return train_programs(config, WAN_TRANSFORMER.network(WAN_1_3B), schedule, LATENT, TEXT)
 
 
 def test_every_kernel_and_its_optimiser_state_is_split_by_fsdp(program):
@@ -128,7 +128,7 @@ def test_bad_heads_are_refused_before_any_compilation(make_config):
     ]:
         network = WAN_TRANSFORMER.network(dataclasses.replace(WAN_1_3B, num_layers=1, **options))
         with pytest.raises(ValueError, match=message):
-            build_program(make_config(changes), network, Schedule("rf", "velocity"), LATENT, TEXT)
+            train_programs(make_config(changes), network, Schedule("rf", "velocity"), LATENT, TEXT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,4 +174,4 @@ def test_bad_batch_is_refused_before_any_compilation(make_config):
         ({"reward.batch_size": 12, "mesh.data": 8}, r"reward\.batch_size is 12"),
     ]:
         with pytest.raises(ValueError, match=name + r".* data × fsdp = 8"):
-            build_program(make_config(changes), network, Schedule("rf", "velocity"), LATENT, TEXT)
+            train_programs(make_config(changes), network, Schedule("rf", "velocity"), LATENT, TEXT)

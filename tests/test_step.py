@@ -15,7 +15,7 @@ from dollar_jax.config import OptimiserConfig
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.objectives import Frozen
 from dollar_jax.optim import make_optimiser
-from dollar_jax.program import build_program, reward_head_network
+from dollar_jax.programs import reward_head_network, train_programs
 from dollar_jax.rewards import JaxReward
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.schedule import Schedule
@@ -93,7 +93,7 @@ class Runner:
     """A program with its frozen part; every `start` is a fresh copy of one state."""
 
     def __init__(self, config, pixels=None):
-        self.program = p = build_program(
+        self.program = p = train_programs(
             config,
             NETWORK,
             Schedule("rf", "velocity", shift=3.0),
@@ -101,6 +101,7 @@ class Runner:
             TEXT,
             jax.devices()[: devices(config)],
             pixel_rewards=pixels,
+            decoder=np.float32(0.7),
         )
         null = 0.1 * jax.random.normal(jax.random.key(3), (1, *TEXT))
         frozen = Frozen(teacher(), null, () if pixels is None else pixels.params(np.float32(0.7)))
@@ -259,7 +260,7 @@ def test_one_compilation_and_donated_state(base, initial):
         old = state
         state, _, _ = base.step(state, make_batch(seed))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
-    assert base.program.step._cache_size() == 1
+    assert base.program.step.jitted._cache_size() == 1
     assert int(state.step) == 20
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(base.frozen))
     assert jax.tree.map(lambda x: x.sharding, state) == base.program.state_sharding
@@ -279,11 +280,7 @@ def fresh_compilation():
 def test_no_state_buffer_is_copied_and_none_is_moved_in_vain(runner, capfd, fresh_compilation):
     """On fsdp × tensor: every array of the state is written where it was read, and XLA found a way there."""
     program = runner(("mesh.data", 2), ("mesh.fsdp", 2), ("mesh.tensor", 2)).program
-    compiled = program.step.lower(
-        program.state_shapes,
-        Frozen(NETWORK.shapes, jax.ShapeDtypeStruct((1, *TEXT), jnp.float32)),
-        program.batch_shapes,
-    ).compile()
+    compiled = program.step.trace().lower().compile()
     header = compiled.as_text().split("entry_computation_layout")[0]
     pairs = re.findall(r"\{(\d+)\}: \((\d+), \{\}, (?:may|must)-alias\)", header)
     assert sorted(int(out) for out, _ in pairs) == list(range(len(jax.tree.leaves(program.state_shapes))))

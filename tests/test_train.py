@@ -18,7 +18,8 @@ from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import RewardGuard
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.distributed import Preempted
-from dollar_jax.program import reward_head_network
+from dollar_jax.program import recorded
+from dollar_jax.programs import reward_head_network, run_programs
 from dollar_jax.rewards import Reward
 from dollar_jax.rewards.replay import Replay
 from dollar_jax.run import read_history, record_config, restore_student
@@ -64,7 +65,7 @@ class Killed(Exception):
 @pytest.fixture(scope="module", autouse=True)
 def one_program():
     """A run's program is built once, not once per resumption: the same settings give the same one."""
-    build, built = loop.build_program, {}
+    build, built = loop.train_programs, {}
 
     def remembered(config, *args, **rewards):
         # Without its mappings a config can be hashed; what is replaced is no concern of the program.
@@ -76,7 +77,7 @@ def one_program():
         return built[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "build_program", remembered)
+        patch.setattr(loop, "train_programs", remembered)
         yield
 
 
@@ -98,10 +99,20 @@ def from_step(n, act):
 
 
 @pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
+def whole(train, called, generator, tmp_path_factory):
     """An uninterrupted run: its folder and its last state."""
     workdir = tmp_path_factory.mktemp("whole")
-    return workdir, train(workdir)
+    vars(generator).pop("null_text", None)  # as in a new process
+    with recorded() as ran:
+        state = train(workdir)
+    called.extend(ran)
+    return workdir, state
+
+
+@pytest.fixture(scope="module")
+def called():
+    """The programs that the uninterrupted run has called, with the shapes it called them with."""
+    return []
 
 
 def history(workdir):
@@ -154,6 +165,27 @@ def test_a_run_leaves_its_history_and_items(whole, generator, config, check_even
     (kept,) = (part for name, part in parts.items() if name.startswith("replay_"))
     assert int(kept["added"]) == 4 * STEPS and (kept["weight"] == 1).all()
     assert int(state["progress"]["step"]) == STEPS
+
+
+def test_what_a_run_executes_is_what_is_declared_for_it(whole, called, generator, config):
+    """By name and by every argument's shape, from the weights' shapes alone."""
+    pipeline = generator.pipeline
+    parts = {
+        name: dataclasses.replace(part, params=part.network.shapes)
+        for name, part in (("transformer", pipeline.transformer), ("vae", pipeline.vae))
+    }
+    weightless = dataclasses.replace(generator, pipeline=dataclasses.replace(pipeline, **parts))
+    programs = loop.train_programs(
+        config, pipeline.transformer.network, pipeline.schedule, generator.latent_shape, generator.text_shape
+    )
+    rewards = loop.load_rewards(config.reward.rewards)
+
+    def described(program):
+        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), program.arguments)
+        return program.name, str(shapes)
+
+    declared = {described(p) for p in run_programs(config, weightless, programs, rewards)}
+    assert {described(p) for p in called} == declared
 
 
 @pytest.mark.parametrize("dies_in", [4, 6])
@@ -330,7 +362,7 @@ def first_head(config):
 
 
 def test_a_hacked_reward_stops_the_run_for_good(train, config, tmp_path, capsys):
-    guard = RewardGuard(4, min_correlation=1.1, max_fall=None)  # which nothing reaches
+    guard = RewardGuard(4, min_correlation=1.0, max_fall=None)  # which nothing reaches
     changed = dataclasses.replace(config, reward=dataclasses.replace(config.reward, guard=guard))
     state = train(tmp_path, changed)
     # Two samples per step, a window of four; the reward's scale is known from the third step on, whose samples

@@ -93,7 +93,7 @@ def _vbench_videos() -> None:
         draw, params = teacher_sampler(generator, config.sampling.num_steps)
     else:
         draw, params = student_sampler(generator, workdir, config, FLAGS.steps)
-    drawn = write_videos(folder, counts, generator, draw, params, FLAGS.seed, FLAGS.batch_size, config.mesh)
+    drawn = write_videos(folder, counts, generator, draw, params, FLAGS.seed, FLAGS.batch_size)
     print(f"{drawn} videos drawn; {folder} holds all of this process's {sum(counts.values())}")
 
 

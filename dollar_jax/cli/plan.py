@@ -26,19 +26,20 @@ def run() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from tqdm import tqdm
 
-    from dollar_jax import plan
+    from dollar_jax.plan import planner
+    from dollar_jax.plan.chips import parse_mesh
 
     config = given_config()
     if FLAGS.mesh:
-        config = dataclasses.replace(config, mesh=plan.parse_mesh(FLAGS.mesh))
-    rest = (FLAGS.topology, FLAGS.what, plan.parse_video(FLAGS.video) if FLAGS.video else None)
+        config = dataclasses.replace(config, mesh=parse_mesh(FLAGS.mesh))
+    rest = (FLAGS.topology, FLAGS.what, planner.parse_video(FLAGS.video) if FLAGS.video else None)
     if FLAGS.search:
-        found = plan.rank(list(tqdm(plan.search(config, *rest), "compiling", unit="plan")))
+        found = planner.rank(list(tqdm(planner.search(config, *rest), "compiling", unit="plan")))
     else:
-        found = [plan.plan(config, *rest)]
+        found = [planner.plan(config, *rest)]
     if not found:
         raise ValueError("no mesh divides this batch over these chips: change config.batch_size")
-    print(plan.table(found))
+    print(planner.table(found))
     if FLAGS.json:
         fields = [dataclasses.asdict(p) for p in found]
         Path(FLAGS.json).write_text(json.dumps(fields if FLAGS.search else fields[0], indent=2) + "\n")

@@ -51,7 +51,7 @@ def run() -> None:
     if not FLAGS.teacher:
         rows.append(student_sampler(generator, workdir, config, FLAGS.steps, FLAGS.ema))
     videos = [
-        sample_prompts(generator, draw, params, prompts, FLAGS.seed, FLAGS.num, FLAGS.batch_size, config.mesh)
+        sample_prompts(generator, draw, params, prompts, FLAGS.seed, FLAGS.num, FLAGS.batch_size)
         for draw, params in rows
     ]
     write_samples(out, prompts, videos, FLAGS.fps, FLAGS.scale)

@@ -20,6 +20,9 @@ from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.distributed import wait_for
 from dollar_jax.files import new_file
 from dollar_jax.generate import Generator
+from dollar_jax.program import Program
+
+_AT_ONCE = 32  # videos encoded together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,17 @@ class EncodedVideos:
         return iter(prefetch(dataset, config, rows, sharding))
 
 
+def load_programs(config: DistillConfig, generator: Generator) -> list[Program]:
+    """What `load_data` executes on the devices the first time, by shapes alone."""
+    mesh = generator.own_mesh
+    if config.data.name != MOVING_SHAPES:
+        space = generator.pipeline.vae.config.scale_factor_spatial
+        return [generator.encode_program((1, 1, 2 * space, 2 * space, 3), mesh), generator.text_program(1, mesh)]
+    count, clip = config.data.train_videos, (*generator.clip, 3)
+    parts = {min(_AT_ONCE, count - start) for start in range(0, count, _AT_ONCE)}
+    return [*(generator.encode_program((part, *clip), mesh) for part in parts), generator.text_program(count, mesh)]
+
+
 def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> EncodedVideos | PreparedVideos:
     """The training data of config.data: a prepared data set, or the default domain.
 
@@ -87,8 +101,8 @@ def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> Enc
         sizes = {"train": config.data.train_videos}
         records = load_moving_shapes(folder, "train", sizes)
         latents, captions = [], []
-        for start in tqdm(range(0, len(records), 32), "encoding", unit_scale=32, unit="video"):
-            part = [records[i] for i in range(start, min(start + 32, len(records)))]
+        for start in tqdm(range(0, len(records), _AT_ONCE), "encoding", unit_scale=_AT_ONCE, unit="video"):
+            part = [records[i] for i in range(start, min(start + _AT_ONCE, len(records)))]
             latents.append(generator.encode(np.stack([record["video"] for record in part])))
             captions += [_decoded(record["caption"]) for record in part]
         with new_file(cache) as draft, draft.open("wb") as file:

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from dollar_jax.generate import Generator
+from dollar_jax.program import Program
 from dollar_jax.video import unit_range
 from dollar_jax.weights.safetensors_io import read_tensors
 
@@ -71,20 +72,21 @@ def alexnet_features(folder: Path) -> Features:
         raise ValueError(f"{folder} is no AlexNet with torchvision's names: it lacks {missing[0]}")
     heads = [weights[f"lin{i}.model.1.weight"] for i in range(5) if f"lin{i}.model.1.weight" in weights]
 
-    @jax.jit
     def pooled(frames: jax.Array) -> jax.Array:
         frames = jax.image.resize(frames, (len(frames), _SIDE, _SIDE, 3), "bilinear")
         return alexnet(weights, frames)[-1].mean((1, 2))
 
+    program = Program("alexnet", pooled)
+
     def vectors(videos: Videos) -> np.ndarray:
         found = []
         for video in videos:
-            x = np.asarray(pooled(unit_range(video)))
+            x = np.asarray(program(unit_range(video)))
             change = np.abs(np.diff(x, axis=0)) if len(x) > 1 else np.zeros_like(x)
             found.append(np.concatenate([x.mean(0), change.mean(0)]))
         return np.stack(found)
 
-    distance = jax.jit(lambda a, b: lpips(weights, heads, a, b).mean())
+    distance = Program("lpips", lambda a, b: lpips(weights, heads, a, b).mean())
 
     def lpips_distance(a: Videos, b: Videos) -> np.ndarray:
         return np.array([distance(unit_range(x), unit_range(y)) for x, y in zip(a, b, strict=True)])

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from dollar_jax.config import MeshConfig
 from dollar_jax.evaluate.files import read_prompts, video_name
-from dollar_jax.generate import Generator, Sampler, draw_videos, sampling_mesh, video_keys
+from dollar_jax.generate import Generator, Sampler, draw_videos, video_keys
 from dollar_jax.types import Params
 from dollar_jax.video import write_video
 
@@ -178,7 +177,6 @@ def write_videos(
     params: Params,
     seed: int,
     batch_size: int,
-    mesh: MeshConfig,
     fps: float = 8,
 ) -> int:
     """Draws what is missing of `{prompt}-{0...}.mp4` in `folder`; how many this process has drawn.
@@ -199,8 +197,7 @@ def write_videos(
     with tqdm(total=len(mine), initial=len(mine) - len(missing), desc="VBench", unit="video") as bar:
         names = iter(missing)
         prompts = [prompt for prompt, _, _ in missing]
-        on = sampling_mesh(mesh)
-        for frames in draw_videos(generator, draw, params, prompts, keys, batch_size, on, bar):
+        for frames in draw_videos(generator, draw, params, prompts, keys, batch_size, bar):
             for frame in frames:
                 write_video(folder / next(names)[2], frame, fps)
     return len(missing)

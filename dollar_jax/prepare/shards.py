@@ -13,12 +13,11 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from PIL import Image, ImageDraw
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from dollar_jax.config import SamplingConfig
+from dollar_jax import sharding
+from dollar_jax.config import MeshConfig, SamplingConfig
 from dollar_jax.files import write_file
 from dollar_jax.generate import Generator, load_teacher
 from dollar_jax.prepare.clips import Clip
@@ -66,16 +65,14 @@ class Encoder:
 
     def __init__(self, settings: PrepareSettings, generator: Generator):
         self.settings = settings
-        devices = jax.local_devices()
-        mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
-        everywhere, self._rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-        self.batch = settings.batch_size * len(devices)
+        mesh = sharding.make_mesh(MeshConfig(-1, 1, 1, 1), jax.local_devices())
+        self.batch = settings.batch_size * mesh.size
         pipeline = generator.pipeline
         placed = {
-            name: dataclasses.replace(part, params=jax.device_put(part.params, everywhere))
+            name: dataclasses.replace(part, params=jax.device_put(part.params, sharding.replicated(mesh)))
             for name, part in (("vae", pipeline.vae), ("text_encoder", pipeline.text_encoder))
         }
-        self.generator = dataclasses.replace(generator, pipeline=dataclasses.replace(pipeline, **placed))
+        self.generator = dataclasses.replace(generator, pipeline=dataclasses.replace(pipeline, **placed), mesh=mesh)
         vae, patch = pipeline.vae.config, pipeline.transformer.config.patch
         for height, width in settings.buckets:
             latent = vae.latent_shape(settings.frames, height, width)
@@ -98,7 +95,7 @@ class Encoder:
         if self.settings.prompts is None:
             frames = np.stack([clip.frames for clip in clips])  # type: ignore[arg-type]
             frames = np.concatenate([frames, np.zeros((spare, *frames.shape[1:]), np.uint8)])
-            mean, std = self.generator.encode_posterior(jax.device_put(frames, self._rows))
+            mean, std = self.generator.encode_posterior(frames)
         for i, clip in enumerate(clips):
             arrays = {"text": texts[i, : 1 + max(np.flatnonzero(np.any(texts[i], -1)), default=0)]}
             if mean is not None and std is not None:

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from dollar_jax.config import RewardTerm
+from dollar_jax.program import Program
 from dollar_jax.rewards.colour import vividness
 from dollar_jax.rewards.jpeg import compressibility
 from dollar_jax.rewards.video import flicker, motion, smoothness
@@ -61,8 +62,8 @@ class JaxReward:
     tokenize: Callable[[Sequence[str]], np.ndarray] | None = None
 
     @functools.cached_property
-    def _jitted(self) -> Any:
-        return jax.jit(self.function)
+    def _program(self) -> Program:
+        return Program("reward", self.function)
 
     def __call__(self, frames: np.ndarray | jax.Array, prompts: Sequence[str]) -> np.ndarray:
         """Float32 [b], as a host reward gives it, a few clips at a time: for measuring outside of the step."""
@@ -73,7 +74,7 @@ class JaxReward:
         answers = []
         for part in np.array_split(rows, -(-count // _AT_ONCE)):
             part_tokens = None if tokens is None else tokens[part]
-            answers.append(_one_each(self._jitted(self.params, frames[part], part_tokens), len(part)))
+            answers.append(_one_each(self._program(self.params, frames[part], part_tokens), len(part)))
         return np.concatenate(answers)[:count]
 
 

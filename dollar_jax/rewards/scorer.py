@@ -7,7 +7,6 @@ or its latent reward model, one step later. All that a later step depends on is 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from dollar_jax import sharding
 from dollar_jax.config import DistillConfig
+from dollar_jax.program import Program
 from dollar_jax.rewards import AnyReward, JaxReward
 from dollar_jax.rewards.host import HostScorer
 from dollar_jax.rewards.monitor import Monitor
@@ -70,9 +70,8 @@ class Scorer:
         }
         self.latest: dict[str, float] = {}
         self._decoder = decoder
-        self._decode = functools.cache(
-            lambda sharding: jax.jit(functools.partial(_decode_finite, decode), out_shardings=(sharding, sharding))
-        )
+        self._decode = decode
+        self._decode_programs: dict[Shape, Program] = {}
         self._trained, self._held_out = np.array(c.trained, int), np.array(c.held_out, int)
         self._pending: _Pending | None = None
         # Data with aspect buckets has latents of several shapes: a step learns from those of its batch's.
@@ -136,7 +135,9 @@ class Scorer:
         finite = jnp.ones((count * kinds,), bool)
         if self.hosts:
             latent = fresh["latent"]
-            frames, finite = self._decode(latent.sharding)(self._decoder, latent)
+            if latent.shape not in self._decode_programs:
+                self._decode_programs[latent.shape] = decode_program(self._decode, self._decoder, latent)
+            frames, finite = self._decode_programs[latent.shape](self._decoder, latent)
             prompts = [captions[int(i)] for i in rows.repeat(kinds)]
             for host in self.hosts.values():
                 host.submit(LocalRows(frames), prompts)
@@ -213,11 +214,22 @@ class LocalRows:
         return np.asarray(local_rows(self.frames), dtype)
 
 
-def _decode_finite(decode: Decode, params: Params, latent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Frames of latents [n g t h w c] as one batch, zeros in the place of latents that are not finite."""
-    latent = latent.reshape(-1, *latent.shape[2:])
-    finite = jnp.isfinite(latent).all(axis=tuple(range(1, latent.ndim)))
-    return decode(params, jnp.where(finite[:, None, None, None, None], latent, 0.0)), finite
+def decode_program(decode: Decode, decoder: Params, latent: Any) -> Program:
+    """(decoder, latents [n g t h w c]) → frames as one batch, of zeros where a latent is not finite; whether it is.
+
+    `decoder` and `latent` are arrays, or their shapes with their shardings.
+    """
+
+    def decode_finite(params: Params, latent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        latent = latent.reshape(-1, *latent.shape[2:])
+        finite = jnp.isfinite(latent).all(axis=tuple(range(1, latent.ndim)))
+        return decode(params, jnp.where(finite[:, None, None, None, None], latent, 0.0)), finite
+
+    rows = latent.sharding
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (decoder, latent))
+    mesh: Any = getattr(rows, "mesh", None)
+    places = (None, rows) if mesh is None else (sharding.replicated(mesh), rows)
+    return Program("decode_for_rewards", decode_finite, shapes, mesh, places, (rows, rows))
 
 
 def local_rows(x: jax.Array) -> np.ndarray:

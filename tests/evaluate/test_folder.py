@@ -92,7 +92,7 @@ def test_a_networks_features_give_distance_and_diversity(folder, tmp_path):
 
 
 def test_the_command_leaves_its_json(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_prepare_jax", lambda: None)
+    monkeypatch.setattr("dollar_jax.cli.evaluate.prepare_jax", lambda: None)
     out = tmp_path / "out.json"
     assert cli.main(["evaluate", f"--videos={folder}", f"--out={out}"]) == 0
     written = json.loads(out.read_text())

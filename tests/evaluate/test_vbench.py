@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from dollar_jax import cli
-from dollar_jax.config import MeshConfig
 from dollar_jax.evaluate.vbench import DIMENSIONS, QUALITY, aggregate, read_results, read_vbench_prompts, write_videos
 from dollar_jax.video import read_video
 
@@ -160,7 +159,7 @@ def write(toy_generator):
 
     def run(folder, batch_size=8):
         with jax.debug_key_reuse(False):
-            return write_videos(folder, counts, toy_generator, sampler, params, 0, batch_size, MeshConfig(-1, 1, 1, 1))
+            return write_videos(folder, counts, toy_generator, sampler, params, 0, batch_size)
 
     return run
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dollar_jax import program
+from dollar_jax import programs
 from dollar_jax import train as loop
 from dollar_jax.data import prepared
 from dollar_jax.data.clip import clip_size
@@ -217,9 +217,9 @@ def test_bad_data_for_a_run(config, whole, generator, tmp_path):
 @pytest.fixture(scope="module", autouse=True)
 def one_program():
     """A run's program is built once, not once per resumption."""
-    build, built = loop.build_program, {}
+    build, built = loop.train_programs, {}
 
-    make, traced = program.make_step, []
+    make, traced = programs.make_step, []
 
     def counted(*args):
         step = make(*args)
@@ -237,8 +237,8 @@ def one_program():
         return built[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "build_program", remembered)
-        patch.setattr(program, "make_step", counted)
+        patch.setattr(loop, "train_programs", remembered)
+        patch.setattr(programs, "make_step", counted)
         yield traced
 
 

@@ -12,8 +12,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from dollar_jax import cli, plan, sharding
+from dollar_jax import cli, sharding
 from dollar_jax.config import MeshConfig
+from dollar_jax.plan import chips as chips_module
+from dollar_jax.plan import planner
+from dollar_jax.plan.chips import Chip, chips, parse_mesh
+from dollar_jax.plan.teachers import architecture_of
 from dollar_jax.weights.wan import WAN_TRANSFORMER
 
 TINY = {"batch_size": 8, "mesh.data": 1, "mesh.fsdp": 4, "mesh.context": 2}
@@ -22,8 +26,8 @@ TINY = {"batch_size": 8, "mesh.data": 1, "mesh.fsdp": 4, "mesh.context": 2}
 @pytest.fixture
 def virtual(monkeypatch):
     """Eight CPU devices as chips of 1 GiB."""
-    chip = plan.Chip(1.0, 100.0, 1000.0, 100.0)
-    monkeypatch.setattr(plan, "chips", lambda topology: (jax.devices(), chip))
+    chip = Chip(1.0, 100.0, 1000.0, 100.0)
+    monkeypatch.setattr(planner, "chips", lambda topology: (jax.devices(), chip))
 
 
 def forward_flops(c, tokens, text):
@@ -37,10 +41,10 @@ def forward_flops(c, tokens, text):
 
 def test_a_plan_counts_what_a_chip_holds_and_does(virtual, make_config, quick_compilation):
     config = make_config(TINY)
-    found = plan.plan(config, "v5e:2x4", "sample")
-    architecture = plan._architecture(config)
+    found = planner.plan(config, "v5e:2x4", "sample")
+    architecture = architecture_of(config)
     c, times = architecture.transformer, len(config.student.timesteps)
-    t, h, w, _ = architecture.vae.latent_shape(*plan._clip(config, None))
+    t, h, w, _ = architecture.vae.latent_shape(*planner._clip(config, None))
     tokens = math.prod(s // p for s, p in zip((t, h, w), c.patch_size, strict=True))
     expected = 8 * times * forward_flops(c, tokens, config.data.max_text_length) / 8 / 1e12
     assert found.model_tflops == pytest.approx(expected, rel=1e-6)
@@ -48,13 +52,13 @@ def test_a_plan_counts_what_a_chip_holds_and_does(virtual, make_config, quick_co
     assert weights / 8 < found.argument_gib < weights / 7
     assert found.fits and found.collectives_gib and found.collectives_gib["all-gather"] > 0
     assert found.mesh == {"data": 1, "fsdp": 4, "context": 2, "tensor": 1}
-    shown = plan.table([found])
+    shown = planner.table([found])
     assert "fsdp=4,context=2" in shown and "all-gather, GiB" in shown and found.bound in shown
 
 
 def test_a_plan_of_an_import_holds_the_teacher_and_leaves_the_state(virtual, make_config, quick_compilation):
-    found = plan.plan(config := make_config(TINY), "v5e:2x4", "import")
-    architecture = plan._architecture(config)
+    found = planner.plan(config := make_config(TINY), "v5e:2x4", "import")
+    architecture = architecture_of(config)
     sizes = [s.size for s in jax.tree.leaves(WAN_TRANSFORMER.network(architecture.transformer).shapes)]
     weights = sum(sizes) * 4 / 2**30
     assert weights / 8 < found.argument_gib < weights / 7
@@ -66,7 +70,7 @@ def test_rewards_that_the_hosts_of_a_slice_cannot_share_are_refused(virtual, mak
     """As in the run itself, where each host scores samples of its own."""
     monkeypatch.setattr(sharding, "host_count", lambda mesh: 2)
     with pytest.raises(ValueError, match="reward.samples is 2, which does not divide over data × fsdp = 4"):
-        plan.plan(make_config({**TINY, "reward.samples": 2}), "v5e:2x4")
+        planner.plan(make_config({**TINY, "reward.samples": 2}), "v5e:2x4")
 
 
 MESSAGE = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm.
@@ -97,49 +101,49 @@ def test_what_does_not_fit_is_named_with_a_mend(make_config):
         "compile_seconds": 1.0,
         "model_tflops": 1.0,
     }
-    found = plan._too_large(config, MESSAGE, 5.2, common)
+    found = planner._too_large(config, MESSAGE, 5.2, common)
     assert not found.fits and found.peak_gib == 120.5 and found.temp_gib == pytest.approx(115.3)
     first, second = (line.split() for line in found.largest_buffers)
     assert first == ["12.50G", "bf16[30,32760,8960]", "jit(step)/while/body/ffn/dot_general"]
     assert second == ["512.0M", "f32[1536,8960]"]
-    assert found.advice and "remat=full" in found.advice and found.advice in plan.table([found])
+    assert found.advice and "remat=full" in found.advice and found.advice in planner.table([found])
     short = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (61.08G) exceeds available HBM."
-    assert plan._too_large(config, short, 5.2, common).temp_gib == pytest.approx(61.08)
-    assert "larger fsdp" in str(plan._too_large(config, MESSAGE, 60.0, common).advice)
+    assert planner._too_large(config, short, 5.2, common).temp_gib == pytest.approx(61.08)
+    assert "larger fsdp" in str(planner._too_large(config, MESSAGE, 60.0, common).advice)
     fits = dataclasses.replace(found, fits=True, roofline_seconds=3.0)
     faster = dataclasses.replace(fits, roofline_seconds=2.0)
-    assert plan.rank([found, fits, faster]) == [faster, fits, found]
+    assert planner.rank([found, fits, faster]) == [faster, fits, found]
 
 
 def test_a_search_tries_every_split_that_divides_the_batch(virtual, make_config, monkeypatch):
     tried = []
-    monkeypatch.setattr(plan, "plan", lambda config, *_: tried.append((config.mesh, config.compute.remat)))
-    list(plan.search(make_config({"batch_size": 4}), "v5e:2x4"))
+    monkeypatch.setattr(planner, "plan", lambda config, *_: tried.append((config.mesh, config.compute.remat)))
+    list(planner.search(make_config({"batch_size": 4}), "v5e:2x4"))
     assert tried == [(MeshConfig(1, 8 // c, c, 1), remat) for c in (2, 4, 8) for remat in ("attention", "full")]
 
 
 def test_teachers_can_be_planned_before_they_are_there(make_config):
     config = make_config({"teacher": "teachers/wan_1_3b"})
-    found = plan._architecture(config)
+    found = architecture_of(config)
     assert (found.transformer.dim, found.transformer.num_layers, found.schedule.shift) == (1536, 30, 3.0)
     # As published for the forward of one video of 480 × 832 × 81: 283 TFLOP.
-    latent = found.vae.latent_shape(*plan._clip(config, (480, 832, 81)))
+    latent = found.vae.latent_shape(*planner._clip(config, (480, 832, 81)))
     assert latent == (21, 60, 104, 16)
     assert forward_flops(found.transformer, 32_760, 512) / 1e12 == pytest.approx(283, abs=1)
 
 
 def test_meshes_and_videos_are_read():
-    assert plan.parse_mesh("fsdp=16,context=4") == MeshConfig(-1, 16, 4, 1)
-    assert plan.parse_video("480x832x81") == (480, 832, 81)
+    assert parse_mesh("fsdp=16,context=4") == MeshConfig(-1, 16, 4, 1)
+    assert planner.parse_video("480x832x81") == (480, 832, 81)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plan.parse_mesh("fsdp=16,model=4"), "'model=4' is not one of data, fsdp"),
-        (lambda: plan.parse_video("480p"), "--video=480p is not HEIGHTxWIDTHxFRAMES"),
-        (lambda: plan.chips("v9:2x2"), "--topology=v9:2x2 is none that is known"),
-        (lambda: plan.chips("v5p"), "--topology=v5p is none that is known"),
+        (lambda: parse_mesh("fsdp=16,model=4"), "'model=4' is not one of data, fsdp"),
+        (lambda: planner.parse_video("480p"), "--video=480p is not HEIGHTxWIDTHxFRAMES"),
+        (lambda: chips("v9:2x2"), "--topology=v9:2x2 is none that is known"),
+        (lambda: chips("v5p"), "--topology=v5p is none that is known"),
     ],
 )
 def test_bad_requests_are_one_sentence(call, message):
@@ -149,12 +153,12 @@ def test_bad_requests_are_one_sentence(call, message):
 
 def test_bad_teacher_is_one_sentence(make_config):
     with pytest.raises(ValueError, match="teachers/nothing is not there; without it only .* wan_1_3b, wan_14b"):
-        plan._architecture(make_config({"teacher": "teachers/nothing"}))
+        architecture_of(make_config({"teacher": "teachers/nothing"}))
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_without_the_tpu_compiler_there_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(chips_module.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["plan", "--config=configs/demo.py", "--topology=v5e:2x2"]) == 2
     error = capsys.readouterr().err
     assert "pip install -e '.[plan]'" in error and len(error.splitlines()) == 1
@@ -176,7 +180,7 @@ def test_the_tpu_compiler_plans_the_demo(tmp_path):
         # The TPU kernel would compute 128 tokens where this domain has 20.
         "--config.compute.attention=xla",
     ]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     subprocess.run(command, check=True, cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["fits"] and found["hbm_gib"] == 15.75

@@ -7,10 +7,7 @@ at the chip's peak, of memory traffic and of collectives at their bandwidths, as
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.util
 import math
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -19,37 +16,22 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
-from dollar_jax import sampling, sharding
+from dollar_jax import sharding
 from dollar_jax.config import DistillConfig, MeshConfig
 from dollar_jax.data.clip import MOVING_SHAPES, clip_size
 from dollar_jax.flops import count_flops
-from dollar_jax.generate import decode_frames, teacher_folder, transformer_options
 from dollar_jax.hlo import Cost, cost
-from dollar_jax.objectives import Frozen
-from dollar_jax.program import build_program
+from dollar_jax.plan.chips import Chip, chips
+from dollar_jax.plan.teachers import architecture_of, weightless_generator
+from dollar_jax.program import Program
+from dollar_jax.programs import train_programs
 from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.pixels import pixel_rewards
-from dollar_jax.weights.families import PUBLISHED, Architecture
-from dollar_jax.weights.pipeline import read_architecture
+from dollar_jax.weights.families import Architecture
 
 What = Literal["train", "sample", "decode", "text", "import"]
 GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Of one chip: memory its compiler hands out, bf16 peak, bandwidth of memory and of all its links."""
-
-    hbm_gib: float
-    tflops: float
-    memory_gbps: float
-    link_gbps: float
-
-
-# https://cloud.google.com/tpu/docs/v5e, v5p and v6e; the memory as libtpu reports it.
-CHIPS = {"v5e": Chip(15.75, 197, 819, 200), "v5p": Chip(95.74, 459, 2765, 600), "v6e": Chip(31.25, 918, 1640, 448)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +67,19 @@ def plan(config: DistillConfig, topology: str, what: What = "train", video: tupl
     Raises ValueError when the TPU compiler is missing, or for a topology, mesh or teacher that cannot be.
     """
     devices, chip = chips(topology)
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     clip = _clip(config, video)
-    function, arguments, placed, mesh = _program(what, config, architecture, clip, devices)
+    program = program_of(what, config, architecture, clip, devices)
     begun = time.perf_counter()
     compiled, failure = None, ""
     try:
-        compiled = function.lower(*arguments).compile(
-            # Several times faster to compile, and hardly different in memory.
-            compiler_options={"exec_time_optimization_effort": -1.0} if devices[0].platform == "tpu" else None
+        compiled = (
+            program.trace()
+            .lower()
+            .compile(
+                # Several times faster to compile, and hardly different in memory.
+                compiler_options={"exec_time_optimization_effort": -1.0} if devices[0].platform == "tpu" else None
+            )
         )
     except jax.errors.JaxRuntimeError as error:
         failure = str(error)
@@ -105,15 +91,15 @@ def plan(config: DistillConfig, topology: str, what: What = "train", video: tupl
         "what": what,
         "topology": topology,
         "chips": len(devices),
-        "mesh": dict(mesh.shape),
+        "mesh": dict(program.mesh.shape) if program.mesh else {},
         "remat": config.compute.remat,
         "hbm_gib": chip.hbm_gib,
         "compile_seconds": seconds,
         "model_tflops": _model_flops(what, config, architecture, clip) / len(devices) / 1e12,
     }
     if compiled is None:
-        places = jax.tree.leaves(jax.tree.broadcast(placed, arguments))
-        pairs = zip(jax.tree.leaves(arguments), places, strict=True)
+        places = jax.tree.leaves(jax.tree.broadcast(program.in_shardings, program.arguments))
+        pairs = zip(jax.tree.leaves(program.arguments), places, strict=True)
         held = sum(_local_bytes(x, where) for x, where in pairs if where.memory_kind != "pinned_host") / GIB
         return _too_large(config, failure, held, common)
     memory = compiled.memory_analysis()
@@ -167,34 +153,6 @@ def rank(plans: Sequence[Plan]) -> list[Plan]:
     return sorted(plans, key=lambda p: (not p.fits, p.roofline_seconds or math.inf))
 
 
-def chips(topology: str) -> tuple[Sequence[Any], Chip]:
-    """The devices of a topology, and what each can do."""
-    kind = topology.partition(":")[0]
-    if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
-        raise ValueError(f"--topology={topology} is none that is known: v5e:4x4, v6e:8x8 and v5p:2x2x2 are of its kind")
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("the TPU compiler is not installed: pip install -e '.[plan]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # Otherwise a second process of this kind would end with an abort.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:
-        raise ValueError(f"libtpu does not know --topology={topology}: {str(error).splitlines()[0]}") from error
-    return description.devices, CHIPS[kind]
-
-
-def parse_mesh(text: str) -> MeshConfig:
-    """ "fsdp=16,context=4"; `data` takes the rest unless it is named, the others are 1."""
-    sizes = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in sizes or not size.isdigit():
-            raise ValueError(f"--mesh={text}: {part!r} is not one of data, fsdp, context and tensor with its size")
-        sizes[axis] = int(size)
-    return MeshConfig(**sizes)
-
-
 def parse_video(text: str) -> tuple[int, int, int]:
     """ "480x832x81": height, width, frames."""
     if not re.fullmatch(r"\d+x\d+x\d+", text):
@@ -236,17 +194,6 @@ def table(plans: Sequence[Plan]) -> str:
 # --- what is compiled -----------------------------------------------------------------------------
 
 
-def _architecture(config: DistillConfig) -> Architecture:
-    folder = teacher_folder(config.teacher)
-    if (folder / "model_index.json").is_file():
-        return read_architecture(folder)
-    if folder.name not in PUBLISHED:
-        raise ValueError(
-            f"the teacher {config.teacher} is not there; without it only these can be planned: {', '.join(PUBLISHED)}"
-        )
-    return PUBLISHED[folder.name]
-
-
 def _clip(config: DistillConfig, video: tuple[int, int, int] | None) -> tuple[int, int, int]:
     """Frames, height, width; the data's own unless given."""
     if video is not None:
@@ -257,61 +204,35 @@ def _clip(config: DistillConfig, video: tuple[int, int, int] | None) -> tuple[in
     return clip_size(config.data)
 
 
-def _program(
-    what: What, config: DistillConfig, a: Architecture, clip: tuple[int, int, int], devices: Sequence[Any]
-) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], Any]:
-    """The jitted function, the shapes it is called with, where these lie, and its mesh."""
-    latent = a.vae.latent_shape(*clip)
-    length, batch = config.data.max_text_length, config.batch_size
-    text = (length, a.text_encoder.d_model)
-    compute = config.compute
-    # As `generate.load_teacher` builds it.
-    computed = {"param_dtype": compute.teacher_dtype, **transformer_options(compute)}
-    transformer = a.family.transformer.network(dataclasses.replace(a.transformer, **computed))
-    vae = a.family.vae.network(a.vae)
-    frames = functools.partial(decode_frames, vae, a.vae, compute.vae_chunk)
-
-    def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype)
-
-    if what in ("train", "import"):
-        pixels = pixel_rewards(config.reward, load_rewards(config.reward.rewards), frames)
-        p = build_program(config, transformer, a.schedule, latent, text, devices, pixels)
-        if what == "import":  # from the shards of the imported teacher, the state that training starts from
-            places = (sharding.replicated(p.mesh), p.frozen_sharding.teacher)
-            arguments = (jax.eval_shape(jax.random.key, 0), transformer.shapes)
-            return jax.jit(p.init, in_shardings=places, out_shardings=p.state_sharding), arguments, places, p.mesh
-        reward = () if pixels is None else pixels.params(vae.shapes)
-        reward = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward)
-        frozen = Frozen(transformer.shapes, shape(1, *text), reward)
-        places = (p.state_sharding, p.frozen_sharding, p.batch_sharding)
-        return p.step, (p.state_shapes, frozen, p.batch_shapes), places, p.mesh
-
+def program_of(
+    what: What, config: DistillConfig, architecture: Architecture, clip: tuple[int, int, int], devices: Sequence[Any]
+) -> Program:
+    """The very program that the run executes, for batches of config.batch_size; raises ValueError as that would."""
     mesh = sharding.make_mesh(config.mesh, devices)
+    generator = weightless_generator(config, architecture, clip, mesh)
+    pipeline, batch = generator.pipeline, config.batch_size
+    if what in ("train", "import"):
+        pixels = pixel_rewards(config.reward, load_rewards(config.reward.rewards), generator.frames)
+        programs = train_programs(
+            config,
+            pipeline.transformer.network,
+            pipeline.schedule,
+            generator.latent_shape,
+            generator.text_shape,
+            devices,
+            pixels,
+            decoder=pipeline.vae.network.shapes,
+        )
+        # After an import: from the shards of the teacher, the state that training starts from.
+        return programs.step if what == "train" else programs.init
     sharding.check_batch(mesh, "batch_size", batch)
-    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     if what == "sample":
-
-        def draw(params: Any, noise: Any, text: Any) -> Any:
-            return sampling.few_step_sample(
-                transformer.apply, params, a.schedule, config.student.timesteps, noise, text, jax.random.key(0)
-            )
-
-        weights, given = transformer.shapes, (shape(batch, *latent), shape(batch, *text))
-        function, placed = draw, sharding.shard(mesh, weights)
-    elif what == "decode":
-        weights, given = vae.shapes, (shape(batch, *latent),)
-        function, placed = frames, whole
-    elif what == "text":
-        encoder = a.family.text_encoder.network(dataclasses.replace(a.text_encoder, param_dtype=compute.teacher_dtype))
-        weights, function = encoder.shapes, encoder.apply
-        given = (shape(batch, length, dtype=jnp.int32),) * 2
-        placed = sharding.shard(mesh, weights)
-    else:
-        raise ValueError(f"--what={what} is none of {', '.join(get_args(What))}")
-    places = (placed, *[rows] * len(given))
-    jitted = jax.jit(sharding.with_mesh(mesh, function), in_shardings=places, out_shardings=rows)
-    return jitted, (weights, *given), places, mesh
+        return generator.student_sampler(config.student.timesteps).program(batch)
+    if what == "decode":
+        return generator.decode_program((batch, *generator.latent_shape), mesh)
+    if what == "text":
+        return generator.text_program(batch, mesh)
+    raise ValueError(f"--what={what} is none of {', '.join(get_args(What))}")
 
 
 def _model_flops(what: What, config: DistillConfig, a: Architecture, clip: tuple[int, int, int]) -> float:
@@ -321,8 +242,8 @@ def _model_flops(what: What, config: DistillConfig, a: Architecture, clip: tuple
         mesh=MeshConfig(1, 1, 1, 1),
         compute=dataclasses.replace(config.compute, remat="none", attention="xla", vae_chunk=None),
     )
-    function, arguments, *_ = _program(what, plain, a, clip, jax.local_devices(backend="cpu")[:1])
-    return count_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    program = program_of(what, plain, a, clip, jax.local_devices(backend="cpu")[:1])
+    return count_flops(program.trace().jaxpr.jaxpr)
 
 
 # --- what comes out -------------------------------------------------------------------------------

@@ -1,0 +1,61 @@
+"""TPU chips that need not be there: what each can do, and the devices of a topology of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jax.experimental import topologies
+
+from dollar_jax.config import MeshConfig
+from dollar_jax.flops import PEAK_TFLOPS
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Of one chip: memory its compiler hands out, bf16 peak, bandwidth of memory and of all its links."""
+
+    hbm_gib: float
+    tflops: float
+    memory_gbps: float
+    link_gbps: float
+
+
+# https://cloud.google.com/tpu/docs/v5e, v5p and v6e; the memory as libtpu reports it.
+CHIPS = {
+    "v5e": Chip(15.75, PEAK_TFLOPS["TPU v5 lite"], 819, 200),
+    "v5p": Chip(95.74, PEAK_TFLOPS["TPU v5"], 2765, 600),
+    "v6e": Chip(31.25, PEAK_TFLOPS["TPU v6 lite"], 1640, 448),
+}
+
+
+def chips(topology: str) -> tuple[Sequence[Any], Chip]:
+    """The devices of a topology, and what each can do."""
+    kind = topology.partition(":")[0]
+    if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
+        raise ValueError(f"--topology={topology} is none that is known: v5e:4x4, v6e:8x8 and v5p:2x2x2 are of its kind")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("the TPU compiler is not installed: pip install -e '.[plan]'")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Otherwise a second process of this kind would end with an abort.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:
+        raise ValueError(f"libtpu does not know --topology={topology}: {str(error).splitlines()[0]}") from error
+    return description.devices, CHIPS[kind]
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """ "fsdp=16,context=4"; `data` takes the rest unless it is named, the others are 1."""
+    sizes = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.isdigit():
+            raise ValueError(f"--mesh={text}: {part!r} is not one of data, fsdp, context and tensor with its size")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)

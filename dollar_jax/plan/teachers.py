@@ -1,0 +1,48 @@
+"""Teachers without their weights: their networks' programs by shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax.sharding import Mesh
+
+from dollar_jax.config import DistillConfig
+from dollar_jax.generate import Generator, teacher_folder, transformer_options
+from dollar_jax.weights.families import PUBLISHED, Architecture
+from dollar_jax.weights.kind import Kind
+from dollar_jax.weights.pipeline import Component, Pipeline, read_architecture
+
+
+def architecture_of(config: DistillConfig) -> Architecture:
+    """Of the teacher in its folder, or of a published one that is not there yet; ValueError for any other."""
+    folder = teacher_folder(config.teacher)
+    if (folder / "model_index.json").is_file():
+        return read_architecture(folder)
+    if folder.name not in PUBLISHED:
+        raise ValueError(
+            f"the teacher {config.teacher} is not there; without it only these can be planned: {', '.join(PUBLISHED)}"
+        )
+    return PUBLISHED[folder.name]
+
+
+def weightless_generator(
+    config: DistillConfig, architecture: Architecture, clip: tuple[int, int, int], mesh: Mesh
+) -> Generator:
+    """As `generate.make_generator` makes it, with the parameters' shapes in their place, and no tokenizer."""
+    family = architecture.family
+    held = {"param_dtype": config.compute.teacher_dtype}
+
+    def component(kind: Kind, config: object) -> Component:
+        network = kind.network(config)
+        return Component(config, network, network.shapes)
+
+    transformer = dataclasses.replace(architecture.transformer, **held, **transformer_options(config.compute))
+    pipeline = Pipeline(
+        family,
+        component(family.transformer, transformer),
+        component(family.vae, architecture.vae),
+        component(family.text_encoder, dataclasses.replace(architecture.text_encoder, **held)),
+        None,
+        architecture.schedule,
+    )
+    return Generator(pipeline, config.data.max_text_length, config.sampling, clip, config.compute.vae_chunk, mesh)

@@ -1,0 +1,253 @@
+"""The programs of distillation over a mesh: the one train step, what it starts from, and the student to sample.
+
+Training and ahead-of-time planning both build from here, so what is planned is what runs. The programs of the
+teacher's networks, from prompts to frames, are those of `generate.Generator`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dollar_jax import sharding
+from dollar_jax.config import DistillConfig
+from dollar_jax.generate import Generator, merge_program, student_network
+from dollar_jax.models import lora
+from dollar_jax.models.network import Network, make_network
+from dollar_jax.models.reward_head import RewardHead, RewardHeadConfig
+from dollar_jax.objectives import Frozen, Networks
+from dollar_jax.optim import make_optimiser
+from dollar_jax.program import Program
+from dollar_jax.rewards import AnyReward, JaxReward
+from dollar_jax.rewards.pixels import PixelRewards
+from dollar_jax.rewards.scorer import decode_program
+from dollar_jax.schedule import Schedule
+from dollar_jax.state import Optimisers, TrainState, init_state
+from dollar_jax.step import make_step
+from dollar_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainPrograms:
+    """`step(state, frozen, batch)`, which donates the state; `init(key, teacher)`, the state at the start.
+
+    `merge(teacher, adapters)` gives the student's parameters of its adapters; None where there are none.
+    """
+
+    mesh: Mesh
+    step: Program
+    init: Program
+    merge: Program | None
+
+    @property
+    def state_shapes(self) -> TrainState:
+        return self.step.arguments[0]
+
+    @property
+    def state_sharding(self) -> TrainState:
+        return self.step.in_shardings[0]
+
+    @property
+    def frozen_sharding(self) -> Frozen:
+        return self.step.in_shardings[1]
+
+    @property
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return self.step.arguments[2]
+
+    @property
+    def batch_sharding(self) -> dict[str, jax.sharding.NamedSharding]:
+        return self.step.in_shardings[2]
+
+
+def train_programs(
+    config: DistillConfig,
+    transformer: Network,
+    schedule: Schedule,
+    latent_shape: tuple[int, ...],
+    text_shape: tuple[int, int],
+    devices: Sequence[Any] | None = None,
+    pixel_rewards: PixelRewards | None = None,
+    score_real: bool = True,
+    decoder: Params = (),
+) -> TrainPrograms:
+    """Everything but the weights; raises ValueError, before any compilation, for a mesh that does not fit.
+
+    `pixel_rewards` are the JAX ones of config.reward.rewards; `decoder` is the shapes of their decoder's
+    parameters. `score_real` says whether the data has latents for the latent reward model to learn from
+    beside the generated ones.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_batch(mesh, "batch_size / accumulation", config.batch_size // config.accumulation)
+    head = reward_head_network(config, latent_shape[-1], text_shape[-1])
+    optimisers = Optimisers(
+        make_optimiser(config.student.optimiser, config.steps),
+        make_optimiser(config.fake_score.optimiser, config.steps * config.fake_score.updates),
+        make_optimiser(config.reward.optimiser, config.steps * config.reward.updates),
+    )
+    use_text = config.reward.head.use_text
+    adapted = student_network(transformer, config.lora)
+    structure = jax.tree.structure(adapted.shapes)
+
+    def denoiser(params: Params, *args: Any) -> jax.Array:
+        network = adapted if jax.tree.structure(params) == structure else transformer
+        return network.apply(params, *args)
+
+    networks = Networks(
+        denoiser, lambda params, latent, text: head.apply(params, latent, text if use_text else None), pixel_rewards
+    )
+
+    def init(key: jax.Array, teacher: Params) -> TrainState:
+        state_key, head_key = jax.random.split(key)
+        start = teacher
+        if config.lora.rank:
+            start = lora.adapters(adapted.init(jax.random.fold_in(key, 2)))
+        return init_state(state_key, start, head.init(head_key), optimisers, len(config.reward.trained))
+
+    state_shapes = jax.eval_shape(init, jax.random.key(0), transformer.shapes)
+    on_chips = sharding.shard(mesh, state_shapes)
+    offload = config.compute.offload
+    state_sharding = dataclasses.replace(
+        on_chips, **{f: sharding.in_host_memory(getattr(on_chips, f)) for f in offload}
+    )
+    whole = sharding.replicated(mesh)
+    frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
+    batch_shapes = _batch_shapes(config, latent_shape, text_shape)
+    if pixel_rewards is not None:
+        for name, tokens in pixel_rewards.tokens([""]).items():
+            shape = config.batch_size, tokens.shape[1]
+            batch_shapes[f"tokens_{name}"] = jax.ShapeDtypeStruct(shape, jnp.int32)
+    batch_sharding = {
+        name: sharding.batch_sharding(mesh, leading=int(name.startswith("scored"))) for name in batch_shapes
+    }
+    fresh_sharding = whole
+    if config.reward.rewards:
+        # A few rows on one machine may be everywhere; several machines each score their own.
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        if config.reward.samples % shards == 0 or sharding.host_count(mesh) > 1:
+            sharding.check_batch(mesh, "reward.samples", config.reward.samples)
+            fresh_sharding = sharding.batch_sharding(mesh)
+    if config.reward.trained and config.reward.method == "lrm":
+        sharding.check_batch(mesh, "reward.batch_size", config.reward.batch_size)
+    for name in batch_sharding:
+        if name.startswith("walk"):
+            batch_sharding[name] = fresh_sharding
+    _check_transformer(mesh, transformer, latent_shape, text_shape)
+    update = make_step(config, networks, schedule, optimisers, score_real, {f: getattr(on_chips, f) for f in offload})
+
+    def put_back(*args: Any) -> Any:
+        # Explicitly: the TPU's compiler refuses to write slices of an output into host memory.
+        state, *others = update(*args)
+        host = {f: jax.device_put(getattr(state, f), getattr(state_sharding, f)) for f in offload}
+        return dataclasses.replace(state, **host), *others
+
+    reward = () if pixel_rewards is None else pixel_rewards.params(decoder)
+    frozen_shapes = Frozen(
+        transformer.shapes,
+        jax.ShapeDtypeStruct((1, *text_shape), jnp.float32),
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward),
+    )
+    teacher_sharding = frozen_sharding.teacher
+    return TrainPrograms(
+        mesh,
+        Program(
+            "step",
+            put_back,
+            (state_shapes, frozen_shapes, batch_shapes),
+            mesh,
+            (state_sharding, frozen_sharding, batch_sharding),
+            (state_sharding, whole, fresh_sharding),
+            donate=(0,),
+        ),
+        Program(
+            "init",
+            init,
+            (jax.eval_shape(jax.random.key, 0), transformer.shapes),
+            mesh,
+            (whole, teacher_sharding),
+            state_sharding,
+        ),
+        merge_program(config.lora, mesh, transformer.shapes, state_shapes.ema) if config.lora.rank else None,
+    )
+
+
+def run_programs(
+    config: DistillConfig, generator: Generator, programs: TrainPrograms, rewards: Sequence[AnyReward]
+) -> list[Program]:
+    """All that `train` executes on the devices from the first step to the last; by shapes alone.
+
+    Of data in several aspect buckets it lists the programs of the first bucket.
+    """
+    found = [generator.text_program(1, generator.own_mesh), programs.init, programs.step]
+    if not all(isinstance(reward, JaxReward) for reward in rewards):
+        decoder = generator.pipeline.vae.network.shapes
+        latent = programs.step.trace().out_info[2]["latent"]
+        where = programs.step.out_shardings[2]
+        latent = jax.ShapeDtypeStruct(latent.shape, latent.dtype, sharding=where)
+        found.append(decode_program(generator.frames, decoder, latent))
+    if config.visibility.samples_every:
+        found += [] if programs.merge is None else [programs.merge]
+        found += sample_programs(config, generator)
+    return found
+
+
+def sample_programs(config: DistillConfig, generator: Generator) -> list[Program]:
+    """What a run's samples beside the teacher's take: `monitoring.SampleLogger`."""
+    count, sampling = len(config.visibility.prompts) * config.visibility.videos, config.sampling
+    return [
+        generator.text_program(count, generator.own_mesh),
+        generator.student_sampler(config.student.timesteps).program(count),
+        generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight).program(count),
+        generator.decode_program((count, *generator.latent_shape), generator.own_mesh),
+    ]
+
+
+def _check_transformer(mesh: Mesh, transformer: Network, latent: tuple[int, ...], text: tuple[int, int]) -> None:
+    """Traces one forward: heads that do not divide over the mesh are an error here, before any compilation."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    shapes = ((rows, *latent), (rows,), (rows, *text))
+    jax.eval_shape(
+        sharding.with_mesh(mesh, transformer.apply),
+        transformer.shapes,
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
+    )
+
+
+def reward_head_network(config: DistillConfig, channels: int, text_dim: int) -> Network:
+    """The latent reward model for latents of so many channels and text states of that width."""
+    fields = dataclasses.asdict(config.reward.head)
+    use_text = fields.pop("use_text")
+    head = RewardHeadConfig(channels=channels, text_dim=text_dim if use_text else None, **fields)
+    return make_network(functools.partial(RewardHead, head))
+
+
+def _batch_shapes(
+    config: DistillConfig, latent: tuple[int, ...], text: tuple[int, int]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    def rows(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    c = config.reward
+    shapes = {"latent": rows(config.batch_size, *latent), "text": rows(config.batch_size, *text)}
+    if c.trained and c.method == "lrm":
+        scored = c.updates, c.batch_size
+        shapes |= {
+            "scored_latent": rows(*scored, *c.scored_shape(latent)),
+            "scored_text": rows(*scored, *text),
+            "scored_reward": rows(*scored, len(c.trained)),
+            "scored_weight": rows(*scored),
+        }
+    elif c.trained and c.method == "ddpo":
+        states = min(3, len(config.student.timesteps))
+        shapes |= {
+            "walk_states": rows(c.samples, states, *latent),
+            "walk_text": rows(c.samples, *text),
+            "walk_reward": rows(c.samples, len(c.trained)),
+        }
+    return shapes
