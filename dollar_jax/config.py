@@ -289,8 +289,6 @@ class RewardConfig:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"config.reward.rewards names {name!r} twice; names must differ in the logs")
-        if self.guard.min_correlation is not None and (self.method != "lrm" or not self.trained):
-            raise ValueError("config.reward.guard.min_correlation needs a latent reward model: set it to None")
         if self.guard.max_fall is not None and not self.held_out:
             raise ValueError(
                 "config.reward.guard.max_fall needs a held-out reward: add one with weight 0 to "
@@ -455,8 +453,6 @@ class DistillConfig:
         rows = self.batch_size // self.accumulation
         if self.reward.rewards and rows % self.reward.samples:
             raise ValueError(f"config.reward.samples {self.reward.samples} does not divide a micro-batch of {rows}")
-        if self.reward.trained and self.reward.method == "ddpo" and len(self.student.timesteps) < 2:
-            raise ValueError("config.reward.method 'ddpo' needs at least two of config.student.timesteps")
 
 
 class Dropped(NamedTuple):

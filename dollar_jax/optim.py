@@ -1,4 +1,4 @@
-"""Optimisers by optax: AdamW with a schedule and clipping."""
+"""Optimisers by optax: AdamW with a schedule and clipping, and one update with them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
     if config.clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def apply_gradient(
+    optimiser: optax.GradientTransformation, grads: Params, carry: tuple[Params, Any]
+) -> tuple[tuple[Params, Any], jax.Array]:
+    """New (parameters, optimiser state) for old ones, and the norm of the gradient."""
+    params, state = carry
+    updates, state = optimiser.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), optax.tree.norm(grads)
 
 
 def _decayed(params: Params) -> Any:

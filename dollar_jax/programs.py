@@ -17,14 +17,15 @@ from jax.sharding import Mesh
 
 from dollar_jax import sharding
 from dollar_jax.config import DistillConfig
+from dollar_jax.distillation import Batch, Distillation, Frozen, Networks
 from dollar_jax.generate import Generator, merge_program, student_network
 from dollar_jax.models import lora
 from dollar_jax.models.network import Network, make_network
 from dollar_jax.models.reward_head import RewardHead, RewardHeadConfig
-from dollar_jax.objectives import Frozen, Networks
 from dollar_jax.optim import make_optimiser
 from dollar_jax.program import Program
 from dollar_jax.rewards import AnyReward, JaxReward
+from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.pixels import PixelRewards
 from dollar_jax.rewards.scorer import decode_program
 from dollar_jax.schedule import Schedule
@@ -58,11 +59,11 @@ class TrainPrograms:
         return self.step.in_shardings[1]
 
     @property
-    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def batch_shapes(self) -> Batch:
         return self.step.arguments[2]
 
     @property
-    def batch_sharding(self) -> dict[str, jax.sharding.NamedSharding]:
+    def batch_sharding(self) -> Batch:
         return self.step.in_shardings[2]
 
 
@@ -118,28 +119,20 @@ def train_programs(
     )
     whole = sharding.replicated(mesh)
     frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
-    batch_shapes = _batch_shapes(config, latent_shape, text_shape)
-    if pixel_rewards is not None:
-        for name, tokens in pixel_rewards.tokens([""]).items():
-            shape = config.batch_size, tokens.shape[1]
-            batch_shapes[f"tokens_{name}"] = jax.ShapeDtypeStruct(shape, jnp.int32)
-    batch_sharding = {
-        name: sharding.batch_sharding(mesh, leading=int(name.startswith("scored"))) for name in batch_shapes
-    }
-    fresh_sharding = whole
-    if config.reward.rewards:
-        # A few rows on one machine may be everywhere; several machines each score their own.
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        if config.reward.samples % shards == 0 or sharding.host_count(mesh) > 1:
-            sharding.check_batch(mesh, "reward.samples", config.reward.samples)
-            fresh_sharding = sharding.batch_sharding(mesh)
-    if config.reward.trained and config.reward.method == "lrm":
-        sharding.check_batch(mesh, "reward.batch_size", config.reward.batch_size)
-    for name in batch_sharding:
-        if name.startswith("walk"):
-            batch_sharding[name] = fresh_sharding
+    batch_shapes = _batch_shapes(config, latent_shape, text_shape, pixel_rewards)
+    rows = samples_sharding = sharding.batch_sharding(mesh)
+    # A few rows on one machine may be everywhere; several machines each score their own.
+    if config.reward.samples % (mesh.shape["data"] * mesh.shape["fsdp"]) and sharding.host_count(mesh) == 1:
+        samples_sharding = whole
+    if config.reward.rewards and samples_sharding is rows:
+        sharding.check_batch(mesh, "reward.samples", config.reward.samples)
+    reward_sharding = method_of(config).inputs_sharding(mesh, samples_sharding)
+    batch_sharding = jax.tree.broadcast(
+        Batch(rows, rows, dict.fromkeys(batch_shapes.tokens, rows), reward_sharding), batch_shapes
+    )
     _check_transformer(mesh, transformer, latent_shape, text_shape)
-    update = make_step(config, networks, schedule, optimisers, score_real, {f: getattr(on_chips, f) for f in offload})
+    distillation = Distillation(config, networks, schedule, score_real)
+    update = make_step(distillation, optimisers, {f: getattr(on_chips, f) for f in offload})
 
     def put_back(*args: Any) -> Any:
         # Explicitly: the TPU's compiler refuses to write slices of an output into host memory.
@@ -162,7 +155,7 @@ def train_programs(
             (state_shapes, frozen_shapes, batch_shapes),
             mesh,
             (state_sharding, frozen_sharding, batch_sharding),
-            (state_sharding, whole, fresh_sharding),
+            (state_sharding, whole, samples_sharding),
             donate=(0,),
         ),
         Program(
@@ -187,7 +180,7 @@ def run_programs(
     found = [generator.text_program(1, generator.own_mesh), programs.init, programs.step]
     if not all(isinstance(reward, JaxReward) for reward in rewards):
         decoder = generator.pipeline.vae.network.shapes
-        latent = programs.step.trace().out_info[2]["latent"]
+        latent = programs.step.trace().out_info[2].latent
         where = programs.step.out_shardings[2]
         latent = jax.ShapeDtypeStruct(latent.shape, latent.dtype, sharding=where)
         found.append(decode_program(generator.frames, decoder, latent))
@@ -228,26 +221,13 @@ def reward_head_network(config: DistillConfig, channels: int, text_dim: int) -> 
 
 
 def _batch_shapes(
-    config: DistillConfig, latent: tuple[int, ...], text: tuple[int, int]
-) -> dict[str, jax.ShapeDtypeStruct]:
-    def rows(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    c = config.reward
-    shapes = {"latent": rows(config.batch_size, *latent), "text": rows(config.batch_size, *text)}
-    if c.trained and c.method == "lrm":
-        scored = c.updates, c.batch_size
-        shapes |= {
-            "scored_latent": rows(*scored, *c.scored_shape(latent)),
-            "scored_text": rows(*scored, *text),
-            "scored_reward": rows(*scored, len(c.trained)),
-            "scored_weight": rows(*scored),
-        }
-    elif c.trained and c.method == "ddpo":
-        states = min(3, len(config.student.timesteps))
-        shapes |= {
-            "walk_states": rows(c.samples, states, *latent),
-            "walk_text": rows(c.samples, *text),
-            "walk_reward": rows(c.samples, len(c.trained)),
-        }
-    return shapes
+    config: DistillConfig, latent: tuple[int, ...], text: tuple[int, int], pixels: PixelRewards | None
+) -> Batch:
+    rows, float32 = config.batch_size, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    tokens = {} if pixels is None else pixels.tokens([""])
+    return Batch(
+        float32((rows, *latent)),
+        float32((rows, *text)),
+        {name: jax.ShapeDtypeStruct((rows, ids.shape[1]), jnp.int32) for name, ids in tokens.items()},
+        method_of(config).inputs(latent, text),
+    )

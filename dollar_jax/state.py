@@ -59,21 +59,21 @@ class TrainState:
     student: Params
     ema: Params  # θ⁻: the consistency target, and what is sampled from
     fake_score: Params
-    reward_head: Params
+    latent_reward: Params
     reward_statistics: RewardStatistics
     student_optimiser: Any
     fake_score_optimiser: Any
-    reward_head_optimiser: Any
+    latent_reward_optimiser: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimisers:
     student: optax.GradientTransformation
     fake_score: optax.GradientTransformation
-    reward_head: optax.GradientTransformation
+    latent_reward: optax.GradientTransformation
 
 
-def init_state(key: Key, start: Params, reward_head: Params, optimisers: Optimisers, rewards: int) -> TrainState:
+def init_state(key: Key, start: Params, latent_reward: Params, optimisers: Optimisers, rewards: int) -> TrainState:
     """Student, its average and the fake score start as fp32 copies of `start`: the teacher, or new adapters.
 
     `rewards` counts those that are trained on.
@@ -86,34 +86,40 @@ def init_state(key: Key, start: Params, reward_head: Params, optimisers: Optimis
         student=master,
         ema=jax.tree.map(jnp.copy, master),
         fake_score=jax.tree.map(jnp.copy, master),
-        reward_head=reward_head,
+        latent_reward=latent_reward,
         reward_statistics=RewardStatistics(none, none, jnp.zeros(())),
         student_optimiser=optimisers.student.init(master),
         fake_score_optimiser=optimisers.fake_score.init(master),
-        reward_head_optimiser=optimisers.reward_head.init(reward_head),
+        latent_reward_optimiser=optimisers.latent_reward.init(latent_reward),
     )
 
 
-# The items of a checkpoint, and the fields of the state each holds.
+# The items of a checkpoint: what each holds by the name it is stored under, and the field of the state that is.
 ITEMS = {
-    "student": ("student",),
-    "ema": ("ema",),
-    "fake_score": ("fake_score",),
-    "reward_head": ("reward_head", "reward_statistics"),
-    "optimisers": ("student_optimiser", "fake_score_optimiser", "reward_head_optimiser"),
-    "progress": ("step", "key"),
+    "student": {"student": "student"},
+    "ema": {"ema": "ema"},
+    "fake_score": {"fake_score": "fake_score"},
+    "reward_head": {"reward_head": "latent_reward", "reward_statistics": "reward_statistics"},
+    "optimisers": {
+        "student_optimiser": "student_optimiser",
+        "fake_score_optimiser": "fake_score_optimiser",
+        "reward_head_optimiser": "latent_reward_optimiser",
+    },
+    "progress": {"step": "step", "key": "key"},
 }
+
+
+def as_items(state: TrainState) -> dict[str, dict[str, Any]]:
+    """The fields of a state, or of a state of shapes or shardings, in the structure of a checkpoint."""
+    return {item: {name: getattr(state, field) for name, field in fields.items()} for item, fields in ITEMS.items()}
 
 
 def to_items(state: TrainState) -> dict[str, dict[str, Any]]:
     """The state as checkpoint items; the key as its raw data."""
-    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    fields["key"] = jax.random.key_data(state.key)
-    return {item: {name: fields[name] for name in names} for item, names in ITEMS.items()}
+    return as_items(dataclasses.replace(state, key=jax.random.key_data(state.key)))
 
 
 def from_items(items: dict[str, dict[str, Any]]) -> TrainState:
     """Undoes `to_items`."""
-    fields = {name: value for item in items.values() for name, value in item.items()}
-    fields["key"] = jax.random.wrap_key_data(fields["key"])
-    return TrainState(**fields)
+    state = TrainState(**{ITEMS[item][name]: value for item, parts in items.items() for name, value in parts.items()})
+    return dataclasses.replace(state, key=jax.random.wrap_key_data(state.key))

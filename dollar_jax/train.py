@@ -22,16 +22,16 @@ from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.data.prepared import PreparedVideos
+from dollar_jax.distillation import Batch, Frozen
 from dollar_jax.distributed import Preempted, preemption
 from dollar_jax.generate import Generator
 from dollar_jax.monitoring import Log, Profile, make_sample_logger, make_throughput
-from dollar_jax.objectives import Frozen
 from dollar_jax.programs import TrainPrograms, train_programs
 from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.rewards.scorer import Scorer
 from dollar_jax.run import CHECKPOINTS, read_config, record_config
-from dollar_jax.state import ITEMS, TrainState, from_items, to_items
+from dollar_jax.state import TrainState, as_items, from_items, to_items
 
 
 def train(
@@ -69,8 +69,8 @@ def train(
     if rewards:
         shapes = data.latent_shapes, generator.text_shape
         scorer = Scorer(config, rewards, pixels, generator.frames, decoder, *shapes)
-    rows = sharding.local_rows(programs.batch_sharding["latent"], config.batch_size)
-    batches = data.batches(config, rows, programs.batch_sharding)
+    rows = sharding.local_rows(programs.batch_sharding.latent, config.batch_size)
+    batches = data.batches(config, rows, vars(programs.batch_sharding))
     guard = config.reward.guard
 
     with Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
@@ -98,14 +98,15 @@ def train(
                 read = next(batches)
                 if busy is None or busy.is_ready():  # the devices had nothing left to do
                     log.waited += time.perf_counter() - begun
-                batch, captions = read["on_device"], data.captions_of(read)
+                captions, (tokens, kept) = data.captions_of(read), ({}, None)
                 if scorer is not None:
-                    batch = batch | scorer.inputs(step, captions, read["latent"].shape[1:])
-                state, metrics, fresh = programs.step(state, frozen, _put(programs, rows, batch))
+                    tokens, kept = scorer.inputs(step, captions, read["latent"].shape[1:])
+                batch = _global_batch(programs, rows, read["on_device"], tokens, kept)
+                state, metrics, samples = programs.step(state, frozen, batch)
                 busy = metrics["student_loss"]
                 if scorer is not None:
                     scorer.collect()
-                    scorer.submit(fresh, read, captions)
+                    scorer.submit(samples, read, captions)
                     if (step + 1) % config.log_every == 0:
                         hacked = scorer.monitor.hacked(guard)
                 saving = step + 1 == config.steps or (step + 1) % config.checkpoint_every == 0
@@ -148,8 +149,7 @@ def _go_on_from(workdir: Path, programs: TrainPrograms, state: TrainState) -> Tr
 def _abstract(programs: TrainPrograms) -> dict[str, Any]:
     """The items of a checkpoint of the state as shapes on the programs' mesh."""
     shapes = jax.eval_shape(to_items, programs.state_shapes)
-    fields = vars(programs.state_sharding)
-    places = {item: {name: fields[name] for name in names} for item, names in ITEMS.items()}
+    places = as_items(programs.state_sharding)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
@@ -166,20 +166,10 @@ def _restore(
     return from_items(items)
 
 
-def _put(
-    programs: TrainPrograms, rows: np.ndarray, batch: Mapping[str, np.ndarray | jax.Array]
-) -> dict[str, jax.Array]:
-    """The step's global arrays: of this process's `rows` of the videos, and of what every process has whole.
-
-    What is on the devices already stays as it is.
-    """
-
-    def place(name: str, value: np.ndarray | jax.Array) -> jax.Array:
-        where = programs.batch_sharding[name]
-        if isinstance(value, jax.Array):
-            return value
-        if name.startswith(("scored", "walk")):
-            return sharding.put(value, where)
-        return sharding.make_global_rows(value, rows, where, programs.batch_shapes[name].shape[0])
-
-    return {name: place(name, value) for name, value in batch.items()}
+def _global_batch(
+    programs: TrainPrograms, rows: np.ndarray, on_device: Mapping[str, jax.Array], tokens: Mapping[str, np.ndarray], kept: Any
+) -> Batch:
+    """The step's global arrays: `tokens` of this process's `rows`, and `kept`, which every process has whole."""
+    where, count = programs.batch_sharding, programs.batch_shapes.latent.shape[0]
+    placed = {k: sharding.make_global_rows(v, rows, where.tokens[k], count) for k, v in tokens.items()}
+    return Batch(on_device["latent"], on_device["text"], placed, sharding.put(kept, where.reward))

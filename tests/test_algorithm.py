@@ -13,9 +13,11 @@ import numpy as np
 import optax
 import pytest
 
-from dollar_jax.objectives import Frozen, Networks
+from dollar_jax.distillation import Batch, Distillation, Frozen, Networks
 from dollar_jax.optim import make_optimiser
 from dollar_jax.rewards import JaxReward, Reward
+from dollar_jax.rewards.methods.ddpo import Rollouts
+from dollar_jax.rewards.methods.lrm import ScoredLatents
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import Optimisers, RewardStatistics, init_state
@@ -111,7 +113,8 @@ def take_step(config, state, frozen, batch, host_rewards):
         make_optimiser(config.fake_score.optimiser, 18),
         make_optimiser(config.reward.optimiser, 27),
     )
-    step = jax.jit(make_step(config, networks, Schedule("rf", "velocity", shift=SHIFT), optimisers))
+    distillation = Distillation(config, networks, Schedule("rf", "velocity", shift=SHIFT))
+    step = jax.jit(make_step(distillation, optimisers))
     parameters = pixels.params(np.float32(DECODER)) if pixels else ()
     there = Frozen(*jax.tree.map(jnp.float32, (frozen["teacher"], frozen["null_text"])), parameters)
     start = init_state(
@@ -127,29 +130,28 @@ def take_step(config, state, frozen, batch, host_rewards):
         ),
     )
     for inputs in batch:
-        given = {"latent": inputs["latent"], "text": inputs["text"]}
-        if "red" not in host_rewards:
-            given["tokens_red"] = inputs["tokens"]
+        earlier = None
         if config.reward.method == "lrm":
-            given |= {f"scored_{k}": v for k, v in inputs["replay"].items()}
+            earlier = ScoredLatents(**inputs["replay"])
         elif config.reward.method == "ddpo":
-            given |= {f"walk_{k}": v for k, v in inputs["rollout"].items()}
-        given = {k: v if k == "tokens_red" else jnp.float32(v) for k, v in given.items()}
-        here, metrics, scored = step(here, there, given)
-    names = ("student", "ema", "fake_score", "reward_head")
-    state = {name: getattr(here, name) for name in names} | {"step": here.step}
+            earlier = Rollouts(**inputs["rollout"])
+        latent, text, earlier = jax.tree.map(jnp.float32, (inputs["latent"], inputs["text"], earlier))
+        tokens = {} if "red" in host_rewards else {"red": inputs["tokens"]}
+        here, metrics, scored = step(here, there, Batch(latent, text, tokens, earlier))
+    fields = {name: name for name in ("student", "ema", "fake_score")} | {"reward_head": "latent_reward"}
+    state = {name: getattr(here, field) for name, field in fields.items()} | {"step": here.step}
     state["statistics"] = {k: getattr(here.reward_statistics, k) for k in ("mean", "variance", "count")}
     for name in ("student", "fake_score", "reward_head"):
         (adam,) = (
             part
             for part in jax.tree.leaves(
-                getattr(here, f"{name}_optimiser"), is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
+                getattr(here, f"{fields[name]}_optimiser"), is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
             )
             if isinstance(part, optax.ScaleByAdamState)
         )
         state[f"{name}_optimiser"] = {"mean": adam.mu, "square": adam.nu, "count": adam.count}
     assert (jax.random.key_data(here.key) == jax.random.key_data(start.key)).all()
-    return state, dict(metrics), dict(scored)
+    return state, dict(metrics), {name: value for name, value in vars(scored).items() if value is not None}
 
 
 # --- the same in NumPy ------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from dollar_jax.config import distill_config
+from dollar_jax.distillation import Frozen
 from dollar_jax.experiment import load
 from dollar_jax.fields import plain, settings
 from dollar_jax.generate import transformer_options
-from dollar_jax.objectives import Frozen
 from dollar_jax.programs import train_programs
 from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER
 from dollar_jax.weights.cogvideox_vae import COGVIDEOX_VAE
@@ -61,9 +61,9 @@ def test_the_whole_step_builds_at_real_size(name):
     text_shape = (config.data.max_text_length, teacher.text_encoder.d_model)
     program = train_programs(config, transformer, teacher.schedule, shape, text_shape)
     frozen = Frozen(transformer.shapes, jax.ShapeDtypeStruct((1, *text_shape), jnp.float32))
-    state, metrics, fresh = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
+    state, metrics, samples = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, program.state_shapes)
-    assert fresh["latent"].shape == (config.reward.samples, 2, *shape)
+    assert samples.latent.shape == (config.reward.samples, 2, *shape)
     assert {"student_loss", "vsd", "consistency"} <= metrics.keys()
 
     ids = jax.ShapeDtypeStruct((1, config.data.max_text_length), jnp.int32)

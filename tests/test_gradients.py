@@ -13,8 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from dollar_jax.objectives import Frozen, Networks
+from dollar_jax.distillation import Batch, Distillation, Frozen, Networks
 from dollar_jax.rewards import JaxReward
+from dollar_jax.rewards.methods.ddpo import Rollouts
+from dollar_jax.rewards.methods.lrm import ScoredLatents
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import Optimisers, RewardStatistics, init_state
@@ -72,7 +74,9 @@ def take_gradients(config, batch):
     pixels = pixel_rewards(config.reward, rewards, decode)
     keep = optax.scale(1.0)  # so that what a network changes by is its gradient
     optimisers = Optimisers(keep, keep, keep)
-    step = make_step(config, Networks(denoise, linear_head, pixels), Schedule("rf", "velocity"), optimisers)
+    step = make_step(
+        Distillation(config, Networks(denoise, linear_head, pixels), Schedule("rf", "velocity")), optimisers
+    )
     weights = functools.partial(jax.tree.map, jnp.float32)
     null = jnp.full((1, *TEXT), NULL)
     frozen = Frozen(weights(TEACHER), null, () if pixels is None else pixels.params(jnp.float32(0.5)))
@@ -82,13 +86,13 @@ def take_gradients(config, batch):
     state = dataclasses.replace(
         state, ema=weights(EMA), fake_score=weights(FAKE), reward_statistics=statistics, step=jnp.int32(3)
     )
-    given = {"latent": batch["latent"], "text": batch["text"]}
+    kept = None
     if config.reward.rewards and config.reward.method == "lrm":
-        given |= {f"scored_{k}": v for k, v in batch["replay"].items()}
+        kept = ScoredLatents(**batch["replay"])
     if config.reward.rewards and config.reward.method == "ddpo":
-        given |= {f"walk_{k}": v for k, v in batch["rollout"].items()}
-    new, metrics, _ = jax.jit(step)(state, frozen, given)
-    names = ("student", "fake_score", "reward_head")
+        kept = Rollouts(**batch["rollout"])
+    new, metrics, _ = jax.jit(step)(state, frozen, Batch(batch["latent"], batch["text"], {}, kept))
+    names = ("student", "fake_score", "latent_reward")
     changed = {n: jax.tree.map(lambda a, b: float(a - b), getattr(new, n), getattr(state, n)) for n in names}
     return changed, {name: float(value) for name, value in metrics.items()}
 
@@ -237,6 +241,6 @@ def test_the_head_regresses_the_standardised_sum(make_config, batch):
     goal = (reward - STATISTICS["mean"]) @ (np.array([1.5, -0.5]) / np.sqrt(STATISTICS["variance"]))
     feature = (latent * np.arange(3)).mean((1, 2, 3, 4))
     d = 1.2 * feature - 0.8 * m - goal
-    np.testing.assert_allclose(changed["reward_head"]["w"], (2 * d * feature).mean(), rtol=1e-4)
-    np.testing.assert_allclose(changed["reward_head"]["v"], (2 * d * m).mean(), rtol=1e-4)
+    np.testing.assert_allclose(changed["latent_reward"]["w"], (2 * d * feature).mean(), rtol=1e-4)
+    np.testing.assert_allclose(changed["latent_reward"]["v"], (2 * d * m).mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["reward_regression"], (d**2).mean(), rtol=1e-4)

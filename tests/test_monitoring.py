@@ -1,7 +1,6 @@
 """What a run shows of itself: a collapsed student is seen, a healthy one is left alone."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,9 @@ import pytest
 
 from dollar_jax import objectives
 from dollar_jax.config import VisibilityConfig
+from dollar_jax.distillation import Batch, Distillation, Networks
 from dollar_jax.flops import Throughput, count_flops
 from dollar_jax.monitoring import Log, Profile, SampleLogger, make_throughput, readable
-from dollar_jax.objectives import Networks
 from dollar_jax.programs import train_programs
 from dollar_jax.run import read_history
 from dollar_jax.schedule import Schedule
@@ -134,10 +133,10 @@ def test_the_fake_scores_loss_is_told_apart_by_timestep(make_config):
         # Off by one where it is noisy, by less the cleaner: the loss is about (t / 1000)².
         return params["velocity"] + (t / 1000).reshape(-1, 1, 1, 1, 1) + 0 * x_t
 
-    loss = functools.partial(objectives.fake_score, config=config, networks=Networks(apply, None), schedule=schedule)
-    x0, text = jnp.zeros((256, 1, 1, 1, 1)), jnp.zeros((256, 1, 1))
+    distillation = Distillation(config, Networks(apply, None), schedule)
+    batch = Batch(jnp.zeros((256, 1, 1, 1, 1)), jnp.zeros((256, 1, 1)))
     zero = {"velocity": jnp.zeros(())}
-    _, aux = loss(zero, zero, x0, text, jax.random.key(0))
+    _, aux = objectives.fake_score(distillation, zero, zero, batch, jax.random.key(0))
     assert sum(aux[f"fake_score_count_{k}"] for k in range(4)) == 256
     total = sum(aux[f"fake_score_sum_{k}"] for k in range(4))
     np.testing.assert_allclose(total / 256, aux["fake_score"], rtol=1e-5)

@@ -11,7 +11,9 @@ import pytest
 
 from dollar_jax import objectives, sampling
 from dollar_jax import schedule as schedules
-from dollar_jax.objectives import Frozen, Networks
+from dollar_jax.distillation import Batch, Distillation, Frozen, Networks, References
+from dollar_jax.rewards.methods import lrm
+from dollar_jax.rewards.methods.lrm import ScoredLatents
 from dollar_jax.schedule import Schedule
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -48,7 +50,7 @@ NETWORKS = Networks(mix, score)
 
 
 def inputs():
-    """What `objectives.student` takes, but for its settings and its key."""
+    """What the student's loss depends on, but for its settings and its key."""
     return {
         "params": weights(0.3, -0.2, 0.5),
         "ema": weights(0.25, -0.1, 0.4),
@@ -57,16 +59,28 @@ def inputs():
         "frozen": Frozen(weights(0.4, 0.1, 0.8), normal(8, 1, 3, 4)),
         "x0": normal(1, BATCH, *SHAPE),
         "text": normal(2, BATCH, 3, 4),
-        "reward_weight": jnp.float32(0.3),
     }
 
 
 def student(config, args=None, seed=0, networks=NETWORKS, schedule=RF):
+    """`objectives.student` with β_FT = 0.3."""
+    config = dataclasses.replace(
+        config, reward=dataclasses.replace(config.reward, weight=0.3, start_step=0, ramp_steps=0)
+    )
+
     @jax.jit
     def run(args, key):
-        return objectives.student(**args, key=key, config=config, networks=networks, schedule=schedule)
+        references = References(
+            *(args[name] for name in ("ema", "fake_score", "reward_head")), None, args["frozen"], jnp.int32(0)
+        )
+        distillation, batch = Distillation(config, networks, schedule), Batch(args["x0"], args["text"])
+        return objectives.student(distillation, args["params"], references, batch, key)
 
     return run(args or inputs(), jax.random.key(seed))
+
+
+def references(ema, fake_score, frozen):
+    return References(ema, fake_score, None, None, frozen, jnp.int32(0))
 
 
 KINDS = [(i, t) for i in ("forward", "backward") for t in ("student", "grid")]
@@ -82,7 +96,7 @@ def test_student_loss_is_the_weighted_sum_of_its_parts(make_config, source, time
     total, (metrics, _) = student(
         make_config({**kind, "vsd.weight": 0.7, "consistency.weight": 0.5, "reward.rewards": REWARD})
     )
-    # The reward's part came with reward_weight already: β_FT is an argument, not a setting.
+    # The reward's part came with its weight already, as in both calls.
     expected = 0.7 * alone["vsd.weight"] + 0.5 * alone["consistency.weight"] + alone["reward.rewards"]
     np.testing.assert_allclose(total, expected, rtol=0, atol=1e-6 * max(map(abs, alone.values())))
     np.testing.assert_allclose(metrics["latent_reward"], -alone["reward.rewards"] / 0.3, rtol=1e-6)
@@ -112,7 +126,7 @@ def test_number_of_forward_passes(make_config, source, times, expected):
 
     def counting(params, x, t, text):
         (role,) = params
-        # Simulated inputs are walked to without gradient; those passes come before and are not counted.
+        # Simulated inputs are reached without gradient; those passes come before and are not counted.
         calls[role, x.shape[0]] += 1
         return mix(params[role], x, t, text)
 
@@ -123,10 +137,13 @@ def test_number_of_forward_passes(make_config, source, times, expected):
     config = make_config({"student.input": source, "consistency.times": times})
     simulation = collections.Counter()
     if source == "backward":
-        walk = functools.partial(
-            objectives.student_input, config, Networks(counting, score), RF, args["params"], args["x0"], args["text"]
+        rollout = functools.partial(
+            objectives.student_input,
+            Distillation(config, Networks(counting, score), RF),
+            args["params"],
+            Batch(args["x0"], args["text"]),
         )
-        jax.eval_shape(walk, jax.random.key(0))
+        jax.eval_shape(rollout, jax.random.key(0))
         simulation, calls = calls, collections.Counter()
         assert simulation["params", BATCH] == 1
 
@@ -206,7 +223,8 @@ def test_consistency_is_zero_for_the_exact_solution(make_config, path_name, time
 
 def consistency(config, schedule, networks, ema, frozen, prediction, x_t, times, text):
     times = jnp.broadcast_to(jnp.asarray(times, jnp.float32)[:, None], (len(times), len(x_t)))
-    return objectives.consistency(config.consistency, networks, schedule, frozen, ema, prediction, x_t, times, text)
+    distillation = Distillation(config, networks, schedule)
+    return objectives.consistency(distillation, references(ema, None, frozen), prediction, x_t, times, text)
 
 
 @pytest.mark.parametrize("schedule", [RF, DDPM], ids=["rf", "ddpm"])
@@ -300,9 +318,8 @@ def test_guidance_is_the_papers_w_form(make_config, w):
     c, null = np.asarray(args["text"]).mean((1, 2)), np.asarray(frozen.null_text).mean()
     real = 1.3 * (c + w * (c - null))
 
-    vsd = objectives.vsd(
-        config.vsd, networks, schedule, frozen, {"k": jnp.float32(0.6)}, generated, args["text"], jax.random.key(3)
-    )
+    distillation, fake_score = Distillation(config, networks, schedule), {"k": jnp.float32(0.6)}
+    vsd = objectives.vsd(distillation, references(None, fake_score, frozen), generated, args["text"], jax.random.key(3))
     np.testing.assert_allclose(vsd, 0.5 * (0.6 * c - real) ** 2, rtol=1e-5)
     cd = consistency(
         config, schedule, networks, frozen.teacher, frozen, generated, args["x0"], [600.0, 0.0], args["text"]
@@ -329,16 +346,8 @@ def test_fake_score_learns_the_students_samples(make_config, loss, scale, source
     args = inputs()
 
     def value(fake, student):
-        return objectives.fake_score(
-            {"mu": fake},
-            {"mu": student},
-            args["x0"],
-            args["text"],
-            jax.random.key(0),
-            config=config,
-            networks=Networks(point, score),
-            schedule=RF,
-        )[0]
+        distillation, batch = Distillation(config, Networks(point, score), RF), Batch(args["x0"], args["text"])
+        return objectives.fake_score(distillation, {"mu": fake}, {"mu": student}, batch, jax.random.key(0))[0]
 
     student_mu = jnp.float32(0.4)
     grads = jax.value_and_grad(value, (0, 1))
@@ -349,13 +358,14 @@ def test_fake_score_learns_the_students_samples(make_config, loss, scale, source
     assert value(student_mu, student_mu) < 1e-10
 
 
-def test_reward_head_leaves_out_rows_without_weight_or_reward():
+def test_latent_reward_model_leaves_out_rows_without_weight_or_reward():
     latent, text = normal(1, 5, *SHAPE), normal(2, 5, 3, 4)
     reward = jnp.array([0.5, jnp.nan, 99.0, 0.1, -jnp.inf])
     weight = jnp.array([1.0, 1.0, 0.0, 1.0, 1.0])
     params = {"s": jnp.float32(0.7), "c": jnp.float32(-0.4)}
-    loss = functools.partial(objectives.reward_head, networks=NETWORKS)
-    (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, latent, text, reward, weight)
+    loss = functools.partial(lrm.regression, NETWORKS)
+    rows = ScoredLatents(latent, text, reward, weight)
+    (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
     rows = [0, 3]
     predicted = np.asarray(score(params, latent, text))[rows]
     error = predicted - np.asarray(reward)[rows]
@@ -373,7 +383,9 @@ def test_forward_input_is_noised_data_at_evenly_drawn_times(make_config):
     config = make_config({"student.input": "forward"})
     b = 3000
     x0, text = normal(1, b, 1, 1, 1, 2), normal(2, b, 3, 4)
-    x_t, t, index = objectives.student_input(config, NETWORKS, RF, None, x0, text, jax.random.key(0))
+    x_t, t, index = objectives.student_input(
+        Distillation(config, NETWORKS, RF), None, Batch(x0, text), jax.random.key(0)
+    )
     np.testing.assert_array_equal(t, np.asarray(config.student.timesteps, np.float32)[index])
     counts = np.bincount(np.asarray(index), minlength=3)
     assert np.abs(counts - b / 3).max() < 5 * np.sqrt(b / 3)
@@ -391,8 +403,8 @@ def test_backward_input_is_the_samplers_own_way(make_config):
     x0, text = jnp.full((b, *SHAPE), jnp.nan), normal(2, b, 3, 4)  # data must not be looked at
 
     @jax.jit
-    def walk(params, key):
-        x_t, t, index = objectives.student_input(config, NETWORKS, RF, params, x0, text, key)
+    def generate(params, key):
+        x_t, t, index = objectives.student_input(Distillation(config, NETWORKS, RF), params, Batch(x0, text), key)
         return x_t, t, index, sampling.student_prediction(mix, params, RF, x_t, t, text)
 
     @jax.jit
@@ -401,7 +413,7 @@ def test_backward_input_is_the_samplers_own_way(make_config):
         noise = jax.random.normal(keys[1], x0.shape)
         return noise, sampling.few_step_sample(mix, params, RF, times, noise, text, keys[2])
 
-    x_t, t, index, found = walk(args["params"], jax.random.key(0))
+    x_t, t, index, found = generate(args["params"], jax.random.key(0))
     noise, sampled = draw(args["params"], jax.random.key(0))
     np.testing.assert_array_equal(t, np.asarray(times, np.float32)[index])
     assert set(np.asarray(index).tolist()) == {0, 1, 2}

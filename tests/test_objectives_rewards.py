@@ -10,8 +10,9 @@ import pytest
 
 from dollar_jax import objectives, sampling
 from dollar_jax import schedule as schedules
-from dollar_jax.objectives import Frozen, Networks
+from dollar_jax.distillation import Batch, Distillation, Frozen, Networks, References
 from dollar_jax.rewards import JaxReward, Reward
+from dollar_jax.rewards.methods import base, ddpo
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import RewardStatistics
@@ -76,30 +77,23 @@ def settings(make_config):
 
 
 def direct_loss(config, networks, params, key=0):
+    """With β_FT = 0.3."""
+    config = dataclasses.replace(
+        config, reward=dataclasses.replace(config.reward, weight=0.3, start_step=0, ramp_steps=0)
+    )
+    references = References(PARAMS, PARAMS, None, STATISTICS, frozen(networks.pixel_rewards), jnp.int32(0))
+    batch = Batch(normal(1, BATCH, *SHAPE), normal(2, BATCH, 3, 4))
     return objectives.student(
-        params,
-        PARAMS,
-        PARAMS,
-        None,
-        frozen(networks.pixel_rewards),
-        normal(1, BATCH, *SHAPE),
-        normal(2, BATCH, 3, 4),
-        jnp.float32(0.3),
-        jax.random.key(key),
-        config=config,
-        networks=networks,
-        schedule=SCHEDULES[0],
-        statistics=STATISTICS,
-        tokens={},
+        Distillation(config, networks, SCHEDULES[0]), params, references, batch, jax.random.key(key)
     )
 
 
 def test_direct_reward_is_the_standardised_sum_of_the_pixels_rewards(settings):
     config, pixels, networks = settings({"reward.method": "direct"})
-    total, (metrics, fresh) = direct_loss(config, networks, PARAMS)
-    frames = np.asarray(decode(0.8, fresh["generated"][::2]), np.float64)  # two of four rows, evenly
+    total, (metrics, generated) = direct_loss(config, networks, PARAMS)
+    frames = np.asarray(decode(0.8, generated.latent[::2]), np.float64)  # two of four rows, evenly
     raw = np.stack([(g * frames[..., c] ** 2).mean((1, 2, 3)) for g, c in ((1.5, 0), (3.5, 2), (2.5, 1))], -1)
-    np.testing.assert_allclose(fresh["reward"], raw, rtol=1e-5)
+    np.testing.assert_allclose(generated.reward, raw, rtol=1e-5)
     expected = (0.5 * (raw[:, 0] - 0.3) / 0.5 - 2.0 * (raw[:, 1] + 1.0) / 2.0).mean()  # the third is held out
     np.testing.assert_allclose(metrics["pixel_reward"], expected, rtol=1e-5)
     np.testing.assert_allclose(total, -0.3 * expected, rtol=1e-5)
@@ -141,7 +135,7 @@ def test_policy_loss_and_gradient_have_their_closed_form(settings, schedule):
     config, _, networks = settings({"reward.method": "ddpo", "student.timesteps": (990.0, 700.0, 300.0)})
     states, text = normal(4, 2, 3, *SHAPE), normal(5, 2, 3, 4)
     advantage = jnp.array([0.7, -1.2])
-    loss = functools.partial(objectives.policy, config=config, networks=networks, schedule=schedule)
+    loss = functools.partial(ddpo.policy, Distillation(config, networks, schedule))
     (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(PARAMS, states, text, advantage)
 
     x64, elements = np.asarray(states, np.float64), np.prod(SHAPE)
@@ -166,9 +160,9 @@ def test_policy_loss_and_gradient_have_their_closed_form(settings, schedule):
     np.testing.assert_allclose(gradient["x"], slope, rtol=2e-3)
 
 
-def test_walks_that_were_not_scored_move_nothing(settings):
+def test_rollouts_that_were_not_scored_move_nothing(settings):
     config, _, networks = settings({"reward.method": "ddpo"})
-    loss = functools.partial(objectives.policy, config=config, networks=networks, schedule=SCHEDULES[0])
+    loss = functools.partial(ddpo.policy, Distillation(config, networks, SCHEDULES[0]))
     states, text = normal(4, 2, 3, *SHAPE), normal(5, 2, 3, 4)
     both = jax.grad(loss, has_aux=True)(PARAMS, states, text, jnp.array([jnp.nan, 1.0]))[0]
     one = jax.grad(loss, has_aux=True)(PARAMS, states[1:], text[1:], jnp.array([1.0]))[0]
@@ -181,9 +175,8 @@ def test_policy_gradient_raises_the_expected_reward(settings):
     config, _, networks = settings({"reward.method": "ddpo", "student.timesteps": times})
     text, shape = jnp.ones((count, 1, 1)), (1, 1, 1, 1)
     params = {"x": jnp.float32(0.4), "c": jnp.float32(-0.3)}
-    states, end = jax.jit(lambda key: objectives.rollout(config, networks, schedule, params, text, shape, key))(
-        jax.random.key(0)
-    )
+    distillation = Distillation(config, networks, schedule)
+    states, end = jax.jit(lambda key: ddpo.rollout(distillation, params, text, shape, key))(jax.random.key(0))
     assert states.shape == (count, 3, *shape)
 
     def reward(x0):
@@ -208,7 +201,7 @@ def test_policy_gradient_raises_the_expected_reward(settings):
     np.testing.assert_allclose(expected_reward(params["c"]), reward(end).mean(), rtol=1e-4)
     slope = jax.grad(expected_reward)(params["c"])
     advantage = reward(end) - reward(end).mean()
-    loss = functools.partial(objectives.policy, config=config, networks=networks, schedule=schedule)
+    loss = functools.partial(ddpo.policy, Distillation(config, networks, schedule))
     gradient = jax.grad(loss, has_aux=True)(params, states, text, advantage)[0]["c"]
     np.testing.assert_allclose(-gradient, slope, rtol=0.1)
     assert abs(slope) > 0.05
@@ -233,19 +226,19 @@ def test_reward_weight_follows_its_schedule(make_config, changes, expected):
     config = make_config(
         {"steps": 11, "reward.weight": 2.0, "reward.start_step": 3, **{f"reward.{k}": v for k, v in changes.items()}}
     )
-    found = [objectives.reward_weight(config, jnp.int32(step)) for step in range(len(expected))]
+    found = [config.reward.weight * base.reward_schedule(config, jnp.int32(step)) for step in range(len(expected))]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_rewards_are_combined_raw_or_standardised(make_config):
     raw = jnp.array([[1.0, 2.0], [jnp.nan, 1.0]])
     config = make_config(ALONE).reward
-    combined = objectives.combined_reward(config, STATISTICS, raw)
+    combined = base.combined_reward(config, STATISTICS, raw)
     np.testing.assert_allclose(combined, [0.5 * 0.7 / 0.5 - 2 * 3.0 / 2.0, np.nan], rtol=1e-6)
     plain = dataclasses.replace(config, normalise=False)
-    np.testing.assert_allclose(objectives.combined_reward(plain, STATISTICS, raw), [-3.5, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(base.combined_reward(plain, STATISTICS, raw), [-3.5, np.nan], rtol=1e-6)
     unknown = RewardStatistics(jnp.zeros(2), jnp.zeros(2), jnp.zeros(()))
-    np.testing.assert_array_equal(objectives.combined_reward(config, unknown, raw[:1]), [0.0])
+    np.testing.assert_array_equal(base.combined_reward(config, unknown, raw[:1]), [0.0])
 
 
 def test_statistics_keep_their_precision_far_from_zero():
@@ -264,9 +257,9 @@ def test_statistics_keep_their_precision_far_from_zero():
 
 def test_runs_of_frames_are_consecutive_and_begin_anywhere():
     latent = jnp.arange(6.0).reshape(1, 6, 1, 1, 1) + 10 * jnp.arange(64.0).reshape(-1, 1, 1, 1, 1)
-    runs = np.asarray(objectives.random_run(latent, 3, jax.random.key(0)))[..., 0, 0, 0]
+    runs = np.asarray(base.random_run(latent, 3, jax.random.key(0)))[..., 0, 0, 0]
     start = runs[:, 0] - 10 * np.arange(64)
     np.testing.assert_array_equal(np.diff(runs), 1)
     assert set(start) == {0, 1, 2, 3}
-    assert objectives.random_run(latent, None, jax.random.key(0)) is latent
-    np.testing.assert_array_equal(objectives.scored_rows(jnp.arange(12), 3), [0, 4, 8])
+    assert base.random_run(latent, None, jax.random.key(0)) is latent
+    np.testing.assert_array_equal(base.scored_rows(jnp.arange(12), 3), [0, 4, 8])

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from dollar_jax import programs
+from dollar_jax.distillation import Batch, RewardSamples
 from dollar_jax.rewards import JaxReward
+from dollar_jax.rewards.methods.ddpo import Rollouts
+from dollar_jax.rewards.methods.lrm import ScoredLatents
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.schedule import Schedule
 
@@ -42,9 +45,9 @@ def build(make_config, monkeypatch):
     def build(changes, rewards=(), **more):
         got = {}
 
-        def make_step(config, networks, schedule, optimisers, *others):
-            got.update(student=optimisers.student, fake_score=optimisers.fake_score, reward=optimisers.reward_head)
-            return step(config, networks, schedule, optimisers, *others)
+        def make_step(distillation, optimisers, *others):
+            got.update(student=optimisers.student, fake_score=optimisers.fake_score, reward=optimisers.latent_reward)
+            return step(distillation, optimisers, *others)
 
         config = make_config({**CONFIG, **changes})
         pixels = pixel_rewards(config.reward, rewards, lambda params, latent: latent[..., :3])
@@ -52,9 +55,7 @@ def build(make_config, monkeypatch):
             step = programs.make_step
             patch.setattr(programs, "make_step", make_step)
             schedule, here = Schedule("rf", "velocity", shift=3.0), jax.devices()[:1]
-            built = programs.train_programs(
-                config, Linear(), schedule, LATENT, TEXT, here, pixel_rewards=pixels, **more
-            )
+            built = programs.train_programs(config, Linear(), schedule, LATENT, TEXT, here, pixel_rewards=pixels, **more)
         return built, got
 
     return build
@@ -107,7 +108,7 @@ def shapes_of(built):
     null = jax.ShapeDtypeStruct((1, *TEXT), jnp.float32)
     frozen = programs.Frozen(Linear.shapes, null, {"decoder": (), "rewards": {"red": (), "kept": ()}})
     _, _, scored = jax.eval_shape(built.step, built.state_shapes, frozen, built.batch_shapes)
-    return tuple({name: x.shape for name, x in part.items()} for part in (built.batch_shapes, scored))
+    return tuple(jax.tree.map(lambda x: x.shape, part) for part in (built.batch_shapes, scored))
 
 
 @pytest.mark.parametrize("real", [True, False])
@@ -117,17 +118,12 @@ def test_batch_and_scored_shapes_of_the_latent_reward(build, real):
     built, _ = build(changes, [RED, KEPT], score_real=real)
     batch, scored = shapes_of(built)
     cut = (1, *LATENT[1:])
-    assert batch == {
-        "latent": (8, *LATENT),
-        "text": (8, *TEXT),
-        "scored_latent": (2, 6, *cut),
-        "scored_text": (2, 6, *TEXT),
-        "scored_reward": (2, 6, 1),
-        "scored_weight": (2, 6),
-        "tokens_red": (8, 5),
-    }
+    kept = ScoredLatents(latent=(2, 6, *cut), text=(2, 6, *TEXT), reward=(2, 6, 1), weight=(2, 6))
+    assert batch == Batch((8, *LATENT), (8, *TEXT), {"red": (8, 5)}, kept)
     kinds = 1 + real
-    assert scored == {"latent": (4, kinds, *cut), "predicted": (4, kinds), "reward": (4, kinds, 2), "scale": (4, 1)}
+    assert scored == RewardSamples(
+        latent=(4, kinds, *cut), predicted=(4, kinds), reward=(4, kinds, 2), scale=(4, 1), states=None
+    )
 
 
 @pytest.mark.parametrize(("times", "states"), [((1000.0, 700.0, 400.0, 100.0), 3), ((1000.0, 400.0), 2)])
@@ -135,6 +131,6 @@ def test_batch_and_scored_shapes_of_ddpo(build, times, states):
     changes = {"reward.rewards": TERMS, "reward.method": "ddpo", "student.timesteps": times}
     built, _ = build(changes, [KEPT, KEPT])
     batch, scored = shapes_of(built)
-    assert batch["walk_states"] == scored["states"] == (2, states, *LATENT)
-    assert batch["walk_text"] == (2, *TEXT) and batch["walk_reward"] == (2, 1)
-    assert scored["latent"] == (2, 1, *LATENT) and scored["reward"] == (2, 1, 2)
+    assert batch.reward == Rollouts(scored.states, text=(2, *TEXT), reward=(2, 1))
+    assert scored.states == (2, states, *LATENT)
+    assert scored.latent == (2, 1, *LATENT) and scored.reward == (2, 1, 2)

@@ -9,10 +9,10 @@ import jax
 import pytest
 import torch
 
+from dollar_jax.distillation import Frozen
 from dollar_jax.experiment import load
 from dollar_jax.generate import transformer_options
 from dollar_jax.models.wan_vae import WanVAEConfig
-from dollar_jax.objectives import Frozen
 from dollar_jax.programs import train_programs
 from dollar_jax.schedule import Schedule
 from dollar_jax.weights.families import FAMILIES, PUBLISHED
@@ -87,10 +87,10 @@ def test_the_step_fits_together_on_eight_devices(name, teacher, clip):
     program = train_programs(config, transformer, Schedule("rf", "velocity", shift=3.0), latent, text)
     null_text = jax.ShapeDtypeStruct((1, *text), "float32")
     frozen = Frozen(transformer.shapes, null_text)
-    state, metrics, fresh = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
+    state, metrics, samples = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, program.state_shapes)
     assert all(jax.tree.leaves(same))
-    assert fresh["latent"].shape == (config.reward.samples, 2, *latent)
+    assert samples.latent.shape == (config.reward.samples, 2, *latent)
     assert {"vsd", "consistency", "latent_reward", "fake_score", "reward_regression"} <= metrics.keys()
     for params in (state.student, state.fake_score, state.ema):
         assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}

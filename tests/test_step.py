@@ -1,5 +1,6 @@
 """The one compiled step, over real networks of toy size."""
 
+import dataclasses
 import functools
 import re
 
@@ -12,11 +13,13 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dollar_jax import step as step_module
 from dollar_jax.config import OptimiserConfig
+from dollar_jax.distillation import Batch, Frozen
 from dollar_jax.models.wan import WanConfig
-from dollar_jax.objectives import Frozen
 from dollar_jax.optim import make_optimiser
 from dollar_jax.programs import reward_head_network, train_programs
 from dollar_jax.rewards import JaxReward
+from dollar_jax.rewards.methods.ddpo import Rollouts
+from dollar_jax.rewards.methods.lrm import ScoredLatents
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import from_items, to_items
@@ -79,14 +82,14 @@ def make_batch(seed, updates=2):
     def rows(*shape):
         return rng.normal(size=shape).astype(np.float32)
 
-    return {
-        "latent": rows(ROWS, *LATENT),
-        "text": rows(ROWS, *TEXT),
-        "scored_latent": rows(updates, ROWS, *LATENT),
-        "scored_text": rows(updates, ROWS, *TEXT),
-        "scored_reward": 5 + 2 * rows(updates, ROWS, 1),
-        "scored_weight": np.ones((updates, ROWS), np.float32),
-    }
+    latent, text = rows(ROWS, *LATENT), rows(ROWS, *TEXT)
+    scored = ScoredLatents(
+        latent=rows(updates, ROWS, *LATENT),
+        text=rows(updates, ROWS, *TEXT),
+        reward=5 + 2 * rows(updates, ROWS, 1),
+        weight=np.ones((updates, ROWS), np.float32),
+    )
+    return Batch(latent, text, {}, scored)
 
 
 class Runner:
@@ -117,8 +120,8 @@ class Runner:
         """State and metrics after `count` steps, on the host."""
         state, history = self.start(items), []
         for seed in range(count):
-            state, metrics, fresh = self.step(state, make_batch(seed))
-            history.append(metrics | {name: fresh[name] for name in ("latent", "predicted", "scale")})
+            state, metrics, samples = self.step(state, make_batch(seed))
+            history.append(metrics | {name: getattr(samples, name) for name in ("latent", "predicted", "scale")})
         return host(to_items(state)), host(history)
 
 
@@ -330,7 +333,7 @@ def test_reward_counts_from_its_start_step(alone):
 
 def test_reward_statistics_are_decayed_moments(alone):
     _, metrics = alone(())
-    rewards = [make_batch(seed)["scored_reward"].astype(np.float64) for seed in range(3)]
+    rewards = [make_batch(seed).reward.reward.astype(np.float64) for seed in range(3)]
     for last, m in enumerate(metrics):
         shares = np.concatenate([np.full(r.size, 0.5 ** (last - i)) for i, r in enumerate(rewards[: last + 1])])
         values = np.concatenate([r.ravel() for r in rewards[: last + 1]])
@@ -343,9 +346,9 @@ def test_reward_statistics_are_decayed_moments(alone):
 def test_failed_rewards_are_as_if_never_scored(base, initial):
     failed, absent = make_batch(0), make_batch(0)
     for batch, value in ((failed, np.nan), (absent, 7.0)):
-        batch["scored_reward"][:, 2:5] = value
-    failed["scored_reward"][1, 3] = np.inf
-    absent["scored_weight"][:, 2:5] = 0
+        batch.reward.reward[:, 2:5] = value
+    failed.reward.reward[1, 3] = np.inf
+    absent.reward.weight[:, 2:5] = 0
     states = []
     for batch in (failed, absent):
         state, metrics, _ = base.step(base.start(initial), batch)
@@ -357,13 +360,13 @@ def test_failed_rewards_are_as_if_never_scored(base, initial):
 def test_no_reward_at_all_leaves_statistics_and_no_nan(base, initial):
     """The first step of a run, before anything was scored."""
     batch = make_batch(0)
-    for name in ("scored_latent", "scored_text", "scored_reward", "scored_weight"):
-        batch[name][...] = 0
+    for array in jax.tree.leaves(batch.reward):
+        array[...] = 0
     state, metrics, _ = base.step(base.start(initial), batch)
     assert all(np.isfinite(value) for value in metrics.values())
     assert float(state.reward_statistics.count) == 0
     # Nothing but decay: 3e-3 · 0.01 per update, on kernels.
-    before, after = initial["reward_head"]["reward_head"], host(state.reward_head)
+    before, after = initial["reward_head"]["reward_head"], host(state.latent_reward)
     np.testing.assert_allclose(after["conv1"]["kernel"], before["conv1"]["kernel"] * (1 - 3e-5) ** 2, rtol=1e-6)
     np.testing.assert_array_equal(after["conv1"]["bias"], before["conv1"]["bias"])
 
@@ -402,70 +405,64 @@ def pixel_runner(make_config, **changes):
     return Runner(config, pixel_rewards(config.reward, TOY, decode_toy))
 
 
-def pixel_batch(seed, **more):
-    batch = make_batch(seed)
-    batch["tokens_red"] = np.arange(ROWS * 2, dtype=np.int32).reshape(ROWS, 2)
-    return {**{k: v for k, v in batch.items() if not k.startswith("scored")}, **more}
+def pixel_batch(seed, kept=None):
+    tokens = {"red": np.arange(ROWS * 2, dtype=np.int32).reshape(ROWS, 2)}
+    return dataclasses.replace(make_batch(seed), tokens=tokens, reward=kept)
 
 
 def test_jax_rewards_are_learned_from_in_the_same_step(make_config, quick_compilation):
     changes = {"mesh.data": 4, "reward.head.use_text": False, "reward.latent_frames": 1}
     runner = pixel_runner(make_config, **changes)
-    scored = {k: np.zeros_like(v) for k, v in make_batch(0).items() if k.startswith("scored")}
-    scored["scored_latent"] = scored["scored_latent"][:, :, :1]  # runs of one frame
+    scored = jax.tree.map(np.zeros_like, make_batch(0).reward)
+    scored = dataclasses.replace(scored, latent=scored.latent[:, :, :1])  # runs of one frame
     state = runner.program.init(jax.random.key(0), runner.frozen.teacher)
-    head = host(state.reward_head)
-    state, metrics, fresh = runner.step(state, pixel_batch(0, **scored))
-    fresh, metrics = host(fresh), host(metrics)
-    assert fresh["latent"].shape == (4, 2, 1, *LATENT[1:])
+    head = host(state.latent_reward)
+    state, metrics, samples = runner.step(state, pixel_batch(0, scored))
+    samples, metrics = host(samples), host(metrics)
+    assert samples.latent.shape == (4, 2, 1, *LATENT[1:])
     # The last micro-batch is rows 1, 3, 5 and 7; their captions' first tokens are 2, 6, 10 and 14.
-    frames = 0.7 * fresh["latent"][..., :3]
+    frames = 0.7 * samples.latent[..., :3]
     expected = 2 * frames[..., 0].mean((2, 3, 4)) + 0.01 * np.array([2, 6, 10, 14])[:, None]
-    np.testing.assert_allclose(fresh["reward"][..., 0], expected, rtol=1e-5)
-    np.testing.assert_allclose(fresh["reward"][..., 1], frames[..., 1].mean((2, 3, 4)), rtol=1e-5, atol=1e-7)
-    real = make_batch(0)["latent"][1::2]
-    assert all((fresh["latent"][i, 1, 0] == real[i]).all((1, 2, 3)).any() for i in range(4))
+    np.testing.assert_allclose(samples.reward[..., 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(samples.reward[..., 1], frames[..., 1].mean((2, 3, 4)), rtol=1e-5, atol=1e-7)
+    real = make_batch(0).latent[1::2]
+    assert all((samples.latent[i, 1, 0] == real[i]).all((1, 2, 3)).any() for i in range(4))
     np.testing.assert_allclose(metrics["reward_mean"], expected.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["reward_std"], expected.std(), rtol=1e-4)
-    np.testing.assert_allclose(fresh["scale"], 1 / expected.std(), rtol=1e-4)
-    changed = jax.tree.map(lambda a, b: (a != b).any(), head, host(state.reward_head))
+    np.testing.assert_allclose(samples.scale, 1 / expected.std(), rtol=1e-4)
+    changed = jax.tree.map(lambda a, b: (a != b).any(), head, host(state.latent_reward))
     assert all(jax.tree.leaves(changed))
     assert metrics["reward_regression"] > 0.1
 
 
-def test_walks_of_a_step_are_reinforced_in_a_later_one(make_config, quick_compilation):
+def test_rollouts_of_a_step_are_reinforced_in_a_later_one(make_config, quick_compilation):
     runner = pixel_runner(make_config, **{"reward.method": "ddpo"})
-    nothing = {
-        "walk_states": np.zeros((4, 3, *LATENT), np.float32),
-        "walk_text": np.zeros((4, *TEXT), np.float32),
-        "walk_reward": np.full((4, 1), np.nan, np.float32),
-    }
+    shapes = (4, 3, *LATENT), (4, *TEXT), (4, 1)
+    nothing = Rollouts(
+        *(np.full(shape, value, np.float32) for shape, value in zip(shapes, (0, 0, np.nan), strict=True))
+    )
     initial = host(to_items(runner.program.init(jax.random.key(0), runner.frozen.teacher)))
-    state, metrics, fresh = runner.step(runner.start(initial), pixel_batch(0, **nothing))
+    state, metrics, samples = runner.step(runner.start(initial), pixel_batch(0, nothing))
     assert float(metrics["student_gradient"]) == 0 and float(metrics["policy"]) == 0
-    fresh = host(fresh)
-    assert fresh["states"].shape == (4, 3, *LATENT) and fresh["latent"].shape == (4, 1, *LATENT)
-    walk = {
-        "walk_states": fresh["states"],
-        "walk_text": make_batch(0)["text"][1::2],
-        "walk_reward": fresh["reward"][:, 0, :1],
-    }
-    state, metrics, _ = runner.step(state, pixel_batch(1, **walk))
+    samples = host(samples)
+    assert samples.states.shape == (4, 3, *LATENT) and samples.latent.shape == (4, 1, *LATENT)
+    kept = Rollouts(samples.states, make_batch(0).text[1::2], samples.reward[:, 0, :1])
+    state, metrics, _ = runner.step(state, pixel_batch(1, kept))
     assert float(metrics["student_gradient"]) > 1e-4
-    np.testing.assert_allclose(metrics["reward_mean"], walk["walk_reward"].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["reward_mean"], kept.reward.mean(), rtol=1e-5)
 
 
 def test_direct_rewards_move_the_student_and_leave_the_head(make_config, quick_compilation):
     runner = pixel_runner(make_config, **{"reward.method": "direct", "accumulation": 1})
     initial = host(to_items(runner.program.init(jax.random.key(0), runner.frozen.teacher)))
-    state, metrics, fresh = runner.step(runner.start(initial), pixel_batch(0))
+    state, metrics, samples = runner.step(runner.start(initial), pixel_batch(0))
     assert float(metrics["student_gradient"]) == 0  # nothing is known yet of the reward's scale
-    first = host(fresh)["reward"][..., 0]
+    first = host(samples).reward[..., 0]
     state, metrics, _ = runner.step(state, pixel_batch(1))
     assert float(metrics["student_gradient"]) > 1e-4
     assert float(metrics["reward_std"]) > 0 and first.std() > 0
     head = initial["reward_head"]["reward_head"]
-    jax.tree.map(np.testing.assert_array_equal, host(state.reward_head), head)
+    jax.tree.map(np.testing.assert_array_equal, host(state.latent_reward), head)
 
 
 # Accumulation

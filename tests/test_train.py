@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import os
 import shutil
@@ -17,11 +16,12 @@ from dollar_jax import train as loop
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import RewardGuard
 from dollar_jax.data.latents import EncodedVideos
+from dollar_jax.distillation import RewardSamples
 from dollar_jax.distributed import Preempted
 from dollar_jax.program import recorded
 from dollar_jax.programs import reward_head_network, run_programs
 from dollar_jax.rewards import Reward
-from dollar_jax.rewards.replay import Replay
+from dollar_jax.rewards.methods.lrm import Replay, ScoredLatents
 from dollar_jax.run import read_history, record_config, restore_student
 from dollar_jax.state import to_items
 
@@ -388,12 +388,12 @@ def test_latents_and_rewards_that_are_not_finite_are_not_learned_from(generator,
     latent = np.stack([batch["latent"][[0, 4]] + 1, batch["latent"][[0, 4]]], 1)
     latent[0, 0, 0, 0, 0, 0] = np.nan
     unscored = np.full((2, 2, 1), np.nan)
-    fresh = {"latent": latent, "predicted": np.zeros((2, 2)), "reward": unscored, "scale": np.ones((2, 1))}
-    scorer.submit({k: jax.numpy.asarray(v) for k, v in fresh.items()}, batch, list("abcdefgh"))
+    samples = {"latent": latent, "predicted": np.zeros((2, 2)), "reward": unscored, "scale": np.ones((2, 1))}
+    scorer.submit(RewardSamples(**jax.tree.map(jax.numpy.asarray, samples)), batch, list("abcdefgh"))
     with pytest.warns(RuntimeWarning, match="a reward that is not finite"):
         scorer.collect()
     assert seen == [["a", "a", "e", "e"]]
-    kept = scorer.replays[generator.latent_shape].state
+    kept = scorer.memories[generator.latent_shape].state
     assert kept["reward"][:3, 0].tolist() == [2.0, 4.0, 0.0]
     np.testing.assert_array_equal(kept["latent"][:2], batch["latent"][[0, 4]])
     np.testing.assert_array_equal(kept["text"][:2], batch["text"][[0, 4]])
@@ -421,32 +421,38 @@ def test_a_signal_profiles_the_next_steps(train, tmp_path):
 
 @pytest.fixture
 def make_replay():
-    return functools.partial(Replay, latent=(1, 1, 1, 1), text=(1, 1))
+    def make(capacity, updates=8, seed=0):
+        shapes = ((updates, 8, *shape) for shape in ((1, 1, 1, 1), (1, 1), (1,), ()))
+        return Replay(capacity, ScoredLatents(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)), seed)
+
+    return make
 
 
 def rows(values):
+    """Scored samples of one latent each, their text and their one reward."""
     values = np.asarray(values, np.float32)
-    return values.reshape(-1, 1, 1, 1, 1), values.reshape(-1, 1, 1), values
+    samples = RewardSamples(values.reshape(-1, 1, 1, 1, 1, 1), None, None)
+    return samples, values.reshape(-1, 1, 1), values.reshape(-1, 1, 1)
 
 
 def test_replay_is_a_ring_without_failed_rewards(make_replay):
     ring = make_replay(4)
-    assert (ring.sample(2, 3, [0])["scored_weight"] == 0).all()  # nothing to learn from yet
+    assert (ring.take(0).weight == 0).all()  # nothing to learn from yet
     ring.add(*rows([1, np.nan, 2, np.inf, 3]))
-    assert sorted(set(ring.sample(8, 8, [0])["scored_reward"].ravel())) == [1, 2, 3]
+    assert sorted(set(ring.take(0).reward.ravel())) == [1, 2, 3]
     ring.add(*rows([4, 5]))
-    drawn = ring.sample(8, 8, [0])
-    assert sorted(set(drawn["scored_reward"].ravel())) == [2, 3, 4, 5]  # 1 was the oldest
-    np.testing.assert_array_equal(drawn["scored_latent"].ravel(), drawn["scored_reward"].ravel())
-    np.testing.assert_array_equal(drawn["scored_text"].ravel(), drawn["scored_reward"].ravel())
+    drawn = ring.take(0)
+    assert sorted(set(drawn.reward.ravel())) == [2, 3, 4, 5]  # 1 was the oldest
+    np.testing.assert_array_equal(drawn.latent.ravel(), drawn.reward.ravel())
+    np.testing.assert_array_equal(drawn.text.ravel(), drawn.reward.ravel())
     ring.add(*rows(range(10, 20)))  # more than it holds
-    assert sorted(ring.state["reward"]) == [16, 17, 18, 19]
+    assert sorted(ring.state["reward"].ravel()) == [16, 17, 18, 19]
 
 
 def test_replay_draws_by_content_and_seed(make_replay):
-    one, other = make_replay(8), make_replay(8)
+    one, other = make_replay(8, updates=2), make_replay(8, updates=2)
     one.add(*rows([1, 2, 3, 4, 5]))
     other.state = {name: np.array(value) for name, value in one.state.items()}
-    a, b, c = (r.sample(2, 8, [0, step, 0])["scored_reward"] for r, step in ((one, 3), (other, 3), (one, 4)))
+    a, b, c = (ring.take(step).reward for ring, step in ((one, 3), (other, 3), (one, 4)))
     np.testing.assert_array_equal(a, b)
     assert (a != c).any()

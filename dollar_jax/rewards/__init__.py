@@ -2,7 +2,7 @@
 
 Two kinds. A host reward (`Reward`) is any Python callable: PyTorch, ONNX, a subprocess, a remote scorer;
 it sees decoded frames as NumPy, off the training's critical path. A `JaxReward` runs inside the jitted
-step on frames decoded there. Neither is differentiated, unless `config.reward.method` is "direct".
+step on frames decoded there. Neither is differentiated, unless the method asks for it.
 
 A reward is named by a key of REWARDS or LOADERS, or by the place of one's own: `module:name` or
 `path/to/file.py:name`, where the name is a function (frames, prompts) → [b], a `Reward` or a `JaxReward`.

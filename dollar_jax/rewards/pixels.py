@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from dollar_jax.config import RewardConfig
 from dollar_jax.rewards import AnyReward, JaxReward
+from dollar_jax.rewards.methods import METHODS
 from dollar_jax.types import Latent, Params
 
 Decode = Callable[[Params, Latent], jax.Array]  # parameters, latents → frames in [0, 1]
@@ -41,7 +42,7 @@ class PixelRewards:
         params = {name: r.params for name, r in zip(self.labels, self.rewards, strict=True)}
         return {"decoder": decoder, "rewards": params}
 
-    def __call__(self, params: Params, latent: Latent, tokens: dict[str, jax.Array]) -> Float[Array, "b n"]:
+    def __call__(self, params: Params, latent: Latent, tokens: Mapping[str, jax.Array]) -> Float[Array, "b n"]:
         """Rewards of the latents' frames; NaN in the columns of host rewards and for latents that are not finite.
 
         With `remat` the backward pass computes decoder and rewards again, one after the other, instead
@@ -71,7 +72,8 @@ def pixel_rewards(config: RewardConfig, rewards: Sequence[AnyReward], decode: De
     Raises ValueError when a host reward is to be differentiated.
     """
     found = [i for i, reward in enumerate(rewards) if isinstance(reward, JaxReward)]
-    if config.method == "direct" and (host := [i for i in config.trained if i not in found]):
+    differentiated = METHODS[config.method].differentiates_pixels
+    if differentiated and (host := [i for i in config.trained if i not in found]):
         raise ValueError(
             f"the reward {config.rewards[host[0]].name!r} is a host reward, without a gradient: "
             "config.reward.method must be 'lrm' or 'ddpo'"
@@ -80,5 +82,5 @@ def pixel_rewards(config: RewardConfig, rewards: Sequence[AnyReward], decode: De
         return None
     chosen = tuple(r for r in rewards if isinstance(r, JaxReward))
     labels = tuple(config.rewards[i].label for i in found)
-    remat = config.remat and config.method == "direct"
+    remat = config.remat and differentiated
     return PixelRewards(decode, chosen, tuple(found), labels, len(rewards), remat)

@@ -225,7 +225,7 @@ def one_program():
         step = make(*args)
 
         def counting(state, frozen, batch):
-            traced.append(batch["latent"].shape[1:])
+            traced.append(batch.latent.shape[1:])
             return step(state, frozen, batch)
 
         return counting

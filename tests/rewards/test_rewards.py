@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from dollar_jax.config import RewardTerm
+from dollar_jax.distillation import RewardSamples
 from dollar_jax.rewards import REWARDS, JaxReward, Reward, get_reward, load_rewards, weighted_sum
 from dollar_jax.rewards.colour import SHARE, vividness
 from dollar_jax.rewards.jpeg import QUALITY, compressibility
-from dollar_jax.rewards.replay import Replay
+from dollar_jax.rewards.methods.lrm import Replay, ScoredLatents
 from dollar_jax.rewards.vivid import vivid
 
 
@@ -188,65 +189,79 @@ def rows(values):
     return latent, -latent[:, 0, :1], 10 * values
 
 
+def make_replay(capacity):
+    shapes = (1, 1, 2, 3), (1, 1, 1), (1, 1, 1), (1, 1)
+    return Replay(capacity, ScoredLatents(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)), 0)
+
+
+def add(replay, latent, text, reward):
+    """Rows of one latent and one reward each."""
+    replay.add(RewardSamples(latent[:, None], None, None), text, reward[:, None, None])
+
+
+def draw(replay, updates, batch, seed, step=0):
+    replay.drawn, replay.seed = (updates, batch), seed
+    return replay.take(step)
+
+
 def kept(replay):
-    return set(replay.state["reward"][replay.state["weight"] > 0].tolist())
+    return set(replay.state["reward"][replay.state["weight"] > 0].ravel().tolist())
 
 
 def test_replay_overwrites_the_oldest_rows():
-    replay = Replay(4, (2, 3), (1,))
-    replay.add(*rows([1, 2, 3]))
+    replay = make_replay(4)
+    add(replay, *rows([1, 2, 3]))
     assert kept(replay) == {10, 20, 30}
-    replay.add(*rows([4, 5]))
+    add(replay, *rows([4, 5]))
     assert kept(replay) == {20, 30, 40, 50}
-    replay.add(*rows([6, 7, 8]))
+    add(replay, *rows([6, 7, 8]))
     assert kept(replay) == {50, 60, 70, 80}
     assert replay.state["added"] == 8
-    drawn = replay.sample(3, 50, [0])
-    assert drawn["scored_latent"].shape == (3, 50, 2, 3)
-    assert set(np.unique(drawn["scored_reward"])) == {50, 60, 70, 80}
+    drawn = draw(replay, 3, 50, 0)
+    assert drawn.latent.shape == (3, 50, 2, 3)
+    assert set(np.unique(drawn.reward)) == {50, 60, 70, 80}
     # A row's parts stay together.
-    np.testing.assert_array_equal(10 * drawn["scored_latent"][..., 0, 0], drawn["scored_reward"])
-    np.testing.assert_array_equal(-drawn["scored_text"][..., 0], drawn["scored_latent"][..., 1, 2])
-    assert (drawn["scored_weight"] == 1).all()
+    np.testing.assert_array_equal(10 * drawn.latent[..., 0, 0], drawn.reward[..., 0])
+    np.testing.assert_array_equal(-drawn.text[..., 0], drawn.latent[..., 1, 2])
+    assert (drawn.weight == 1).all()
 
 
 def test_a_batch_larger_than_the_ring_leaves_its_end():
-    replay = Replay(4, (2, 3), (1,))
-    replay.add(*rows(range(10)))
+    replay = make_replay(4)
+    add(replay, *rows(range(10)))
     assert kept(replay) == {60, 70, 80, 90}
 
 
 def test_an_empty_replay_has_no_weight():
-    drawn = Replay(4, (2, 3), (1,)).sample(2, 3, [0])
-    assert drawn["scored_weight"].shape == (2, 3)
-    assert not drawn["scored_weight"].any()
-    assert np.isfinite(drawn["scored_latent"]).all()
+    drawn = draw(make_replay(4), 2, 3, 0)
+    assert drawn.weight.shape == (2, 3)
+    assert not drawn.weight.any()
+    assert np.isfinite(drawn.latent).all()
 
 
 def test_a_half_full_replay_draws_only_what_it_has():
-    replay = Replay(100, (2, 3), (1,))
-    replay.add(*rows([1, 2]))
-    drawn = replay.sample(4, 8, [0])
-    assert set(np.unique(drawn["scored_reward"])) == {10, 20}
-    assert drawn["scored_weight"].all()
+    replay = make_replay(100)
+    add(replay, *rows([1, 2]))
+    drawn = draw(replay, 4, 8, 0)
+    assert set(np.unique(drawn.reward)) == {10, 20}
+    assert drawn.weight.all()
 
 
 def test_rewards_that_are_not_finite_are_left_out():
-    replay = Replay(4, (2, 3), (1,))
+    replay = make_replay(4)
     latent, text, reward = rows([1, 2, 3, 4])
-    replay.add(latent, text, np.array([10, np.nan, np.inf, 40], np.float32))
+    add(replay, latent, text, np.array([10, np.nan, np.inf, 40], np.float32))
     assert kept(replay) == {10, 40}
     assert replay.state["added"] == 2
-    replay.add(latent[:1], text[:1], np.array([np.nan], np.float32))
+    add(replay, latent[:1], text[:1], np.array([np.nan], np.float32))
     assert replay.state["added"] == 2
 
 
 def test_draws_depend_on_the_seed_and_the_content():
-    one, two = Replay(8, (2, 3), (1,)), Replay(8, (2, 3), (1,))
-    one.add(*rows([1, 2, 3, 4]))
-    two.add(*rows([1, 2]))
-    two.add(*rows([3, 4]))
-    a, b, other = one.sample(2, 16, [0, 5]), two.sample(2, 16, [0, 5]), one.sample(2, 16, [0, 6])
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name])
-    assert np.any(a["scored_reward"] != other["scored_reward"])
+    one, two = make_replay(8), make_replay(8)
+    add(one, *rows([1, 2, 3, 4]))
+    add(two, *rows([1, 2]))
+    add(two, *rows([3, 4]))
+    a, b, other = draw(one, 2, 16, 0, 5), draw(two, 2, 16, 0, 5), draw(one, 2, 16, 0, 6)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert np.any(a.reward != other.reward)

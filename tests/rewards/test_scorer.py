@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from dollar_jax.distillation import RewardSamples
 from dollar_jax.rewards import JaxReward, Reward
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.rewards.scorer import Scorer
@@ -47,14 +48,13 @@ def make_scorer(config, host, kept):
 
 def submit(scorer, scored, batch, captions):
     """What a step says is to be scored: `latent` [n g t h w c], `reward` [n g r], `predicted` [n g], `scale` [n k]."""
-    scorer.submit(jax.tree.map(jax.numpy.float32, scored), batch, captions)
+    scorer.submit(RewardSamples(**jax.tree.map(jax.numpy.float32, scored)), batch, captions)
 
 
 def inputs(scorer, step, captions):
     """What the step is given: (the replay's rows or the rollout, by name; tokens of the captions)."""
-    found = dict(scorer.inputs(step, captions, LATENT))
-    tokens = found.pop("tokens_traced")
-    return {name.partition("_")[2]: value for name, value in found.items()}, tokens
+    tokens, kept = scorer.inputs(step, captions, LATENT)
+    return vars(kept), tokens["traced"]
 
 
 # --- steps ------------------------------------------------------------------------------------------

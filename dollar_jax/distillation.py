@@ -1,0 +1,149 @@
+"""What a step of distillation is given and gives: networks and settings, its batch, and what is to be scored.
+
+The registered classes cross between host and step. Their fields hold arrays or, where a program is set up, the
+shapes or shardings of these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from dollar_jax import sampling
+from dollar_jax.config import DistillConfig
+from dollar_jax.schedule import Schedule
+from dollar_jax.state import RewardStatistics
+from dollar_jax.types import Apply, Key, Latent, Params, PerSample, TextStates, Time
+
+if TYPE_CHECKING:
+    from dollar_jax.rewards.pixels import PixelRewards
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The apply functions of the step: one diffusion transformer for all roles, the latent reward model, and
+    the JAX rewards of decoded latents, None without any.
+
+    `latent_reward(params, latent, text)` → [b].
+    """
+
+    denoiser: Apply
+    latent_reward: Any
+    pixel_rewards: PixelRewards | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What is fixed for a whole run. `score_real`: the data has latents that the latent reward model may learn from."""
+
+    config: DistillConfig
+    networks: Networks
+    schedule: Schedule
+    score_real: bool = True
+
+    def predict_x0(self, params: Params, x_t: Latent, t: Time, text: TextStates) -> Latent:
+        """The student's clean prediction, without guidance."""
+        return sampling.student_prediction(self.networks.denoiser, params, self.schedule, x_t, t, text)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What the step reads and never changes; an argument of the step, in no checkpoint."""
+
+    teacher: Params
+    null_text: Float[Any, "1 l d"]
+    reward: Params = ()  # of decoder and JAX rewards
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a step takes. `tokens` are the prompts as integers, by the label of the JAX reward that reads them;
+    `reward` is what the reward method has kept of earlier steps (`RewardMethod.inputs`).
+    """
+
+    latent: Float[Any, "b t h w c"]
+    text: Float[Any, "b l d"]
+    tokens: Mapping[str, Int[Any, "b l"]] = dataclasses.field(default_factory=dict)
+    reward: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What the student generated on the way to its loss, and the raw rewards of it if those were needed there."""
+
+    latent: Float[Any, "b t h w c"]
+    reward: Float[Any, "n r"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RewardSamples:
+    """What the host is to score: n prompts with g latents each, a generated one and for some methods a real one.
+
+    `reward` is NaN where the host has to score. `predicted` is what the latent reward model says, NaN without
+    one, and `scale` what a unit of each trained reward counts. `states` are the last ones of a rollout.
+    """
+
+    latent: Float[Any, "n g t h w c"]
+    reward: Float[Any, "n g r"]
+    predicted: Float[Any, "n g"]
+    scale: Float[Any, "n k"] | None = None
+    states: Float[Any, "n s t h w c"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class References:
+    """What the student's loss is measured against; nothing in it gets a gradient."""
+
+    ema: Params
+    fake_score: Params
+    latent_reward: Params
+    reward_statistics: RewardStatistics
+    frozen: Frozen
+    step: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentPass:
+    """One forward pass of the student, x_t at `t`, its `index`-th timestep, to the `generated` clean latent."""
+
+    params: Params
+    references: References
+    batch: Batch
+    x_t: Latent
+    t: Time
+    index: Int[Array, " b"]
+    generated: Latent
+
+
+def _constant(config: DistillConfig, step: Array) -> float:
+    return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A term of the student's loss, `weight(config) * scale(config, step) * mean(loss)`.
+
+    `loss(distillation, student_pass, key)` → one number per sample, and fields of `Generated` that were found
+    on the way; None where the reward method adds the gradient itself. The metric `name` is `sign` times the
+    mean. `symbol` is the weight's in DOLLAR eq. (8.12), `label` names the term and `curve` its metric to people.
+    """
+
+    name: str
+    symbol: str
+    label: str
+    curve: str
+    weight: Callable[[DistillConfig], float]
+    loss: Callable[[Distillation, StudentPass, Key], tuple[PerSample, dict[str, Array]]] | None
+    enabled: Callable[[DistillConfig], bool]
+    scale: Callable[[DistillConfig, Array], float | Float[Array, ""]] = _constant
+    sign: int = 1

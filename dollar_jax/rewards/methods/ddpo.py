@@ -1,0 +1,133 @@
+"""DDPO, REINFORCE on the student's last two random steps (DOLLAR eq. (8.24)-(8.26)): rewards need no gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
+
+from dollar_jax import losses
+from dollar_jax import schedule as schedules
+from dollar_jax.distillation import Batch, Distillation, Metrics, RewardSamples
+from dollar_jax.rewards.methods.base import RewardMethod, Shape, combined_reward, reward_schedule, reward_term
+from dollar_jax.state import TrainState
+from dollar_jax.types import Key, Latent, Params, PerSample, TextStates
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Scored rollouts of an earlier step: `states` at the last timesteps, raw rewards, NaN in rows to leave out."""
+
+    states: Float[Any, "n s t h w c"]
+    text: Float[Any, "n l d"]
+    reward: Float[Any, "n k"]
+
+
+def rollout(
+    d: Distillation, params: Params, text: TextStates, shape: Shape, key: Key
+) -> tuple[Float[Array, "b s t h w c"], Latent]:
+    """The student from noise by the DDPM posterior, without gradient: its last states, and the clean latent.
+
+    The states are those at the last three timesteps, or two if there are no more, so that the steps
+    between them, the last two whose outcome is random, can be reinforced: the step to the clean end has
+    variance 0.
+    """
+    params = jax.lax.stop_gradient(params)
+    times = [jnp.full(len(text), t) for t in d.config.student.timesteps]
+    keys = jax.random.split(key, len(times))
+    states = [jax.random.normal(keys[0], (len(text), *shape))]
+    for t, t_next, step_key in zip(times, times[1:], keys[1:], strict=False):
+        x0 = d.predict_x0(params, states[-1], t, text)
+        mean, deviation = schedules.posterior(d.schedule, states[-1], x0, t, t_next)
+        states.append(mean + deviation * jax.random.normal(step_key, mean.shape))
+    return jnp.stack(states[-3:], 1), d.predict_x0(params, states[-1], times[-1], text)
+
+
+def policy(
+    d: Distillation, params: Params, states: Float[Array, "b s t h w c"], text: TextStates, advantage: PerSample
+) -> tuple[Float[Array, ""], Metrics]:
+    """L_FT of DDPO: -A Σ log p_θ(x_next | x_t) over the steps between `states`, per element of the latent.
+
+    The rollouts are a step or two old by the time their rewards are here; no importance weight corrects
+    for that.
+    """
+    times = [jnp.full(len(text), t) for t in d.config.student.timesteps[-states.shape[1] :]]
+    total = jnp.zeros(())
+    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        x0 = d.predict_x0(params, states[:, i], t, text)
+        mean, deviation = schedules.posterior(d.schedule, states[:, i], x0, t, t_next)
+        total += losses.policy_gradient(states[:, i + 1], mean, deviation, advantage).mean()
+    return total, {"policy": total}
+
+
+class DDPO(RewardMethod):
+    term = reward_term("policy", "policy gradient of the reward (DDPO)", "Policy gradient, loss", None, sign=1)
+    stored_as = "walk"  # as version 0.1 named it
+
+    def check(self) -> None:
+        super().check()
+        if len(self.config.student.timesteps) < 2:
+            raise ValueError("config.reward.method 'ddpo' needs at least two of config.student.timesteps")
+
+    def inputs(self, latent: Shape, text: Shape) -> Rollouts:
+        n, states = self.settings.samples, min(3, len(self.config.student.timesteps))
+        shapes = (n, states, *latent), (n, *text), (n, len(self.settings.trained))
+        return Rollouts(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+
+    def inputs_sharding(self, mesh: Mesh, samples: NamedSharding) -> NamedSharding:
+        return samples
+
+    def memory(self, latent: Shape, text: Shape) -> RolloutMemory:
+        return RolloutMemory(self.inputs(latent, text))
+
+    def add_gradient(
+        self, d: Distillation, full: Callable[[Params], Params], state: TrainState, inputs: Rollouts, grads: Params
+    ) -> tuple[Params, TrainState, Metrics]:
+        c = self.settings
+        statistics = state.reward_statistics.updated(inputs.reward, jnp.ones(len(inputs.reward)), c.statistics_decay)
+        advantage = combined_reward(c, statistics, inputs.reward)
+        beta = c.weight * reward_schedule(self.config, state.step)
+        reinforced, metrics = jax.grad(lambda p, *rest: policy(d, full(p), *rest), has_aux=True)(
+            state.student, inputs.states, inputs.text, advantage
+        )
+        grads = jax.tree.map(lambda g, r: g + beta * r, grads, reinforced)
+        return grads, dataclasses.replace(state, reward_statistics=statistics), metrics
+
+    def candidates(
+        self, d: Distillation, student: Params, rows: Batch, generated: Latent, key: Key
+    ) -> tuple[list[Latent], Float[Array, "n s t h w c"]]:
+        states, x0 = rollout(d, student, rows.text, rows.latent.shape[1:], key)
+        return [x0], states
+
+
+class RolloutMemory:
+    """The rollouts of the last step, each given to one step only."""
+
+    def __init__(self, shapes: Rollouts):
+        states, text, reward = (np.zeros(shape.shape, np.float32) for shape in jax.tree.leaves(shapes))
+        self.rollouts = Rollouts(states, text, np.full_like(reward, np.nan))
+
+    @property
+    def state(self) -> dict[str, np.ndarray]:
+        return {f"walk_{name}": value for name, value in vars(self.rollouts).items()}
+
+    @state.setter
+    def state(self, arrays: dict[str, np.ndarray]) -> None:
+        self.rollouts = Rollouts(**{name.removeprefix("walk_"): value for name, value in arrays.items()})
+
+    def add(self, samples: RewardSamples, text: np.ndarray, reward: np.ndarray) -> None:
+        good = np.isfinite(reward[:, 0]).all(1, keepdims=True)
+        known = np.where(good, reward[:, 0], np.nan).astype(np.float32)
+        self.rollouts = Rollouts(np.asarray(samples.states), text, known)
+
+    def take(self, step: int) -> Rollouts:
+        taken = self.rollouts
+        self.rollouts = dataclasses.replace(taken, reward=np.full_like(taken.reward, np.nan))
+        return taken

@@ -1,0 +1,47 @@
+"""Rewards by their own gradient, through the decoder: an upper bound to compare a latent reward model with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from dollar_jax import losses
+from dollar_jax.distillation import Distillation, Metrics, RewardSamples, StudentPass
+from dollar_jax.rewards.methods.base import RewardMethod, combined_reward, flat, random_run, reward_term, scored_rows
+from dollar_jax.state import Optimisers, TrainState
+from dollar_jax.types import Key, PerSample, TextStates
+
+
+def pixel_reward(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict[str, Array]]:
+    """-R(Dec(x̂0)) on some of the batch's rows, standardised and weighted; and the raw rewards."""
+    c, pixels = d.config.reward, d.networks.pixel_rewards
+    assert pixels is not None
+    rows = functools.partial(scored_rows, count=c.samples)
+    cut = random_run(rows(p.generated), c.latent_frames, key)
+    raw = pixels(p.references.frozen.reward, cut, jax.tree.map(rows, p.batch.tokens))
+    score = combined_reward(c, p.references.reward_statistics, raw[:, np.array(c.trained)])
+    return losses.latent_reward(score), {"reward": jax.lax.stop_gradient(raw)}
+
+
+class Direct(RewardMethod):
+    term = reward_term("pixel_reward", "reward through the decoder", "Reward of the student", pixel_reward)
+    differentiates_pixels = True
+
+    def update(
+        self,
+        d: Distillation,
+        optimisers: Optimisers,
+        state: TrainState,
+        inputs: Any,
+        text: TextStates,
+        samples: RewardSamples,
+    ) -> tuple[TrainState, Metrics]:
+        raw = flat(samples.reward)[:, np.array(self.settings.trained)]
+        statistics = state.reward_statistics.updated(raw, jnp.ones(len(raw)), self.settings.statistics_decay)
+        return dataclasses.replace(state, reward_statistics=statistics), {}
