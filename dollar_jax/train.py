@@ -28,6 +28,7 @@ from dollar_jax.generate import Generator
 from dollar_jax.monitoring import Log, Profile, make_sample_logger, make_throughput
 from dollar_jax.programs import TrainPrograms, train_programs
 from dollar_jax.rewards import load_rewards
+from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.rewards.scorer import Scorer
 from dollar_jax.run import CHECKPOINTS, read_config, record_config
@@ -44,6 +45,7 @@ def train(
     holds a run with other settings, FloatingPointError when the loss stops being finite, Preempted
     after SIGTERM, with a checkpoint.
     """
+    method_of(config).check()  # before anything is written
     record_config(config, workdir)
     pipeline = generator.pipeline
     rewards = load_rewards(config.reward.rewards)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from dollar_jax.rewards.video import flicker
+from dollar_jax.rewards.builtin import flicker
 from dollar_jax.video import unit_range
 
 

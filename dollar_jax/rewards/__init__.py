@@ -10,105 +10,20 @@ A reward is named by a key of REWARDS or LOADERS, or by the place of one's own: 
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from dollar_jax.config import RewardTerm
-from dollar_jax.program import Program
-from dollar_jax.rewards.colour import vividness
-from dollar_jax.rewards.jpeg import compressibility
-from dollar_jax.rewards.video import flicker, motion, smoothness
-from dollar_jax.rewards.vivid import vivid
-from dollar_jax.types import Params
+from dollar_jax.rewards.builtin import LOADERS, REWARDS
+from dollar_jax.rewards.reward import AnyReward, JaxReward, Reward, WrongShape
 
-_AT_ONCE = 16  # clips that a JAX reward scores at once outside of the step
-
-
-class WrongShape(ValueError):
-    """A reward answered with something else than one number per video."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Reward:
-    """A host reward: `function` takes NumPy frames and the prompts."""
-
-    function: Callable[[np.ndarray, Sequence[str]], Any]
-    meaning: str
-
-    def __call__(self, frames: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        """Float32 [b]; raises WrongShape when the function answers with another shape."""
-        return _one_each(self.function(frames, prompts), len(frames))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class JaxReward:
-    """A reward inside the jitted step: `function(params, frames, tokens)` → [b], traceable.
-
-    `params` are arguments of the step, not constants in it. `tokenize` turns prompts into the integers
-    [b, l] that the function gets, for it cannot see text; without it `tokens` is None.
-    """
-
-    function: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
-    meaning: str
-    params: Params = ()
-    tokenize: Callable[[Sequence[str]], np.ndarray] | None = None
-
-    @functools.cached_property
-    def _program(self) -> Program:
-        return Program("reward", self.function)
-
-    def __call__(self, frames: np.ndarray | jax.Array, prompts: Sequence[str]) -> np.ndarray:
-        """Float32 [b], as a host reward gives it, a few clips at a time: for measuring outside of the step."""
-        frames, count = np.asarray(frames, np.float32), len(frames)
-        tokens = None if self.tokenize is None else np.asarray(self.tokenize(prompts))
-        rows = np.arange(-(-count // _AT_ONCE) * _AT_ONCE) % count
-        rows = rows if count > _AT_ONCE else np.arange(count)
-        answers = []
-        for part in np.array_split(rows, -(-count // _AT_ONCE)):
-            part_tokens = None if tokens is None else tokens[part]
-            answers.append(_one_each(self._program(self.params, frames[part], part_tokens), len(part)))
-        return np.concatenate(answers)[:count]
-
-
-AnyReward = Reward | JaxReward
-
-
-def _one_each(answer: Any, count: int) -> np.ndarray:
-    rewards = np.asarray(answer, np.float32)
-    if rewards.shape != (count,):
-        raise WrongShape(f"the reward gave shape {rewards.shape} for {count} videos; it must give one number per video")
-    return rewards
-
-
-REWARDS: dict[str, AnyReward] = {
-    "vivid": Reward(vivid, "the share of coloured pixels that are bright and saturated"),
-    "compressibility": Reward(compressibility, "how few bits per pixel JPEG needs: plain, calm backgrounds"),
-    "vividness": JaxReward(
-        lambda params, frames, tokens: vividness(frames), "mean colour saturation of the most coloured pixels"
-    ),
-    "motion": JaxReward(
-        lambda params, frames, tokens: motion(frames), "mean length of the optical flow, in pixels per frame"
-    ),
-    "flicker": JaxReward(lambda params, frames, tokens: flicker(frames), "how little neighbouring frames differ"),
-    "smoothness": JaxReward(lambda params, frames, tokens: smoothness(frames), "how well neighbours predict a frame"),
-}
-
-# Rewards that are read from a folder of weights: the function of `rewards` that reads them.
-LOADERS = {
-    "clip": "clip:clip_score",
-    "hpsv2": "clip:hpsv2",
-    "pickscore": "clip:pickscore",
-    "aesthetic": "clip:aesthetic",
-    "onnx": "blackbox:onnx_classifier",
-}
+__all__ = ["LOADERS", "REWARDS", "AnyReward", "JaxReward", "Reward", "WrongShape"]
+__all__ += ["get_reward", "load_rewards", "weighted_sum"]
 
 
 def get_reward(name: str, folder: str | None = None) -> AnyReward:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dollar_jax.rewards import Reward
+from dollar_jax.rewards.reward import Reward
 from dollar_jax.video import to_uint8
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dollar_jax.models.clip import VIT_H_14, VIT_L_14, CLIPConfig, Fit, preprocess
-from dollar_jax.rewards import JaxReward
+from dollar_jax.rewards.reward import JaxReward
 from dollar_jax.types import Params
 from dollar_jax.weights.clip import load_clip
 from dollar_jax.weights.pipeline import load_tokenizer, tokenize

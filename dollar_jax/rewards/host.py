@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dollar_jax.rewards import AnyReward, WrongShape
+from dollar_jax.rewards.reward import AnyReward, WrongShape
 
 
 class HostScorer:

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dollar_jax.config import RewardConfig
-from dollar_jax.rewards import AnyReward, JaxReward
 from dollar_jax.rewards.methods import METHODS
+from dollar_jax.rewards.reward import AnyReward, JaxReward
 from dollar_jax.types import Latent, Params
 
 Decode = Callable[[Params, Latent], jax.Array]  # parameters, latents → frames in [0, 1]

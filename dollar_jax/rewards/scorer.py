@@ -19,12 +19,12 @@ from dollar_jax import sharding
 from dollar_jax.config import DistillConfig
 from dollar_jax.distillation import RewardSamples
 from dollar_jax.program import Program
-from dollar_jax.rewards import AnyReward, JaxReward
 from dollar_jax.rewards.host import HostScorer
 from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.methods.base import Memory
 from dollar_jax.rewards.monitor import Monitor
 from dollar_jax.rewards.pixels import Decode, PixelRewards
+from dollar_jax.rewards.reward import AnyReward, JaxReward
 from dollar_jax.types import Params
 
 Shape = tuple[int, ...]

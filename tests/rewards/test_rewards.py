@@ -11,10 +11,8 @@ from PIL import Image
 from dollar_jax.config import RewardTerm
 from dollar_jax.distillation import RewardSamples
 from dollar_jax.rewards import REWARDS, JaxReward, Reward, get_reward, load_rewards, weighted_sum
-from dollar_jax.rewards.colour import SHARE, vividness
-from dollar_jax.rewards.jpeg import QUALITY, compressibility
+from dollar_jax.rewards.builtin import QUALITY, SHARE, compressibility, vivid, vividness
 from dollar_jax.rewards.methods.lrm import Replay, ScoredLatents
-from dollar_jax.rewards.vivid import vivid
 
 
 def frames(*shape, seed=0):

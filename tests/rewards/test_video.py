@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dollar_jax.rewards import get_reward
-from dollar_jax.rewards.video import flicker, motion, smoothness
+from dollar_jax.rewards.builtin import flicker, motion, smoothness
 
 
 def waves(dy, dx, frames=5, size=32):

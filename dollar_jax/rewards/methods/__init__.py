@@ -12,10 +12,5 @@ METHODS: dict[str, type[RewardMethod]] = {"lrm": LatentReward, "direct": Direct,
 
 
 def method_of(config: DistillConfig) -> RewardMethod:
-    """The method of a run; rewards that are all held out are only measured, by the base class.
-
-    Raises ValueError when the settings do not suit the method.
-    """
-    method = (METHODS[config.reward.method] if config.reward.trained else RewardMethod)(config)
-    method.check()
-    return method
+    """The method of a run; rewards that are all held out are only measured, by the base class."""
+    return (METHODS[config.reward.method] if config.reward.trained else RewardMethod)(config)

@@ -1,0 +1,72 @@
+"""What a reward is: (frames [b t h w 3] in [0, 1], prompts) → rewards [b], on the host or in the jitted step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dollar_jax.program import Program
+from dollar_jax.types import Params
+
+_AT_ONCE = 16  # clips that a JAX reward scores at once outside of the step
+
+
+class WrongShape(ValueError):
+    """A reward answered with something else than one number per video."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """A host reward: `function` takes NumPy frames and the prompts."""
+
+    function: Callable[[np.ndarray, Sequence[str]], Any]
+    meaning: str
+
+    def __call__(self, frames: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """Float32 [b]; raises WrongShape when the function answers with another shape."""
+        return _one_each(self.function(frames, prompts), len(frames))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class JaxReward:
+    """A reward inside the jitted step: `function(params, frames, tokens)` → [b], traceable.
+
+    `params` are arguments of the step, not constants in it. `tokenize` turns prompts into the integers
+    [b, l] that the function gets, for it cannot see text; without it `tokens` is None.
+    """
+
+    function: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
+    meaning: str
+    params: Params = ()
+    tokenize: Callable[[Sequence[str]], np.ndarray] | None = None
+
+    @functools.cached_property
+    def _program(self) -> Program:
+        return Program("reward", self.function)
+
+    def __call__(self, frames: np.ndarray | jax.Array, prompts: Sequence[str]) -> np.ndarray:
+        """Float32 [b], as a host reward gives it, a few clips at a time: for measuring outside of the step."""
+        frames, count = np.asarray(frames, np.float32), len(frames)
+        tokens = None if self.tokenize is None else np.asarray(self.tokenize(prompts))
+        rows = np.arange(-(-count // _AT_ONCE) * _AT_ONCE) % count
+        rows = rows if count > _AT_ONCE else np.arange(count)
+        answers = []
+        for part in np.array_split(rows, -(-count // _AT_ONCE)):
+            part_tokens = None if tokens is None else tokens[part]
+            answers.append(_one_each(self._program(self.params, frames[part], part_tokens), len(part)))
+        return np.concatenate(answers)[:count]
+
+
+AnyReward = Reward | JaxReward
+
+
+def _one_each(answer: Any, count: int) -> np.ndarray:
+    rewards = np.asarray(answer, np.float32)
+    if rewards.shape != (count,):
+        raise WrongShape(f"the reward gave shape {rewards.shape} for {count} videos; it must give one number per video")
+    return rewards
