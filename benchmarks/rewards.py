@@ -23,7 +23,6 @@ import jax
 
 from dollar_jax.config import DistillConfig, RewardTerm, changed
 from dollar_jax.data.latents import load_data
-from dollar_jax.distillation import Frozen
 from dollar_jax.evaluate.measure import BoundSampler, default_plan, measure
 from dollar_jax.experiment import load
 from dollar_jax.generate import make_generator, subset

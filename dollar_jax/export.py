@@ -18,6 +18,7 @@ from dollar_jax.data.clip import clip_size
 from dollar_jax.files import new_folder
 from dollar_jax.generate import teacher_folder
 from dollar_jax.models import lora
+from dollar_jax.objectives import terms
 from dollar_jax.run import read_config, restore_trained
 from dollar_jax.schedule import Schedule, coefficients
 from dollar_jax.types import Params
@@ -233,11 +234,10 @@ def model_card(
         frames=frames,
         length=config.data.max_text_length,
     )
-    weights = {
-        "variational score distillation (VSD)": config.vsd.weight,
-        "consistency distillation (CD), β_CD": config.consistency.weight,
-        "latent reward (LRM), β_FT": config.reward.weight if config.reward.trained else 0.0,
-    }
+    losses = ""
+    for term in filter(None, terms(config)):
+        name = f"{term.label}, {term.symbol}" if term.symbol else term.label
+        losses += f"| {name} | {term.weight(config):g} |\n"
     rows = {k: v for k, v in metrics.items() if isinstance(v, Mapping) and "nfe" in v}
     columns = sorted({c for row in rows.values() for c, v in row.items() if isinstance(v, float | int)})
     measures = ""
@@ -256,7 +256,7 @@ def model_card(
         total=schedule.num_train_timesteps,
         timesteps=", ".join(f"{t:g}" for t in config.student.timesteps),
         snippet=snippet,
-        losses="\n".join(f"| {name} | {weight:g} |" for name, weight in weights.items()),
+        losses=losses.rstrip(),
         measures=measures,
         config=json.dumps(dataclasses.asdict(config), indent=2),
     )

@@ -23,7 +23,6 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig, VisibilityConfig
-from dollar_jax.distillation import Frozen
 from dollar_jax.evaluate.vendi import pixel_features, vendi_per_prompt
 from dollar_jax.flops import PEAK_TFLOPS, Throughput, count_flops
 from dollar_jax.generate import Generator, video_keys

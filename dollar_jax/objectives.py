@@ -7,7 +7,6 @@ function here and a row in `terms`, and its weight a field of the config.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -236,11 +235,3 @@ def terms(config: DistillConfig) -> tuple[Term | None, ...]:
 
 
 TERMS = (VSD, CONSISTENCY, *(method.term for method in METHODS.values() if method.term is not None))
-
-# What a run's curves show, by the names of the metrics; others are told by their names.
-CURVES: dict[str, tuple[Literal["loss", "reward"], str]] = {
-    "student_loss": ("loss", "Student, total loss"),
-    **{term.name: ("loss" if term.sign > 0 else "reward", term.curve) for term in TERMS},
-    "fake_score": ("loss", "Fake score, denoising loss"),
-    "reward_regression": ("loss", "Latent reward model, regression loss"),
-}

@@ -169,7 +169,11 @@ def _restore(
 
 
 def _global_batch(
-    programs: TrainPrograms, rows: np.ndarray, on_device: Mapping[str, jax.Array], tokens: Mapping[str, np.ndarray], kept: Any
+    programs: TrainPrograms,
+    rows: np.ndarray,
+    on_device: Mapping[str, jax.Array],
+    tokens: Mapping[str, np.ndarray],
+    kept: Any,
 ) -> Batch:
     """The step's global arrays: `tokens` of this process's `rows`, and `kept`, which every process has whole."""
     where, count = programs.batch_sharding, programs.batch_shapes.latent.shape[0]

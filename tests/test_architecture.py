@@ -13,6 +13,7 @@ STDLIB = "|".join(sys.stdlib_module_names)
 IO = r"(logging|os|pathlib|io|json|sys|subprocess|tqdm|absl|tensorboardX|orbax|safetensors)\b"
 COMPILED = r"(?!dollar_jax/program\.py)"
 PURE = r"dollar_jax/(losses|schedule)\.py"
+METHOD = r"dollar_jax\.rewards\.methods\.(?!base\b)\w+\."
 TRAINING = r"dollar_jax\.(losses|objectives|step|state|optim|sharding|config|train)\b"
 
 # (rule, the files it holds in, imports forbidden there); both are matched from the start.
@@ -33,6 +34,8 @@ IMPORTS = [
     ("step does no I/O", r"dollar_jax/step\.py", IO),
     ("programs are compiled in one place", COMPILED, r"(jax\.(p?jit|pmap)|jax\.experimental\.pjit)\b"),
     ("the loop is at the top", r"dollar_jax/(?!(cli|demo|reproduce)\b)", r"dollar_jax\.train\b"),
+    ("what a step is made of knows no host", r"dollar_jax/(distillation|objectives|state|optim)\.py", IO),
+    ("a reward method is not known by its file elsewhere", "(?!dollar_jax/rewards/methods/)", METHOD),
 ]
 # (rule, the files it holds in, names and calls forbidden there); a call is "function(arguments".
 USES = [
@@ -40,6 +43,11 @@ USES = [
     ("jax's transformations and optax instead of NNX's", "", r"nnx\.(jit|grad|Optimizer)\b"),
     ("programs are compiled in one place", COMPILED, r"jax\.(p?jit|pmap)\b"),
     ("step does no I/O", r"dollar_jax/step\.py", r"(print|open)\("),
+    (
+        "what a reward method does otherwise is in its class",
+        "(?!dollar_jax/rewards/methods/)",
+        r".*\bmethod (==|!=|in|not in) ['\"(\[{]",
+    ),
     ("every key of a config is explicit", "", r"(\w+\.)*(config|cfg)(\.\w+)*\.get\(2"),
 ]
 
@@ -61,6 +69,7 @@ def uses(tree: ast.AST) -> list[str]:
     nodes = list(ast.walk(tree))
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     names = [ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)]
+    names += [ast.unparse(node) for node in nodes if isinstance(node, ast.Compare)]
     return names + [f"{ast.unparse(c.func)}({len(c.args + c.keywords)}" for c in calls]
 
 
@@ -92,7 +101,8 @@ train.py: import orbax.checkpoint | cli.py: from safetensors import safe_open | 
 weights/wan.py: import torch.nn | config.py: from ml_collections import ConfigDict
 step.py: from pathlib import Path | step.py: functools.partial(jax.jit, donate_argnums=0)
 generate.py: from jax import jit | generate.py: jax.jit(f) | run.py: from dollar_jax import train
-train.py: self.config.student.get('lr', 1e-4) | models/wan.py: nnx.Optimizer(model, tx)"""
+scorer.py: 1 if c.method == 'lrm' else 2 | step.py: from dollar_jax.rewards.methods.lrm import Replay
+state.py: import json | train.py: self.config.student.get('lr', 1e-4) | models/wan.py: nnx.Optimizer(model, tx)"""
 
 
 @pytest.mark.parametrize("sample", re.split(r" \| |\n", BAD))

@@ -55,7 +55,9 @@ def build(make_config, monkeypatch):
             step = programs.make_step
             patch.setattr(programs, "make_step", make_step)
             schedule, here = Schedule("rf", "velocity", shift=3.0), jax.devices()[:1]
-            built = programs.train_programs(config, Linear(), schedule, LATENT, TEXT, here, pixel_rewards=pixels, **more)
+            built = programs.train_programs(
+                config, Linear(), schedule, LATENT, TEXT, here, pixel_rewards=pixels, **more
+            )
         return built, got
 
     return build

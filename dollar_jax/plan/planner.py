@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from dollar_jax import sharding
 from dollar_jax.config import DistillConfig, MeshConfig
 from dollar_jax.data.clip import MOVING_SHAPES, clip_size
-from dollar_jax.distillation import Frozen
 from dollar_jax.flops import count_flops
 from dollar_jax.hlo import Cost, cost
 from dollar_jax.plan.chips import Chip, chips

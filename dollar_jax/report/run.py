@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dollar_jax.objectives import TERMS
 from dollar_jax.report.charts import line_chart
 from dollar_jax.report.clips import embed
 from dollar_jax.report.measures import MEASURES
@@ -32,17 +33,14 @@ KINDS = {
 CURVES = {
     "Losses": {
         "student_loss": "Student, total loss",
-        "vsd": "VSD loss",
-        "consistency": "Consistency loss",
-        "policy": "DDPO loss",
+        **{term.name: term.curve for term in TERMS if term.sign > 0},
         "fake_score": "Fake score, denoising loss",
         "reward_regression": "Latent reward model, regression loss",
     },
     "Rewards": {
         "reward_generated": "Reward of the student’s samples",
         r"reward_(.+)_generated": "Reward of the student’s samples, {}",
-        "latent_reward": "Latent reward of the student",
-        "pixel_reward": "Reward of the student, by gradients",
+        **{term.name: term.curve for term in TERMS if term.sign < 0},
         "reward_mean": "Reward, running mean",
         r"reward_mean_(.+)": "Reward, running mean, {}",
     },

@@ -68,7 +68,7 @@ def policy(
 
 
 class DDPO(RewardMethod):
-    term = reward_term("policy", "policy gradient of the reward (DDPO)", "Policy gradient, loss", None, sign=1)
+    term = reward_term("policy", "policy gradient of the reward (DDPO)", "DDPO loss", None, sign=1)
     stored_as = "walk"  # as version 0.1 named it
 
     def check(self) -> None:

@@ -30,7 +30,9 @@ def pixel_reward(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, 
 
 
 class Direct(RewardMethod):
-    term = reward_term("pixel_reward", "reward through the decoder", "Reward of the student", pixel_reward)
+    term = reward_term(
+        "pixel_reward", "reward through the decoder", "Reward of the student, by gradients", pixel_reward
+    )
     differentiates_pixels = True
 
     def update(
