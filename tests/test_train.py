@@ -92,9 +92,13 @@ def train(generator, data, config):
 @contextlib.contextmanager
 def from_step(n, act):
     """Has `act(batch)` replace the batch of the n-th step from here and of all later ones."""
-    put, calls = loop._put, itertools.count(1)
+    whole, calls = loop._global_batch, itertools.count(1)
+
+    def acted_on(*args):
+        return act(whole(*args)) if next(calls) >= n else whole(*args)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_put", lambda p, rows, b: put(p, rows, act(b) if next(calls) >= n else b))
+        patch.setattr(loop, "_global_batch", acted_on)
         yield
 
 
@@ -286,7 +290,7 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(train, whole, c
     """NaN from the 5th step on: neither history nor a checkpoint may hold it, nor may the good one go."""
 
     def poison(batch):
-        return {**batch, "latent": np.full_like(batch["latent"], np.nan)}
+        return dataclasses.replace(batch, latent=jax.numpy.full_like(batch.latent, np.nan))
 
     message = r"is nan at step 6: lower the learning rate"
     with from_step(5, poison), pytest.raises(FloatingPointError, match=message):

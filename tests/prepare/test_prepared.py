@@ -261,17 +261,17 @@ def test_a_run_on_two_buckets_compiles_twice_and_resumes_to_the_bit(
     assert [line["step"] for line in history] == [1, 2, 3, 4]
     assert all(np.isfinite(list(line.values())).all() and 0 <= line["data_wait"] <= 1 for line in history)
 
-    put, calls = loop._put, 0
+    whole_batch, calls = loop._global_batch, 0
 
-    def die_at_the_fourth(built, rows, batch):
+    def die_at_the_fourth(*args):
         nonlocal calls
         calls += 1
         if calls == 4:
             raise Killed
-        return put(built, rows, batch)
+        return whole_batch(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_put", die_at_the_fourth)
+        patch.setattr(loop, "_global_batch", die_at_the_fourth)
         with pytest.raises(Killed):
             run(config, generator, tmp_path / "killed")
     resumed = run(config, generator, tmp_path / "killed")
