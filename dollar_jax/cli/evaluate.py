@@ -37,6 +37,14 @@ def define_flags(_: list[str]) -> None:
         None,
         "With --vbench: its VBench_full_info.json, or a text file with a prompt per line.",
     )
+    define(
+        "string",
+        "names",
+        None,
+        "With --vbench and a --prompts_file of rewritten, long prompts: VBench's own list, a text file paired line by "
+        "line or its JSON, whose short prompts name the files.",
+    )
+    define("float", "fps", None, "With --vbench: frames per second of the files; the teacher's by default.", 0.1)
     define("integer", "num", 5, "With --vbench: videos per prompt.", 1)
     define("integer", "steps", 4, "With --vbench: sampling steps.", 1)
     define("integer", "seed", 0, "With --vbench: seed of the noise.")
@@ -79,22 +87,55 @@ def run() -> None:
 
 
 def _vbench_videos() -> None:
-    from dollar_jax.evaluate.vbench import read_vbench_prompts, write_videos
-    from dollar_jax.generate import make_generator
+    import jax
+
+    from dollar_jax.evaluate import manifest
+    from dollar_jax.evaluate.vbench_videos import check_names, pair_names, read_vbench_prompts, write_videos
+    from dollar_jax.generate import make_generator, subset
     from dollar_jax.run import read_config
 
     if not FLAGS.workdir or not FLAGS.prompts_file:
         raise ValueError("--vbench needs --workdir and --prompts_file, VBench's own list of prompts")
-    workdir, folder = Path(FLAGS.workdir), Path(FLAGS.vbench)
+    workdir, folder, listed = Path(FLAGS.workdir), Path(FLAGS.vbench), Path(FLAGS.prompts_file)
     config = read_config(workdir)
-    counts = read_vbench_prompts(Path(FLAGS.prompts_file), FLAGS.num)
+    names = Path(FLAGS.names) if FLAGS.names else None
+    prompts = None if names is None else pair_names(listed, names)
+    if prompts is None or FLAGS.names.endswith(".json"):
+        counts = read_vbench_prompts(names or listed, FLAGS.num)
+    else:
+        counts = {name: FLAGS.num for name in prompts}
+    check_names(counts)
     generator = make_generator(config)
+    fps = FLAGS.fps or generator.pipeline.family.fps
     if FLAGS.teacher:
         draw, params = teacher_sampler(generator, config.sampling.num_steps)
+        sampler = {"sampler": config.sampling.solver, "steps": config.sampling.num_steps}
+        sampler |= {"guidance_weight": config.sampling.guidance_weight, "eta": config.sampling.eta}
     else:
         draw, params = student_sampler(generator, workdir, config, FLAGS.steps)
-    drawn = write_videos(folder, counts, generator, draw, params, FLAGS.seed, FLAGS.batch_size)
+        sampler = {"sampler": "student", "steps": FLAGS.steps}
+        sampler |= {"timesteps": subset(config.student.timesteps, FLAGS.steps)}
+    if jax.process_index() == 0:
+        frames, height, width = generator.clip
+        made = {
+            "prompts_file": listed.name,
+            "prompts_sha256": manifest.hash_file(listed),
+            "prompts": "raw" if names is None else "rewritten",
+            "names_file": names and names.name,
+            "names_sha256": names and manifest.hash_file(names),
+            "seeds": [FLAGS.seed],
+            "num": FLAGS.num,
+            "videos": sum(counts.values()),
+            **{"frames": frames, "height": height, "width": width, "fps": fps},
+            **sampler,
+            "teacher": config.teacher,
+            "weights_sha256": manifest.hash_params(params),
+            "versions": manifest.versions(),
+        }
+        manifest.write_manifest(folder, made)
+    drawn = write_videos(folder, counts, generator, draw, params, FLAGS.seed, FLAGS.batch_size, fps, prompts)
     print(f"{drawn} videos drawn; {folder} holds all of this process's {sum(counts.values())}")
+    print(f"How they were made is in {manifest.manifest_path(folder)}.")
 
 
 def print_table(path: Path) -> None:

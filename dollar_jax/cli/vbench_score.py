@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from dollar_jax.cli.base import FLAGS, Command, define
 
@@ -12,18 +13,79 @@ from dollar_jax.cli.base import FLAGS, Command, define
 def define_flags(_: list[str]) -> None:
     define("string", "json", None, "Where to write the scores too.")
     define("bool", "allow_missing", False, "Average over the dimensions given, though not all are.")
+    define(
+        "string",
+        "metrics",
+        None,
+        "The JSON of dollar evaluate --videos on the same videos, whose Vendi score goes beside the total.",
+    )
+    define(
+        "string",
+        "manifest",
+        None,
+        "The manifest of the videos, kept with the scores; by default the one beside the first file.",
+    )
+    define(
+        "bool",
+        "compare",
+        False,
+        "Two result files, or two folders of them, side by side: refused unless their manifests say that prompts, "
+        "seeds, numbers, sizes and frame rates were the same.",
+    )
 
 
 def run(*files: str) -> None:
+    from dollar_jax.evaluate.manifest import check_alike
     from dollar_jax.evaluate.metrics import write_metrics
-    from dollar_jax.evaluate.vbench import aggregate, read_results
 
     if not files:
         raise ValueError("give VBench's result files: dollar vbench-score FILE…")
-    result = dataclasses.asdict(aggregate(read_results(map(Path, files)), FLAGS.allow_missing))
+    paths = [Path(file) for file in files]
+    if FLAGS.compare:
+        if len(paths) != 2:
+            raise ValueError("give two results: dollar vbench-score --compare A B")
+        if FLAGS.metrics or FLAGS.manifest:
+            raise ValueError("--compare takes the manifests beside A and B: leave out --metrics and --manifest")
+        different = check_alike(*paths)
+        a, b = (_score(path) for path in paths)
+        names = [name for name in ("quality", "semantic", "total") if None not in (a[name], b[name])]
+        result: dict[str, Any] = {"a": a, "b": b, "b_minus_a": {name: b[name] - a[name] for name in names}}
+        result["made_with"] = different
+    else:
+        result = _score(*paths)
     if FLAGS.json:
         write_metrics(FLAGS.json, result)
     print(json.dumps(result, indent=2))
+
+
+def _score(*paths: Path) -> dict[str, Any]:
+    from dollar_jax.evaluate.manifest import NAME, find_manifest
+    from dollar_jax.evaluate.vbench import aggregate, read_intervals, read_results
+
+    if len(paths) == 1 and paths[0].is_dir():
+        found = [path for path in sorted(paths[0].glob("*.json")) if not path.name.startswith(".")]
+        # VBench leaves its list of videos beside its results.
+        files = [path for path in found if not path.name.endswith((NAME, "_full_info.json"))]
+        if not files:
+            raise FileNotFoundError(f"{paths[0]} holds no result file of VBench's")
+    else:
+        files = list(paths)
+    result = dataclasses.asdict(aggregate(read_results(files), FLAGS.allow_missing))
+    result["intervals"] = read_intervals(files)
+    result["dynamic_degree"] = result["dimensions"].get("dynamic_degree")
+    if FLAGS.metrics:
+        result["vendi"] = _vendi(Path(FLAGS.metrics))
+    manifest = json.loads(Path(FLAGS.manifest).read_text()) if FLAGS.manifest else find_manifest(paths[0])
+    if manifest is not None:
+        result["manifest"] = manifest
+    return result
+
+
+def _vendi(path: Path) -> float:
+    try:
+        return float(json.loads(path.read_text())["vendi"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} holds no Vendi score; dollar evaluate --videos writes it") from error
 
 
 COMMAND = Command("VBench's result files to its Quality, Semantic and Total", define_flags, run, "FILE…")

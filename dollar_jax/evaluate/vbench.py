@@ -1,4 +1,4 @@
-"""VBench (Huang et al., arXiv 2311.17982): the videos it asks for, and its aggregate scores.
+"""VBench (Huang et al., arXiv 2311.17982): its aggregate scores. Nothing here needs jax, so that it answers at once.
 
 Normalisation and weights are those of VBench's own `scripts/constant.py`.
 """
@@ -12,14 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from tqdm import tqdm
-
-from dollar_jax.evaluate.files import read_prompts, video_name
-from dollar_jax.generate import Generator, Sampler, draw_videos, video_keys
-from dollar_jax.types import Params
-from dollar_jax.video import write_video
+import numpy as np
 
 # The least and the greatest value of each dimension, which are mapped to 0 and 1 without clipping.
 QUALITY = {
@@ -45,6 +38,7 @@ SEMANTIC = {
 DIMENSIONS = (*QUALITY, *SEMANTIC)
 _HALF = "dynamic_degree"  # the one dimension that counts half
 _QUALITY_WEIGHT, _SEMANTIC_WEIGHT = 4, 1
+_RESAMPLES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,30 +94,76 @@ def read_results(paths: Iterable[Path]) -> dict[str, float]:
     found: dict[str, float] = {}
     origin: dict[str, Path] = {}
     for path in paths:
-        for name, score in _read(path).items():
+        for name, score in _shares(path, _read(path)).items():
             if found.setdefault(name, score) != score:
                 raise ValueError(f"{origin[name]} and {path} disagree on {name}: leave one of them out")
             origin.setdefault(name, path)
     return found
 
 
-def _read(path: Path) -> dict[str, float]:
+def read_intervals(paths: Iterable[Path]) -> dict[str, list[float]]:
+    """The bootstrap interval, in percent, of each dimension whose result file holds the scores of its videos."""
+    found = {}
+    for path in paths:
+        content = _read(path)
+        for name, score in _shares(path, content).items():
+            if (interval := bootstrap(content[name], score)) is not None:
+                found[name] = [100 * bound for bound in interval]
+    return found
+
+
+def bootstrap(value: Any, score: float) -> tuple[float, float] | None:
+    """The middle 95 % of the mean score when prompts are drawn anew, with all their videos, as many as there are.
+
+    Videos of one prompt resemble one another, so that drawing videos would give too narrow an interval. `value` is
+    VBench's `[mean, [{"video_path", "video_results"}, ...]]`, `score` the mean as a share. None without such a list of
+    at least two prompts, or where its mean is not the score: VBench weighs some dimensions otherwise.
+    """
+    rows = value[1] if isinstance(value, list) and len(value) > 1 and isinstance(value[1], list) else []
+    prompts: dict[str, list[float]] = {}
+    for row in rows:
+        result = row.get("video_results") if isinstance(row, dict) else None
+        if not isinstance(result, bool | int | float) or not np.isfinite(result):
+            return None
+        prompt = re.sub(r"-\d+$", "", Path(str(row.get("video_path", ""))).stem)
+        prompts.setdefault(prompt, []).append(float(result))
+    if len(prompts) < 2:
+        return None
+    sums, counts = (np.array([f(x) for x in prompts.values()], float) for f in (sum, len))
+    if max(map(max, prompts.values())) > 1:
+        sums = sums / 100  # imaging quality's videos are in percent
+    if abs(sums.sum() / counts.sum() - score) > 0.01:
+        return None
+    draws = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), _RESAMPLES)
+    low, high = np.quantile(draws @ sums / (draws @ counts), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A result file by dimension name; what `dollar vbench-score --json` wrote gives its dimensions."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give VBench's eval_results JSON files")
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if isinstance(content, dict) and isinstance(content.get("dimensions"), dict):
+        content = {name: value / 100 for name, value in content["dimensions"].items()}
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} holds no VBench results: it must be an object of dimensions")
-    scores: dict[str, float] = {}
+    values: dict[str, Any] = {}
     for key, value in content.items():
         name = re.sub(r"[\s_-]+", "_", key.strip().lower())
         if name not in DIMENSIONS:
             raise ValueError(f"{path}: {key!r} is no dimension of VBench's; there are {', '.join(DIMENSIONS)}")
-        if name in scores:
+        if name in values:
             raise ValueError(f"{path} holds {name} twice")
-        scores[name] = _score(path, key, value)
+        values[name] = value
+    return values
+
+
+def _shares(path: Path, values: Mapping[str, Any]) -> dict[str, float]:
+    scores = {name: _score(path, name, value) for name, value in values.items()}
     if max(scores.values()) > 1:
         small = [name for name, score in scores.items() if 0 < score <= 1]
         if small:
@@ -144,60 +184,3 @@ def _score(path: Path, key: str, value: Any) -> float:
             f"{shown if len(shown) < 40 else type(first).__name__}"
         )
     return float(first)
-
-
-def read_vbench_prompts(path: Path, num: int) -> dict[str, int]:
-    """How many videos each prompt of a list needs: `num`, and five times as many for temporal flickering.
-
-    The list is VBench's `VBench_full_info.json`, which says what each prompt is for, or a text file with a
-    prompt per line, which does not.
-
-    Raises FileNotFoundError, or ValueError naming what is wrong in the file.
-    """
-    if path.suffix != ".json":
-        return dict.fromkeys(read_prompts(path), num)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; it must be VBench's VBench_full_info.json")
-    try:
-        rows = [(row["prompt_en"], row["dimension"]) for row in json.loads(path.read_text())]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not like VBench_full_info.json: {error!r}") from error
-    counts: dict[str, int] = {}
-    for prompt, dimensions in rows:
-        wanted = 5 * num if "temporal_flickering" in dimensions else num
-        counts[prompt] = max(wanted, counts.setdefault(prompt, 0))
-    return counts
-
-
-def write_videos(
-    folder: Path,
-    counts: Mapping[str, int],
-    generator: Generator,
-    draw: Sampler,
-    params: Params,
-    seed: int,
-    batch_size: int,
-    fps: float = 8,
-) -> int:
-    """Draws what is missing of `{prompt}-{0...}.mp4` in `folder`; how many this process has drawn.
-
-    Every process draws its own share, and video i of a prompt starts from the i-th noise of `seed`, so
-    killed and started again, on as many or fewer hosts, the folder ends with the same videos.
-
-    Raises ValueError for a prompt that cannot name a file.
-    """
-    everything = [(p, i, video_name(p, i)) for p, count in counts.items() for i in range(count)]
-    mine = everything[jax.process_index() :: jax.process_count()]
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    missing = [row for row in mine if row[2] not in there]
-    if not missing:
-        return 0
-    noise = video_keys(seed, max(counts.values()))
-    keys = noise[jnp.array([i for _, i, _ in missing])]
-    with tqdm(total=len(mine), initial=len(mine) - len(missing), desc="VBench", unit="video") as bar:
-        names = iter(missing)
-        prompts = [prompt for prompt, _, _ in missing]
-        for frames in draw_videos(generator, draw, params, prompts, keys, batch_size, bar):
-            for frame in frames:
-                write_video(folder / next(names)[2], frame, fps)
-    return len(missing)

@@ -1,14 +1,13 @@
 """VBench's aggregates against published rows, and result files of every kind users have."""
 
 import json
+import subprocess
+import sys
 
-import jax
-import numpy as np
 import pytest
 
 from dollar_jax import cli
-from dollar_jax.evaluate.vbench import DIMENSIONS, QUALITY, aggregate, read_results, read_vbench_prompts, write_videos
-from dollar_jax.video import read_video
+from dollar_jax.evaluate.vbench import DIMENSIONS, QUALITY, SEMANTIC, aggregate, read_intervals, read_results
 
 # Percent, in DIMENSIONS' order, with the published quality, semantic and total: the teacher, DOLLAR with
 # PickScore and DOLLAR with HPSv2, as DOLLAR's tables give them.
@@ -42,6 +41,20 @@ def test_published_rows_come_out_as_published(name):
     for ours, theirs in zip((score.quality, score.semantic, score.total), PUBLISHED[name][1], strict=True):
         if theirs is not None:
             assert ours == pytest.approx(theirs, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "quality, semantic, total",
+    [(83.44, 80.13, 82.78), (85.86, 80.15, 84.72), (85.54, 81.01, 84.63), (83.97, 80.88, 83.35), (85.69, 79.92, 84.53)],
+    ids=["Wan 1.3B", "FastGen DMD2, 4 steps", "Causal-rCM", "Wan 14B", "FastGen DMD2, 2 steps"],
+)
+def test_published_triples_come_out_as_published(quality, semantic, total):
+    """Dimensions that all lie at their group's published share of their range give the published total."""
+    groups = ((QUALITY, quality), (SEMANTIC, semantic))
+    row = {name: low + share / 100 * (high - low) for g, share in groups for name, (low, high) in g.items()}
+    score = aggregate(row)
+    assert (score.quality, score.semantic) == (pytest.approx(quality), pytest.approx(semantic))
+    assert score.total == pytest.approx(total, abs=0.01)  # all three are rounded
 
 
 def test_every_dimension_counts_by_its_weight():
@@ -129,60 +142,97 @@ def test_files_that_are_not_there(tmp_path, capsys):
     assert "dollar vbench-score FILE" in capsys.readouterr().err
 
 
-# The videos VBench asks for
+# Intervals, and two results side by side
 
 
-def test_the_list_of_prompts_says_how_many_videos_each_needs(tmp_path):
-    text = tmp_path / "all_dimension.txt"
-    text.write_text("a cat\na dog\n\na cat\n")
-    assert read_vbench_prompts(text, 5) == {"a cat": 5, "a dog": 5}
+def result_file(path, dimension, values):
+    """VBench's result file of {prompt: its videos' scores}."""
     rows = [
-        {"prompt_en": "a cat", "dimension": ["subject_consistency", "motion_smoothness"]},
-        {"prompt_en": "a still cup", "dimension": ["temporal_flickering"], "auxiliary_info": {}},
-        {"prompt_en": "a cat", "dimension": ["temporal_flickering"]},
+        {"video_path": f"videos/{prompt}-{i}.mp4", "video_results": value}
+        for prompt, videos in values.items()
+        for i, value in enumerate(videos)
     ]
-    full = tmp_path / "VBench_full_info.json"
-    full.write_text(json.dumps(rows))
-    assert read_vbench_prompts(full, 5) == {"a cat": 25, "a still cup": 25}
-    assert read_vbench_prompts(full, 1) == {"a cat": 5, "a still cup": 5}
-    full.write_text('[{"prompt": "a cat"}]')
-    with pytest.raises(ValueError, match="is not like VBench_full_info.json"):
-        read_vbench_prompts(full, 5)
+    scores = [float(row["video_results"]) for row in rows]
+    mean = sum(scores) / len(scores) / (100 if max(scores) > 1 else 1)
+    path.write_text(json.dumps({dimension: [mean, rows]}))
+    return mean
+
+
+def test_an_interval_draws_prompts_with_all_their_videos(tmp_path):
+    """Half of 200 prompts move in all five videos: the interval is the binomial's of 200, not of 1,000."""
+    path = tmp_path / "dynamic_degree.json"
+    mean = result_file(path, "dynamic_degree", {f"a-{p}": [p % 2 == 0] * 5 for p in range(200)})
+    low, high = read_intervals([path])["dynamic_degree"]
+    assert mean == 0.5
+    assert (low, high) == (pytest.approx(50 - 196 * (0.25 / 200) ** 0.5, abs=1), pytest.approx(56.93, abs=1))
+    # Unequal numbers of videos count by video, and percent are percent.
+    values = {"still": [40.0] * 5, "moving": [80.0]}
+    mean = result_file(path, "imaging_quality", values)
+    assert mean == pytest.approx((5 * 40 + 80) / 600)
+    low, high = read_intervals([path])["imaging_quality"]
+    assert (low, high) == (pytest.approx(40), pytest.approx(80))
+
+
+@pytest.mark.parametrize("rows", [[], [{"video_path": "a-0.mp4", "video_results": 0.5}], [{"video_path": "a"}], 3])
+def test_without_scores_of_several_prompts_there_is_no_interval(tmp_path, rows):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"color": [0.5, rows]}))
+    assert read_intervals([path]) == {}
+
+
+MADE = {"prompts_sha256": "1", "prompts": "raw", "num": 5, "fps": 16, "weights_sha256": "a", "steps": 50}
 
 
 @pytest.fixture
-def write(toy_generator):
-    """Writes a folder of videos: two prompts, three and one."""
-    sampler = toy_generator.student_sampler((1000.0, 500.0))
-    params = toy_generator.pipeline.transformer.params
-    counts = {"a bb": 3, "ccc a": 1}
-
-    def run(folder, batch_size=8):
-        with jax.debug_key_reuse(False):
-            return write_videos(folder, counts, toy_generator, sampler, params, 0, batch_size)
-
-    return run
+def results(tmp_path):
+    """Two folders with results and the manifest of their videos: a teacher's and a student's."""
+    for name, row_name, other in (("a", "teacher", {}), ("b", "HPSv2", {"weights_sha256": "b", "steps": 4})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eval_results.json").write_text(json.dumps(shares(row_name)))
+        (tmp_path / name / "manifest.json").write_text(json.dumps(MADE | other))
+    return tmp_path
 
 
-def test_videos_are_named_as_vbench_wants_and_a_second_start_draws_what_is_missing(write, tmp_path):
-    names = {"a bb-0.mp4", "a bb-1.mp4", "a bb-2.mp4", "ccc a-0.mp4"}
-    assert write(tmp_path / "whole") == 4
-    assert {path.name for path in (tmp_path / "whole").iterdir()} == names
-    assert write(tmp_path / "whole") == 0
-
-    (tmp_path / "killed").mkdir()
-    kept = tmp_path / "killed" / "a bb-1.mp4"
-    kept.write_bytes(b"kept")
-    assert write(tmp_path / "killed") == 3
-    assert kept.read_bytes() == b"kept"
-    for name in names - {kept.name}:
-        again, first = (read_video(tmp_path / run / name).astype(int) for run in ("killed", "whole"))
-        assert np.abs(again - first).max() <= 6  # the codec makes more of a rounding
+def test_results_of_like_videos_stand_side_by_side(results, capsys):
+    a, b = str(results / "a"), str(results / "b" / "eval_results.json")
+    assert cli.main(["vbench-score", "--compare", a, b]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["b_minus_a"]["total"] == pytest.approx(82.57 - 80.25, abs=0.02)
+    assert printed["made_with"] == {"weights_sha256": ["a", "b"], "steps": [50, 4]}
+    assert printed["b"]["dynamic_degree"] == pytest.approx(81.67)
 
 
-def test_hosts_share_the_videos_between_them(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    for index in (0, 1):
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        assert write(tmp_path) == 2
-        assert len(list(tmp_path.iterdir())) == 2 * (index + 1)
+@pytest.mark.parametrize("field, value", [("prompts", "rewritten"), ("fps", 8), ("num", 1), ("prompts_sha256", "2")])
+def test_results_of_unlike_videos_are_refused_by_what_differs(results, capsys, field, value):
+    (results / "b" / "manifest.json").write_text(json.dumps(MADE | {field: value, "steps": 4}))
+    assert cli.main(["vbench-score", "--compare", str(results / "a"), str(results / "b")]) == 2
+    error = capsys.readouterr().err
+    assert f"{field} is {MADE[field]!r} in" in error and f"and {value!r} in" in error and "steps" not in error
+
+
+def test_results_without_a_manifest_are_refused(results, capsys):
+    (results / "b" / "manifest.json").unlink()
+    assert cli.main(["vbench-score", "--compare", str(results / "a"), str(results / "b")]) == 2
+    assert f"{results / 'b'} cannot be compared: there is no manifest.json" in capsys.readouterr().err
+    assert cli.main(["vbench-score", "--compare", str(results / "a")]) == 2
+    assert "give two results" in capsys.readouterr().err
+
+
+def test_scores_keep_their_manifest_and_stand_beside_vendi(results, capsys):
+    metrics, out = results / "metrics.json", results / "scores.json"
+    metrics.write_text(json.dumps({"vendi": 1.98}))
+    file = str(results / "a" / "eval_results.json")
+    assert cli.main(["vbench-score", file, f"--metrics={metrics}", f"--json={out}"]) == 0
+    assert json.loads(capsys.readouterr().out) | {"vendi": 1.98, "manifest": MADE} == json.loads(out.read_text())
+    assert cli.main(["vbench-score", "--compare", str(out), str(results / "b")]) == 0
+    capsys.readouterr()
+    metrics.write_text("{}")
+    assert cli.main(["vbench-score", file, f"--metrics={metrics}"]) == 2
+    assert "holds no Vendi score" in capsys.readouterr().err
+
+
+def test_scoring_needs_no_jax(results):
+    """jax alone takes longer to import than a second."""
+    code = "import sys; from dollar_jax import cli; cli.main(sys.argv[1:]); assert 'jax' not in sys.modules"
+    file = str(results / "a" / "eval_results.json")
+    subprocess.run([sys.executable, "-c", code, "vbench-score", file], check=True, stdout=subprocess.DEVNULL)

@@ -1,0 +1,107 @@
+"""What a set of videos, or of their measures, was made with, so that two of them can be told to compare or not.
+
+A set's manifest lies beside its folder, as `NAME.manifest.json`: VBench takes the first file it finds in the folder
+for a video.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dollar_jax import __version__
+from dollar_jax.evaluate.metrics import write_metrics
+
+NAME = "manifest.json"
+# What two sets must share for their measures to compare; the rest says which model it was, and on what.
+PROTOCOL = ("prompts_sha256", "prompts", "names_sha256", "seeds", "num", "frames", "height", "width", "fps")
+
+
+def hash_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def hash_params(params: Any) -> str:
+    """SHA-256 of parameters by name, type, shape and bytes, wherever they were read from; they must be on this host."""
+    import jax
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    return {
+        "dollar_jax": __version__,
+        **{name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")},
+        "python": platform.python_version(),
+    }
+
+
+def manifest_path(folder: Path) -> Path:
+    """Where the manifest of a folder of videos lies."""
+    folder = folder.absolute()
+    return folder.with_name(f"{folder.name}.{NAME}")
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the manifest of a folder of videos; ValueError when the folder holds videos made otherwise."""
+    path = manifest_path(folder)
+    if path.is_file() and folder.is_dir():
+        before = _load(path)
+        for name in manifest:
+            if name != "versions" and before.get(name) != manifest[name]:
+                raise ValueError(
+                    f"{folder} holds videos made with {name} = {before.get(name)!r}, not {manifest[name]!r}: choose "
+                    "another folder, or the same settings to draw what is missing"
+                )
+    write_metrics(path, manifest)
+
+
+def find_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a result file or a folder: in the file itself, in the folder or beside it; None without one."""
+    if path.is_file():
+        content = _load(path)
+        if isinstance(content, dict) and "manifest" in content:
+            return content["manifest"]
+    folder = path if path.is_dir() else path.absolute().parent
+    places = (folder / NAME, manifest_path(folder))
+    return next((_load(place) for place in places if place.is_file()), None)
+
+
+def check_alike(a: Path, b: Path) -> dict[str, tuple[Any, Any]]:
+    """What two sets were made with, where it differs: weights, sampler, steps and versions may.
+
+    Raises ValueError when one has no manifest, or when they differ in what a measure depends on besides the model.
+    """
+    found = []
+    for path in (a, b):
+        if (manifest := find_manifest(path)) is None:
+            raise ValueError(f"{path} cannot be compared: there is no {NAME} in it or beside it to say how it was made")
+        found.append(manifest)
+    ours, theirs = found
+    different = {
+        name: (ours.get(name), theirs.get(name)) for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)
+    }
+    if unlike := [name for name in PROTOCOL if name in different]:
+        shown = "; ".join(
+            f"{name} is {different[name][0]!r} in {a} and {different[name][1]!r} in {b}" for name in unlike
+        )
+        raise ValueError(f"these do not compare: {shown}")
+    return different
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error

@@ -1,0 +1,122 @@
+"""The videos that VBench (Huang et al., arXiv 2311.17982) asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from dollar_jax.evaluate.files import read_prompts, video_name
+from dollar_jax.generate import Generator, Sampler, draw_videos, video_keys
+from dollar_jax.types import Params
+from dollar_jax.video import write_video
+
+
+def read_vbench_prompts(path: Path, num: int) -> dict[str, int]:
+    """How many videos each prompt of a list needs: `num`, and five times as many for temporal flickering.
+
+    The list is VBench's `VBench_full_info.json`, which says what each prompt is for, or a text file with a
+    prompt per line, which does not.
+
+    Raises FileNotFoundError, or ValueError naming what is wrong in the file.
+    """
+    if path.suffix != ".json":
+        return dict.fromkeys(read_prompts(path), num)
+    counts: dict[str, int] = {}
+    for prompt, dimensions in _full_info(path):
+        wanted = 5 * num if "temporal_flickering" in dimensions else num
+        counts[prompt] = max(wanted, counts.setdefault(prompt, 0))
+    return counts
+
+
+def pair_names(prompts: Path, names: Path) -> dict[str, str]:
+    """The prompt to draw by the name of its files: line i of `prompts` is the rewritten line, or row, i of `names`.
+
+    `names` is a text file, or VBench_full_info.json. A name that comes twice keeps its first prompt.
+
+    Raises FileNotFoundError, or ValueError when the two do not pair.
+    """
+    long, short = _lines(prompts), _lines(names)
+    if len(long) != len(short):
+        short = list(dict.fromkeys(short))
+    if len(long) != len(short):
+        raise ValueError(
+            f"{prompts} holds {len(long)} prompts and {names} {len(short)} names: line i of the one must be the "
+            "rewritten line i of the other"
+        )
+    pairs: dict[str, str] = {}
+    for name, prompt in zip(short, long, strict=True):
+        pairs.setdefault(name, prompt)
+    return pairs
+
+
+def _lines(path: Path) -> list[str]:
+    """The prompts of a list, in order, also those that come twice."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; it must hold a prompt per line")
+    if path.suffix == ".json":
+        return [prompt for prompt, _ in _full_info(path)]
+    # Long prompts may hold what str.splitlines also breaks at.
+    return [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
+
+
+def _full_info(path: Path) -> list[tuple[str, list[str]]]:
+    """(prompt, dimensions) of the rows of VBench_full_info.json."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; it must be VBench's VBench_full_info.json")
+    try:
+        return [(row["prompt_en"], row["dimension"]) for row in json.loads(path.read_text())]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not like VBench_full_info.json: {error!r}") from error
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises ValueError for a prompt that names no file, with what to do about it."""
+    for name in names:
+        try:
+            video_name(name, 0)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; for rewritten prompts give --names, VBench's own list, whose short prompts name the files"
+            ) from error
+
+
+def write_videos(
+    folder: Path,
+    counts: Mapping[str, int],
+    generator: Generator,
+    draw: Sampler,
+    params: Params,
+    seed: int,
+    batch_size: int,
+    fps: float = 8,
+    prompts: Mapping[str, str] | None = None,
+) -> int:
+    """Draws what is missing of `{prompt}-{0...}.mp4` in `folder`; how many this process has drawn.
+
+    With `prompts` the keys of `counts` only name the files, and `prompts` holds what is drawn for each.
+
+    Every process draws its own share, and video i of a prompt starts from the i-th noise of `seed`, so
+    killed and started again, on as many or fewer hosts, the folder ends with the same videos.
+
+    Raises ValueError for a prompt that cannot name a file.
+    """
+    everything = [(p, i, video_name(p, i)) for p, count in counts.items() for i in range(count)]
+    mine = everything[jax.process_index() :: jax.process_count()]
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    missing = [row for row in mine if row[2] not in there]
+    if not missing:
+        return 0
+    noise = video_keys(seed, max(counts.values()))
+    keys = noise[jnp.array([i for _, i, _ in missing])]
+    with tqdm(total=len(mine), initial=len(mine) - len(missing), desc="VBench", unit="video") as bar:
+        names = iter(missing)
+        shown = [name if prompts is None else prompts[name] for name, _, _ in missing]
+        for frames in draw_videos(generator, draw, params, shown, keys, batch_size, bar):
+            for frame in frames:
+                write_video(folder / next(names)[2], frame, fps)
+    return len(missing)
