@@ -13,8 +13,10 @@ import torch
 from dollar_jax.config import SamplingConfig
 from dollar_jax.generate import Generator, video_keys
 from dollar_jax.models.umt5 import zero_padding
+from dollar_jax.models.wan import WanConfig
 from dollar_jax.sampling import ode_sample
 from dollar_jax.schedule import Schedule, timestep_grid
+from dollar_jax.weights import families
 from dollar_jax.weights.pipeline import load_pipeline, save_pipeline, tokenize
 
 LENGTH = 12
@@ -134,6 +136,24 @@ def test_loading_undoes_saving(pipeline, folder):
         jax.tree.map(np.testing.assert_array_equal, theirs.params, ours.params)
     for one, two in zip(*(tokenize(p.tokenizer, PROMPTS, LENGTH) for p in (pipeline, again)), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+@dataclasses.dataclass(frozen=True)
+class ThirdConfig(WanConfig):
+    """Of a family of its own, although it is a WanConfig."""
+
+
+def test_another_family_is_one_record(pipeline, tmp_path, monkeypatch):
+    kind = dataclasses.replace(families.WAN.transformer, class_name="ThirdTransformer3DModel", config=ThirdConfig)
+    third = dataclasses.replace(families.WAN, pipeline="ThirdPipeline", transformer=kind, masks_padding=False)
+    monkeypatch.setattr("dollar_jax.weights.pipeline.FAMILIES", (*families.FAMILIES, third))
+    config = ThirdConfig(**dataclasses.asdict(pipeline.transformer.config))
+    transformer = dataclasses.replace(pipeline.transformer, config=config)
+    save_pipeline(tmp_path, dataclasses.replace(pipeline, family=third, transformer=transformer))
+    again = load_pipeline(tmp_path)
+    assert again.family is third and type(again.transformer.config) is ThirdConfig
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "ThirdPipeline"
+    jax.tree.map(np.testing.assert_array_equal, again.transformer.params, pipeline.transformer.params)
 
 
 def test_half_precision_files_are_read_as_fp32(pipeline, folder, tmp_path):
