@@ -84,7 +84,7 @@ def train(
             if config.init is not None:
                 state = _go_on_from(Path(config.init), programs, state)
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
-        samples = make_sample_logger(config, workdir, generator, frozen.teacher)
+        sample_logger = make_sample_logger(config, workdir, generator, frozen.teacher)
         throughput = make_throughput(config, programs)
         with (
             Log(workdir, first, config, throughput) as log,
@@ -118,14 +118,14 @@ def train(
                     scorer.collect()
                 profile.after(step, metrics)
                 host = {} if scorer is None else dict(scorer.latest)
-                if samples.due(step + 1):
+                if sample_logger.due(step + 1):
                     student = state.ema
                     if programs.merge is not None:
                         student = programs.merge(*programs.merge.place(frozen.teacher, student))
-                    seen, video, warnings = samples.draw(step + 1, student)
+                    seen, video, warnings = sample_logger.draw(step + 1, student)
                     log.show(step + 1, video, warnings)
                     host |= seen
-                log.step(step + 1, metrics, host, saving or samples.due(step + 1))
+                log.step(step + 1, metrics, host, saving or sample_logger.due(step + 1))
                 if saving:
                     items = {**to_items(state), "data": batches}
                     if scorer is not None:
