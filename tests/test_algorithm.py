@@ -27,7 +27,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LATENT, TEXT, ROWS = (3, 2, 2, 4), (3, 5), 8
 TIMES = (1000.0, 820.0, 510.0, 240.0)
-SHIFT, GAIN, DECODER = 3.0, 2.0, 0.7
+SHIFT, DECODER = 3.0, 0.7
+GAINS = {"red": 2.0, "kept": 0.6, "green": 1.5}  # the rewards' parameters
 FIRST_STEP, STEPS = 3, 2
 
 BASE = {
@@ -86,12 +87,12 @@ def red(gain, frames, tokens):
     return gain * frames[..., 0].mean((1, 2, 3)) + 0.1 * tokens[:, 0]
 
 
-def kept(params, frames, tokens):
-    return frames[..., 2].mean((1, 2, 3))
+def kept(gain, frames, tokens):
+    return gain * frames[..., 2].mean((1, 2, 3))
 
 
-def green(params, frames, tokens):
-    return (frames[..., 1] ** 2).mean((1, 2, 3))
+def green(gain, frames, tokens):
+    return gain * (frames[..., 1] ** 2).mean((1, 2, 3))
 
 
 def decode(params, latent):
@@ -103,7 +104,9 @@ def take_step(config, state, frozen, batch, host_rewards):
     functions = dict(zip(LABELS, (red, kept, green), strict=True))
     tokenize = {"red": lambda prompts: np.array([[len(p)] for p in prompts])}
     rewards = [
-        Reward(len, "") if label in host_rewards else JaxReward(function, "", np.float32(GAIN), tokenize.get(label))
+        Reward(len, "")
+        if label in host_rewards
+        else JaxReward(function, "", np.float32(GAINS[label]), tokenize.get(label))
         for label, function in functions.items()
     ]
     pixels = pixel_rewards(config.reward, rewards, decode)
@@ -264,11 +267,12 @@ def consistency(c, frozen, ema, prediction, x_t, times, text):
 def rewards_of(latent, tokens):
     """[b, 3] and the gradients of red and green in the latent."""
     frames, share = DECODER * latent, 1 / np.prod(LATENT[1:3]) / latent.shape[1]
-    first = GAIN * frames[..., 0].mean((1, 2, 3)) + 0.1 * tokens[:, 0]
-    second, third = frames[..., 2].mean((1, 2, 3)), (frames[..., 1] ** 2).mean((1, 2, 3))
+    first = GAINS["red"] * frames[..., 0].mean((1, 2, 3)) + 0.1 * tokens[:, 0]
+    second = GAINS["kept"] * frames[..., 2].mean((1, 2, 3))
+    third = GAINS["green"] * (frames[..., 1] ** 2).mean((1, 2, 3))
     of_red, of_green = np.zeros_like(latent), np.zeros_like(latent)
-    of_red[..., 0] = GAIN * DECODER * share
-    of_green[..., 1] = 2 * frames[..., 1] * DECODER * share
+    of_red[..., 0] = GAINS["red"] * DECODER * share
+    of_green[..., 1] = GAINS["green"] * 2 * frames[..., 1] * DECODER * share
     return np.stack([first, second, third], -1), (of_red, of_green)
 
 

@@ -202,3 +202,14 @@ def test_a_resumed_log_doubles_nothing_and_loses_nothing(make_config, check_even
         for line in lines:
             assert line["student_loss"] == 10 * line["step"] and line["reward_generated"] == 0.5 * line["step"]
             assert line["latent_mean_drift"] == -line["step"] and line["latent_std_ratio"] == 0.5
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_metric_that_is_not_finite_ends_the_log(make_config, tmp_path, value):
+    metrics = {"student_loss": np.float32(1), "vsd": np.float32(value)}
+    with (
+        pytest.raises(FloatingPointError, match=f"vsd is {value} at step 3: lower the learning rates"),
+        Log(tmp_path, 2, make_config(), Throughput(8, None, None)) as log,
+    ):
+        log.step(3, metrics, {}, True)
+    assert read_history(tmp_path) == []

@@ -31,7 +31,7 @@ CONFIG |= {f"{part}.optimiser.warmup_steps": 1 for part in OPTIMISERS}
 class Linear:
     """A velocity by one matrix: the least that is a network."""
 
-    shapes = {"linear": {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}}
+    shapes = {"linear": {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.bfloat16)}}  # as a teacher may lie in memory
 
     @staticmethod
     def apply(params, x, t, text):
@@ -92,6 +92,12 @@ def test_each_optimiser_has_its_own_settings_and_a_schedule_as_long_as_its_updat
     expected = list(plain_adamw(OPTIMISERS[part], count, gradients, 2.0))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert abs(expected[-1] - expected[-2]) > 1e-4
+
+
+def test_what_is_trained_is_fp32_whatever_the_teacher(build):
+    state = build({})[0].state_shapes
+    kinds = {x.dtype for part in (state.student, state.ema, state.fake_score) for x in jax.tree.leaves(part)}
+    assert kinds == {jnp.dtype("float32")}
 
 
 TERMS = tuple({"name": name, "weight": weight, "folder": None} for name, weight in (("red", 1.0), ("kept", 0.0)))

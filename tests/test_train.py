@@ -1,5 +1,6 @@
 """The host's loop over a random pipeline of toy size: what a run leaves, and that it resumes to the bit."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -18,6 +19,7 @@ from dollar_jax.config import RewardGuard
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.distillation import RewardSamples
 from dollar_jax.distributed import Preempted
+from dollar_jax.monitoring import SampleLogger
 from dollar_jax.program import recorded
 from dollar_jax.programs import reward_head_network, run_programs
 from dollar_jax.rewards import Reward
@@ -45,6 +47,7 @@ def data(generator):
 def config(make_config, quick_compilation):
     return make_config(
         {
+            "seed": 3,
             "steps": STEPS,
             "mesh.data": 2,
             "mesh.fsdp": 4,
@@ -103,14 +106,30 @@ def from_step(n, act):
 
 
 @pytest.fixture(scope="module")
-def whole(train, called, generator, tmp_path_factory):
+def whole(train, called, asked, generator, tmp_path_factory):
     """An uninterrupted run: its folder and its last state."""
     workdir = tmp_path_factory.mktemp("whole")
     vars(generator).pop("null_text", None)  # as in a new process
-    with recorded() as ran:
+
+    def noted(method):
+        def call(self, *args):
+            asked[method.__name__].append(jax.tree.map(lambda x: np.array(x) if isinstance(x, jax.Array) else x, args))
+            return method(self, *args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, recorded() as ran:
+        for part, name in ((loop.Scorer, "inputs"), (loop.Scorer, "submit"), (SampleLogger, "draw")):
+            patch.setattr(part, name, noted(getattr(part, name)))
         state = train(workdir)
     called.extend(ran)
     return workdir, state
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """What the loop of the uninterrupted run asked of its parts: arguments by method, arrays copied."""
+    return collections.defaultdict(list)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +188,21 @@ def test_a_run_leaves_its_history_and_items(whole, generator, config, check_even
     (kept,) = (part for name, part in parts.items() if name.startswith("replay_"))
     assert int(kept["added"]) == 4 * STEPS and (kept["weight"] == 1).all()
     assert int(state["progress"]["step"]) == STEPS
+
+
+def test_the_loop_gives_each_part_what_belongs_together(whole, asked, data, config):
+    _, state = whole
+    assert [step for step, _, _ in asked["inputs"]] == list(range(STEPS))
+    for (_, captions, shape), (_, batch, submitted) in zip(asked["inputs"], asked["submit"], strict=True):
+        assert list(captions) == list(submitted) == [data.captions[i] for i in batch["index"]]
+        assert shape == data.latent.shape[1:]
+        np.testing.assert_array_equal(batch["text"], data.text[batch["index"]])
+    assert len({batch["index"].tobytes() for _, batch, _ in asked["submit"]}) == STEPS
+    (first, _), (last, params) = asked["draw"]
+    assert (first, last) == (3, 6)
+    jax.tree.map(np.testing.assert_array_equal, params, state["ema"]["ema"])
+    key = jax.random.split(jax.random.key(config.seed))[0]
+    np.testing.assert_array_equal(state["progress"]["key"], jax.random.key_data(key))
 
 
 def test_what_a_run_executes_is_what_is_declared_for_it(whole, called, generator, config):

@@ -203,6 +203,16 @@ def test_a_reward_of_unknown_scale_says_nothing_of_the_latent_model(steps):
     assert np.isfinite(run.scorer.monitor.state["held_out"]).sum() == SAMPLES
 
 
+def test_a_latent_with_one_reward_missing_is_not_learned_from(steps):
+    run = steps()
+    reward = np.full((SAMPLES, 2, 3), np.nan)
+    reward[1:, :, 2] = 4.0  # the first row's two latents have only the host's reward
+    values, _ = run.submit(1, reward=reward)
+    run.scorer.collect()
+    drawn = {v for s in range(40) for v in inputs(run.scorer, s, run.captions(1))[0]["latent"].ravel()}
+    assert drawn == set(values[1:].ravel())
+
+
 def test_a_rollout_is_reinforced_once(steps):
     run = steps("ddpo")
     rows, _ = inputs(run.scorer, 0, run.captions(0))

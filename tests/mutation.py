@@ -1,0 +1,548 @@
+"""What share of small faults do the tests notice? `python tests/mutation.py [--only=REGEX] [--check]`.
+
+Each row of FAULTS is one wrong line: it is written into a copy of the repository, the tests named for it are run there,
+and it is taken back. At the end stand the share that was noticed and the faults that were not. A row whose old text is
+not found exactly once in its file says so, and nothing is run. The rows tell what a fault would do to a training;
+whoever changes the code changes its rows with it, and whoever writes code nobody could break unseen adds some.
+
+Not collected by pytest: all rows take some 20 minutes of a core. Tests are named by their file, or as
+`file::test`; of a file the first test that fails ends a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT = 900  # seconds for the tests of a row; a fault that hangs is noticed, too
+# Imported once, before the tests of each row run in a process of their own that is forked off here.
+HEAVY = ("jax", "flax.nnx", "optax", "orbax.checkpoint", "grain", "beartype", "jaxtyping", "tensorboardX", "pytest")
+HEAVY += ("ml_collections", "scipy", "PIL.Image", "av", "transformers", "tensorflow_datasets")
+# Pytest says that it comes too late to rewrite the assertions of what is imported.
+QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+
+ALGORITHM = "tests/test_algorithm.py"
+# Cases of it, for what belongs to one reward method.
+LATENT, JAX, DDPO, DIRECT = (
+    f"{ALGORITHM}::test_step_is_algorithm_29[{case}]"
+    for case in ("latent-host", "latent-jax", "ddpo-forward", "direct-forward")
+)
+GRADIENTS = "tests/test_gradients.py"
+SCORER = "tests/rewards/test_scorer.py"
+PROGRAM = "tests/test_programs.py"
+LOSSES = "tests/test_losses.py"
+SCHEDULE = "tests/test_schedule.py"
+SAMPLING = "tests/test_sampling.py"
+OBJECTIVES = "tests/test_objectives.py"
+
+MONITORING = "tests/test_monitoring.py"
+LOG = f"{MONITORING}::test_a_resumed_log_doubles_nothing_and_loses_nothing"
+RUN = "tests/test_train.py::test_a_run_leaves_its_history_and_items"
+TOGETHER = "tests/test_train.py::test_the_loop_gives_each_part_what_belongs_together"
+RESUMED = "tests/test_train.py::test_a_killed_run_resumes_to_the_bit[6]"
+
+# File, old text, new text, tests that should notice.
+FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
+    "step.py": [
+        # The same noise in every step.
+        ("fold_in(state.key, state.step), 3)", "fold_in(state.key, 0), 3)", [ALGORITHM]),
+        # The fake score learns what the student made before its update.
+        ("full(params), full(student), rows, key)", "full(params), full(state.student), rows, key)", [GRADIENTS]),
+        # Every fake-score update sees the same noise.
+        (
+            "jax.random.split(fake_key, config.fake_score.updates))",
+            "jnp.stack([fake_key] * config.fake_score.updates))",
+            [ALGORITHM],
+        ),
+        # One fake-score update too few.
+        ("jax.random.split(fake_key, config", "jax.random.split(fake_key, -1 + config", [ALGORITHM]),
+        # The target of consistency is the student itself.
+        (
+            "            full(ema), full(state.fake_score),",
+            "            full(state.student), full(state.fake_score),",
+            [GRADIENTS],
+        ),
+        # The average forgets as fast as it should remember.
+        ("student, ema, 1 - config.student.ema_decay", "student, ema, config.student.ema_decay", [ALGORITHM]),
+        # The average is of the student before its update.
+        ("incremental_update(student, ema,", "incremental_update(state.student, ema,", [ALGORITHM]),
+        # The same noise in every micro-batch.
+        ("    keys = jax.random.split(key, count)\n", "    keys = jnp.stack([key] * count)\n", [ALGORITHM]),
+        # Gradients are summed over the micro-batches, so that accumulation changes the learning rate.
+        ("lambda g: g / count, total)", "lambda g: g, total)", [ALGORITHM]),
+        # Micro-batches of neighbours: not the rows whose captions the host scores.
+        ("x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)", "x.reshape(count, -1, *x.shape[1:])", [ALGORITHM]),
+        # Metrics of the last micro-batch instead of their mean.
+        ("x.mean(0) if x.ndim == 1 else x[-1]", "x[-1]", [ALGORITHM]),
+        # What is scored is of the first micro-batch.
+        ("scored_rows(x[-1], config.reward.samples)", "scored_rows(x[0], config.reward.samples)", [ALGORITHM]),
+        # The rollout is of the student before its update.
+        ("method.samples(d, full(student),", "method.samples(d, full(state.student),", [ALGORITHM]),
+        # The optimiser of the fake score forgets.
+        ("            fake_score_optimiser=fake[1],\n", "", [ALGORITHM]),
+        # The step does not count itself.
+        ("step=state.step + 1", "step=state.step", [ALGORITHM]),
+    ],
+    "objectives.py": [
+        ('if d.config.student.input == "forward":\n        t =', "if True:\n        t =", [ALGORITHM]),
+        # The student is never trained at its last timestep.
+        ("(x0.shape[0],), 0, len(times))", "(x0.shape[0],), 0, len(times) - 1)", [ALGORITHM]),
+        # A weight that is ignored, a schedule that is.
+        ("total + term.weight(d.config) *", "total +", [ALGORITHM]),
+        ("* term.scale(d.config, references.step) *", "*", [ALGORITHM]),
+        # The score is compared over half of its range.
+        ("low + (high - low) * jax.random", "low + 0.5 * (high - low) * jax.random", [ALGORITHM]),
+        ("shift=config.score_shift", "shift=schedule.shift", [ALGORITHM]),
+        # The real score without guidance; the fake one in its place.
+        (
+            "text, frozen.null_text, c.guidance_weight\n    )\n    fake =",
+            "text, frozen.null_text, 0.0\n    )\n    fake =",
+            [GRADIENTS],
+        ),
+        (
+            "schedules.to_x0(d.schedule, real, x_t, t),\n        schedules.to_x0(d.schedule, fake, x_t, t),",
+            "schedules.to_x0(d.schedule, fake, x_t, t),\n        schedules.to_x0(d.schedule, real, x_t, t),",
+            [GRADIENTS],
+        ),
+        # Scores at the clean latent instead of the noised one.
+        ("x_t = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), t)", "x_t = x", [ALGORITHM]),
+        ("c.normalisation,\n        c.floor", '"dmd",\n        c.floor', [ALGORITHM]),
+        # A teacher's step too few or too many.
+        ("np.linspace(a, b, skip + 1)", "np.linspace(a, b, skip + 2)", [OBJECTIVES, ALGORITHM]),
+        ("0, c.num_steps - c.skip + 1)", "0, c.num_steps - c.skip)", [ALGORITHM]),
+        # Consistency without its target's average, boundary or clean end.
+        (
+            "d.predict_x0(references.ema, earlier, end, text)",
+            "d.predict_x0(frozen.teacher, earlier, end, text)",
+            [GRADIENTS],
+        ),
+        (
+            "losses.consistency(f(x_t, times[0], prediction), target",
+            "losses.consistency(prediction, target",
+            [ALGORITHM],
+        ),
+        ("target, c.distance, c.huber_c)", 'target, "mse", c.huber_c)', [GRADIENTS]),
+        # The student is differentiated through the teacher's steps' start.
+        ('if c.times == "student" and d.config.student.input == "forward":', 'if c.times == "student":', [ALGORITHM]),
+        (
+            "p.generated, p.x_t, times, text), {}",
+            "jax.lax.stop_gradient(p.generated), p.x_t, times, text), {}",
+            [GRADIENTS],
+        ),
+        # The fake score's noise is not what it was noised with.
+        ('if c.fake_score.loss == "x0":', 'if c.fake_score.loss != "x0":', [ALGORITHM]),
+        ("add_noise(schedule, generated, eps, t)", "add_noise(schedule, batch.latent, eps, t)", [ALGORITHM]),
+        ("t * SCORE_BINS / schedule", "t * (SCORE_BINS - 1) / schedule", [ALGORITHM]),
+    ],
+    "losses.py": [
+        ("difference = (x - jax.lax.stop_gradient(x)) + g", "difference = jax.lax.stop_gradient(x) - x + g", [LOSSES]),
+        (
+            "norm = jnp.mean(distance, axis=tuple(range(1, x.ndim)), keepdims=True)",
+            "norm = jnp.mean(distance, axis=0, keepdims=True)",
+            [LOSSES],
+        ),
+        ("jnp.maximum(norm, floor)", "(norm + floor)", [LOSSES]),
+        ("inside * (d - 0.5 * inside)", "inside * (d - inside)", [LOSSES]),
+        ("jnp.square(d) + huber_c**2) + huber_c)", "jnp.square(d) + huber_c) + huber_c)", [LOSSES]),
+        (
+            "    return sigma_data**2 / total, scaled / jnp.sqrt(total)",
+            "    return sigma_data**2 / total, scaled / total",
+            [LOSSES],
+        ),
+        ("    return -_fp32(reward)", "    return _fp32(reward)", [LOSSES]),
+        # Good rollouts become less likely.
+        ("return advantage * _per_sample(", "return -advantage * _per_sample(", [GRADIENTS]),
+        ("- _fp32(mean)) / _fp32(deviation)", "- _fp32(mean))", [GRADIENTS]),
+        ("used = jnp.isfinite(reward) & (weight != 0)", "used = jnp.isfinite(reward)", [LOSSES]),
+    ],
+    "schedule.py": [
+        (
+            "row = jnp.where(t < 0, 0, jnp.clip(jnp.round(t), 0, last).astype(jnp.int32) + 1)",
+            "row = jnp.clip(jnp.round(t), 0, last).astype(jnp.int32) + 1",
+            [SCHEDULE],
+        ),
+        ("return cond + _like(jnp.asarray(weight", "return uncond + _like(jnp.asarray(weight", [SCHEDULE]),
+        (
+            "sigma = eta * b_next * jnp.sqrt(jnp.clip(1.0 - correlation**2",
+            "sigma = eta * b_next * jnp.sqrt(jnp.clip(1.0 - correlation",
+            [SCHEDULE],
+        ),
+        ("direction = jnp.sqrt(jnp.maximum(b_next**2 - sigma**2, 0.0))", "direction = b_next", [SCHEDULE]),
+        ('"conjugate_velocity": (one, -one)', '"conjugate_velocity": (-one, one)', [SCHEDULE]),
+        ("alphas = np.cumprod(1.0 - betas)", "alphas = np.cumprod(1.0 - betas / 2)", [SCHEDULE]),
+        ("jnp.clip(jnp.floor(total * u), 0, total - 1)", "jnp.clip(jnp.floor(total * u), 1, total - 1)", [SCHEDULE]),
+        (
+            "    times = np.round(total - np.arange(num_steps) * (total / num_steps)) - 1\n",
+            "    times = np.round(total - np.arange(num_steps) * (total / num_steps))\n",
+            [SCHEDULE],
+        ),
+    ],
+    "sampling.py": [
+        (
+            "both = apply(params, interleave(x_t, x_t), interleave(t, t), interleave(text, null_text))",
+            "both = apply(params, interleave(x_t, x_t), interleave(t, t), interleave(null_text, text))",
+            [SAMPLING],
+        ),
+        # Rows go on beyond their own timestep.
+        ("return jnp.where(running, x_next, x)", "return x_next", [ALGORITHM]),
+        (
+            "return x_t, times[k], jnp.concatenate",
+            "return x_t, times[jnp.max(k)] + 0 * times[k], jnp.concatenate",
+            [ALGORITHM],
+        ),
+        # Backward simulation is differentiated through.
+        ("    params, noise, text = lax.stop_gradient((params, noise, text))\n", "", [ALGORITHM]),
+        # The student re-noises to where it is.
+        (
+            "schedules.add_noise(schedule, x0, _noise(key, x), t_next)",
+            "schedules.add_noise(schedule, x0, _noise(key, x), t)",
+            [SAMPLING],
+        ),
+        (
+            "return jax.vmap(lambda one: jax.random.normal(one, x.shape[1:], x.dtype))(key)",
+            "return jnp.broadcast_to(jax.random.normal(key[0], x.shape[1:], x.dtype), x.shape)",
+            [SAMPLING],
+        ),
+    ],
+    "state.py": [
+        (
+            "jnp.where(jnp.isfinite(reward).all(-1), weight, 0.0)",
+            "jnp.where(jnp.isfinite(reward).any(-1), weight, 0.0)",
+            [LATENT],
+        ),
+        ("decay * self.count + total", "self.count + total", [LATENT]),
+        ("(1 - share) * (self.variance + share * jnp.square(change))", "(1 - share) * self.variance", [LATENT]),
+        ("lambda x: x.astype(jnp.float32), start)", "lambda x: x, start)", [PROGRAM]),
+    ],
+    "optim.py": [
+        ("b1=config.b1, b2=config.b2", "b1=config.b1, b2=config.b1", [PROGRAM]),
+        ("eps=config.eps, weight_decay", "weight_decay", [PROGRAM]),
+        ("weight_decay=config.weight_decay, mask=_decayed", "weight_decay=config.weight_decay", [LATENT]),
+        ("config.final_ratio * peak", "config.final_ratio", [PROGRAM]),
+        (
+            "optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)",
+            "optax.chain(adamw, optax.clip_by_global_norm(config.clip_norm))",
+            [PROGRAM],
+        ),
+    ],
+    "programs.py": [
+        (
+            "make_optimiser(config.fake_score.optimiser, config.steps * config.fake_score.updates)",
+            "make_optimiser(config.fake_score.optimiser, config.steps)",
+            [PROGRAM],
+        ),
+        (
+            "make_optimiser(config.reward.optimiser, config.steps * config.reward.updates)",
+            "make_optimiser(config.reward.optimiser, config.steps)",
+            [PROGRAM],
+        ),
+        (
+            "make_optimiser(config.student.optimiser, config.steps)",
+            "make_optimiser(config.fake_score.optimiser, config.steps)",
+            [PROGRAM],
+        ),
+        ("Distillation(config, networks, schedule, score_real)", "Distillation(config, networks, schedule)", [PROGRAM]),
+    ],
+    "rewards/methods/base.py": [
+        # Half a reward's schedule.
+        ("jnp.clip((since + 1) / max(c.ramp_steps, 1)", "jnp.clip(since / max(c.ramp_steps, 1)", [JAX]),
+        (
+            "jnp.where(since >= 0, rise, 0.0)",
+            "jnp.where(since >= 1, rise, 0.0)",
+            ["tests/test_objectives_rewards.py::test_reward_weight_follows_its_schedule"],
+        ),
+        ("weights / statistics.std, 0.0)", "weights, 0.0)", [JAX]),
+        ("(raw - (statistics.mean if c.normalise else 0.0))", "raw", [JAX]),
+        # What is scored is the head of the batch, or always a clip's first frames.
+        ("return x.reshape(count, -1, *x.shape[1:])[:, 0]", "return x[:count]", [JAX]),
+        ("latent.shape[1] - frames + 1)", "1)", [JAX]),
+        # Captions do not follow their latents.
+        (
+            "jnp.repeat(x, len(latents), 0), (rows.text",
+            "jnp.tile(x, (len(latents), *[1] * (x.ndim - 1))), (rows.text",
+            [JAX],
+        ),
+        ("flat(jnp.stack(latents, 1))", "jnp.concatenate(latents)", [JAX]),
+        ("statistics.mean[k]\n", "statistics.mean[0]\n", [JAX]),
+        ("scale=reward_schedule,\n", "", [JAX]),
+    ],
+    "rewards/methods/lrm.py": [
+        # The latent reward does not reach the student.
+        (
+            "(params, p.generated, p.batch.text)",
+            "(params, jax.lax.stop_gradient(p.generated), p.batch.text)",
+            [GRADIENTS],
+        ),
+        # It regresses the first raw reward.
+        ("reward=combined_reward(c, statistics, inputs.reward))", "reward=inputs.reward[..., 0])", [GRADIENTS]),
+        # With what was known of the scale before.
+        ("reward=combined_reward(c, statistics,", "reward=combined_reward(c, state.reward_statistics,", [JAX]),
+        ("if pixels is not None and set(c.trained) <= set(pixels.columns):", "if False:", [JAX]),
+        ("[generated, rows.latent] if d.score_real", "[generated, generated] if d.score_real", [JAX]),
+        ("jnp.maximum(weight.sum(), 1.0)", "len(weight)", [JAX]),
+        (
+            "flat(samples.reward)[:, np.array(self.settings.trained)]",
+            "flat(samples.reward)[:, : len(self.settings.trained)]",
+            [JAX],
+        ),
+        # The host's part: the same rows in every step; rows that do not belong together.
+        ("default_rng([self.seed, step])", "default_rng([self.seed, 0])", [SCORER]),
+        ("default_rng([self.seed, step])", "default_rng([0, step])", [SCORER]),
+        ("text.repeat(reward.shape[1], 0), ", "np.tile(text, (reward.shape[1], 1, 1)), ", [SCORER]),
+        ("np.isfinite(reward).all(-1).ravel()", "np.isfinite(reward).any(-1).ravel()", [SCORER]),
+        ('(int(self.state["added"]) + np.arange(good.sum()))', "np.arange(good.sum())", [SCORER]),
+    ],
+    "rewards/methods/ddpo.py": [
+        # At the first timesteps instead of the last.
+        ("timesteps[-states.shape[1] :]]", "timesteps[: states.shape[1]]]", [DDPO]),
+        ("jnp.stack(states[-3:], 1)", "jnp.stack(states[:3], 1)", [DDPO]),
+        # A rollout counts in every step to come.
+        ("reward=np.full_like(taken.reward, np.nan))", "reward=taken.reward)", [SCORER]),
+        (
+            "np.isfinite(reward[:, 0]).all(1, keepdims=True)",
+            "np.isfinite(reward[:, 0]).any(1, keepdims=True)",
+            [SCORER],
+        ),
+        ("lambda g, r: g + beta * r", "lambda g, r: g + r", [DDPO]),
+        (
+            "advantage = combined_reward(c, statistics, inputs.reward)",
+            "advantage = combined_reward(c, state.reward_statistics, inputs.reward)",
+            [DDPO],
+        ),
+        ("dataclasses.replace(state, reward_statistics=statistics), metrics", "state, metrics", [DDPO]),
+        ("min(3, len(self.config.student.timesteps))", "3", [PROGRAM]),
+    ],
+    "rewards/methods/direct.py": [
+        ("raw[:, np.array(c.trained)])", "raw[:, : len(c.trained)])", [DIRECT]),
+        (
+            "random_run(rows(p.generated), c.latent_frames, key)",
+            "random_run(p.generated[: c.samples], c.latent_frames, key)",
+            [DIRECT],
+        ),
+        ("jnp.ones(len(raw)), self.settings.statistics_decay)", "jnp.ones(len(raw)), 1.0)", [DIRECT]),
+    ],
+    "rewards/scorer.py": [
+        # The captions of another micro-batch, or of rows beside the scored ones.
+        ("[self.accumulation - 1 :: self.accumulation]", "[:: self.accumulation]", [SCORER]),
+        ("rows.reshape(len(here), -1)[:, 0]", "rows[: len(here)]", [SCORER]),
+        ("for i in rows.repeat(kinds)]", "for i in np.tile(rows, kinds)]", [SCORER]),
+        ('np.asarray(batch["text"])[rows]', 'np.asarray(batch["text"])[: len(rows)]', [SCORER]),
+        ("samples.reward[..., self._trained]", "samples.reward[..., : len(self._trained)]", [SCORER]),
+        ("self.monitor.add(samples.predicted[:, 0]", "self.monitor.add(samples.predicted[:, -1]", [SCORER]),
+        ("[:, 0][:, self._held_out])", "[:, 0][:, self._trained])", [SCORER]),
+        ("row[:, self._trained] @ weights", "row[:, self._trained].sum(1)", [SCORER]),
+        ("        self.latest = {}\n        if self._pending", "        if self._pending", [SCORER]),
+        ("known = samples.scale.any(1)", "known = samples.scale.all(1) | True", [SCORER]),
+    ],
+    "rewards/monitor.py": [
+        ("known.mean() > self.state", "known.mean() < self.state", [SCORER]),
+        ("[self.state[name], rows])[len(rows) :]", "[self.state[name], rows])[: len(self.state[name])]", [SCORER]),
+        ("if not full:  #", "if False:  #", ["tests/rewards/test_monitor.py"]),
+        ("values[0] < guard.min_correlation", "values[0] > guard.min_correlation", ["tests/rewards/test_monitor.py"]),
+        (
+            "(peak - known.mean()) / max(deviation, floor)",
+            "(peak - known.mean()) / floor",
+            ["tests/rewards/test_monitor.py"],
+        ),
+    ],
+    "rewards/pixels.py": [
+        (
+            "columns[i] = jnp.where(finite, values.astype(jnp.float32), jnp.nan)",
+            "columns[i] = values.astype(jnp.float32)",
+            ["tests/test_objectives_rewards.py"],
+        ),
+        ('params["rewards"][name], frames, words)', 'params["rewards"][self.labels[0]], frames, words)', [JAX]),
+    ],
+    "rewards/host.py": [
+        (
+            "for attempt in range(1 + self.retries)",
+            "for attempt in range(self.retries)",
+            ["tests/rewards/test_host.py"],
+        ),
+        (
+            "frames = np.array(self.frames, np.float32)",
+            "frames = np.asarray(self.frames, np.float32)",
+            ["tests/rewards/test_host.py"],
+        ),
+        (
+            "self._pause, self._next_pause = self._next_pause, 2 * self._next_pause",
+            "self._pause = self._next_pause",
+            ["tests/rewards/test_host.py"],
+        ),
+    ],
+    "hlo.py": [
+        # A reduce-scatter counts its result, a loop once.
+        (
+            '"reduce-scatter": group - 1 if i.opcode == kind else share',
+            '"reduce-scatter": share',
+            ["tests/test_hlo.py"],
+        ),
+        ('"all-reduce": 2 * share', '"all-reduce": share', ["tests/test_hlo.py"]),
+        ("v * times for k, v", "v for k, v", ["tests/test_hlo.py"]),
+        ('if i.opcode == "fusion":\n                del', "if False:\n                del", ["tests/test_hlo.py"]),
+    ],
+    "monitoring.py": [
+        # TensorBoard hides the last checkpoint's events, or shows those twice that are logged again.
+        ("purge_step=first + 1", "purge_step=first or None", [LOG]),
+        ("truncate_history(workdir, first)", "truncate_history(workdir, 10**9)", [LOG]),
+        (
+            "        if now or step % self.every == 0:\n            self._write()\n",
+            "        if now or step % self.every == 0:\n",
+            [LOG],
+        ),
+        ('values["latent_mean"] - values["data_mean"]', 'values["latent_mean"]', [LOG]),
+        (
+            "if not math.isfinite(value):",
+            "if math.isinf(value):",
+            [f"{MONITORING}::test_a_metric_that_is_not_finite_ends_the_log"],
+        ),
+        (
+            "(student.vendi - 1) / max(teacher.vendi - 1, 1e-9)",
+            "student.vendi / teacher.vendi",
+            [f"{MONITORING}::test_a_collapsed_student_raises_the_warning"],
+        ),
+        (
+            "        if self._reference is None:\n",
+            "        if True:\n",
+            [f"{MONITORING}::test_the_teacher_is_sampled_once_and_only_when_it_is_due"],
+        ),
+    ],
+    "run.py": [
+        ('if json.loads(line)["step"] <= step:', 'if json.loads(line)["step"] < step:', [LOG]),
+        (
+            'name = "ema" if ema else "student"',
+            'name = "student"',
+            ["tests/test_train.py::test_the_student_is_restored_from_its_item_alone"],
+        ),
+    ],
+    "train.py": [
+        ("jax.random.key(config.seed)", "jax.random.key(0)", [TOGETHER]),
+        ("scorer.inputs(step, captions", "scorer.inputs(0, captions", [TOGETHER]),
+        ("scorer.submit(samples, read, captions)", "scorer.submit(samples, read, captions[::-1])", [TOGETHER]),
+        ("student = state.ema\n", "student = state.student\n", [TOGETHER]),
+        ('scorer.state = items.pop("replay")', 'items.pop("replay")', [RESUMED]),
+        (
+            'for name in ("student", "ema", "fake_score")})',
+            'for name in ("student", "fake_score")})',
+            ["tests/test_train.py::test_a_run_goes_on_from_another_ones_student"],
+        ),
+        ("                if saving and scorer is not None:\n                    scorer.collect()\n", "", [RUN]),
+    ],
+    "checkpoint.py": [
+        ("max_to_keep=keep", "max_to_keep=1", [RUN]),
+        ("item.set_state(restored[name])", "item.get_state()", [RESUMED]),
+    ],
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="rows in whose `file: new text` this regular expression is found")
+    parser.add_argument("--check", action="store_true", help="only look whether every old text is found once")
+    options = parser.parse_args()
+    rows = [(file, *row) for file, fault in FAULTS.items() for row in fault]
+    wrong = [
+        f"{file}: found {count} times: {old!r}" for file, old, _, _ in rows if (count := occurrences(file, old)) != 1
+    ]
+    if wrong:
+        print(*wrong, sep="\n")
+        return 2
+    print(f"{len(rows)} faults in {len(FAULTS)} files, each found once")
+    if options.check:
+        return 0
+    rows = [row for row in rows if re.search(options.only, f"{row[0]}: {row[2]}")]
+    with tempfile.TemporaryDirectory(prefix="mutation_") as folder:
+        return measure(rows, Path(folder))
+
+
+def occurrences(file: str, text: str) -> int:
+    path = ROOT / "dollar_jax" / file
+    return path.read_text().count(text) if path.is_file() else 0
+
+
+def measure(rows: list[tuple[str, str, str, list[str]]], folder: Path) -> int:
+    """Runs the rows' tests in a copy of the repository."""
+    for name in ("dollar_jax", "configs", "tests", "pyproject.toml"):
+        source, target = ROOT / name, folder / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    os.chdir(folder)
+    sys.path[:0] = [str(folder)]
+    sys.dont_write_bytecode = True  # bytecode goes by seconds, and rows are faster
+    os.environ.update(JAX_PLATFORMS="cpu", PYTHONPATH=str(folder), PYTHONDONTWRITEBYTECODE="1")
+    for name in HEAVY:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    started = time.perf_counter()
+    tests = sorted({test for *_, names in rows for test in names})
+    code, output = run_tests(tests, folder)
+    if code != 0:
+        print(output, "The tests fail without any fault.", sep="\n")
+        return 2
+    print(f"without a fault {len(tests)} tests and files of tests pass in {time.perf_counter() - started:.0f} s")
+    survivors = []
+    for number, (file, old, new, names) in enumerate(rows, 1):
+        path, begun = folder / "dollar_jax" / file, time.perf_counter()
+        right = path.read_text()
+        path.write_text(right.replace(old, new))
+        try:
+            code, output = run_tests(names, folder)
+        finally:
+            path.write_text(right)
+        if code not in (0, 1):
+            print(output, f"{file}: the tests could not run with {new!r}", sep="\n")
+            return 2
+        said = "noticed" if code else "NOT NOTICED"
+        print(f"{number:3}/{len(rows)} {said} in {time.perf_counter() - begun:.0f} s  {file}: {new!r}", flush=True)
+        if not code:
+            survivors.append(f"{file}: {old!r} → {new!r}, by {', '.join(names)}")
+    noticed = len(rows) - len(survivors)
+    print(f"{noticed} of {len(rows)} faults noticed: {100 * noticed / max(len(rows), 1):.1f}%")
+    print(*survivors, sep="\n")
+    return int(bool(survivors))
+
+
+def run_tests(names: list[str], folder: Path) -> tuple[int, str]:
+    """Pytest's exit code and output; 1 also for tests that do not end."""
+    log = folder / "output.txt"
+    child = os.fork()
+    if not child:
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            code = 3
+            try:
+                import pytest
+
+                code = int(pytest.main(["-q", "-x", "--tb=short", *QUIET, *names]))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+    until = time.perf_counter() + TIMEOUT
+    while time.perf_counter() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return (os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1), log.read_text()
+        time.sleep(0.2)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return 1, log.read_text()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
