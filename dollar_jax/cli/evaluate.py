@@ -16,6 +16,15 @@ def define_flags(_: list[str]) -> None:
     define("string", "reward", None, "With --videos: a reward by its name; clip is the fit to the prompts.")
     define("string", "reward_folder", None, "The weights of a reward that has some.")
     define(
+        "bool",
+        "dimensions",
+        False,
+        "With --videos: VBench's dimensions that can be measured here, in its format beside --out as *_vbench.json; "
+        "motion smoothness, dynamic degree and overall consistency by measures of our own.",
+    )
+    define("string", "clip", None, "With --dimensions: a folder of CLIP ViT-B/32, for both consistencies.")
+    define("string", "aesthetic", None, "With --dimensions: folder of LAION's aesthetic predictor.")
+    define(
         "string",
         "features",
         None,
@@ -73,15 +82,29 @@ def run() -> None:
             evaluate(Path(FLAGS.workdir), generator, out, FLAGS.quick, features=features)
             print_table(out)
     if FLAGS.videos:
+        from dollar_jax.evaluate.dimensions import OURS, load_dimensions
         from dollar_jax.evaluate.folder import measure_folder
+        from dollar_jax.evaluate.manifest import find_manifest
         from dollar_jax.evaluate.metrics import write_metrics
         from dollar_jax.rewards import get_reward
 
         folder = Path(FLAGS.videos)
         reference = Path(FLAGS.reference) if FLAGS.reference else None
         reward = get_reward(FLAGS.reward, FLAGS.reward_folder) if FLAGS.reward else None
-        measures = measure_folder(folder, features, reference, reward)
-        write_metrics(FLAGS.out or folder / "metrics.json", measures)
+        weights = [Path(name) if name else None for name in (FLAGS.clip, FLAGS.aesthetic)]
+        dimensions = load_dimensions(*weights) if FLAGS.dimensions else None
+        out = Path(FLAGS.out or folder / "metrics.json")
+        measures = measure_folder(folder, features, reference, reward, dimensions)
+        if (made := find_manifest(folder)) is not None:
+            measures["manifest"] = made
+        rows = measures.pop("dimensions", {})
+        if rows:
+            write_metrics(
+                out.with_name(f"{out.stem}_vbench.json"), {k: v for k, v in rows.items() if not k.endswith("_ours")}
+            )
+            measures |= {name: mean for name, (mean, _) in rows.items()}
+            measures["ours"] = OURS
+        write_metrics(out, measures)
         for name, value in measures.items():
             print(f"{name:26}{value:.6g}" if isinstance(value, float) else f"{name:26}{value}")
 

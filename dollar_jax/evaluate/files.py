@@ -46,9 +46,13 @@ def find_videos(folder: Path) -> dict[str, list[Path]]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
-    paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+    # macOS leaves a hidden ._NAME.mp4, which is no video, beside every file on a foreign disk.
+    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    paths = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not paths:
         raise FileNotFoundError(f"{folder} holds no {' or '.join(SUFFIXES)} file")
+    if others := sorted(path.name for path in files if path.suffix.lower() not in (*SUFFIXES, ".json", ".html")):
+        print(f"not measured, for they are no {' or '.join(SUFFIXES)}: {', '.join(others)}")
     found: dict[str, list[tuple[int, Path]]] = {}
     for path in paths:
         match = re.fullmatch(r"(.+)-(\d+)", path.stem)

@@ -11,10 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from dollar_jax.data import shapes
+from dollar_jax.evaluate.dimensions import Dimensions, read_fps
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.files import find_videos
 from dollar_jax.evaluate.frechet import frechet_distance
 from dollar_jax.evaluate.quality import diversity, net_change, temporal_flicker
+from dollar_jax.evaluate.vbench import DIMENSIONS
 from dollar_jax.evaluate.vendi import pixel_features, vendi_score
 from dollar_jax.rewards import AnyReward
 from dollar_jax.video import read_video, unit_range
@@ -46,12 +48,17 @@ class PromptVideos:
 
 
 def measure_folder(
-    folder: Path, features: Features | None = None, reference: Path | None = None, reward: AnyReward | None = None
+    folder: Path,
+    features: Features | None = None,
+    reference: Path | None = None,
+    reward: AnyReward | None = None,
+    dimensions: Dimensions | None = None,
 ) -> dict[str, Any]:
     """Flicker and net change over all videos; diversity, Vendi and LPIPS within the prompts that have several.
 
     With `reference`, a folder of other videos, the Fréchet distance to them. The alignment where every
     prompt is a caption of the default domain and the videos are its 32 × 32 pixels, enlarged or not.
+    With `dimensions` those under "dimensions", as VBench's result files have them, and which of VBench's are left out.
 
     Raises FileNotFoundError or ValueError naming the file, or the prompt, that stands in the way.
     """
@@ -62,6 +69,7 @@ def measure_folder(
     captions = _captions(list(prompts.paths))
     single: dict[str, list[float]] = {}  # one number per video
     within: dict[str, list[float]] = {}  # one per prompt with several videos
+    measured: dict[str, list[dict[str, Any]]] = {}  # by dimension
     correct, vectors = [], []
     for prompt, videos in prompts:
         if captions is not None and (small := _shrunk(videos)) is not None:
@@ -69,6 +77,11 @@ def measure_folder(
         single.setdefault("flicker", []).extend(temporal_flicker(videos))
         if videos.shape[1] > 2:
             single.setdefault("net_change", []).extend(net_change(videos))
+        if dimensions is not None:
+            for path, video in zip(prompts.paths[prompt], videos, strict=True):
+                for name, value in dimensions(video, prompt, read_fps(path)).items():
+                    row = {"video_path": path.name, "video_results": value}
+                    measured.setdefault(name, []).append(row)
         if reward is not None:
             names = [prompt] * len(videos)
             single.setdefault("reward", []).extend(reward(unit_range(videos), names))
@@ -82,6 +95,11 @@ def measure_folder(
     result |= {name: float(np.mean(values)) for name, values in single.items()}
     for name, values in within.items():
         result |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values))}
+    if measured:
+        result["dimensions"] = {
+            name: [float(np.mean([row["video_results"] for row in rows])), rows] for name, rows in measured.items()
+        }
+        result["dimensions_left_out"] = [name for name in DIMENSIONS if name not in measured]
     if correct:
         result |= shapes.accuracies(np.stack(correct))
     if features is not None:

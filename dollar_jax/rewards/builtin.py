@@ -82,6 +82,15 @@ def motion(frames: Float[Array, "b t h w 3"]) -> Float[Array, " b"]:
     and Kanade's, least squares of brightness constancy over a window, so it sees motions of a pixel or two
     per frame; pixels count by the weaker of the window's two directions of contrast.
     """
+    dy, dx, weaker = optical_flow(frames)
+    length = jnp.sqrt(jnp.square(dy) + jnp.square(dx) + 1e-12)
+    weight = jax.lax.stop_gradient(jnp.maximum(weaker, 0.0))
+    return (weight * length).sum((1, 2, 3)) / (weight.sum((1, 2, 3)) + 1e-8)
+
+
+def optical_flow(frames: Float[Array, "b t h w 3"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Lucas and Kanade's flow down and to the right in pixels per frame, and the contrast it rests on; each
+    [b, t - 1, h - 2, w - 2]."""
     x = _moving(frames) @ jnp.array(_LUMA)
     middle = 0.5 * (x[:, 1:] + x[:, :-1])
     down, right = (_central(middle, axis) for axis in (2, 3))
@@ -90,10 +99,7 @@ def motion(frames: Float[Array, "b t h w 3"]) -> Float[Array, " b"]:
     determinant, trace = yy * xx - yx * yx, yy + xx
     weaker = 0.5 * (trace - jnp.sqrt(jnp.square(yy - xx) + 4 * jnp.square(yx) + 1e-20))
     scale = -1 / (determinant + 1e-8)  # keeps plain regions still
-    dy, dx = scale * (xx * yt - yx * xt), scale * (yy * xt - yx * yt)
-    length = jnp.sqrt(jnp.square(dy) + jnp.square(dx) + 1e-12)
-    weight = jax.lax.stop_gradient(jnp.maximum(weaker, 0.0))
-    return (weight * length).sum((1, 2, 3)) / (weight.sum((1, 2, 3)) + 1e-8)
+    return scale * (xx * yt - yx * xt), scale * (yy * xt - yx * yt), weaker
 
 
 def _moving(frames: jax.Array, least: int = 2) -> jax.Array:

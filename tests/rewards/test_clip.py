@@ -9,6 +9,7 @@ import transformers
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from dollar_jax.evaluate.dimensions import load_dimensions
 from dollar_jax.rewards import get_reward
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 
@@ -139,3 +140,15 @@ def test_missing_weights_are_one_sentence(tmp_path):
         get_reward("hpsv2", str(tmp_path / "absent"))
     with pytest.raises(FileNotFoundError, match="holds no safetensors file"):
         get_reward("hpsv2", str(tmp_path))
+
+
+def test_vbenchs_consistencies_through_published_towers(published):
+    """VBench's sums on transformers' features of the same frames."""
+    folder, model, tokenizer = published
+    images, text = torch_images(model, cropped()), torch_text(model, tokenizer)[0]
+    frames = np.rint(255 * clips().reshape(-1, 40, 60, 3)).astype(np.uint8)
+    found = load_dimensions(folder)(frames, PROMPTS[0], 8)
+    first = [max(0, float(images[0] @ image)) for image in images[1:]]
+    before = [max(0, float(a @ b)) for a, b in zip(images[:-1], images[1:], strict=True)]
+    assert found["background_consistency"] == pytest.approx((np.mean(first) + np.mean(before)) / 2, abs=2e-3)
+    assert found["overall_consistency_ours"] == pytest.approx(float((images @ text).mean()), abs=2e-3)
