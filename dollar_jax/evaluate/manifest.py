@@ -57,7 +57,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes the manifest of a folder of videos; ValueError when the folder holds videos made otherwise."""
     path = manifest_path(folder)
     if path.is_file() and folder.is_dir():
-        before = _load(path)
+        before, manifest = _load(path), json.loads(json.dumps(manifest))  # a tuple is read back as a list
         for name in manifest:
             if name != "versions" and before.get(name) != manifest[name]:
                 raise ValueError(

@@ -109,10 +109,10 @@ def test_what_is_drawn_is_the_long_prompt(write, toy_generator, tmp_path, monkey
 
 def test_a_folder_of_other_videos_is_not_gone_on_with(tmp_path):
     folder = tmp_path / "videos"
-    write_manifest(folder, {"num": 5, "fps": 16.0, "versions": {"jax": "1"}})
+    write_manifest(folder, {"num": 5, "fps": 16.0, "timesteps": (999.0, 499.0), "versions": {"jax": "1"}})
     folder.mkdir()
     assert manifest_path(folder) == tmp_path / "videos.manifest.json"
-    write_manifest(folder, {"num": 5, "fps": 16.0, "versions": {"jax": "2"}})
+    write_manifest(folder, {"num": 5, "fps": 16.0, "timesteps": (999.0, 499.0), "versions": {"jax": "2"}})
     with pytest.raises(ValueError, match=r"videos made with fps = 16.0, not 8.0"):
         write_manifest(folder, {"num": 5, "fps": 8.0, "versions": {}})
 
