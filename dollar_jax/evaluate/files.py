@@ -22,7 +22,8 @@ def read_prompts(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it must hold a prompt per line")
-    prompts = list(dict.fromkeys(line.strip() for line in path.read_text().splitlines() if line.strip()))
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one per line")
     return prompts

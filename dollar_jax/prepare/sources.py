@@ -62,7 +62,7 @@ def _list_folder(folder: Path, root: Path) -> Iterator[Item]:
         path = folder / name
         if is_folder:
             yield from _list_folder(path, root)
-        elif path.suffix.lower() in SUFFIXES:
+        elif path.suffix.lower() in SUFFIXES and not name.startswith("._"):
             yield {
                 "name": str(path.relative_to(root)),
                 "video": {"path": str(path)},
@@ -89,7 +89,8 @@ def _manifest_item(path: Path, number: int, row: dict[str, Any], prompts: bool) 
     if "broken" in row:
         return {"name": where, "broken": row["broken"]}
     caption = _first(row, CAPTION_KEYS)
-    item: Item = {"name": where, "caption": "" if caption is None else str(caption)}
+    # An object would be taken for the place of a file.
+    item: Item = {"name": where, "caption": [caption] if isinstance(caption, dict) else caption}
     if prompts:
         return item
     video = _first(row, VIDEO_KEYS)
@@ -112,8 +113,11 @@ def _csv_rows(path: Path, needed: tuple[tuple[str, ...], ...]) -> Iterator[tuple
     def rows() -> Iterator[tuple[int, dict[str, Any]]]:
         with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
             reader = csv.DictReader(file)
-            for row in reader:
-                yield reader.line_num, row
+            try:
+                for row in reader:
+                    yield reader.line_num, row
+            except csv.Error as error:  # an unbalanced quote takes in the lines after it
+                yield reader.line_num, {"broken": f"cannot be read further: {error}; is a quote not closed?"}
 
     return rows()
 
@@ -152,6 +156,8 @@ def _list_tar(path: Path) -> Iterator[Item]:
                 if not member.isfile():
                     continue
                 folder, _, base = member.name.rpartition("/")
+                if base.startswith("._"):  # what macOS adds to each file
+                    continue
                 stem, _, kind = base.partition(".")
                 name = f"{path.name}/{folder + '/' if folder else ''}{stem}"
                 if name != item.get("name"):
@@ -175,7 +181,7 @@ def _list_tar(path: Path) -> Iterator[Item]:
 
 
 def read_caption(item: Item) -> str:
-    """The caption, stripped; raises Unusable when there is none or its file cannot be read."""
+    """The caption, stripped, the first of a list; raises Unusable when there is none that is text."""
     if "broken" in item:
         raise Unusable(item["broken"])
     caption = item["caption"]
@@ -190,9 +196,15 @@ def read_caption(item: Item) -> str:
                 fields = json.loads(text)
             except ValueError:
                 raise Unusable("has a caption that is no JSON") from None
-            text = str(_first(fields, CAPTION_KEYS) or "") if isinstance(fields, dict) else ""
+            text = _first(fields, CAPTION_KEYS) if isinstance(fields, dict) else None
     else:
         text = caption
+    if isinstance(text, list) and text:
+        text = text[0]
+    if text is None or text == [] or text != text:  # NaN is not equal to itself
+        raise Unusable("has no caption")
+    if not isinstance(text, str):
+        raise Unusable(f"has a caption that is no text: {json.dumps(text, ensure_ascii=False)[:60]}")
     if not text.strip():
         raise Unusable("has no caption")
     return text.strip()

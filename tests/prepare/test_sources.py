@@ -157,3 +157,35 @@ def test_bad_sources(tmp_path, files, source, message):
 def test_bad_tfds_names():
     with pytest.raises(ValueError, match="TFDS knows no data set 'no_such_set'"):
         Dataset("no_such_set", "train")
+
+
+def test_captions_are_text_or_rejected(tmp_path):
+    values = ['["first", "second"]', '{"en": "a", "zh": "b"}', "NaN", "null", "7", "[]", "[3]"]
+    (tmp_path / "a.jsonl").write_text("\n".join(f'{{"video": "a.mp4", "caption": {v}}}' for v in values))
+    (tmp_path / "a.mp4").write_text("video")
+    assert [one[1] for one in outcomes(tmp_path / "a.jsonl")] == [
+        "first",
+        'has a caption that is no text: {"en": "a", "zh": "b"}',
+        "has no caption",
+        "has no caption",
+        "has a caption that is no text: 7",
+        "has no caption",
+        "has a caption that is no text: 3",
+    ]
+
+
+def test_a_tar_made_on_macos_and_captions_in_json_lists(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in [("._1.mp4", b"?"), ("1.mp4", b"one"), ("._1.txt", b"?"), ("1.txt", b"first")]:
+            add(tar, f"./{name}", data)
+        add(tar, "2.mp4", b"two")
+        add(tar, "2.json", b'{"caption": ["second", "other"]}')
+    assert [one[1:] for one in outcomes(tmp_path / "a.tar")] == [("first", b"one"), ("second", b"two")]
+
+
+def test_an_unbalanced_quote_is_rejected_with_its_line(tmp_path):
+    (tmp_path / "a.csv").write_text('video,caption\na.mp4,fine\na.mp4,"open\n' + "a.mp4,x\n" * 20_000)
+    (tmp_path / "a.mp4").write_text("video")
+    first, last = outcomes(tmp_path / "a.csv")
+    assert first[1] == "fine"
+    assert last[0].startswith("a.csv:") and "is a quote not closed?" in last[1]
