@@ -19,7 +19,7 @@ from dollar_jax import cli
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.generate import make_generator, student_network
 from dollar_jax.models import lora
-from dollar_jax.run import CHECKPOINTS, record_config, restore_student
+from dollar_jax.run import CHECKPOINTS, read_config, record_config, restore_student
 from dollar_jax.weights.pipeline import load_pipeline
 from dollar_jax.weights.safetensors_io import list_tensors, read_tensors
 
@@ -144,7 +144,7 @@ def test_an_adapter_is_a_file_that_load_lora_weights_takes(wan_folder, adapted, 
 @pytest.mark.parametrize(("trained", "folder"), [("run", "exported"), ("adapted", "adapter")])
 def test_the_card_samples_the_same_video_as_we_do(trained, folder, request, assert_card_samples):
     run, exported = request.getfixturevalue(trained), request.getfixturevalue(folder)
-    config = cli._distill_config(json.loads((run / "config.json").read_text()))
+    config = read_config(run)
     generator = make_generator(config)
     params, times = restore_student(run, generator), config.student.timesteps
     drawers = (pipeline_wan, flow_match)
