@@ -25,8 +25,8 @@ from tqdm import tqdm
 from dollar_jax.config import RewardTerm
 from dollar_jax.data import shapes
 from dollar_jax.generate import make_generator, subset
+from dollar_jax.models.latent_reward import LatentRewardConfig, LatentRewardModel
 from dollar_jax.models.network import make_network
-from dollar_jax.models.reward_head import RewardHead, RewardHeadConfig
 from dollar_jax.optim import make_optimiser
 from dollar_jax.rewards import load_rewards
 from dollar_jax.run import restore_student
@@ -84,7 +84,7 @@ def correlations(latents: np.ndarray, rewards: np.ndarray, count: int, changes: 
     reward = make_config(1, 1).reward
     fields = {**dataclasses.asdict(reward.head), "channels": latents.shape[-1], "text_dim": None, **changes}
     del fields["use_text"]
-    network = make_network(lambda rngs: RewardHead(RewardHeadConfig(**fields), rngs))
+    network = make_network(lambda rngs: LatentRewardModel(LatentRewardConfig(**fields), rngs))
     params = network.init(jax.random.key(0))
     optimiser = make_optimiser(reward.optimiser, UPDATES[-1])
     standard = (rewards - rewards[:count].mean()) / rewards[:count].std()

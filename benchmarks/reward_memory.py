@@ -30,8 +30,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from dollar_jax.models.clip import VIT_H_14, preprocess
+from dollar_jax.models.latent_reward import LatentRewardConfig, LatentRewardModel
 from dollar_jax.models.network import make_network
-from dollar_jax.models.reward_head import RewardHead, RewardHeadConfig
 from dollar_jax.models.wan_vae import WanVAE, WanVAEConfig
 from dollar_jax.weights.clip import clip_network
 
@@ -44,8 +44,8 @@ BF16: dict[str, Any] = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
 
 def latent_reward(latent: jax.ShapeDtypeStruct) -> tuple[Callable[..., jax.Array], Any, Any]:
     """DOLLAR's text-image latent reward model."""
-    config = RewardHeadConfig(channels=latent.shape[-1], text_dim=TEXT_WIDTH, **BF16)
-    head = make_network(lambda rngs: RewardHead(config, rngs))
+    config = LatentRewardConfig(channels=latent.shape[-1], text_dim=TEXT_WIDTH, **BF16)
+    head = make_network(lambda rngs: LatentRewardModel(config, rngs))
     text = jax.ShapeDtypeStruct((1, TOKENS, TEXT_WIDTH), jnp.bfloat16)
     return lambda x, params, text: head.apply(params, x, text).sum(), head.shapes, text
 

@@ -176,8 +176,8 @@ class FakeScoreConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardHeadSettings:
-    """The latent reward model; see `models.reward_head`."""
+class LatentRewardSettings:
+    """The latent reward model; see `models.latent_reward`."""
 
     width: int = field(128, "Channels.", low=1)
     use_text: bool = field(False, "Score the agreement with the text, rather than the latent alone.")
@@ -266,7 +266,7 @@ class RewardConfig:
     updates: int = field(1, "Updates of the latent model per step.", low=1)
     statistics_decay: float = field(0.99, "Decay of the rewards' running mean and deviation.", low=0, high=1)
     guard: RewardGuard = field(RewardGuard(), "When training stops because a reward is being hacked.", resumable=True)
-    head: RewardHeadSettings = field(RewardHeadSettings(), "The latent reward model.")
+    head: LatentRewardSettings = field(LatentRewardSettings(), "The latent reward model.")
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The latent reward model's optimiser.")
 
     @property

@@ -20,8 +20,8 @@ from dollar_jax.config import DistillConfig
 from dollar_jax.distillation import Batch, Distillation, Frozen, Networks
 from dollar_jax.generate import Generator, merge_program, student_network
 from dollar_jax.models import lora
+from dollar_jax.models.latent_reward import LatentRewardConfig, LatentRewardModel
 from dollar_jax.models.network import Network, make_network
-from dollar_jax.models.reward_head import RewardHead, RewardHeadConfig
 from dollar_jax.optim import make_optimiser
 from dollar_jax.program import Program
 from dollar_jax.rewards import AnyReward, JaxReward
@@ -86,7 +86,7 @@ def train_programs(
     """
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(mesh, "batch_size / accumulation", config.batch_size // config.accumulation)
-    head = reward_head_network(config, latent_shape[-1], text_shape[-1])
+    head = latent_reward_network(config, latent_shape[-1], text_shape[-1])
     optimisers = Optimisers(
         make_optimiser(config.student.optimiser, config.steps),
         make_optimiser(config.fake_score.optimiser, config.steps * config.fake_score.updates),
@@ -212,12 +212,12 @@ def _check_transformer(mesh: Mesh, transformer: Network, latent: tuple[int, ...]
     )
 
 
-def reward_head_network(config: DistillConfig, channels: int, text_dim: int) -> Network:
+def latent_reward_network(config: DistillConfig, channels: int, text_dim: int) -> Network:
     """The latent reward model for latents of so many channels and text states of that width."""
     fields = dataclasses.asdict(config.reward.head)
     use_text = fields.pop("use_text")
-    head = RewardHeadConfig(channels=channels, text_dim=text_dim if use_text else None, **fields)
-    return make_network(functools.partial(RewardHead, head))
+    head = LatentRewardConfig(channels=channels, text_dim=text_dim if use_text else None, **fields)
+    return make_network(functools.partial(LatentRewardModel, head))
 
 
 def _batch_shapes(

@@ -16,7 +16,7 @@ from dollar_jax.config import OptimiserConfig
 from dollar_jax.distillation import Batch, Frozen
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.optim import make_optimiser
-from dollar_jax.programs import reward_head_network, train_programs
+from dollar_jax.programs import latent_reward_network, train_programs
 from dollar_jax.rewards import JaxReward
 from dollar_jax.rewards.methods.ddpo import Rollouts
 from dollar_jax.rewards.methods.lrm import ScoredLatents
@@ -513,7 +513,7 @@ def optimiser(**changes):
 @pytest.mark.parametrize("trained", ["transformer", "reward_head"])
 def test_weight_decay_is_for_kernels(make_config, trained):
     """Stacked layers give biases, scales and modulations a second axis; they are not to shrink for that."""
-    network = NETWORK if trained == "transformer" else reward_head_network(make_config(BASE), 4, 8)
+    network = NETWORK if trained == "transformer" else latent_reward_network(make_config(BASE), 4, 8)
     params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), network.shapes)
     tx = optimiser(weight_decay=0.1)
 

@@ -21,7 +21,7 @@ from dollar_jax.distillation import RewardSamples
 from dollar_jax.distributed import Preempted
 from dollar_jax.monitoring import SampleLogger
 from dollar_jax.program import recorded
-from dollar_jax.programs import reward_head_network, run_programs
+from dollar_jax.programs import latent_reward_network, run_programs
 from dollar_jax.rewards import Reward
 from dollar_jax.rewards.methods.lrm import Replay, ScoredLatents
 from dollar_jax.run import read_history, record_config, restore_student
@@ -395,7 +395,7 @@ def test_a_faulty_reward_neither_stops_training_nor_corrupts_the_latent_model(
 
 def first_head(config):
     """The latent reward model as every run with these settings begins."""
-    network = reward_head_network(config, 4, 8)
+    network = latent_reward_network(config, 4, 8)
     return jax.tree.map(np.array, jax.jit(network.init)(jax.random.split(jax.random.key(config.seed))[1]))
 
 

@@ -38,8 +38,8 @@ class Memory(Protocol):
 class RewardMethod:
     """Rewards that are only measured. A method overrides what it does otherwise.
 
-    `inputs` crosses from host to step as `Batch.reward`; `add_gradient`, `candidates`, `predict` and `update`
-    are its part of the jitted step; `memory` is its part of the host, checkpointed under the name `stored_as`.
+    `inputs` crosses from host to step as `Batch.reward`; `add_gradient`, `candidates`, `predict` and `learn` are
+    its part of the jitted step; `memory` is its part of the host, checkpointed under the name `stored_as`.
     """
 
     term: ClassVar[Term | None] = None
@@ -83,20 +83,6 @@ class RewardMethod:
         """What the latent reward model says of latents, NaN without one."""
         return jnp.full(len(latent), jnp.nan)
 
-    def update(
-        self,
-        d: Distillation,
-        optimisers: Optimisers,
-        state: TrainState,
-        inputs: Any,
-        text: TextStates,
-        samples: RewardSamples,
-    ) -> tuple[TrainState, Metrics]:
-        """The state with new statistics and latent reward model; `text` [n l d] is that of the samples."""
-        return state, {}
-
-    # The same for all methods
-
     def samples(
         self,
         d: Distillation,
@@ -131,13 +117,15 @@ class RewardMethod:
         text: TextStates,
         samples: RewardSamples,
     ) -> tuple[TrainState, RewardSamples, Metrics]:
-        """`update`, and what is now known of the trained rewards' scale."""
-        state, metrics = self.update(d, optimisers, state, inputs, text, samples)
+        """The state with new statistics and latent reward model, and the samples with the trained rewards' scale.
+
+        `text` [n l d] is that of the samples. A method that learns does so first, and then calls this.
+        """
         c, statistics = self.settings, state.reward_statistics
         if not c.trained:
-            return state, samples, metrics
+            return state, samples, {}
         scale = jnp.broadcast_to(reward_scale(c, statistics), (c.samples, len(c.trained)))
-        metrics["reward_weight"] = c.weight * reward_schedule(self.config, state.step)
+        metrics = {"reward_weight": c.weight * reward_schedule(self.config, state.step)}
         for k, i in enumerate(c.trained):
             suffix = f"_{c.rewards[i].label}" if len(c.trained) > 1 else ""
             metrics[f"reward_mean{suffix}"] = statistics.mean[k]

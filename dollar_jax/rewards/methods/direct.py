@@ -35,7 +35,7 @@ class Direct(RewardMethod):
     )
     differentiates_pixels = True
 
-    def update(
+    def learn(
         self,
         d: Distillation,
         optimisers: Optimisers,
@@ -43,7 +43,8 @@ class Direct(RewardMethod):
         inputs: Any,
         text: TextStates,
         samples: RewardSamples,
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, RewardSamples, Metrics]:
         raw = flat(samples.reward)[:, np.array(self.settings.trained)]
         statistics = state.reward_statistics.updated(raw, jnp.ones(len(raw)), self.settings.statistics_decay)
-        return dataclasses.replace(state, reward_statistics=statistics), {}
+        state = dataclasses.replace(state, reward_statistics=statistics)
+        return super().learn(d, optimisers, state, inputs, text, samples)

@@ -83,7 +83,7 @@ class LatentReward(RewardMethod):
     def predict(self, d: Distillation, params: Params, latent: Latent, text: TextStates) -> PerSample:
         return d.networks.latent_reward(params, latent, text)
 
-    def update(
+    def learn(
         self,
         d: Distillation,
         optimisers: Optimisers,
@@ -91,11 +91,11 @@ class LatentReward(RewardMethod):
         inputs: ScoredLatents,
         text: TextStates,
         samples: RewardSamples,
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, RewardSamples, Metrics]:
         c, pixels = self.settings, d.networks.pixel_rewards
         if pixels is not None and set(c.trained) <= set(pixels.columns):
             # JAX rewards are known at once: every update learns from what has just been scored, too.
-            inputs = jax.tree.map(lambda old, new: _beside(old, new), inputs, self._scored(text, samples))
+            inputs = jax.tree.map(_beside, inputs, self._scored(text, samples))
         statistics = state.reward_statistics.updated(inputs.reward, inputs.weight, c.statistics_decay)
         inputs = dataclasses.replace(inputs, reward=combined_reward(c, statistics, inputs.reward))
         loss = functools.partial(regression, d.networks)
@@ -111,7 +111,8 @@ class LatentReward(RewardMethod):
         state = dataclasses.replace(
             state, reward_statistics=statistics, latent_reward=params, latent_reward_optimiser=optimiser
         )
-        return state, {name: value.mean() for name, value in metrics.items()}
+        state, samples, known = super().learn(d, optimisers, state, inputs, text, samples)
+        return state, samples, {name: value.mean() for name, value in metrics.items()} | known
 
     def _scored(self, text: TextStates, samples: RewardSamples) -> ScoredLatents:
         """The samples of this step as rows [n g, ...]."""

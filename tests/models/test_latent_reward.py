@@ -3,12 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dollar_jax.models.latent_reward import LatentRewardConfig, LatentRewardModel
 from dollar_jax.models.network import make_network
-from dollar_jax.models.reward_head import RewardHead, RewardHeadConfig
 
 
 def network(**fields):
-    return make_network(lambda rngs: RewardHead(RewardHeadConfig(channels=12, **fields), rngs))
+    return make_network(lambda rngs: LatentRewardModel(LatentRewardConfig(channels=12, **fields), rngs))
 
 
 def count(network):
@@ -115,6 +115,6 @@ def test_misuse_is_refused(with_text):
     with pytest.raises(ValueError, match="too small"):
         net.apply(params, latent[:, :, :1, :1], text)
     with pytest.raises(ValueError, match="temporal_kernel must be odd and positive, not 2"):
-        RewardHeadConfig(temporal_kernel=2)
+        LatentRewardConfig(temporal_kernel=2)
     with pytest.raises(ValueError, match="groups"):
-        RewardHeadConfig(width=100)
+        LatentRewardConfig(width=100)

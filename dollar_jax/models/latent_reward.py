@@ -19,7 +19,7 @@ from dollar_jax.models.layers import Linear
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardHeadConfig:
+class LatentRewardConfig:
     """`text_dim` None scores the latent alone; otherwise its agreement with text of that width.
 
     With 12 channels and the published kernels the image model has 189,441 parameters, those of the
@@ -49,7 +49,7 @@ class RewardHeadConfig:
             raise ValueError(f"width {self.width} does not divide into {self.groups} groups")
 
 
-class RewardHead(nnx.Module):
+class LatentRewardModel(nnx.Module):
     """One score per video, fp32.
 
     The paper's table averages the text before the attention: a softmax over a single key is 1
@@ -57,7 +57,7 @@ class RewardHead(nnx.Module):
     feature attends over the text's tokens and is added to what it finds.
     """
 
-    def __init__(self, config: RewardHeadConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LatentRewardConfig, rngs: nnx.Rngs) -> None:
         c = self.config = config
         types = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype), "rngs": rngs}
 
@@ -96,7 +96,7 @@ class RewardHead(nnx.Module):
         """Rows of `text` that are all zero are padding and do not count."""
         if (text is None) != (self.config.text_dim is None):
             given = "no text" if text is None else "text"
-            raise ValueError(f"the reward head got {given}; text_dim is {self.config.text_dim}")
+            raise ValueError(f"the latent reward model got {given}; text_dim is {self.config.text_dim}")
         features = self._frames(latent)
         if text is not None:
             features = features + self._attend(features, text)
