@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from dollar_jax import sharding
 from dollar_jax.config import DistillConfig
@@ -84,25 +84,12 @@ def train_programs(
     parameters. `score_real` says whether the data has latents for the latent reward model to learn from
     beside the generated ones.
     """
+    method_of(config).check()
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(mesh, "batch_size / accumulation", config.batch_size // config.accumulation)
     head = latent_reward_network(config, latent_shape[-1], text_shape[-1])
-    optimisers = Optimisers(
-        make_optimiser(config.student.optimiser, config.steps),
-        make_optimiser(config.fake_score.optimiser, config.steps * config.fake_score.updates),
-        make_optimiser(config.reward.optimiser, config.steps * config.reward.updates),
-    )
-    use_text = config.reward.head.use_text
+    optimisers = _optimisers(config)
     adapted = student_network(transformer, config.lora)
-    structure = jax.tree.structure(adapted.shapes)
-
-    def denoiser(params: Params, *args: Any) -> jax.Array:
-        network = adapted if jax.tree.structure(params) == structure else transformer
-        return network.apply(params, *args)
-
-    networks = Networks(
-        denoiser, lambda params, latent, text: head.apply(params, latent, text if use_text else None), pixel_rewards
-    )
 
     def init(key: jax.Array, teacher: Params) -> TrainState:
         state_key, head_key = jax.random.split(key)
@@ -120,17 +107,9 @@ def train_programs(
     whole = sharding.replicated(mesh)
     frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
     batch_shapes = _batch_shapes(config, latent_shape, text_shape, pixel_rewards)
-    rows = samples_sharding = sharding.batch_sharding(mesh)
-    # A few rows on one machine may be everywhere; several machines each score their own.
-    if config.reward.samples % (mesh.shape["data"] * mesh.shape["fsdp"]) and sharding.host_count(mesh) == 1:
-        samples_sharding = whole
-    if config.reward.rewards and samples_sharding is rows:
-        sharding.check_batch(mesh, "reward.samples", config.reward.samples)
-    reward_sharding = method_of(config).inputs_sharding(mesh, samples_sharding)
-    batch_sharding = jax.tree.broadcast(
-        Batch(rows, rows, dict.fromkeys(batch_shapes.tokens, rows), reward_sharding), batch_shapes
-    )
+    batch_sharding, samples_sharding = _batch_sharding(config, mesh, batch_shapes)
     _check_transformer(mesh, transformer, latent_shape, text_shape)
+    networks = _networks(config, transformer, adapted, head, pixel_rewards)
     distillation = Distillation(config, networks, schedule, score_real)
     update = make_step(distillation, optimisers, {f: getattr(on_chips, f) for f in offload})
 
@@ -220,6 +199,30 @@ def latent_reward_network(config: DistillConfig, channels: int, text_dim: int) -
     return make_network(functools.partial(LatentRewardModel, head))
 
 
+def _optimisers(config: DistillConfig) -> Optimisers:
+    return Optimisers(
+        make_optimiser(config.student.optimiser, config.steps),
+        make_optimiser(config.fake_score.optimiser, config.steps * config.fake_score.updates),
+        make_optimiser(config.reward.optimiser, config.steps * config.reward.updates),
+    )
+
+
+def _networks(
+    config: DistillConfig, transformer: Network, adapted: Network, head: Network, pixel_rewards: PixelRewards | None
+) -> Networks:
+    """Of the transformer and the same with adapters; each is told by the structure of its parameters."""
+    structure, use_text = jax.tree.structure(adapted.shapes), config.reward.head.use_text
+
+    def denoiser(params: Params, *args: Any) -> jax.Array:
+        network = adapted if jax.tree.structure(params) == structure else transformer
+        return network.apply(params, *args)
+
+    def latent_reward(params: Params, latent: jax.Array, text: jax.Array) -> jax.Array:
+        return head.apply(params, latent, text if use_text else None)
+
+    return Networks(denoiser, latent_reward, pixel_rewards)
+
+
 def _batch_shapes(
     config: DistillConfig, latent: tuple[int, ...], text: tuple[int, int], pixels: PixelRewards | None
 ) -> Batch:
@@ -231,3 +234,16 @@ def _batch_shapes(
         {name: jax.ShapeDtypeStruct((rows, ids.shape[1]), jnp.int32) for name, ids in tokens.items()},
         method_of(config).inputs(latent, text),
     )
+
+
+def _batch_sharding(config: DistillConfig, mesh: Mesh, shapes: Batch) -> tuple[Batch, NamedSharding]:
+    """Of the batch, and of what is to be scored: few rows on one machine may be everywhere, several machines each
+    score their own.
+    """
+    rows = samples = sharding.batch_sharding(mesh)
+    if config.reward.samples % (mesh.shape["data"] * mesh.shape["fsdp"]) and sharding.host_count(mesh) == 1:
+        samples = sharding.replicated(mesh)
+    if config.reward.rewards and samples is rows:
+        sharding.check_batch(mesh, "reward.samples", config.reward.samples)
+    where = Batch(rows, rows, dict.fromkeys(shapes.tokens, rows), method_of(config).inputs_sharding(mesh, samples))
+    return jax.tree.broadcast(where, shapes), samples

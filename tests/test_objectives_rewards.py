@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ import pytest
 
 from dollar_jax import objectives, sampling
 from dollar_jax import schedule as schedules
+from dollar_jax.config import RewardConfig
 from dollar_jax.distillation import Batch, Distillation, Frozen, Networks, References
 from dollar_jax.rewards import JaxReward, Reward
-from dollar_jax.rewards.methods import base, ddpo
+from dollar_jax.rewards.methods import METHODS, base, ddpo, method_of
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import RewardStatistics
@@ -116,6 +118,28 @@ def test_bad_host_rewards_cannot_be_differentiated(make_config):
     config = make_config({**ALONE, "reward.method": "direct"})
     with pytest.raises(ValueError, match="the reward 'blue' is a host reward, without a gradient"):
         pixel_rewards(config.reward, [REWARDS[0], Reward(len, ""), REWARDS[2]], decode)
+
+
+def test_every_method_that_a_config_may_name_has_its_class():
+    hints = typing.get_type_hints(RewardConfig)
+    assert set(METHODS) == set(typing.get_args(hints["method"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"reward.method": "ddpo", "student.timesteps": (900.0,)},
+            "'ddpo' needs at least two of config.student.timest",
+        ),
+        ({"reward.method": "direct", "reward.guard.min_correlation": 0.5}, "min_correlation needs a latent reward mod"),
+        ({"reward.rewards": TERMS[2:], "reward.guard.min_correlation": 0.5}, "min_correlation needs a latent reward"),
+    ],
+)
+def test_bad_settings_of_a_method_are_refused(make_config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        method_of(make_config({**ALONE, **changes})).check()
+    method_of(make_config(ALONE)).check()
 
 
 def test_host_rewards_have_columns_without_numbers(make_config):
