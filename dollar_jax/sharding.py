@@ -30,8 +30,8 @@ FSDP = ("fsdp", "context")
 ALL = ("fsdp", "context", "tensor")
 
 RULES: tuple[tuple[str, P], ...] = (
-    # The latent reward model is small.
-    (r"(.*/)?latent_reward.*", P()),
+    # The latent reward model is small. In checkpoints it is the reward head.
+    (r"(.*/)?(latent_reward|reward_head).*", P()),
     (r"reward_statistics/.*", P()),
     # Low-rank adapters: [layer, in, rank] and [layer, rank, out].
     (r"(.*/)?blocks/.*/adapter/down", P(None, FSDP, None)),
