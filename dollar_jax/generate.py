@@ -24,7 +24,6 @@ from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
 from dollar_jax.program import Program
-from dollar_jax.sharding import shard
 from dollar_jax.types import Params
 from dollar_jax.video import signed_range, to_uint8
 from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
@@ -54,7 +53,7 @@ def load_teacher(name: str, compute: ComputeConfig | None = None, mesh: Mesh | N
     return load_pipeline(
         folder,
         compute.teacher_dtype,
-        None if mesh is None else functools.partial(shard, mesh),
+        None if mesh is None else functools.partial(sharding.shard, mesh),
         **transformer_options(compute),
     )
 
