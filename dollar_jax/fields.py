@@ -69,11 +69,14 @@ def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 def check_path(cls: type, path: str, where: str = "config") -> None:
     """Raises ValueError, with the nearest name, when a dotted path is no setting of the dataclass `cls`."""
-    name, _, rest = path.partition(".")
+    part, _, rest = path.partition(".")
+    name, indexed, _ = part.partition("[")
     hints = typing.get_type_hints(cls)
     if name not in hints:
         raise ValueError(_unknown(name, hints, where))
-    hint, where = unwrapped(hints[name]), f"{where}.{name}"
+    hint, where = unwrapped(hints[name]), f"{where}.{part}"
+    if indexed and typing.get_origin(hint) is tuple:
+        hint = typing.get_args(hint)[0]
     if dataclasses.is_dataclass(hint) and rest:
         check_path(typing.cast(type, hint), rest, where)
     elif rest and typing.get_origin(hint) is not collections.abc.Mapping:
@@ -114,7 +117,7 @@ def plain(value: Any) -> Any:
 
 
 def _unknown(key: str, hints: Mapping[str, Any], where: str) -> str:
-    near = difflib.get_close_matches(key, hints, 1)
+    near = difflib.get_close_matches(key, hints, 1, 0.5)
     hint = f"did you mean {where}.{near[0]}?" if near else f"its fields are {', '.join(sorted(hints))}"
     return f"{where} has no field {key!r}; {hint}"
 
