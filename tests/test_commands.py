@@ -1,0 +1,124 @@
+"""Every command run to success as a user types it, on a run of three steps."""
+
+import json
+import textwrap
+
+import numpy as np
+import pytest
+
+from dollar_jax.cli import main
+from dollar_jax.data import shapes
+from dollar_jax.evaluate import run as evaluation
+from dollar_jax.evaluate.measure import SamplePlan
+from dollar_jax.video import read_video
+
+TINY = {
+    "steps": 3,
+    "batch_size": 8,
+    "checkpoint_every": 3,
+    "log_every": 1,
+    "data.train_videos": 16,
+    "mesh.fsdp": 8,
+    "student.timesteps": (1000.0, 700.0, 400.0, 200.0),
+    "reward.samples": 2,
+    "reward.replay": 16,
+    "reward.batch_size": 8,
+    "reward.updates": 1,
+    "visibility.samples_every": 0,
+    "sampling.num_steps": 2,
+}
+PROMPT = "a large red circle moving left slowly"
+
+
+def dollar(*arguments):
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, quick_compilation):
+    """A run that `dollar train` has left, from a configuration in a file of the user's own."""
+    folder = tmp_path_factory.mktemp("run")
+    own = folder / "own.py"
+    own.write_text(
+        textwrap.dedent(f"""
+            from dollar_jax.experiment import experiment
+
+            def get_config(losses="vsd+cd+lrm"):
+                return experiment("demo", losses, {TINY!r})
+        """)
+    )
+    dollar("train", f"--config={own}", f"--workdir={folder / 'run'}")
+    return folder / "run"
+
+
+@pytest.fixture
+def few_captions(monkeypatch):
+    """Measures on two captions, of which one is drawn twice."""
+    captions = shapes.covering_captions()[:2]
+    monkeypatch.setattr(evaluation, "default_plan", lambda seed, quick: SamplePlan(captions, captions[:1], 2, 4, seed))
+
+
+def test_train_leaves_a_run(workdir):
+    history = [json.loads(line) for line in (workdir / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history] == [1, 2, 3]
+    assert (workdir / "checkpoints" / "3" / "ema").is_dir()
+
+
+def test_sample_writes_a_video_that_differs_by_its_seed(workdir, tmp_path):
+    videos = []
+    for seed in (0, 1):
+        out = tmp_path / f"{seed}.gif"
+        dollar("sample", f"--workdir={workdir}", f"--prompt={PROMPT}", f"--seed={seed}", "--num=1", f"--out={out}")
+        videos.append(read_video(out).astype(float))
+    assert videos[0].shape == videos[1].shape and np.abs(videos[0] - videos[1]).mean() > 1
+
+
+@pytest.mark.slow
+def test_evaluate_measures_a_run(workdir, few_captions, capsys):
+    out = workdir.parent / "measured.json"
+    dollar("evaluate", f"--workdir={workdir}", f"--out={out}")
+    metrics = json.loads(out.read_text())
+    assert {"student_4", "student_1", "teacher_2"} <= metrics.keys() and metrics["student_1"]["nfe"] == 1
+    assert out.with_suffix(".html").is_file() and "student_4" in capsys.readouterr().out
+
+
+def test_an_export_is_imported_and_trained_on(workdir, tmp_path):
+    dollar("export", f"--workdir={workdir}", tmp_path / "exported")
+    dollar("import", tmp_path / "exported", tmp_path / "imported")
+    assert (tmp_path / "exported" / "README.md").is_file()
+    assert (tmp_path / "imported" / "transformer" / "params").is_dir()
+
+
+def test_prompts_are_prepared(tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\na small blue square moving up quickly\n")
+    dollar("prepare", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'data'}")
+    assert (tmp_path / "data" / "rejected.jsonl").read_text() == ""
+    assert list((tmp_path / "data").glob("**/*array_record*"))
+
+
+@pytest.mark.slow
+def test_demo_leaves_metrics_a_page_and_videos(tmp_path, few_captions, quick_compilation, monkeypatch):
+    from dollar_jax import config, experiment
+
+    load = experiment.load
+    monkeypatch.setattr(experiment, "load", lambda name, *losses: config.changed(load(name, *losses), TINY))
+    monkeypatch.setattr(evaluation, "SHOWN", 2)
+    dollar("demo", f"--workdir={tmp_path}", "--seed=1")
+    assert json.loads((tmp_path / "metrics.json").read_text())["config"]["seed"] == 1
+    assert (tmp_path / "report.html").is_file() and list((tmp_path / "videos").glob("*.mp4"))
+
+
+def test_config_lists_every_setting_with_its_meaning(capsys):
+    dollar("config", "--config=wan_1_3b:vsd+cd")
+    text = capsys.readouterr().out
+    assert "learning_rate = 1e-05" in text and "Highest learning rate" in text
+
+
+def test_vbench_score_prints_and_writes_the_three_scores(tmp_path, capsys):
+    from dollar_jax.evaluate.vbench import DIMENSIONS
+
+    (tmp_path / "results.json").write_text(json.dumps(dict.fromkeys(DIMENSIONS, 0.5)))
+    dollar("vbench-score", tmp_path / "results.json", f"--json={tmp_path / 'scores.json'}")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["total"] == pytest.approx((4 * scores["quality"] + scores["semantic"]) / 5, abs=1e-6)
+    assert json.loads(capsys.readouterr().out)["total"] == scores["total"]
