@@ -472,7 +472,8 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
     x, y = (jax.random.normal(jax.random.key(i), (12, 3)) for i in range(2))
     params = {"w": jax.random.normal(jax.random.key(2), (3, 3))}
 
-    def loss(params, x, y, key):
+    def loss(params, rows, key):
+        x, y = rows
         value = jnp.square(x @ params["w"] - y).mean()
         return value, ({"loss": value, "noise": jax.random.uniform(key)}, x)
 
