@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 from pathlib import Path
 
 import diffusers
@@ -20,15 +21,15 @@ from dollar_jax.weights.wan import WAN_TRANSFORMER
 from dollar_jax.weights.wan_vae import WAN_VAE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-# Parameters as published for Wan-AI/Wan2.1-T2V-1.3B-Diffusers and -14B-Diffusers.
-SIZES = {"wan_1_3b": 1_418_996_800, "wan_14b": 14_288_491_584}
+# Parameters as published for Wan-AI/Wan2.1-T2V-1.3B-Diffusers and -14B-Diffusers, and Wan2.2-TI2V-5B-Diffusers.
+SIZES = {"wan_1_3b": 1_418_996_800, "wan_14b": 14_288_491_584, "wan22_5b": 4_999_787_712}
 
 
 def count(shapes):
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-@pytest.mark.parametrize("name", ["wan_1_3b", "wan_14b", "paper"])
+@pytest.mark.parametrize("name", ["wan_1_3b", "wan_14b", "wan22_5b", "paper"])
 def test_the_whole_method_is_on_and_can_be_taken_apart(name):
     config = load(name)
     assert config.vsd.weight == 1 and config.consistency.weight == 0.5 and config.reward.trained
@@ -64,10 +65,16 @@ def test_a_familys_guidance_is_its_pipelines_default(family):
     assert parameters["guidance_scale"].default == family.guidance_scale
 
 
-def test_the_vae_has_as_many_parameters_as_diffusers():
+@pytest.mark.parametrize("config", [WanVAEConfig(), PUBLISHED["wan22_5b"].vae], ids=["wan2.1", "wan2.2"])
+def test_the_vae_has_as_many_parameters_as_diffusers(config):
     with torch.device("meta"):
-        theirs = diffusers.AutoencoderKLWan()
-    assert count(WAN_VAE.network(WanVAEConfig()).shapes) == sum(p.numel() for p in theirs.parameters())
+        theirs = diffusers.AutoencoderKLWan.from_config(json.loads(json.dumps(WAN_VAE.write(config))))
+    assert count(WAN_VAE.network(config).shapes) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_a_clip_of_wan_2_2_is_27280_tokens():
+    frames, height, width, channels = PUBLISHED["wan22_5b"].vae.latent_shape(121, 704, 1280)
+    assert (frames * height * width // 4, channels) == (27_280, 48)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The causal video VAE of Wan 2.1, structured and named as diffusers' `AutoencoderKLWan`.
+"""The causal video VAEs of Wan 2.1 and Wan 2.2, structured and named as diffusers' `AutoencoderKLWan`.
 
 The first frame has a latent frame of its own, every further four frames share one, so that
 1 + 4n frames become 1 + n latent frames. Every convolution in time looks backwards only.
@@ -8,6 +8,8 @@ memory of a chunk: every layer that looks back then gets the last frames it saw 
 (`CausalCache`). Both are the same function. The start of the clip shows in two places, as in the reference:
 the temporal strided convolution passes the first frame through, and the temporal upsampling neither
 doubles the first frame nor sees it.
+
+With `is_residual`, as in Wan 2.2, a shortcut without parameters goes around every level of the network.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class WanVAEConfig:
     temperal_downsample: tuple[bool, ...] = (False, True, True)
     latents_mean: tuple[float, ...] = (0.0,) * 16
     latents_std: tuple[float, ...] = (1.0,) * 16
+    is_residual: bool = False
     in_channels: int = 3
     out_channels: int = 3
     patch_size: int | None = None
@@ -65,6 +68,11 @@ class WanVAEConfig:
                 f"{self.temperal_downsample} makes {time}, dim_mult {self.dim_mult} and patch_size "
                 f"{self.patch_size} make {space}"
             )
+        if self.is_residual:
+            times = (*self.temperal_downsample, None)
+            for dim_in, dim_out, time in zip((1, *self.dim_mult), self.dim_mult, times, strict=False):
+                if dim_in * (1 if time is None else 8 if time else 4) % dim_out:
+                    raise ValueError(f"dim_mult {self.dim_mult} cannot be averaged from {dim_in} to {dim_out}")
 
     @property
     def latent_channels(self) -> int:
@@ -238,10 +246,10 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles height and width, halves the channels; `time` doubles the frames after the first."""
+    """Doubles height and width; `time` doubles the frames after the first."""
 
-    def __init__(self, dim: int, time: bool, c: WanVAEConfig, rngs: nnx.Rngs):
-        self.resample = Conv2d(dim, dim // 2, 3, c, rngs)
+    def __init__(self, dim: int, dim_out: int, time: bool, c: WanVAEConfig, rngs: nnx.Rngs):
+        self.resample = Conv2d(dim, dim_out, 3, c, rngs)
         if time:
             self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1), c, rngs, identity=True)
 
@@ -267,6 +275,44 @@ class MidBlock(nnx.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x, cache)), cache)
 
 
+def average_down(x: Float[Array, "b t h w c"], dim: int, time: int, space: int) -> Float[Array, "b t2 h2 w2 d"]:
+    """Means of `dim` equal groups of the channels of blocks of time × space × space values.
+
+    Zeros before the first frame make its block whole.
+    """
+    x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
+    x = rearrange(x, "b (t i) (h j) (w k) c -> b t h w (c i j k)", i=time, j=space, k=space)
+    return x.reshape(*x.shape[:-1], dim, -1).mean(-1)
+
+
+def repeat_up(
+    x: Float[Array, "b t h w c"], dim: int, time: int, space: int, first: bool
+) -> Float[Array, "b t2 h2 w2 d"]:
+    """Every channel repeated over blocks of time × space × space values; the clip's `first` frame is not doubled."""
+    x = jnp.repeat(x, dim * time * space**2 // x.shape[-1], -1)
+    x = rearrange(x, "b t h w (c i j k) -> b (t i) (h j) (w k) c", i=time, j=space, k=space)
+    return x[:, time - 1 :] if first else x
+
+
+class ResidualDownBlock(nnx.Module):
+    """Residual blocks at one resolution, then, but for the last, a downsampling; around them `average_down`."""
+
+    def __init__(self, dim_in: int, dim_out: int, time: bool | None, c: WanVAEConfig, rngs: nnx.Rngs):
+        dims = [dim_in] + [dim_out] * (c.num_res_blocks - 1)
+        self.resnets = nnx.List([ResidualBlock(dim, dim_out, c, rngs) for dim in dims])
+        if time is not None:
+            self.downsampler = Downsample(dim_out, time, c, rngs)
+        self.dim, self.factors = dim_out, (2 if time else 1, 1 if time is None else 2)
+
+    def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t2 h2 w2 d"]:
+        shortcut = average_down(x, self.dim, *self.factors)
+        for block in self.resnets:
+            x = block(x, cache)
+        if hasattr(self, "downsampler"):
+            x = self.downsampler(x, cache)
+        return x + shortcut
+
+
 class Encoder(nnx.Module):
     """Video to the moments of its latent, before `quant_conv`."""
 
@@ -274,12 +320,16 @@ class Encoder(nnx.Module):
         dims = [c.base_dim * m for m in (1, *c.dim_mult)]
         self.conv_in = CausalConv3d(c.in_channels, dims[0], (3, 3, 3), c, rngs)
         blocks: list[Any] = []
-        for i, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        times: list[bool | None] = [*c.temperal_downsample, None]
+        for dim_in, dim_out, time in zip(dims[:-1], dims[1:], times, strict=True):
+            if c.is_residual:
+                blocks.append(ResidualDownBlock(dim_in, dim_out, time, c, rngs))
+                continue
             for _ in range(c.num_res_blocks):
                 blocks.append(ResidualBlock(dim_in, dim_out, c, rngs))
                 dim_in = dim_out
-            if i < len(c.dim_mult) - 1:
-                blocks.append(Downsample(dim_out, c.temperal_downsample[i], c, rngs))
+            if time is not None:
+                blocks.append(Downsample(dim_out, time, c, rngs))
         self.down_blocks = nnx.List(blocks)
         self.mid_block = MidBlock(dims[-1], c, rngs)
         self.norm_out = RMSNorm(dims[-1], c)
@@ -293,16 +343,26 @@ class Encoder(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """Residual blocks at one resolution, then, but for the last, an upsampling."""
+    """Residual blocks at one resolution, then, but for the last, an upsampling; with `is_residual` around them
+    `repeat_up`, and without it the upsampling halves the channels.
+    """
 
     def __init__(self, dim_in: int, dim_out: int, time: bool | None, c: WanVAEConfig, rngs: nnx.Rngs):
         dims = [dim_in] + [dim_out] * c.num_res_blocks
         self.resnets = nnx.List([ResidualBlock(dim, dim_out, c, rngs) for dim in dims])
-        self.upsamplers = nnx.List([] if time is None else [Upsample(dim_out, time, c, rngs)])
+        self.dim, self.factors = dim_out, (2 if time else 1, 2)
+        self.upsamplers = nnx.List([])
+        if time is not None and c.is_residual:
+            self.upsampler = Upsample(dim_out, dim_out, time, c, rngs)
+        elif time is not None:
+            self.upsamplers = nnx.List([Upsample(dim_out, dim_out // 2, time, c, rngs)])
 
     def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t2 h2 w2 d"]:
+        start = x
         for block in (*self.resnets, *self.upsamplers):
             x = block(x, cache)
+        if hasattr(self, "upsampler"):
+            x = self.upsampler(x, cache) + repeat_up(start, self.dim, *self.factors, cache.first)
         return x
 
 
@@ -317,7 +377,7 @@ class Decoder(nnx.Module):
         self.mid_block = MidBlock(dims[0], c, rngs)
         self.up_blocks = nnx.List(
             [
-                UpBlock(dim_in if i == 0 else dim_in // 2, dim_out, time, c, rngs)
+                UpBlock(dim_in if i == 0 or c.is_residual else dim_in // 2, dim_out, time, c, rngs)
                 for i, (dim_in, dim_out, time) in enumerate(zip(dims[:-1], dims[1:], times, strict=True))
             ]
         )
@@ -332,7 +392,7 @@ class Decoder(nnx.Module):
 
 
 class WanVAE(nnx.Module):
-    """Wan 2.1's video VAE; frames in [-1, 1], channels last."""
+    """Wan's video VAE; frames in [-1, 1], channels last."""
 
     def __init__(self, config: WanVAEConfig, rngs: nnx.Rngs):
         c = self.config = config

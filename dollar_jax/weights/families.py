@@ -33,8 +33,8 @@ class Family:
 
     `masks_padding`: the text encoder does not see the rows of padding, and the transformer gets zeros there; without
     it padding is part of the text. `guidance_scale` is diffusers' default, w + 1 of ours, and `fps` the frames per
-    second of its videos. `unsupported` are entries of model_index.json that must be absent, null or false, each with
-    what asks for it.
+    second of its videos. `entries` of model_index.json tell it from other families of its class; `unsupported` ones
+    must be absent, null or false, each with what asks for it.
     """
 
     pipeline: str
@@ -45,6 +45,7 @@ class Family:
     masks_padding: bool
     guidance_scale: float
     fps: int
+    entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unsupported: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -60,7 +61,7 @@ class Architecture:
 
 
 _IMAGE = "an image as condition, and only text-to-video pipelines are supported"
-_WAN_2_2 = ", as in Wan 2.2, and only Wan 2.1 is supported"
+_EXPERTS = ", as in Wan 2.2's A14B, and only models of one transformer are supported"
 WAN = Family(
     "WanPipeline",
     WAN_TRANSFORMER,
@@ -71,13 +72,14 @@ WAN = Family(
     guidance_scale=5.0,
     fps=16,
     unsupported={
-        "transformer_2": f"a second transformer for low noise levels{_WAN_2_2}",
-        "boundary_ratio": f"two transformers that share the noise levels{_WAN_2_2}",
-        "expand_timesteps": f"a time of its own for every token{_WAN_2_2}",
+        "transformer_2": f"a second transformer for low noise levels{_EXPERTS}",
+        "boundary_ratio": f"two transformers that share the noise levels{_EXPERTS}",
         "image_encoder": _IMAGE,
         "image_processor": _IMAGE,
     },
 )
+# Wan 2.2's 5B. Given an image, every token has a time of its own; from text alone all have the same.
+WAN_TI2V = dataclasses.replace(WAN, fps=24, entries={"expand_timesteps": True})
 COGVIDEOX = Family(
     "CogVideoXPipeline",
     COGVIDEOX_TRANSFORMER,
@@ -88,7 +90,7 @@ COGVIDEOX = Family(
     guidance_scale=6.0,
     fps=8,
 )
-FAMILIES = (WAN, COGVIDEOX)
+FAMILIES = (WAN_TI2V, WAN, COGVIDEOX)  # the first whose entries match
 
 _UMT5_XXL = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
 _T5_XXL = dataclasses.replace(_UMT5_XXL, vocab_size=32128, shared_position_bias=True)
@@ -103,6 +105,24 @@ PUBLISHED = {
         Schedule("rf", "velocity", shift=3.0),
     ),
     "wan_14b": Architecture(WAN, WanConfig(), WanVAEConfig(), _UMT5_XXL, Schedule("rf", "velocity", shift=5.0)),
+    "wan22_5b": Architecture(
+        WAN_TI2V,
+        WanConfig(num_attention_heads=24, in_channels=48, out_channels=48, ffn_dim=14336, num_layers=30),
+        WanVAEConfig(
+            base_dim=160,
+            decoder_base_dim=256,
+            z_dim=48,
+            latents_mean=(0.0,) * 48,
+            latents_std=(1.0,) * 48,
+            is_residual=True,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            scale_factor_spatial=16,
+        ),
+        _UMT5_XXL,
+        Schedule("rf", "velocity", shift=5.0),
+    ),
     "cogvideox_2b": Architecture(COGVIDEOX, CogVideoXConfig(), CogVideoXVAEConfig(), _T5_XXL, _COGVIDEOX_SCHEDULE),
     "cogvideox_5b": Architecture(
         COGVIDEOX,

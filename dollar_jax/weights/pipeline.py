@@ -111,8 +111,9 @@ def read_family(folder: Path) -> Family:
         raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json{_foreign(folder)}")
     index = files.read_json(path)
     found = {name: _class_name(path, name, index.get(name)) for name in COMPONENTS}
-    pipelines = {family.pipeline: family for family in FAMILIES}
-    transformers = {family.transformer.class_name: family for family in FAMILIES}
+    matching = [f for f in FAMILIES if all(index.get(name) == value for name, value in f.entries.items())]
+    pipelines = {family.pipeline: family for family in reversed(matching)}
+    transformers = {family.transformer.class_name: family for family in reversed(matching)}
     pipeline = str(index.get("_class_name", ""))
     if pipeline and pipeline not in pipelines:
         raise ValueError(f"{path} is of a {pipeline}; the pipelines known are {', '.join(pipelines)}")
@@ -186,6 +187,7 @@ def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32"
             "scheduler": ["diffusers", scheduler["_class_name"]],
             "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
             **{name: [kind.library, kind.class_name] for name, kind in kinds.items()},
+            **family.entries,
         },
     )
 

@@ -36,7 +36,7 @@ WAN_VAE = Kind(
     WanVAEConfig,
     WanVAE,
     lambda config, shapes: wan_vae_table(shapes),
-    note="only the VAE of Wan 2.1 is supported, not that of Wan 2.2",
-    fixed={"is_residual": False, "dropout": 0.0},
+    note="only the VAEs of Wan 2.1 and Wan 2.2 are supported",
+    fixed={"dropout": 0.0},
     required=frozenset({"base_dim", "z_dim", "dim_mult", "latents_mean", "latents_std"}),
 )

@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 # Many small convolutions: to compile them well takes longer than to run them badly.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 STATISTICS = {"z_dim": 4, "latents_mean": [0.3, -1.0, 0.0, 2.0], "latents_std": [1.5, 0.5, 2.0, 1.0]}
-# The shipped teacher's, with fewer channels, and Wan 2.1's own.
+# The shipped teacher's, with fewer channels, Wan 2.1's own, and Wan 2.2's.
 PATCHED: dict[str, Any] = {
     **STATISTICS,
     "base_dim": 4,
@@ -34,7 +34,18 @@ PATCHED: dict[str, Any] = {
     "patch_size": 2,
 }
 FULL: dict[str, Any] = {**STATISTICS, "base_dim": 8}
-CONFIGS = {"patched": PATCHED, "full": FULL}
+RESIDUAL: dict[str, Any] = {
+    **STATISTICS,
+    "base_dim": 4,
+    "decoder_base_dim": 6,
+    "num_res_blocks": 1,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
+CONFIGS = {"patched": PATCHED, "full": FULL, "residual": RESIDUAL}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +80,7 @@ class Jitted:
         self.decode = jit(functools.partial(network.apply, method="decode"))
 
 
-def clip(frames, height=16, width=24):
+def clip(frames, height=16, width=32):
     x = np.random.default_rng(frames).uniform(-1, 1, (2, frames, height, width, 3))
     return x.astype(np.float32)
 
@@ -97,7 +108,8 @@ def test_encode_and_decode_match(saved, name, frames):
     _, model, config, vae, params = saved[name]
     video = clip(frames)
     shape = config.latent_shape(*video.shape[1:4])
-    assert shape == ((frames + 3) // 4, 2, 3, 4)
+    space = 16 if name == "residual" else 8
+    assert shape == ((frames + 3) // 4, 16 // space, 32 // space, 4)
     latent = noise(2, *shape)
     with torch.no_grad():
         posterior = model.encode(to_torch(video)).latent_dist
@@ -113,11 +125,11 @@ def test_encode_and_decode_match(saved, name, frames):
     assert relative(ours, decoded) < TOLERANCE
 
 
-@pytest.mark.parametrize("name, chunk", [("patched", 1), ("patched", 3), ("full", 1)])
+@pytest.mark.parametrize("name, chunk", [("patched", 1), ("patched", 3), ("full", 1), ("residual", 1)])
 def test_chunks_make_the_same_numbers_as_the_whole_clip(saved, name, chunk):
     # 17 frames are 5 latent frames: 4 chunks of 1 after the first frame, or 2 + 3.
     _, model, config, vae, params = saved[name]
-    video, latent = clip(17), noise(2, *config.latent_shape(17, 16, 24))
+    video, latent = clip(17), noise(2, *config.latent_shape(17, 16, 32))
     parts = jit(functools.partial(vae.network.apply, method="encode", chunk=chunk))(params, video)
     for part, whole in zip(parts, vae.encode(params, video), strict=True):
         assert relative(part, np.asarray(whole)) < 1e-5
@@ -142,8 +154,8 @@ def test_a_long_clip_costs_the_memory_of_a_chunk(saved, method, frames, size):
 
 def test_gradient_of_decode_matches(saved):
     _, model, config, vae, params = saved["patched"]
-    latent = noise(2, *config.latent_shape(5, 16, 24))
-    weight = noise(2, 5, 16, 24, 3)
+    latent = noise(2, *config.latent_shape(5, 16, 32))
+    weight = noise(2, 5, 16, 32, 3)
     z = to_torch(latent).requires_grad_()
     (model.decode(z).sample * to_torch(weight)).sum().backward()
 
@@ -240,7 +252,7 @@ def test_clips_that_do_not_divide_are_refused(size):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"is_residual": True}, "is_residual = True.*Wan 2.2"),
+        ({"is_residual": True, "dim_mult": [1, 3, 1]}, "dim_mult .* averaged from 1 to 3"),
         ({"dropout": 0.1}, "dropout = 0.1"),
         ({"attn_scales": [1.0]}, "attn_scales must be empty"),
         ({"temperal_downsample": [True]}, "temperal_downsample has 1 entries"),

@@ -202,7 +202,6 @@ def edit(path, **fields):
     [
         ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, ["transformer_2", "Wan 2.2"]),
         ("model_index.json", {"boundary_ratio": 0.875}, ["boundary_ratio = 0.875"]),
-        ("model_index.json", {"expand_timesteps": True}, ["expand_timesteps = True"]),
         ("model_index.json", {"image_encoder": ["transformers", "CLIPVisionModel"]}, ["image_encoder", "an image"]),
         ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, ["WanImageToVideoPipeline", "known"]),
         ("model_index.json", {"transformer": 3}, ["transformer = 3", "the library and the class"]),
@@ -216,7 +215,7 @@ def edit(path, **fields):
         ("transformer/config.json", {"eps": -1}, ["eps is -1.0", "positive"]),
         ("transformer/config.json", {"image_dim": 1280}, ["image_dim = 1280", "image-to-video"]),
         ("transformer/config.json", {"_class_name": "WanAnimate"}, ["WanAnimate", "WanTransformer3DModel"]),
-        ("vae/config.json", {"is_residual": True}, ["is_residual = True", "Wan 2.2"]),
+        ("vae/config.json", {"dropout": 0.5}, ["dropout = 0.5", "Wan 2.2"]),
         ("vae/config.json", {"z_dim": True}, ["z_dim is True", "of type int"]),
         ("text_encoder/config.json", {"d_model": None}, ["d_model is None"]),
         ("scheduler/scheduler_config.json", {"flow_shift": "3"}, ["flow_shift is '3'", "of type float"]),
