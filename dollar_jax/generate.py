@@ -7,12 +7,11 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -25,9 +24,10 @@ from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
 from dollar_jax.program import Program
 from dollar_jax.types import Params
-from dollar_jax.video import signed_range, to_uint8
+from dollar_jax.video import side_by_side, signed_range, to_uint8
 from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
 
+PIXELS_AT_ONCE = 2**21  # of the videos drawn together
 SHIPPED_TEACHERS = {"moving_shapes": Path(__file__).parent / "assets" / "moving_shapes"}
 
 
@@ -110,6 +110,14 @@ class Sampler:
 
     def __call__(self, params: Params, keys: jax.Array, text: Any) -> jax.Array:
         return self.program(len(keys))(*self.arguments(params, keys, text))
+
+
+class ChosenSampler(NamedTuple):
+    """A sampler with the parameters it draws with, and what a manifest says of it."""
+
+    draw: Sampler
+    params: Params
+    description: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -301,13 +309,7 @@ def sampling_mesh(config: MeshConfig) -> Mesh:
 
 
 def draw_videos(
-    generator: Generator,
-    draw: Sampler,
-    params: Params,
-    prompts: Sequence[str],
-    keys: jax.Array,
-    batch_size: int,
-    bar: tqdm | None = None,
+    generator: Generator, draw: Sampler, params: Params, prompts: Sequence[str], keys: jax.Array, batch_size: int
 ) -> Iterator[np.ndarray]:
     """A video per prompt and key [n], uint8 [b t h w 3] batch by batch.
 
@@ -318,37 +320,26 @@ def draw_videos(
     params = sharding.put(params, sharding.shard(generator.mesh, params))
     for start in range(0, len(prompts), batch):
         index = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
-        count = min(batch, len(prompts) - start)
         latent = draw(params, keys[index], generator.text([prompts[i] for i in map(int, index)]))
-        frames = to_uint8(generator.decode(latent)[:count])
-        if bar is not None:
-            bar.update(count)
-        yield frames
+        yield to_uint8(generator.decode(latent)[: len(prompts) - start])
 
 
-def sample_prompts(
+def draw_beside(
     generator: Generator,
-    draw: Sampler,
-    params: Params,
+    samplers: Sequence[tuple[Sampler, Params]],
     prompts: Sequence[str],
-    seeds: Sequence[int],
-    num: int,
-    batch_size: int,
-) -> np.ndarray:
-    """`num` videos per prompt and seed, uint8 [prompts, seeds × num, t, h, w, 3]; with a progress bar.
+    keys: Callable[[], jax.Array],
+    batch_size: int | None = None,
+) -> Iterator[np.ndarray]:
+    """A video uint8 [t h w 3] per prompt and key [n], of several samplers side by side; with a progress bar.
 
-    Every prompt starts from the same noises, so a video does not depend on what else is drawn. Each
-    process draws a share, and all get all.
+    Without a batch size at most 16 are drawn at a time, and as many as have `PIXELS_AT_ONCE` pixels.
     """
-    each = jnp.concatenate([video_keys(seed, num) for seed in seeds])
-    total, count = len(prompts) * len(each), jax.process_count()
-    share = -(-total // count)
-    index = np.minimum(np.arange(share) + jax.process_index() * share, total - 1)
-    with tqdm(total=share, desc="sampling", unit="video", disable=jax.process_index() > 0) as bar:
-        chosen = [prompts[i // len(each)] for i in map(int, index)]
-        keys = each[index % len(each)]
-        parts = list(draw_videos(generator, draw, params, chosen, keys, batch_size, bar))
-    videos = np.concatenate(parts)
-    if count > 1:
-        videos = np.asarray(multihost_utils.process_allgather(videos, tiled=True))
-    return videos[:total].reshape(len(prompts), len(each), *videos.shape[1:])
+    size = batch_size or min(16, max(1, PIXELS_AT_ONCE // math.prod(generator.clip)))
+    # The keys anew for each sampler: they share their noise, which JAX takes for a mistake.
+    drawn = [draw_videos(generator, draw, params, prompts, keys(), size) for draw, params in samplers]
+    with tqdm(total=len(prompts), desc="sampling", unit="video", disable=jax.process_index() > 0) as bar:
+        for batches in zip(*drawn, strict=True):
+            for clips in zip(*batches, strict=True):
+                yield side_by_side(clips)
+                bar.update()

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
+from dollar_jax import sharding
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import DistillConfig, LoraConfig, distill_config, unresumable
 from dollar_jax.files import write_file
-from dollar_jax.generate import Generator, merge_program, student_network
+from dollar_jax.generate import ChosenSampler, Generator, merge_program, student_network, subset
 from dollar_jax.models import lora
 from dollar_jax.models.network import Network
 from dollar_jax.types import Params
@@ -73,7 +75,7 @@ def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> Pa
     """The newest student's parameters, and nothing else of the checkpoint; the average unless `ema` is False."""
     transformer = generator.pipeline.transformer
     config = read_config(workdir).lora
-    _, params = restore_trained(workdir, transformer.network, config, ema)
+    _, params = restore_trained(workdir, transformer.network, config, ema, generator.mesh)
     if not config.rank:
         return params
     shapes = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p) for p in (transformer.params, params))
@@ -81,17 +83,39 @@ def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> Pa
     return program(*program.place(transformer.params, params))
 
 
-def restore_trained(workdir: Path, transformer: Network, config: LoraConfig, ema: bool) -> tuple[int, Params]:
+def choose_teacher(generator: Generator, config: DistillConfig, steps: int | None = None) -> ChosenSampler:
+    """The teacher in its own number of steps, or in `steps`."""
+    c = config.sampling
+    steps = steps or c.num_steps
+    described = {"sampler": c.solver, "steps": steps, "guidance_weight": c.guidance_weight, "eta": c.eta}
+    draw = generator.teacher_sampler(steps, c.guidance_weight)
+    return ChosenSampler(draw, generator.pipeline.transformer.params, described)
+
+
+def choose_student(
+    generator: Generator, workdir: Path, config: DistillConfig, steps: int, ema: bool = True
+) -> ChosenSampler:
+    """The newest student of the run in `steps` steps."""
+    timesteps = subset(config.student.timesteps, steps)
+    described = {"sampler": "student", "steps": steps, "timesteps": timesteps}
+    return ChosenSampler(generator.student_sampler(timesteps), restore_student(workdir, generator, ema), described)
+
+
+def restore_trained(
+    workdir: Path, transformer: Network, config: LoraConfig, ema: bool, mesh: Mesh | None = None
+) -> tuple[int, Params]:
     """The newest checkpoint's step, and what was trained of its student: all parameters, or the adapters.
 
-    The student's moving average if `ema`. Raises FileNotFoundError when there is no checkpoint.
+    In its shards on `mesh`, or in this host's memory. The student's moving average if `ema`. Raises
+    FileNotFoundError when there is no checkpoint.
     """
     shapes = student_network(transformer, config).shapes
     if config.rank:
         shapes = lora.adapters(shapes)
     name = "ema" if ema else "student"
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=here), shapes)}
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    where = jax.tree.map(lambda _: host, shapes) if mesh is None else sharding.shard(mesh, shapes)
+    like = {name: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, "float32", sharding=s), shapes, where)}
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         params = checkpoints.restore({name: like})[name][name]
         return checkpoints.latest() or 0, params

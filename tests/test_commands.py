@@ -73,6 +73,31 @@ def test_sample_writes_a_video_that_differs_by_its_seed(workdir, tmp_path):
     assert videos[0].shape == videos[1].shape and np.abs(videos[0] - videos[1]).mean() > 1
 
 
+def test_sample_into_a_folder_goes_on_and_warns_of_what_the_teacher_does_not_know(workdir, tmp_path, capsys):
+    sample = ["sample", f"--workdir={workdir}", "--num=1", f"--out={tmp_path / 'v'}", "--steps=6"]
+    dollar(*sample, "--prompt=a large purple/green circle")
+    shown = capsys.readouterr()
+    assert "warning: the teacher does not know the words purple/green" in shown.err
+    assert "distilled to 4 steps, not 6" in shown.err
+    dollar(*sample, "--prompt=a large purple/green circle", f"--prompt={PROMPT}")
+    assert "1 videos drawn, 1 were there" in capsys.readouterr().out
+    made = json.loads((tmp_path / "v.manifest.json").read_text())
+    assert {path.name for path in (tmp_path / "v").iterdir()} == made["files"].keys()
+    assert set(made["files"].values()) == {"a large purple/green circle", PROMPT}
+    assert (made["fps"], made["scale"], made["steps"]) == (8, 8, 6)
+    assert read_video(tmp_path / "v" / f"{PROMPT}-0.mp4").shape == (17, 256, 256, 3)
+    assert main([*map(str, sample), f"--prompt={PROMPT}", "--seed=3"]) == 2
+    assert "holds videos made with seeds = [0], not [3]" in capsys.readouterr().err
+
+
+def test_sample_refuses_a_picture_that_no_player_shows(workdir, tmp_path, capsys):
+    lines = [f"a large red circle moving left {'very ' * i}slowly" for i in range(40)]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    flags = [f"--workdir={workdir}", f"--prompts_file={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'a.mp4'}"]
+    assert main(["sample", *flags]) == 2
+    assert "would be a picture of 1024 × 10240" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_evaluate_measures_a_run(workdir, few_captions, capsys):
     out = workdir.parent / "measured.json"

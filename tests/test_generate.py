@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dollar_jax.config import MeshConfig, SamplingConfig
 from dollar_jax.data import shapes
-from dollar_jax.generate import Generator, draw_videos, load_teacher, sample_prompts, sampling_mesh, subset, video_keys
+from dollar_jax.generate import Generator, draw_beside, draw_videos, load_teacher, sampling_mesh, subset, video_keys
 from dollar_jax.sharding import make_mesh
 
 TIMES = (1000.0, 700.0, 400.0)
@@ -52,7 +53,14 @@ def test_a_video_depends_on_its_prompt_seed_and_number_alone(toy_generator):
     draw, params = generator.student_sampler(TIMES), generator.pipeline.transformer.params
 
     def run(prompts, seeds, num):
-        return sample_prompts(generator, draw, params, prompts, seeds, num, 8).astype(int)
+        noise = np.tile(np.arange(len(seeds) * num), len(prompts))
+        each = [prompt for prompt in prompts for _ in range(len(seeds) * num)]
+
+        def keys():
+            return jnp.concatenate([video_keys(seed, num) for seed in seeds])[noise]
+
+        videos = np.stack(list(draw_beside(generator, [(draw, params)], each, keys)))
+        return videos.reshape(len(prompts), -1, *videos.shape[1:]).astype(int)
 
     many, one = run(PROMPTS, [0, 7], 2), run(PROMPTS[1:2], [7], 1)
     assert many.shape == (3, 4, 5, 32, 32, 3) and one.shape == (1, 1, 5, 32, 32, 3)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from dollar_jax.cli.base import FLAGS, Command, define, prepare_jax
-from dollar_jax.cli.sample import student_sampler, teacher_sampler
 
 
 def define_flags(_: list[str]) -> None:
@@ -57,7 +56,7 @@ def define_flags(_: list[str]) -> None:
     define("integer", "num", 5, "With --vbench: videos per prompt.", 1)
     define("integer", "steps", 4, "With --vbench: sampling steps.", 1)
     define("integer", "seed", 0, "With --vbench: seed of the noise.")
-    define("integer", "batch_size", 16, "With --vbench: videos drawn at a time.", 1)
+    define("integer", "batch_size", None, "With --vbench: videos drawn at a time.", 1)
     define("bool", "teacher", False, "With --vbench: the teacher's videos.")
 
 
@@ -114,8 +113,8 @@ def _vbench_videos() -> None:
 
     from dollar_jax.evaluate import manifest
     from dollar_jax.evaluate.vbench_videos import check_names, pair_names, read_vbench_prompts, write_videos
-    from dollar_jax.generate import make_generator, subset
-    from dollar_jax.run import read_config
+    from dollar_jax.generate import make_generator
+    from dollar_jax.run import choose_student, choose_teacher, read_config
 
     if not FLAGS.workdir or not FLAGS.prompts_file:
         raise ValueError("--vbench needs --workdir and --prompts_file, VBench's own list of prompts")
@@ -131,15 +130,10 @@ def _vbench_videos() -> None:
     generator = make_generator(config)
     fps = FLAGS.fps or generator.pipeline.family.fps
     if FLAGS.teacher:
-        draw, params = teacher_sampler(generator, config.sampling.num_steps)
-        sampler = {"sampler": config.sampling.solver, "steps": config.sampling.num_steps}
-        sampler |= {"guidance_weight": config.sampling.guidance_weight, "eta": config.sampling.eta}
+        sampler = choose_teacher(generator, config)
     else:
-        draw, params = student_sampler(generator, workdir, config, FLAGS.steps)
-        sampler = {"sampler": "student", "steps": FLAGS.steps}
-        sampler |= {"timesteps": subset(config.student.timesteps, FLAGS.steps)}
+        sampler = choose_student(generator, workdir, config, FLAGS.steps)
     if jax.process_index() == 0:
-        frames, height, width = generator.clip
         made = {
             "prompts_file": listed.name,
             "prompts_sha256": manifest.hash_file(listed),
@@ -149,14 +143,11 @@ def _vbench_videos() -> None:
             "seeds": [FLAGS.seed],
             "num": FLAGS.num,
             "videos": sum(counts.values()),
-            **{"frames": frames, "height": height, "width": width, "fps": fps},
-            **sampler,
-            "teacher": config.teacher,
-            "weights_sha256": manifest.hash_params(params),
-            "versions": manifest.versions(),
+            **manifest.describe(config, generator, fps, [sampler]),
         }
         manifest.write_manifest(folder, made)
-    drawn = write_videos(folder, counts, generator, draw, params, FLAGS.seed, FLAGS.batch_size, fps, prompts)
+    by = sampler.draw, sampler.params, FLAGS.seed, FLAGS.batch_size
+    drawn = write_videos(folder, counts, generator, *by, fps, prompts)
     print(f"{drawn} videos drawn; {folder} holds all of this process's {sum(counts.values())}")
     print(f"How they were made is in {manifest.manifest_path(folder)}.")
 

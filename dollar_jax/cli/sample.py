@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from pathlib import Path
-from typing import Any
 
 from dollar_jax.cli.base import FLAGS, Command, define, define_workdir, prepare_jax
+
+# Of a picture of many videos: more pixels, or a longer side, than players take.
+_MOST_PIXELS, _LONGEST_SIDE = 2**24, 8192
 
 
 def define_flags(_: list[str]) -> None:
@@ -15,26 +19,39 @@ def define_flags(_: list[str]) -> None:
     define("integer", "steps", 4, "Sampling steps.", 1)
     define("multi_integer", "seed", [0], "Seed of the noise, which all prompts share; may be given more than once.")
     define("integer", "num", 4, "Videos per prompt and seed.", 1)
-    define("integer", "batch_size", 16, "Videos drawn at a time.", 1)
+    define("integer", "batch_size", None, "Videos drawn at a time; by default as many as their size allows.", 1)
     define("bool", "teacher", False, "Sample the teacher, in its own number of steps unless --steps is given.")
     define("bool", "beside_teacher", False, "Put the teacher's video from the same noise to the left of each.")
     define("bool", "ema", True, "The student's moving average rather than its raw weights.")
     for name, what in (("frames", "Frames of a video"), ("height", "Height"), ("width", "Width")):
         define("integer", name, None, f"{what}, instead of the run's own.", 1)
-    define("float", "fps", 8, "Frames per second of the files.", 0.1)
-    define("integer", "scale", 8, "Enlargement of every pixel.", 1)
-    define("string", "out", "samples.mp4", "The .mp4 or .gif, a row per prompt; or a folder, for a file per video.")
+    define("float", "fps", None, "Frames per second of the files; those of the run's data by default.", 0.1)
+    define("integer", "scale", None, "Enlargement of every pixel; by default what makes small videos 256 wide.", 1)
+    define(
+        "string",
+        "out",
+        "samples.mp4",
+        "The .mp4 or .gif, a row per prompt; or a folder, for a file per video, written as it is drawn: a second start "
+        "draws what is missing. How they were made is left beside it in NAME.manifest.json.",
+    )
 
 
 def run() -> None:
-    from dollar_jax.data.clip import clip_size
-    from dollar_jax.evaluate.files import check_output, read_prompts, write_samples
-    from dollar_jax.generate import make_generator, sample_prompts
-    from dollar_jax.run import read_config
+    import jax.numpy as jnp
+    import numpy as np
+
+    from dollar_jax.data.clip import clip_fps, clip_size
+    from dollar_jax.evaluate import manifest
+    from dollar_jax.evaluate.files import check_output, draw_missing, file_name, is_folder, read_prompts
+    from dollar_jax.generate import draw_beside, make_generator, video_keys
+    from dollar_jax.run import choose_student, choose_teacher, read_config
+    from dollar_jax.video import grid, write_video
+    from dollar_jax.weights.pipeline import unknown_words
 
     prepare_jax()
     workdir, out = Path(FLAGS.workdir), Path(FLAGS.out)
-    prompts = [*FLAGS.prompt, *(read_prompts(Path(FLAGS.prompts_file)) if FLAGS.prompts_file else [])]
+    given = [*FLAGS.prompt, *(read_prompts(Path(FLAGS.prompts_file)) if FLAGS.prompts_file else [])]
+    prompts = list(dict.fromkeys(given))
     if not prompts:
         raise ValueError("--prompt or --prompts_file must be given")
     if FLAGS.teacher and FLAGS.beside_teacher:
@@ -42,34 +59,54 @@ def run() -> None:
     check_output(out)
     config = read_config(workdir)
     frames, height, width = clip_size(config.data)
-    generator = make_generator(config, (FLAGS.frames or frames, FLAGS.height or height, FLAGS.width or width))
-    _ = generator.latent_shape  # a size that does not fit is an error before the weights are read
-    rows: list[tuple[Any, Any]] = []
+    clip = FLAGS.frames or frames, FLAGS.height or height, FLAGS.width or width
+    scale = FLAGS.scale or max(1, 256 // max(clip[1:]))
+    columns = len(FLAGS.seed) * FLAGS.num
+    if not is_folder(out):
+        high, wide = scale * len(prompts) * clip[1], scale * columns * (1 + FLAGS.beside_teacher) * clip[2]
+        if high * wide > _MOST_PIXELS or max(high, wide) > _LONGEST_SIDE:
+            raise ValueError(
+                f"--out={out} would be a picture of {wide} × {high}, more than players show: give a folder, for a "
+                "file per video, or lower --num or --scale"
+            )
+    generator = make_generator(config, clip)
+    _ = generator.latent_shape  # a size that does not fit is an error before the student is read
+    if unknown := unknown_words(generator.pipeline.tokenizer, prompts):
+        print(f"warning: the teacher does not know the words {', '.join(unknown)}", file=sys.stderr)
+    samplers = []
     if FLAGS.teacher or FLAGS.beside_teacher:
-        given = FLAGS.teacher and FLAGS["steps"].present
-        rows.append(teacher_sampler(generator, FLAGS.steps if given else config.sampling.num_steps))
+        steps = FLAGS.steps if FLAGS.teacher and FLAGS["steps"].present else None
+        samplers.append(choose_teacher(generator, config, steps))
     if not FLAGS.teacher:
-        rows.append(student_sampler(generator, workdir, config, FLAGS.steps, FLAGS.ema))
-    videos = [
-        sample_prompts(generator, draw, params, prompts, FLAGS.seed, FLAGS.num, FLAGS.batch_size)
-        for draw, params in rows
-    ]
-    write_samples(out, prompts, videos, FLAGS.fps, FLAGS.scale)
+        if FLAGS.steps > (known := len(config.student.timesteps)):
+            print(f"warning: the student was distilled to {known} steps, not {FLAGS.steps}", file=sys.stderr)
+        samplers.append(choose_student(generator, workdir, config, FLAGS.steps, FLAGS.ema))
+
+    fps = FLAGS.fps or clip_fps(config.data, generator.pipeline.family.fps)
+    rows = [(file_name(prompt, i), prompt, i) for prompt in prompts for i in range(columns)]
+    made = {"seeds": FLAGS.seed, "num": FLAGS.num, "scale": scale}
+    made |= manifest.describe(config, generator, fps, samplers)
+    if is_folder(out):
+        # A folder may get more prompts later.
+        made["files"] = manifest.files_of(out) | {name: prompt for name, prompt, _ in rows}
+        listed = sorted(set(made["files"].values()))
+    else:
+        listed = prompts
+    made |= {"prompts": "raw", "prompts_sha256": hashlib.sha256("\n".join(listed).encode()).hexdigest()}
+    manifest.write_manifest(out, made, free=("versions", "files", "prompts_sha256"))
+
+    def keys():
+        return jnp.concatenate([video_keys(seed, FLAGS.num) for seed in FLAGS.seed])
+
+    drawers = [(sampler.draw, sampler.params) for sampler in samplers]
+    if is_folder(out):
+        drawn = draw_missing(out, rows, keys, generator, drawers, FLAGS.batch_size, fps, scale)
+        print(f"{out}: {drawn} videos drawn, {len(rows) - drawn} were there")
+        return
+    each = [i for *_, i in rows]
+    clips = draw_beside(generator, drawers, [p for _, p, _ in rows], lambda: keys()[np.array(each)], FLAGS.batch_size)
+    write_video(out, grid(np.stack(list(clips)), columns, gap=6 if len(samplers) > 1 else 2), fps, scale)
     print(out)
-
-
-def teacher_sampler(generator: Any, steps: int) -> tuple[Any, Any]:
-    """A sampler and its parameters, as is `student_sampler`'s."""
-    draw = generator.teacher_sampler(steps, generator.sampling.guidance_weight)
-    return draw, generator.pipeline.transformer.params
-
-
-def student_sampler(generator: Any, workdir: Path, config: Any, steps: int, ema: bool = True) -> tuple[Any, Any]:
-    from dollar_jax.generate import subset
-    from dollar_jax.run import restore_student
-
-    draw = generator.student_sampler(subset(config.student.timesteps, steps))
-    return draw, restore_student(workdir, generator, ema)
 
 
 COMMAND = Command("draw videos from a run's student, or from its teacher", define_flags, run)

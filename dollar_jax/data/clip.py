@@ -26,6 +26,13 @@ def clip_size(config: DataConfig) -> tuple[int, int, int]:
     return settings["frames"], height, width
 
 
+def clip_fps(config: DataConfig, teacher: float) -> float:
+    """Frames per second of the data's clips; the teacher's own where the data does not say."""
+    if config.name == MOVING_SHAPES:
+        return shapes.FPS
+    return read_about(Path(config.name))["settings"]["fps"] or teacher
+
+
 def read_about(folder: Path) -> Any:
     """The metadata of a prepared data set: settings, latent_shapes, shards, fingerprint."""
     if not (folder / "dataset_info.json").is_file():

@@ -16,6 +16,7 @@ from dollar_jax.video import to_uint8, unit_range
 
 FRAMES = 17
 SIZE = 32
+FPS = 8
 
 SIZES = ("small", "large")
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from dollar_jax.video import SUFFIXES, grid, side_by_side, write_video
+from dollar_jax.generate import Generator, Sampler, draw_beside
+from dollar_jax.types import Params
+from dollar_jax.video import SUFFIXES, write_video
 
 _LONGEST_NAME = 255  # bytes, on every usual file system
 
@@ -40,6 +43,17 @@ def video_name(prompt: str, index: int, suffix: str = ".mp4") -> str:
     return name
 
 
+def file_name(prompt: str, index: int) -> str:
+    """`video_name`; where no file can be named so, a shortened one with a hash of the prompt."""
+    try:
+        if not prompt.startswith("."):  # hidden
+            return video_name(prompt, index)
+    except ValueError:
+        pass
+    start = re.sub(r"^\.|[/\0]", "_", prompt).encode()[:200].decode(errors="ignore")
+    return video_name(f"{start}~{hashlib.sha256(prompt.encode()).hexdigest()[:8]}", index)
+
+
 def find_videos(folder: Path) -> dict[str, list[Path]]:
     """The .mp4 and .gif files of a folder by prompt: `{prompt}-{index}.mp4`; others are their own prompt.
 
@@ -63,26 +77,41 @@ def find_videos(folder: Path) -> dict[str, list[Path]]:
 
 
 def check_output(out: Path) -> None:
-    """Raises ValueError unless `out` is an .mp4, a .gif or, without a suffix, a folder."""
+    """Raises ValueError or OSError unless `out` can be written: an .mp4, a .gif or, without a suffix, a folder."""
     if out.suffix.lower() not in ("", *SUFFIXES) and not out.is_dir():
         raise ValueError(f"--out={out} must end in {' or '.join(SUFFIXES)}, or be a folder")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if there == out and is_folder(out) and not out.is_dir():
+        raise FileExistsError(f"--out={out} is a file: give a folder, or a name that ends in {' or '.join(SUFFIXES)}")
+    if not (there.is_dir() or there == out) or not os.access(there, os.W_OK):
+        raise PermissionError(f"--out={out} cannot be written: {there} is no folder one may write to")
 
 
-def write_samples(out: Path, prompts: Sequence[str], videos: Sequence[np.ndarray], fps: float, scale: int) -> None:
-    """Writes samplers' videos, uint8 [prompts, n, t, h, w, 3] each, side by side; process 0 only.
+def is_folder(out: Path) -> bool:
+    """Whether an output is a folder, for a file per video, or one file for all of them."""
+    return not out.suffix or out.is_dir()
 
-    One file has a row per prompt; a folder gets a file per video.
+
+def draw_missing(
+    folder: Path,
+    rows: Sequence[tuple[str, str, int]],
+    keys: Callable[[], jax.Array],
+    generator: Generator,
+    samplers: Sequence[tuple[Sampler, Params]],
+    batch_size: int | None,
+    fps: float,
+    scale: int = 1,
+) -> int:
+    """Draws those of `rows` that the folder lacks, each written once it is drawn; how many this process has drawn.
+
+    A row is the name of a file, the prompt, and which of `keys` its noise comes from. Every process draws its own
+    share, so killed and started again, on as many or fewer hosts, the folder ends with the same videos.
     """
-    if jax.process_index():
-        return
-    names = [[video_name(prompt, i) for i in range(videos[0].shape[1])] for prompt in prompts]
-    beside = np.stack(
-        [np.stack([side_by_side(clips) for clips in zip(*row, strict=True)]) for row in zip(*videos, strict=True)]
-    )
-    if out.suffix and not out.is_dir():
-        gap = 2 if len(videos) == 1 else 6
-        write_video(out, grid(np.concatenate(list(beside)), beside.shape[1], gap), fps, scale)
-        return
-    for row, clips in zip(tqdm(names, "writing", unit="prompt"), beside, strict=True):
-        for name, clip in zip(row, clips, strict=True):
-            write_video(out / name, clip, fps, scale)
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    missing = [row for row in rows[jax.process_index() :: jax.process_count()] if row[0] not in there]
+    if missing:
+        names, prompts, index = zip(*missing, strict=True)
+        clips = draw_beside(generator, samplers, prompts, lambda: keys()[np.array(index)], batch_size)
+        for name, clip in zip(names, clips, strict=True):
+            write_video(folder / name, clip, fps, scale)
+    return len(missing)

@@ -10,12 +10,17 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from dollar_jax import __version__
+from dollar_jax.config import DistillConfig
 from dollar_jax.evaluate.metrics import write_metrics
+from dollar_jax.generate import ChosenSampler, Generator
 
 NAME = "manifest.json"
 # What two sets must share for their measures to compare; the rest says which model it was, and on what.
@@ -28,9 +33,6 @@ def hash_file(path: Path) -> str:
 
 def hash_params(params: Any) -> str:
     """SHA-256 of parameters by name, type, shape and bytes, wherever they were read from; they must be on this host."""
-    import jax
-    import numpy as np
-
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.ascontiguousarray(leaf)
@@ -47,19 +49,38 @@ def versions() -> dict[str, str]:
     }
 
 
+def describe(
+    config: DistillConfig, generator: Generator, fps: float, samplers: Sequence[ChosenSampler]
+) -> dict[str, Any]:
+    """What videos are made with besides their prompts and seeds; of several samplers the last one's."""
+    frames, height, width = generator.clip
+    *others, sampler = samplers
+    return {
+        **{"frames": frames, "height": height, "width": width, "fps": fps},
+        **sampler.description,
+        **({"beside": [other.description for other in others]} if others else {}),
+        "teacher": config.teacher,
+        "weights_sha256": hash_params(sampler.params),
+        "versions": versions(),
+    }
+
+
 def manifest_path(folder: Path) -> Path:
     """Where the manifest of a folder of videos lies."""
     folder = folder.absolute()
     return folder.with_name(f"{folder.name}.{NAME}")
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest of a folder of videos; ValueError when the folder holds videos made otherwise."""
+def write_manifest(folder: Path, manifest: Mapping[str, Any], free: Sequence[str] = ("versions",)) -> None:
+    """Writes the manifest of a folder of videos; ValueError when the folder holds videos made otherwise.
+
+    The entries in `free` may differ.
+    """
     path = manifest_path(folder)
     if path.is_file() and folder.is_dir():
         before, manifest = _load(path), json.loads(json.dumps(manifest))  # a tuple is read back as a list
         for name in manifest:
-            if name != "versions" and before.get(name) != manifest[name]:
+            if name not in free and before.get(name) != manifest[name]:
                 raise ValueError(
                     f"{folder} holds videos made with {name} = {before.get(name)!r}, not {manifest[name]!r}: choose "
                     "another folder, or the same settings to draw what is missing"
@@ -98,6 +119,12 @@ def check_alike(a: Path, b: Path) -> dict[str, tuple[Any, Any]]:
         )
         raise ValueError(f"these do not compare: {shown}")
     return different
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """The prompt of each file that the manifest of a folder of videos names."""
+    path = manifest_path(folder)
+    return _load(path).get("files", {}) if folder.is_dir() and path.is_file() else {}
 
 
 def _load(path: Path) -> Any:

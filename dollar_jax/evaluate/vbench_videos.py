@@ -6,14 +6,9 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-from tqdm import tqdm
-
-from dollar_jax.evaluate.files import read_prompts, video_name
-from dollar_jax.generate import Generator, Sampler, draw_videos, video_keys
+from dollar_jax.evaluate.files import draw_missing, read_prompts, video_name
+from dollar_jax.generate import Generator, Sampler, video_keys
 from dollar_jax.types import Params
-from dollar_jax.video import write_video
 
 
 def read_vbench_prompts(path: Path, num: int) -> dict[str, int]:
@@ -92,31 +87,17 @@ def write_videos(
     draw: Sampler,
     params: Params,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     fps: float = 8,
     prompts: Mapping[str, str] | None = None,
 ) -> int:
     """Draws what is missing of `{prompt}-{0...}.mp4` in `folder`; how many this process has drawn.
 
-    With `prompts` the keys of `counts` only name the files, and `prompts` holds what is drawn for each.
-
-    Every process draws its own share, and video i of a prompt starts from the i-th noise of `seed`, so
-    killed and started again, on as many or fewer hosts, the folder ends with the same videos.
+    With `prompts` the keys of `counts` only name the files, and `prompts` holds what is drawn for each. Video i
+    of a prompt starts from the i-th noise of `seed`; see `draw_missing`.
 
     Raises ValueError for a prompt that cannot name a file.
     """
-    everything = [(p, i, video_name(p, i)) for p, count in counts.items() for i in range(count)]
-    mine = everything[jax.process_index() :: jax.process_count()]
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    missing = [row for row in mine if row[2] not in there]
-    if not missing:
-        return 0
-    noise = video_keys(seed, max(counts.values()))
-    keys = noise[jnp.array([i for _, i, _ in missing])]
-    with tqdm(total=len(mine), initial=len(mine) - len(missing), desc="VBench", unit="video") as bar:
-        names = iter(missing)
-        shown = [name if prompts is None else prompts[name] for name, _, _ in missing]
-        for frames in draw_videos(generator, draw, params, shown, keys, batch_size, bar):
-            for frame in frames:
-                write_video(folder / next(names)[2], frame, fps)
-    return len(missing)
+    rows = [(video_name(p, i), p if prompts is None else prompts[p], i) for p, n in counts.items() for i in range(n)]
+    most = max(counts.values())
+    return draw_missing(folder, rows, lambda: video_keys(seed, most), generator, [(draw, params)], batch_size, fps)

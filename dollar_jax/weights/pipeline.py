@@ -220,6 +220,12 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[np.nd
     return tokens["input_ids"].astype(np.int32), tokens["attention_mask"].astype(np.int32)
 
 
+def unknown_words(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """The words of the prompts that a small vocabulary does not hold, each once."""
+    words = dict.fromkeys(word for prompt in prompts for word in prompt.split())
+    return [word for word in words if tokenizer.unk_token_id in tokenizer([word])["input_ids"][0]]
+
+
 def load_component(folder: Path, part: Part, place: Callable[[Params], Any] | None = None) -> Component:
     """A component with its weights, from Orbax or safetensors; see `load_pipeline`."""
     shapes = part.network.shapes

@@ -1,9 +1,10 @@
 import av
 import numpy as np
 import pytest
-from PIL import Image
 
-from dollar_jax.evaluate.files import check_output, read_prompts, video_name, write_samples
+from dollar_jax import generate
+from dollar_jax.evaluate import files
+from dollar_jax.evaluate.files import check_output, draw_missing, file_name, read_prompts, video_name
 
 PROMPTS = ["a red ball", "a blue cube"]
 
@@ -22,18 +23,34 @@ def frames(path):
         return shown, stream.codec_context.name, float(stream.average_rate or 0)
 
 
-def test_a_grid_has_a_row_per_prompt_and_pairs_beside_each_other(videos, tmp_path):
-    write_samples(tmp_path / "new" / "grid.mp4", PROMPTS, videos, fps=12, scale=2)
-    shown, codec, rate = frames(tmp_path / "new" / "grid.mp4")
-    assert (codec, rate) == ("h264", 12)
-    assert shown.shape == (4, 2 * (8 + 6 + 8), 2 * (3 * 18 + 2 * 6), 3)
-    for p, k, s in np.ndindex(2, 3, 2):
-        y, x = 2 * (14 * p + 4), 2 * (24 * k + 10 * s + 4)
-        assert abs(int(shown[0, y, x, 0]) - int(videos[s][p, k, 0, 0, 0, 0])) <= 3
+class Drawers:
+    """A generator and samplers that draw the given videos, each by its prompt's place in PROMPTS and its noise."""
+
+    clip = (4, 8, 8)
+
+    def __init__(self, monkeypatch, videos):
+        self.drawn = []
+
+        def draw(generator, sampler, params, prompts, keys, batch):
+            for prompt, key in zip(prompts, keys, strict=True):
+                self.drawn.append((prompt, int(key)))
+                yield videos[params][PROMPTS.index(prompt), int(key)][None]
+
+        monkeypatch.setattr(generate, "draw_videos", draw)
+        self.samplers = [(None, i) for i in range(len(videos))]
 
 
-def test_a_folder_gets_a_file_per_video_named_as_vbench_wants(videos, tmp_path):
-    write_samples(tmp_path / "out", PROMPTS, videos[:1], fps=8, scale=1)
+def rows(num=3):
+    return [(file_name(prompt, i), prompt, i) for prompt in PROMPTS for i in range(num)]
+
+
+def keys():
+    return np.arange(3)
+
+
+def test_a_folder_gets_a_file_per_video_named_as_vbench_wants(videos, tmp_path, monkeypatch):
+    drawers = Drawers(monkeypatch, videos[:1])
+    assert draw_missing(tmp_path / "out", rows(), keys, drawers, drawers.samplers, None, 8) == 6
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {f"{prompt}-{i}.mp4" for prompt in PROMPTS for i in range(3)}
     shown, _, _ = frames(tmp_path / "out" / "a blue cube-2.mp4")
@@ -41,12 +58,35 @@ def test_a_folder_gets_a_file_per_video_named_as_vbench_wants(videos, tmp_path):
     assert abs(int(shown[0, 4, 4, 0]) - int(videos[0][1, 2, 0, 0, 0, 0])) <= 3
 
 
-def test_a_gif_moves(videos, tmp_path):
-    moving = videos[0].copy()
-    moving[:, :, 2] += 50
-    write_samples(tmp_path / "a.gif", PROMPTS, [moving], fps=8, scale=1)
-    with Image.open(tmp_path / "a.gif") as image:
-        assert image.format == "GIF" and getattr(image, "n_frames", 1) > 1
+def test_pairs_lie_beside_each_other(videos, tmp_path, monkeypatch):
+    drawers = Drawers(monkeypatch, videos)
+    draw_missing(tmp_path / "new", rows(), keys, drawers, drawers.samplers, None, 12, 2)
+    for p, k, s in np.ndindex(2, 3, 2):
+        shown, codec, rate = frames(tmp_path / "new" / file_name(PROMPTS[p], k))
+        assert (codec, rate) == ("h264", 12) and shown.shape == (4, 16, 36, 3)
+        assert abs(int(shown[0, 8, 2 * (10 * s + 4), 0]) - int(videos[s][p, k, 0, 0, 0, 0])) <= 3
+
+
+def test_each_video_is_on_disk_before_the_next_is_drawn_and_a_second_start_draws_what_is_missing(
+    videos, tmp_path, monkeypatch
+):
+    drawers = Drawers(monkeypatch, videos[:1])
+    write, seen = files.write_video, []
+
+    def until_killed(path, *rest):
+        seen.append(len(drawers.drawn))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    monkeypatch.setattr(files, "write_video", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        draw_missing(tmp_path, rows(), keys, drawers, drawers.samplers, None, 8)
+    assert seen == [1, 2, 3]
+    monkeypatch.setattr(files, "write_video", write)
+    drawers.drawn.clear()
+    assert draw_missing(tmp_path, rows(), keys, drawers, drawers.samplers, None, 8) == 4
+    assert drawers.drawn == [(prompt, i) for _, prompt, i in rows()[2:]]
 
 
 def test_prompts_are_the_lines_that_say_something(tmp_path):
@@ -58,6 +98,16 @@ def test_prompts_are_the_lines_that_say_something(tmp_path):
         read_prompts(path)
     with pytest.raises(FileNotFoundError, match="no.txt does not exist"):
         read_prompts(tmp_path / "no.txt")
+
+
+@pytest.mark.parametrize("prompt", ["either/or", "x" * 250, "é" * 130, ".hidden", "nul\0"])
+def test_any_prompt_names_a_file_of_its_own_in_a_folder_of_samples(prompt, tmp_path):
+    name = file_name(prompt, 3)
+    (tmp_path / name).touch()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert name.endswith("-3.mp4") and not name.startswith(".")
+    assert name != file_name(prompt.replace("/", "_") + "x", 3)
+    assert file_name("a red ball", 0) == video_name("a red ball", 0)
 
 
 @pytest.mark.parametrize("prompt", ["either/or", "x" * 250, "é" * 130])
@@ -73,3 +123,8 @@ def test_an_output_of_another_kind(tmp_path):
         check_output(tmp_path / fine)
     with pytest.raises(ValueError, match=r"a\.avi must end in \.mp4 or \.gif"):
         check_output(tmp_path / "a.avi")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file is a file: give a folder"):
+        check_output(tmp_path / "file")
+    with pytest.raises(PermissionError, match="file is no folder one may write to"):
+        check_output(tmp_path / "file" / "a.mp4")
