@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from dollar_jax import sampling
 from dollar_jax.config import DistillConfig
+from dollar_jax.sampling import Denoiser
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import RewardStatistics
 from dollar_jax.types import Apply, Key, Latent, Params, PerSample, TextStates, Time
@@ -47,9 +47,9 @@ class Distillation:
     schedule: Schedule
     score_real: bool = True
 
-    def predict_x0(self, params: Params, x_t: Latent, t: Time, text: TextStates) -> Latent:
-        """The student's clean prediction, without guidance."""
-        return sampling.student_prediction(self.networks.denoiser, params, self.schedule, x_t, t, text)
+    def denoiser(self, params: Params, text: TextStates, *guidance: Any) -> Denoiser:
+        """`guidance` is null text and weight."""
+        return Denoiser(self.networks.denoiser, params, self.schedule, text, *guidance)
 
 
 @jax.tree_util.register_dataclass

@@ -224,13 +224,17 @@ class Generator:
     def noise(self, keys: jax.Array) -> jax.Array:
         return jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
 
+    def _denoiser(self, params: Params, text: jax.Array, *guidance: Any) -> sampling.Denoiser:
+        return sampling.Denoiser(
+            self.pipeline.transformer.network.apply, params, self.pipeline.schedule, text, *guidance
+        )
+
     @functools.cache  # noqa: B019
     def teacher_sampler(self, num_steps: int, guidance_weight: float) -> Sampler:
         """The ODE in `num_steps` steps with guidance: 2 evaluations each, 1 when the weight is 0."""
-        apply, schedule = self.pipeline.transformer.network.apply, self.pipeline.schedule
 
         def draw(params: Params, keys: jax.Array, text: jax.Array, null_text: jax.Array) -> jax.Array:
-            given = (apply, params, schedule, self.noise(keys), text, null_text, guidance_weight, num_steps)
+            given = self._denoiser(params, text, null_text, guidance_weight), self.noise(keys), num_steps
             if self.sampling.solver == "unipc":
                 return sampling.unipc_sample(*given)
             return sampling.ode_sample(*given, self.sampling.eta, _step_keys(keys) if self.sampling.eta else None)
@@ -240,11 +244,10 @@ class Generator:
     @functools.cache  # noqa: B019
     def student_sampler(self, timesteps: tuple[float, ...]) -> Sampler:
         """The student through its `timesteps`: one evaluation each, without guidance."""
-        apply, schedule = self.pipeline.transformer.network.apply, self.pipeline.schedule
 
         def draw(params: Params, keys: jax.Array, text: jax.Array) -> jax.Array:
-            noise = self.noise(keys)
-            return sampling.few_step_sample(apply, params, schedule, timesteps, noise, text, _step_keys(keys))
+            denoiser = self._denoiser(params, text)
+            return sampling.few_step_sample(denoiser, timesteps, self.noise(keys), _step_keys(keys))
 
         return Sampler("student_sampler", draw, self, guided=False)
 

@@ -36,9 +36,7 @@ def student_input(d: Distillation, params: Params, batch: Batch, key: Key) -> tu
     if d.config.student.input == "forward":
         t = jnp.asarray(times, jnp.float32)[index]
         return schedules.add_noise(d.schedule, x0, noise, t), t, index
-    x_t, t, _ = sampling.simulate_backward(
-        d.networks.denoiser, params, d.schedule, times, noise, batch.text, index, keys[2]
-    )
+    x_t, t, _ = sampling.simulate_backward(d.denoiser(params, batch.text), times, noise, index, keys[2])
     return x_t, t, index
 
 
@@ -53,7 +51,7 @@ def student(
     rows = terms(d.config)
     keys = jax.random.split(key, 1 + len(rows))
     x_t, t, index = student_input(d, params, batch, keys[0])
-    generated = d.predict_x0(params, x_t, t, batch.text)
+    generated = d.denoiser(params, batch.text).x0(x_t, t)
     forward = StudentPass(params, references, batch, x_t, t, index, generated)
 
     total, metrics, found = jnp.zeros(()), {}, {}
@@ -91,18 +89,9 @@ def vsd(d: Distillation, references: References, generated: Latent, text: TextSt
     x = jax.lax.stop_gradient(generated)
     t = score_times(c, d.schedule, keys[0], len(x))
     x_t = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), t)
-    real = sampling.guided_prediction(
-        d.networks.denoiser, frozen.teacher, x_t, t, text, frozen.null_text, c.guidance_weight
-    )
-    fake = d.networks.denoiser(jax.lax.stop_gradient(references.fake_score), x_t, t, text)
-    return losses.vsd(
-        generated,
-        schedules.to_x0(d.schedule, real, x_t, t),
-        schedules.to_x0(d.schedule, fake, x_t, t),
-        c.normalisation,
-        c.floor,
-        nan_to_zero=c.nan_to_zero,
-    )
+    real = d.denoiser(frozen.teacher, text, frozen.null_text, c.guidance_weight).x0(x_t, t)
+    fake = d.denoiser(jax.lax.stop_gradient(references.fake_score), text).x0(x_t, t)
+    return losses.vsd(generated, real, fake, c.normalisation, c.floor, nan_to_zero=c.nan_to_zero)
 
 
 def vsd_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict[str, Array]]:
@@ -144,12 +133,10 @@ def consistency(
         skip, out = losses.boundary_scalings(t, c.boundary, c.sigma_data, c.timestep_scaling)
         return skip[:, None, None, None, None] * x + out[:, None, None, None, None] * x0
 
-    start = jax.lax.stop_gradient(x_t)
-    earlier = sampling.ode_solve(
-        d.networks.denoiser, frozen.teacher, schedule, start, times, text, frozen.null_text, c.guidance_weight
-    )
+    teacher = d.denoiser(frozen.teacher, text, frozen.null_text, c.guidance_weight)
+    earlier = sampling.ode_solve(teacher, jax.lax.stop_gradient(x_t), times)
     end = times[-1]
-    target = d.predict_x0(references.ema, earlier, end, text)
+    target = d.denoiser(references.ema, text).x0(earlier, end)
     # At the clean end f is the identity whatever the boundary scalings.
     clean = (end <= schedules.timestep_grid(schedule, 1)[-1])[:, None, None, None, None]
     target = jnp.where(clean, earlier, f(earlier, end, target))
@@ -169,7 +156,7 @@ def consistency_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSamp
         index = jax.random.randint(index_key, p.t.shape, 0, len(d.config.student.timesteps))
         times = student_segments(d.config, d.schedule)[:, index]
     x_t = schedules.add_noise(d.schedule, x0, jax.random.normal(noise_key, x0.shape), times[0])
-    prediction = d.predict_x0(p.params, x_t, times[0], text)
+    prediction = d.denoiser(p.params, text).x0(x_t, times[0])
     return consistency(d, p.references, prediction, x_t, times, text), {}
 
 
@@ -185,7 +172,7 @@ def fake_score(
     keys = jax.random.split(key, 3)
     student_params = jax.lax.stop_gradient(student_params)
     x_t, t, _ = student_input(d, student_params, batch, keys[0])
-    generated = d.predict_x0(student_params, x_t, t, text)
+    generated = d.denoiser(student_params, text).x0(x_t, t)
     t = score_times(c.vsd, schedule, keys[1], len(generated))
     eps = jax.random.normal(keys[2], generated.shape)
     x_t = schedules.add_noise(schedule, generated, eps, t)

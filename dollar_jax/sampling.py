@@ -1,9 +1,12 @@
-"""Samplers over apply functions: the teacher's ODE, the student's few steps.
+"""Samplers over a `Denoiser`: the teacher's ODE, the student's few steps.
 
-All are pure and take `apply(params, x_t, t, text)`; each loop is one `lax.scan`, so the network is
-compiled once whatever the number of steps. Latents are fp32; a network casts inside.
+All are pure; each loop is one `lax.scan`, so the network is compiled once whatever the number of steps.
+Latents are fp32; a network casts inside.
 """
 
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -28,49 +31,43 @@ from dollar_jax.types import (
 )
 
 
-def guided_prediction(
-    apply: Apply,
-    params: Params,
-    x_t: Latent,
-    t: Time,
-    text: TextStates,
-    null_text: NullText | None,
-    weight: Weight | None,
-) -> Latent:
-    """Prediction with classifier-free guidance weight w (DOLLAR eq. (8.6)).
+@dataclasses.dataclass(frozen=True, eq=False)
+class Denoiser:
+    """A network asked for one text: `apply(params, x_t, t, text)`, by classifier-free guidance (DOLLAR eq. (8.6)).
 
-    The two passes are one call on a batch of 2b; a weight of None or the Python number 0 is a single pass.
-
-    Raises:
-        ValueError: guidance without null_text.
+    A guidance weight w of None or the Python number 0 is a single pass without `null_text`.
     """
-    if weight is None or (isinstance(weight, int | float) and weight == 0):
-        return apply(params, x_t, t, text)
-    if null_text is None:
-        raise ValueError(f"guidance weight {weight!r} needs null_text; pass it, or use None.")
-    null_text = jnp.broadcast_to(null_text, text.shape).astype(text.dtype)
 
-    def interleave(first: jax.Array, second: jax.Array) -> jax.Array:
-        # Neighbours, not halves: a batch sharded over devices then stays where it is.
-        return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+    apply: Apply
+    params: Params
+    schedule: Schedule
+    text: TextStates
+    null_text: NullText | None = None
+    guidance_weight: Weight | None = None
 
-    both = apply(params, interleave(x_t, x_t), interleave(t, t), interleave(text, null_text))
-    both = both.reshape(x_t.shape[0], 2, *both.shape[1:])
-    return schedules.guide(both[:, 0], both[:, 1], weight)
+    def prediction(self, x_t: Latent, t: Time) -> Latent:
+        """The two passes of guidance are one call on 2b rows. Raises ValueError for guidance without null_text."""
+        text, weight = self.text, self.guidance_weight
+        if weight is None or (isinstance(weight, int | float) and weight == 0):
+            return self.apply(self.params, x_t, t, text)
+        if self.null_text is None:
+            raise ValueError(f"guidance weight {weight!r} needs null_text; pass it, or use None.")
+        null_text = jnp.broadcast_to(self.null_text, text.shape).astype(text.dtype)
+
+        def interleave(first: jax.Array, second: jax.Array) -> jax.Array:
+            # Neighbours, not halves: a batch sharded over devices then stays where it is.
+            return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+
+        both = self.apply(self.params, interleave(x_t, x_t), interleave(t, t), interleave(text, null_text))
+        both = both.reshape(x_t.shape[0], 2, *both.shape[1:])
+        return schedules.guide(both[:, 0], both[:, 1], weight)
+
+    def x0(self, x_t: Latent, t: Time) -> Latent:
+        """The clean prediction."""
+        return schedules.to_x0(self.schedule, self.prediction(x_t, t), x_t, t)
 
 
-def ode_solve(
-    apply: Apply,
-    params: Params,
-    schedule: Schedule,
-    x_t: Latent,
-    times: TimeSteps,
-    text: TextStates,
-    null_text: NullText | None,
-    guidance_weight: Weight | None,
-    eta: float = 0.0,
-    key: Keys | None = None,
-) -> Latent:
+def ode_solve(denoiser: Denoiser, x_t: Latent, times: TimeSteps, eta: float = 0.0, key: Keys | None = None) -> Latent:
     """Takes x_t from times[0] to times[-1] in DDIM steps (DOLLAR eq. (8.14)).
 
     `times` is [steps + 1, b], descending, and may differ between samples: with m + 1 rows this is
@@ -86,47 +83,26 @@ def ode_solve(
 
     def step(x: Latent, inputs):
         t, t_next, step_key = inputs
-        prediction = guided_prediction(apply, params, x, t, text, null_text, guidance_weight)
-        x0 = schedules.to_x0(schedule, prediction, x, t)
         noise = None if eta == 0 else _noise(step_key, x)
-        return schedules.ddim_step(schedule, x, x0, t, t_next, eta, noise), None
+        return schedules.ddim_step(denoiser.schedule, x, denoiser.x0(x, t), t, t_next, eta, noise), None
 
     return lax.scan(step, x_t.astype(jnp.float32), (times[:-1], times[1:], keys))[0]
 
 
-def ode_sample(
-    apply: Apply,
-    params: Params,
-    schedule: Schedule,
-    noise: Latent,
-    text: TextStates,
-    null_text: NullText | None,
-    guidance_weight: Weight | None,
-    num_steps: int,
-    eta: float = 0.0,
-    key: Keys | None = None,
-) -> Latent:
+def ode_sample(denoiser: Denoiser, noise: Latent, num_steps: int, eta: float = 0.0, key: Keys | None = None) -> Latent:
     """The teacher's sample from pure noise: `ode_solve` over `timestep_grid(num_steps)`."""
-    grid = jnp.asarray(schedules.timestep_grid(schedule, num_steps))
+    grid = jnp.asarray(schedules.timestep_grid(denoiser.schedule, num_steps))
     times = jnp.broadcast_to(grid[:, None], (num_steps + 1, noise.shape[0]))
-    return ode_solve(apply, params, schedule, noise, times, text, null_text, guidance_weight, eta, key)
+    return ode_solve(denoiser, noise, times, eta, key)
 
 
-def unipc_sample(
-    apply: Apply,
-    params: Params,
-    schedule: Schedule,
-    noise: Latent,
-    text: TextStates,
-    null_text: NullText | None,
-    guidance_weight: Weight | None,
-    num_steps: int,
-) -> Latent:
+def unipc_sample(denoiser: Denoiser, noise: Latent, num_steps: int) -> Latent:
     """The teacher's sample by UniPC of order 2 (arXiv 2302.04867), the solver Wan is published with.
 
     One network evaluation a step (two with guidance), as `ode_sample`; each state is corrected by the
     prediction made there before the next is predicted.
     """
+    schedule = denoiser.schedule
     times, sigmas = schedules.unipc_grid(schedule, num_steps)
     table = schedules.unipc_table(sigmas)
 
@@ -134,7 +110,7 @@ def unipc_sample(
         x, y, m1, m2 = carry
         t, sigma, row, first = inputs
         time = jnp.full(x.shape[:1], t, jnp.float32)
-        prediction = guided_prediction(apply, params, x, time, text, null_text, guidance_weight)
+        prediction = denoiser.prediction(x, time)
         # At the exact noise level: the network's time is rounded.
         exact = jnp.full_like(time, sigma * schedule.num_train_timesteps)
         m = schedules.to_x0(schedule, prediction, x, exact)
@@ -148,22 +124,7 @@ def unipc_sample(
     return lax.scan(step, (start, start, zero, zero), inputs)[0][0]
 
 
-def student_prediction(
-    apply: Apply, params: Params, schedule: Schedule, x_t: Latent, t: Time, text: TextStates
-) -> Latent:
-    """The student's clean prediction, without guidance."""
-    return schedules.to_x0(schedule, apply(params, x_t, t, text), x_t, t)
-
-
-def few_step_sample(
-    apply: Apply,
-    params: Params,
-    schedule: Schedule,
-    timesteps: Sequence[float],
-    noise: Latent,
-    text: TextStates,
-    key: Keys,
-) -> Latent:
+def few_step_sample(denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, key: Keys) -> Latent:
     """The student's sample: predict x0, re-noise to the next timestep, repeat.
 
     `timesteps` is static and descending, (999, 749, 499, 249) in the paper; `noise` is taken to be
@@ -173,26 +134,19 @@ def few_step_sample(
     Raises:
         ValueError: timesteps are not strictly descending or out of range.
     """
-    times = _student_times(schedule, timesteps)
+    times = _student_times(denoiser.schedule, timesteps)
     keys = _split(key, len(timesteps))
 
     def step(x: Latent, inputs):
         t, t_next, step_key = inputs
-        return _student_step(apply, params, schedule, x, t, t_next, step_key, text), None
+        return _student_step(denoiser, x, t, t_next, step_key), None
 
     # The step to the clean end re-noises with b = 0, so the last state is the last prediction.
     return lax.scan(step, noise.astype(jnp.float32), (times[:-1], times[1:], keys))[0]
 
 
 def simulate_backward(
-    apply: Apply,
-    params: Params,
-    schedule: Schedule,
-    timesteps: Sequence[float],
-    noise: Latent,
-    text: TextStates,
-    k: StepIndex,
-    key: Keys,
+    denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, k: StepIndex, key: Keys
 ) -> tuple[Latent, Time, LatentSteps]:
     """The student's own input at its k-th timestep, without gradient (backward simulation, DMD2).
 
@@ -206,11 +160,12 @@ def simulate_backward(
     Raises:
         ValueError: timesteps are not strictly descending or out of range.
     """
-    times = _student_times(schedule, timesteps)
+    times = _student_times(denoiser.schedule, timesteps)
     last = len(timesteps) - 1
     k = jnp.broadcast_to(jnp.clip(jnp.asarray(k), 0, last), noise.shape[:1])
     # At the inputs rather than the result: nothing inside the loop is then differentiated at all.
-    params, noise, text = lax.stop_gradient((params, noise, text))
+    params, text, noise = lax.stop_gradient((denoiser.params, denoiser.text, noise))
+    denoiser = dataclasses.replace(denoiser, params=params, text=text)
     keys = _split(key, len(timesteps))[:last]
 
     def step(x: Latent, inputs):
@@ -218,7 +173,7 @@ def simulate_backward(
         running = (index < k).reshape(-1, *(1,) * (x.ndim - 1))
 
         def advance(x: Latent) -> Latent:
-            x_next = _student_step(apply, params, schedule, x, t, t_next, step_key, text)
+            x_next = _student_step(denoiser, x, t, t_next, step_key)
             return jnp.where(running, x_next, x)
 
         return lax.cond(index < jnp.max(k), advance, lambda x: x, x), x
@@ -240,10 +195,9 @@ def _student_times(schedule: Schedule, timesteps: Sequence[float]) -> jax.Array:
     return jnp.asarray([*steps, schedules.CLEAN], jnp.float32)
 
 
-def _student_step(apply, params, schedule, x, t, t_next, key, text) -> Latent:
+def _student_step(denoiser: Denoiser, x: Latent, t: jax.Array, t_next: jax.Array, key: Keys) -> Latent:
     t, t_next = (jnp.full(x.shape[:1], time, jnp.float32) for time in (t, t_next))
-    x0 = student_prediction(apply, params, schedule, x, t, text)
-    return schedules.add_noise(schedule, x0, _noise(key, x), t_next)
+    return schedules.add_noise(denoiser.schedule, denoiser.x0(x, t), _noise(key, x), t_next)
 
 
 def _split(key: Keys, count: int) -> jax.Array:

@@ -268,7 +268,7 @@ def assert_card_samples(monkeypatch):
     """
     import torch
 
-    from dollar_jax.sampling import few_step_sample
+    from dollar_jax.sampling import Denoiser, few_step_sample
 
     def check(exported, generator, params, times, axes, drawers):
         (snippet,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
@@ -276,10 +276,13 @@ def assert_card_samples(monkeypatch):
         pipeline = generator.pipeline
         noise = jax.random.normal(jax.random.key(2), (1, *generator.latent_shape))
         renoise = [jax.random.normal(k, noise.shape) for k in jax.random.split(jax.random.key(3), len(times))]
-        apply, key = pipeline.transformer.network.apply, jax.random.key(3)
-        latent = jax.jit(
-            lambda params, noise, text: few_step_sample(apply, params, pipeline.schedule, times, noise, text, key)
-        )(params, noise, generator.text([prompt]))
+
+        @jax.jit
+        def draw(params, noise, text):
+            denoiser = Denoiser(pipeline.transformer.network.apply, params, pipeline.schedule, text)
+            return few_step_sample(denoiser, times, noise, jax.random.key(3))
+
+        latent = draw(params, noise, generator.text([prompt]))
         ours = generator.decode(latent)[0]
 
         drawn = iter([noise, *renoise])

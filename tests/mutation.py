@@ -105,25 +105,21 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("shift=config.score_shift", "shift=schedule.shift", [ALGORITHM]),
         # The real score without guidance; the fake one in its place.
         (
-            "text, frozen.null_text, c.guidance_weight\n    )\n    fake =",
-            "text, frozen.null_text, 0.0\n    )\n    fake =",
+            "text, frozen.null_text, c.guidance_weight).x0(x_t, t)\n    fake =",
+            "text, frozen.null_text, 0.0).x0(x_t, t)\n    fake =",
             [GRADIENTS],
         ),
-        (
-            "schedules.to_x0(d.schedule, real, x_t, t),\n        schedules.to_x0(d.schedule, fake, x_t, t),",
-            "schedules.to_x0(d.schedule, fake, x_t, t),\n        schedules.to_x0(d.schedule, real, x_t, t),",
-            [GRADIENTS],
-        ),
+        ("generated, real, fake, c.normalisation", "generated, fake, real, c.normalisation", [GRADIENTS]),
         # Scores at the clean latent instead of the noised one.
         ("x_t = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), t)", "x_t = x", [ALGORITHM]),
-        ("c.normalisation,\n        c.floor", '"dmd",\n        c.floor', [ALGORITHM]),
+        ("c.normalisation, c.floor", '"dmd", c.floor', [ALGORITHM]),
         # A teacher's step too few or too many.
         ("np.linspace(a, b, skip + 1)", "np.linspace(a, b, skip + 2)", [OBJECTIVES, ALGORITHM]),
         ("0, c.num_steps - c.skip + 1)", "0, c.num_steps - c.skip)", [ALGORITHM]),
         # Consistency without its target's average, boundary or clean end.
         (
-            "d.predict_x0(references.ema, earlier, end, text)",
-            "d.predict_x0(frozen.teacher, earlier, end, text)",
+            "d.denoiser(references.ema, text).x0(earlier, end)",
+            "d.denoiser(frozen.teacher, text).x0(earlier, end)",
             [GRADIENTS],
         ),
         (

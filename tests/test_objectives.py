@@ -405,13 +405,13 @@ def test_backward_input_is_the_samplers_own_way(make_config):
     @jax.jit
     def generate(params, key):
         x_t, t, index = objectives.student_input(Distillation(config, NETWORKS, RF), params, Batch(x0, text), key)
-        return x_t, t, index, sampling.student_prediction(mix, params, RF, x_t, t, text)
+        return x_t, t, index, sampling.Denoiser(mix, params, RF, text).x0(x_t, t)
 
     @jax.jit
     def draw(params, key):
         keys = jax.random.split(key, 3)
         noise = jax.random.normal(keys[1], x0.shape)
-        return noise, sampling.few_step_sample(mix, params, RF, times, noise, text, keys[2])
+        return noise, sampling.few_step_sample(sampling.Denoiser(mix, params, RF, text), times, noise, keys[2])
 
     x_t, t, index, found = generate(args["params"], jax.random.key(0))
     noise, sampled = draw(args["params"], jax.random.key(0))

@@ -213,14 +213,14 @@ def test_policy_gradient_raises_the_expected_reward(settings):
             t, t_next = jnp.full(count, t), jnp.full(count, t_next)
 
             def step(p, x, t=t, t_next=t_next):
-                x0 = sampling.student_prediction(mix, p, schedule, x, t, text)
+                x0 = sampling.Denoiser(mix, p, schedule, text).x0(x, t)
                 return schedules.posterior(schedule, x, x0, t, t_next)
 
             mean, deviation = step(params, states[:, i])
             noise = (states[:, i + 1] - mean) / deviation
             mean, deviation = step(moved, x)
             x = mean + deviation * noise
-        return reward(sampling.student_prediction(mix, params, schedule, x, jnp.full(count, times[-1]), text)).mean()
+        return reward(sampling.Denoiser(mix, params, schedule, text).x0(x, jnp.full(count, times[-1]))).mean()
 
     np.testing.assert_allclose(expected_reward(params["c"]), reward(end).mean(), rtol=1e-4)
     slope = jax.grad(expected_reward)(params["c"])

@@ -7,6 +7,7 @@ from diffusers import CogVideoXDDIMScheduler
 
 from dollar_jax import sampling
 from dollar_jax import schedule as sch
+from dollar_jax.sampling import Denoiser
 from dollar_jax.schedule import Schedule
 
 MEAN, STD = 0.7, 0.4
@@ -75,7 +76,7 @@ def test_ddim_converges_to_the_exact_ode_at_first_order(schedule):
     def error(steps):
         times = jnp.broadcast_to(jnp.linspace(999, 199, steps + 1)[:, None], (steps + 1, 4))
         apply = gaussian_apply(schedule)
-        end = sampling.ode_solve(apply, {}, schedule, x, times, text_states(4), None, None)
+        end = sampling.ode_solve(Denoiser(apply, {}, schedule, text_states(4)), x, times)
         return np.abs(end - exact).max()
 
     errors = np.array([error(steps) for steps in (40, 80, 160)])
@@ -89,7 +90,7 @@ def test_whole_trajectory_converges_to_the_exact_ode(schedule):
 
     def error(steps):
         apply, text = gaussian_apply(schedule), text_states(4)
-        end = sampling.ode_sample(apply, {}, schedule, noise, text, None, None, steps)
+        end = sampling.ode_sample(Denoiser(apply, {}, schedule, text), noise, steps)
         return np.abs(end - exact).max()
 
     errors = np.array([error(steps) for steps in (50, 200, 1000)])
@@ -122,7 +123,7 @@ def test_guided_ode_sample_matches_diffusers():
         ]
         prediction = both[1] + (weight + 1) * (both[0] - both[1])
         x = scheduler.step(prediction, t, x, return_dict=False)[0]
-    ours = sampling.ode_sample(apply, LINEAR, schedule, noise, text, null, weight, steps)
+    ours = sampling.ode_sample(Denoiser(apply, LINEAR, schedule, text, null, weight), noise, steps)
     np.testing.assert_allclose(ours, x, rtol=1e-4, atol=1e-4)
 
 
@@ -136,7 +137,7 @@ def test_guidance_combines_each_samples_two_passes(weight):
 
     x, text, null = normal(2, 3, 1, 2, 1, 2), text_states(3), normal(3, 1, 3, 2)
     t = jnp.array([19.0, 499.0, 999.0])
-    ours = sampling.guided_prediction(apply, LINEAR, x, t, text, null, weight)
+    ours = Denoiser(apply, LINEAR, Schedule("rf", "velocity"), text, null, weight).prediction(x, t)
     cond = linear_apply(LINEAR, x, t, text)
     uncond = linear_apply(LINEAR, x, t, jnp.repeat(null, 3, axis=0))
     scale = 1 + np.reshape(weight, (-1, 1, 1, 1, 1))
@@ -153,7 +154,7 @@ def test_no_guidance_is_one_pass(weight):
         return linear_apply(params, x_t, t, text)
 
     x, text, t = normal(4, 2, 1, 1, 1, 1), text_states(2), jnp.array([5.0, 6.0])
-    ours = sampling.guided_prediction(apply, LINEAR, x, t, text, None, weight)
+    ours = Denoiser(apply, LINEAR, Schedule("rf", "velocity"), text, None, weight).prediction(x, t)
     np.testing.assert_array_equal(ours, linear_apply(LINEAR, x, t, text))
     assert batches == [2]
 
@@ -162,7 +163,7 @@ def test_ode_solve_takes_each_sample_along_its_own_times():
     schedule = Schedule("rf", "velocity")
     x, text = normal(5, 2, 1, 2, 2, 1), text_states(2)
     times = jnp.array([[900.0, 500.0], [700.0, 450.0], [600.0, 100.0]])
-    ours = sampling.ode_solve(linear_apply, LINEAR, schedule, x, times, text, None, None)
+    ours = sampling.ode_solve(Denoiser(linear_apply, LINEAR, schedule, text), x, times)
     for row in range(2):
         expected = np.asarray(x[row : row + 1], np.float64)
         for t, t_next in zip(times[:-1, row], times[1:, row], strict=True):
@@ -176,7 +177,7 @@ def test_stochastic_sampler_reaches_the_data_distribution(schedule):
     noise = normal(6, 4096, 1, 1, 1, 1)
     run = jax.jit(
         lambda key: sampling.ode_sample(
-            gaussian_apply(schedule), *({}, schedule, noise, text_states(4096), None, None, 100), eta=1.0, key=key
+            Denoiser(gaussian_apply(schedule), {}, schedule, text_states(4096)), noise, 100, eta=1.0, key=key
         )
     )
     x, other = (np.asarray(run(jax.random.key(seed))) for seed in (0, 1))
@@ -203,12 +204,12 @@ def test_number_of_steps_does_not_change_the_number_of_traces():
         return len(count)
 
     def ode(steps):
-        args = LINEAR, schedule, noise, text, text, 2.0, steps
-        return traces(lambda apply: sampling.ode_sample(apply, *args))
+        args = LINEAR, schedule, text, text, 2.0
+        return traces(lambda apply: sampling.ode_sample(Denoiser(apply, *args), noise, steps))
 
     def few(timesteps):
-        args = LINEAR, schedule, timesteps, noise, text, jax.random.key(0)
-        return traces(lambda apply: sampling.few_step_sample(apply, *args))
+        args = timesteps, noise, jax.random.key(0)
+        return traces(lambda apply: sampling.few_step_sample(Denoiser(apply, LINEAR, schedule, text), *args))
 
     assert ode(2) == ode(50) == 1
     assert few(STUDENT[:1]) == few(STUDENT) == 1
@@ -219,7 +220,7 @@ def test_student_prediction_is_the_clean_latent():
     x, text, t = normal(8, 2, 1, 2, 1, 1), text_states(2), jnp.array([249.0, 999.0])
     v = linear_apply(LINEAR, x, t, text)
     a, b = (c.reshape(-1, 1, 1, 1, 1) for c in sch.coefficients(schedule, t))
-    ours = sampling.student_prediction(linear_apply, LINEAR, schedule, x, t, text)
+    ours = Denoiser(linear_apply, LINEAR, schedule, text).x0(x, t)
     np.testing.assert_allclose(ours, (x + b * v) / (a + b), rtol=1e-5, atol=1e-6)
 
 
@@ -231,7 +232,7 @@ def test_student_renoises_with_fresh_noise_at_each_timestep(schedule):
     def apply(params, x_t, t, text):
         return predict(schedule, 0.2 + 0.5 * x_t + t.reshape(-1, 1, 1, 1, 1) / 5e3, x_t, t)
 
-    args = apply, {}, schedule, STUDENT, noise, text
+    args = Denoiser(apply, {}, schedule, text), STUDENT, noise
     x_t, t, states = sampling.simulate_backward(*args, 3, jax.random.key(3))
     assert states.shape == (4, *noise.shape)
     np.testing.assert_array_equal(states[0], noise)
@@ -255,30 +256,30 @@ def test_a_key_per_sample_makes_it_independent_of_its_neighbours():
     noise, text = normal(3, 4, 2, 2, 2, 3), text_states(4)
     keys = jax.random.split(jax.random.key(8), 4)
 
+    def denoiser(rows):
+        return Denoiser(linear_apply, LINEAR, schedule, text[rows])
+
     def few(rows):
-        return sampling.few_step_sample(linear_apply, LINEAR, schedule, STUDENT, noise[rows], text[rows], keys[rows])
+        return sampling.few_step_sample(denoiser(rows), STUDENT, noise[rows], keys[rows])
 
     def ode(rows):
-        return sampling.ode_sample(
-            linear_apply, LINEAR, schedule, noise[rows], text[rows], None, None, 3, eta=1.0, key=keys[rows]
-        )
+        return sampling.ode_sample(denoiser(rows), noise[rows], 3, eta=1.0, key=keys[rows])
 
     with jax.debug_key_reuse(False):
         for run in (few, ode):
             np.testing.assert_allclose(run(slice(1, 3)), run(slice(None))[1:3], rtol=1e-5, atol=1e-6)
-        other = sampling.few_step_sample(linear_apply, LINEAR, schedule, STUDENT, noise, text, keys[::-1])
+        other = sampling.few_step_sample(denoiser(slice(None)), STUDENT, noise, keys[::-1])
         assert np.abs(other - few(slice(None))).max() > 0.1
 
 
 def test_single_step_student_is_its_prediction():
     schedule = Schedule("rf", "velocity")
     noise, text = normal(10, 2, 1, 2, 1, 1), text_states(2)
-    x = sampling.few_step_sample(linear_apply, LINEAR, schedule, (999.0,), noise, text, jax.random.key(0))
+    args = Denoiser(linear_apply, LINEAR, schedule, text), (999.0,), noise
+    x = sampling.few_step_sample(*args, jax.random.key(0))
     velocity = linear_apply(LINEAR, noise, jnp.full(2, 999.0), text)
     np.testing.assert_allclose(x, noise - 0.999 * velocity, rtol=1e-5, atol=1e-6)
-    x_t, t, states = sampling.simulate_backward(
-        linear_apply, LINEAR, schedule, (999.0,), noise, text, 0, jax.random.key(0)
-    )
+    x_t, t, states = sampling.simulate_backward(*args, 0, jax.random.key(0))
     np.testing.assert_array_equal(x_t, noise)
     np.testing.assert_array_equal(states, noise[None])
     np.testing.assert_array_equal(t, [999.0, 999.0])
@@ -295,8 +296,8 @@ def test_backward_simulation_stops_at_a_traced_k_and_runs_no_further():
 
     @jax.jit
     def run(params, k):
-        args = apply, params, schedule, STUDENT, noise, text, k, jax.random.key(0)
-        return sampling.simulate_backward(*args)
+        args = STUDENT, noise, k, jax.random.key(0)
+        return sampling.simulate_backward(Denoiser(apply, params, schedule, text), *args)
 
     full = run(LINEAR, jnp.array(3))[2]
     for k in range(4):
@@ -321,12 +322,12 @@ def test_backward_simulation_carries_no_gradient_and_the_student_does():
     noise, text = normal(12, 2, 1, 1, 1, 1), text_states(2)
 
     def simulated(params, noise, text):
-        args = linear_apply, params, schedule, STUDENT, noise, text, 3, jax.random.key(0)
+        args = Denoiser(linear_apply, params, schedule, text), STUDENT, noise, 3, jax.random.key(0)
         x_t, _, states = sampling.simulate_backward(*args)
         return x_t.sum() + states.sum()
 
     def sampled(params):
-        args = linear_apply, params, schedule, STUDENT, noise, text, jax.random.key(0)
+        args = Denoiser(linear_apply, params, schedule, text), STUDENT, noise, jax.random.key(0)
         return sampling.few_step_sample(*args).sum()
 
     for grad in jax.tree.leaves(jax.grad(simulated, (0, 1, 2))(LINEAR, noise, text)):
@@ -343,18 +344,19 @@ def test_low_precision_noise_is_sampled_in_fp32():
         return linear_apply(params, x_t, t, text).astype(jnp.bfloat16)
 
     key = jax.random.key(0)
-    few = sampling.few_step_sample(apply, LINEAR, schedule, STUDENT, noise, text, key)
-    ode = sampling.ode_sample(apply, LINEAR, schedule, noise, text, text, 2.0, 3)
+    few = sampling.few_step_sample(Denoiser(apply, LINEAR, schedule, text), STUDENT, noise, key)
+    ode = sampling.ode_sample(Denoiser(apply, LINEAR, schedule, text, text, 2.0), noise, 3)
     assert few.dtype == ode.dtype == jnp.float32
 
 
 def test_bad_calls_say_what_is_wrong():
     schedule = Schedule("ddpm", "v")
     noise, text, key = normal(14, 1, 1, 1, 1, 1), text_states(1), jax.random.key(0)
+    plain = Denoiser(linear_apply, LINEAR, schedule, text)
     for timesteps in (STUDENT[::-1], (), (999.0, 999.0), (1000.0,), (999.0, -1.0)):
         with pytest.raises(ValueError, match="descending"):
-            sampling.few_step_sample(linear_apply, LINEAR, schedule, timesteps, noise, text, key)
+            sampling.few_step_sample(plain, timesteps, noise, key)
     with pytest.raises(ValueError, match="null_text"):
-        sampling.ode_sample(linear_apply, LINEAR, schedule, noise, text, None, 7.5, 2)
+        sampling.ode_sample(Denoiser(linear_apply, LINEAR, schedule, text, None, 7.5), noise, 2)
     with pytest.raises(ValueError, match="key"):
-        sampling.ode_sample(linear_apply, LINEAR, schedule, noise, text, None, None, 2, eta=1.0)
+        sampling.ode_sample(plain, noise, 2, eta=1.0)

@@ -188,7 +188,7 @@ def test_unipc_steps_match_diffusers(steps, shift):
         return model(x, t[:, None, None, None, None], jnp)
 
     text = jnp.zeros((2, 1, 1))
-    ours = sampling.unipc_sample(apply, {}, schedule, x, text, None, None, steps)
+    ours = sampling.unipc_sample(sampling.Denoiser(apply, {}, schedule, text), x, steps)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 

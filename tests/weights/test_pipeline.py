@@ -14,7 +14,7 @@ from dollar_jax.config import SamplingConfig
 from dollar_jax.generate import Generator, video_keys
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan import WanConfig
-from dollar_jax.sampling import ode_sample
+from dollar_jax.sampling import Denoiser, ode_sample
 from dollar_jax.schedule import Schedule, timestep_grid
 from dollar_jax.weights import families
 from dollar_jax.weights.pipeline import load_pipeline, save_pipeline, tokenize
@@ -59,7 +59,7 @@ def test_diffusers_pipeline_draws_the_same_latents(folder, weight):
     steps = 4
     latent = jax.jit(
         lambda params, noise, text, null: ode_sample(
-            ours.transformer.network.apply, params, ours.schedule, noise, text, null, weight, steps
+            Denoiser(ours.transformer.network.apply, params, ours.schedule, text, null, weight), noise, steps
         )
     )(ours.transformer.params, noise, encode(ours, PROMPTS), encode(ours, [""]))
 

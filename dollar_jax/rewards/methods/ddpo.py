@@ -44,10 +44,10 @@ def rollout(
     keys = jax.random.split(key, len(times))
     states = [jax.random.normal(keys[0], (len(text), *shape))]
     for t, t_next, step_key in zip(times, times[1:], keys[1:], strict=False):
-        x0 = d.predict_x0(params, states[-1], t, text)
+        x0 = d.denoiser(params, text).x0(states[-1], t)
         mean, deviation = schedules.posterior(d.schedule, states[-1], x0, t, t_next)
         states.append(mean + deviation * jax.random.normal(step_key, mean.shape))
-    return jnp.stack(states[-3:], 1), d.predict_x0(params, states[-1], times[-1], text)
+    return jnp.stack(states[-3:], 1), d.denoiser(params, text).x0(states[-1], times[-1])
 
 
 def policy(
@@ -61,7 +61,7 @@ def policy(
     times = [jnp.full(len(text), t) for t in d.config.student.timesteps[-states.shape[1] :]]
     total = jnp.zeros(())
     for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
-        x0 = d.predict_x0(params, states[:, i], t, text)
+        x0 = d.denoiser(params, text).x0(states[:, i], t)
         mean, deviation = schedules.posterior(d.schedule, states[:, i], x0, t, t_next)
         total += losses.policy_gradient(states[:, i + 1], mean, deviation, advantage).mean()
     return total, {"policy": total}
