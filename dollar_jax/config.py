@@ -16,24 +16,29 @@ from dollar_jax.fields import REQUIRED, field, from_config, merged, plain, setti
 LARGEST_SEED = 2**32 - 1
 
 
-@dataclasses.dataclass(frozen=True)
-class VAEPhase:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A training with Muon and Adam."""
+
+    batch_size: int = field(64, "Videos to a step.", low=1)
+    steps: int = field(2000, "Training steps.", low=1)
+    learning_rate: float = field(5e-3, "Muon's, of the weight matrices; follows a cosine.", above=0)
+    adam_learning_rate: float = field(3e-3, "Adam's, of all other parameters; follows a cosine.", above=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAEPhase(Fit):
     """One phase of VAE training."""
 
     frames: int = field(1, "Frames of a clip.", low=1)
-    batch_size: int = field(64, "Clips to a step.", low=1)
-    steps: int = field(2000, "Steps of this phase.", low=1)
-    learning_rate: float = field(5e-3, "Muon's, of the weight matrices; follows a cosine.", above=0)
-    adam_learning_rate: float = field(3e-3, "Adam's, of all other parameters; follows a cosine.", above=0)
     kl_weight: float = field(1e-5, "Weight of the KL divergence beside the reconstruction.", low=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class TeacherTraining:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherTraining(Fit):
     """Training of the text encoder and DiT together on the denoising loss."""
 
     videos: int = field(20480, "Rendered training videos.", low=1)
-    batch_size: int = field(64, "Videos to a step.", low=1)
     steps: int = field(12000, "Training steps.", low=1)
     learning_rate: float = field(4e-3, "Muon's, of the weight matrices; follows a cosine.", above=0)
     adam_learning_rate: float = field(1.2e-3, "Adam's, of all other parameters; follows a cosine.", above=0)

@@ -25,6 +25,7 @@ from dollar_jax.models.wan_vae import denormalise, normalise
 from dollar_jax.program import Program
 from dollar_jax.types import Params
 from dollar_jax.video import side_by_side, signed_range, to_uint8
+from dollar_jax.weights.families import clean_prompt
 from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
 
 PIXELS_AT_ONCE = 2**21  # of the videos drawn together
@@ -168,6 +169,8 @@ class Generator:
 
     def text(self, prompts: Sequence[str]) -> np.ndarray:
         """States [n, l, d] of the prompts as the transformer expects them: Wan's has padding zeroed."""
+        if self.pipeline.family.cleans_prompts:
+            prompts = list(map(clean_prompt, prompts))
         ids, mask = tokenize(self.pipeline.tokenizer, prompts, self.max_text_length)
         if not self.pipeline.family.masks_padding:
             mask = np.ones_like(mask)

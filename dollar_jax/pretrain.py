@@ -25,18 +25,18 @@ from tqdm import tqdm
 
 from dollar_jax import losses
 from dollar_jax.checkpoint import Checkpoints
-from dollar_jax.config import PretrainConfig, SamplingConfig
+from dollar_jax.config import Fit, PretrainConfig, SamplingConfig
 from dollar_jax.data import shapes
 from dollar_jax.data.vocabulary import build_tokenizer
 from dollar_jax.files import new_file
-from dollar_jax.generate import Generator, video_keys
+from dollar_jax.generate import Generator, draw_videos, video_keys
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import UMT5Config, zero_padding
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig, normalise
 from dollar_jax.program import Program
 from dollar_jax.schedule import Schedule, add_noise, target, time_from_uniform
-from dollar_jax.video import signed_range
+from dollar_jax.video import signed_range, unit_range
 from dollar_jax.weights.families import WAN
 from dollar_jax.weights.pipeline import Component, Pipeline, load_pipeline, save_pipeline, tokenize
 from dollar_jax.weights.umt5 import UMT5
@@ -66,24 +66,21 @@ def fit(
     loss: Loss,
     params: Params,
     batches: Iterator[Any],
-    *,
-    steps: int,
-    learning_rate: float,
-    adam_learning_rate: float,
-    seed: int,
-    checkpoint_every: int,
+    training: Fit,
+    config: PretrainConfig,
     ema_decay: float = 0.0,
 ) -> Params:
     """Muon and Adam with warm-up and cosine; returns the parameters' moving average (themselves for decay 0).
 
     Checkpoints into `folder` and goes on from what it finds there.
     """
+    steps = training.steps
     share = optax.warmup_cosine_decay_schedule(0, 1, min(200, steps // 10), steps, 0.02)
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.contrib.muon(
-            lambda count: learning_rate * share(count),
-            adam_learning_rate=lambda count: adam_learning_rate * share(count),
+            lambda count: training.learning_rate * share(count),
+            adam_learning_rate=lambda count: training.adam_learning_rate * share(count),
             adam_b2=0.99,
             consistent_rms=0.2,  # updates as large as Adam's, whatever the matrix's shape
             muon_weight_dimension_numbers=_matrices,
@@ -91,7 +88,7 @@ def fit(
     )
 
     def update(state: Params, batch: Any, step: jax.Array) -> tuple[Params, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), step)
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
         grads, metrics = jax.grad(loss, has_aux=True)(state["params"], batch, key)
         updates, optimiser_state = optimiser.update(grads, state["optimiser"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -109,7 +106,7 @@ def fit(
             state, metrics = program(state, next(batches), step)
             if step % 50 == 49:
                 bar.set_postfix({k: f"{float(v):.2e}" for k, v in metrics.items()}, refresh=False)
-            if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
                 checkpoints.save(step + 1, {"state": state, "data": batches})
     return state["ema"]
 
@@ -180,11 +177,8 @@ def train_vae(config: PretrainConfig, folder: Path) -> Component:
             functools.partial(vae_loss, network, phase.kl_weight),
             params,
             endless(videos, phase.batch_size, config.seed + number, cut),
-            steps=phase.steps,
-            learning_rate=phase.learning_rate,
-            adam_learning_rate=phase.adam_learning_rate,
-            seed=config.seed + number,
-            checkpoint_every=config.checkpoint_every,
+            phase,
+            dataclasses.replace(config, seed=config.seed + number),
         )
     return Component(vae, network, params)
 
@@ -255,18 +249,18 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
         value = losses.denoising(prediction, target(schedule, x0, eps, t)).mean()
         return value, {"loss": value}
 
-    keys = jax.random.split(jax.random.key(config.seed), 2)
+    text_key, dit_key, *bias_keys = jax.random.split(jax.random.key(config.seed), 4)
     if config.init:
         start = load_pipeline(config.init)
         params = {name: getattr(start, name).params for name in ("text_encoder", "transformer")}
         params = jax.tree.map(jnp.asarray, params)
     else:
-        params = {"text_encoder": text.init(keys[0]), "transformer": dit.init(keys[1])}
+        params = {"text_encoder": text.init(text_key), "transformer": dit.init(dit_key)}
         # Rotary embeddings turn queries and keys by where they are: with biases of zero there is nothing
         # but content to turn, and attention begins blind to positions.
-        for i, name in enumerate(("to_q", "to_k")):
+        for name, key in zip(("to_q", "to_k"), bias_keys, strict=True):
             layer = params["transformer"]["blocks"]["attn1"][name]
-            layer["bias"] = 1.5 * jax.random.normal(jax.random.fold_in(keys[1], i), layer["bias"].shape)
+            layer["bias"] = 1.5 * jax.random.normal(key, layer["bias"].shape)
     records = [{"latent": z, "ids": i, "mask": m} for z, i, m in zip(latents, ids, mask, strict=True)]
     params = fit(
         "teacher",
@@ -274,12 +268,9 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
         loss,
         params,
         endless(records, c.batch_size, config.seed),
-        steps=c.steps,
-        learning_rate=c.learning_rate,
-        adam_learning_rate=c.adam_learning_rate,
-        seed=config.seed,
-        checkpoint_every=config.checkpoint_every,
-        ema_decay=c.ema_decay,
+        c,
+        config,
+        c.ema_decay,
     )
     return Pipeline(
         WAN,
@@ -306,16 +297,11 @@ def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
     report: dict[str, Any] = {"vae": {"psnr": psnr(rebuilt, videos / 255), **shapes.alignment(rebuilt, captions)}}
 
     everything = shapes.all_captions()
-    text = generator.text([str(caption) for caption in everything])
-    keys = video_keys(config.seed, len(everything))
     draw = generator.teacher_sampler(config.num_steps, config.guidance_weight)
-    parts = [slice(i, i + 48) for i in range(0, len(everything), 48)]
-    drawn = np.concatenate(
-        [
-            generator.decode(draw(pipeline.transformer.params, keys[part], text[part]))
-            for part in tqdm(parts, "sampling")
-        ]
-    )
+    prompts, keys = [str(caption) for caption in everything], video_keys(config.seed, len(everything))
+    with tqdm(total=len(everything), desc="sampling", unit="video") as bar:
+        parts = list(draw_videos(generator, draw, pipeline.transformer.params, prompts, keys, 48, bar))
+    drawn = unit_range(np.concatenate(parts))
     held = np.array([caption.held_out for caption in everything])
     for name, chosen in {"all_captions": held | True, "trained": ~held, "held_out": held}.items():
         names = [caption for caption, keep in zip(everything, chosen, strict=True) if keep]

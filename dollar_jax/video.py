@@ -98,7 +98,7 @@ def encode_mp4(frames: np.ndarray, fps: float = 8, crf: int = 18) -> bytes:
 def read_video(path: str | os.PathLike[str]) -> np.ndarray:
     """The frames of a video file, uint8 [t, h, w, 3]; ValueError naming the file if it cannot be read."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}") as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (FFmpegError, IndexError) as error:
         raise ValueError(f"{path} is no video that can be read: {error}") from error

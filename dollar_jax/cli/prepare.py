@@ -17,7 +17,8 @@ def define_flags(_: list[str]) -> None:
         "source",
         None,
         "Videos with captions: a folder (each caption in a .txt beside its video, or a metadata.csv or .jsonl), a "
-        ".csv or .jsonl manifest with video and caption, WebDataset .tar files or a folder of them, or tfds:NAME.",
+        ".csv, .jsonl or .json manifest with video and caption, WebDataset .tar or parquet files or a folder of them, "
+        "hf:NAME of a data set on the Hugging Face hub, or tfds:NAME.",
     )
     define("string", "prompts", None, "Prompts without videos instead: a .txt, one a line, a .csv or a .jsonl.")
     define("string", "out", None, "Folder of the data set.")
@@ -32,7 +33,12 @@ def define_flags(_: list[str]) -> None:
         None,
         "Several sizes instead, such as 480x832,832x480: each video goes to the one nearest to its shape.",
     )
-    define("float", "fps", None, "Frames per second of a clip; without it every frame of a video counts.", 1e-3)
+    define(
+        "float", "fps", None, "Frames per second of a clip; the teacher's by default, 0 for every frame of a video.", 0
+    )
+    define("enum", "caption", "first", ["first", "random"], "Which one of a list of captions.")
+    define("string", "language", None, "Which caption of an object of captions by language, such as en.")
+    define("bool", "keep_cuts", False, "Keep clips that cross a hard cut.")
     define("enum", "crop", "centre", ["centre", "random"], "Where a clip is cut out of a video of another shape.")
     define("integer", "clips", 1, "At most so many clips of a video, one after another from its start.", 1)
     define("bool", "sample", False, "Keep a sample of the VAE's posterior, not its mean and deviation.")
@@ -64,6 +70,8 @@ def run() -> None:
     from dollar_jax.prepare.job import prepare
     from dollar_jax.prepare.settings import PrepareSettings
     from dollar_jax.prepare.shards import load_generator
+    from dollar_jax.prepare.sources import TFDS
+    from dollar_jax.weights.pipeline import read_family
 
     prepare_jax()
     sizes = {"frames": shapes.FRAMES, "height": shapes.SIZE, "width": shapes.SIZE, "max_text_length": 12}
@@ -77,14 +85,17 @@ def run() -> None:
     for name, value in sizes.items():
         if value is None:
             raise ValueError(f"--{name} must be given for a teacher of your own")
+    fps = FLAGS.fps
+    if fps is None and FLAGS.teacher not in SHIPPED_TEACHERS and not (FLAGS.source or "").startswith(TFDS):
+        fps = read_family(Path(FLAGS.teacher)).fps
     settings = PrepareSettings(
-        source=FLAGS.source,
+        source=_absolute(FLAGS.source),
         split=FLAGS.split,
         prompts=FLAGS.prompts,
         teacher=FLAGS.teacher,
         frames=sizes["frames"],
         buckets=tuple(map(_size, FLAGS.buckets)) if FLAGS.buckets else ((sizes["height"], sizes["width"]),),
-        fps=FLAGS.fps,
+        fps=fps or None,
         crop=FLAGS.crop,
         clips=FLAGS.clips,
         sample=FLAGS.sample,
@@ -93,6 +104,9 @@ def run() -> None:
         seed=FLAGS.seed,
         shard_size=FLAGS.shard_size,
         batch_size=FLAGS.batch_size,
+        caption=FLAGS.caption,
+        language=FLAGS.language,
+        keep_cuts=FLAGS.keep_cuts,
     )
     Loader(settings).items()  # what cannot be read is refused before the teacher is loaded
     index = jax.process_index() if FLAGS.process_index is None else FLAGS.process_index
@@ -115,6 +129,11 @@ def run() -> None:
         print(f"{summary.waiting} shards are still with other hosts; host 0 finishes {out}.")
     else:
         print(f"Train on them with dollar train --config=… --config.data.name={out}")
+
+
+def _absolute(source: str | None) -> str | None:
+    """A source that is a path, from wherever the job is resumed; names stay as they are."""
+    return os.path.abspath(source) if source and os.path.exists(source) else source
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -135,5 +135,5 @@ def _flow(size: tuple[int, int]) -> Program:
 
 def read_fps(path: Path) -> float:
     """Frames per second of a video file."""
-    with av.open(str(path)) as container:
+    with av.open(f"file:{path}") as container:
         return float(container.streams.video[0].average_rate or 8)

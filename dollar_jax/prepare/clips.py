@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from dollar_jax.prepare import sources
 from dollar_jax.prepare.settings import PrepareSettings
 from dollar_jax.prepare.sources import TFDS, Item
-from dollar_jax.prepare.videos import Unusable, array_frames, clips_of, read_clips
+from dollar_jax.prepare.videos import Unusable, array_frames, clips_of, hard_cut, read_clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,14 @@ class Clip:
     @property
     def size(self) -> tuple[int, int] | None:
         return None if self.frames is None else (self.frames.shape[1], self.frames.shape[2])
+
+
+class Rejected(NamedTuple):
+    """A clip, or the `index`-th video of the list, and why it is not used."""
+
+    index: int
+    name: str
+    reason: str
 
 
 class Loader:
@@ -47,7 +56,7 @@ class Loader:
         assert self.settings.prompts is not None
         return sources.list_manifest(Path(self.settings.prompts), prompts=True)
 
-    def __call__(self, index: int, item: Item) -> list[Clip] | str:
+    def __call__(self, index: int, item: Item) -> list[Clip | Rejected] | str:
         """The clips of the `index`-th item, or the reason why it has none."""
         settings = self.settings.clip_settings
         rng = np.random.default_rng([self.settings.seed, index])
@@ -56,7 +65,9 @@ class Loader:
                 video, caption = self.dataset.read(item["video"]["record"])
                 clips = clips_of(array_frames(video), settings, rng)
             else:
-                caption = sources.read_caption(item)
+                any_of = np.random.default_rng([self.settings.seed, index, 1])
+                choice = any_of if self.settings.caption == "random" else None
+                caption = sources.read_caption(item, choice, self.settings.language)
                 if self.settings.prompts is not None:
                     return [Clip(index, 0, item["name"], caption, None)]
                 clips = read_clips(sources.open_video(item), settings, rng)
@@ -65,4 +76,11 @@ class Loader:
         except Exception as error:  # whatever is wrong with one video, the job goes on
             return f"cannot be read: {type(error).__name__}: {error}"
         names = [item["name"]] if settings.clips == 1 else [f"{item['name']}#{i}" for i in range(len(clips))]
-        return [Clip(index, i, names[i], caption, frames) for i, frames in enumerate(clips)]
+        found: list[Clip | Rejected] = []
+        for i, frames in enumerate(clips):
+            cut = None if self.settings.keep_cuts else hard_cut(frames)
+            if cut is None:
+                found.append(Clip(index, i, names[i], caption, frames))
+            else:
+                found.append(Rejected(index, names[i], f"crosses a hard cut before its frame {cut}"))
+        return found

@@ -112,10 +112,10 @@ def encode_units(units: Collection[int], encoder: Encoder, out: Path, workers: i
     items = _read_index(out / PARTS / "index.jsonl", set(units), size)
     loaded = _load_ahead(Loader(encoder.settings), items, workers)
     for unit, members in itertools.groupby(loaded, lambda loaded: loaded[0] // size):
-        job = Unit(out, unit, encoder)
+        job, before = Unit(out, unit, encoder), rejected
         for index, item, clips in members:
             job.add(index, item, clips)
-            rejected += isinstance(clips, str)
+            rejected = before + len(job.rejected)
             if bar is not None:
                 bar.update()
                 bar.set_postfix({"rejected": rejected} if rejected else None, refresh=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dollar_jax.data.clip import SETTINGS
 from dollar_jax.files import write_file
@@ -39,11 +39,14 @@ class PrepareSettings:
     seed: int
     shard_size: int
     batch_size: int  # of the VAE, for each device
+    caption: Literal["first", "random"] = "first"  # of a list of captions
+    language: str | None = None  # of an object of captions by language
+    keep_cuts: bool = False  # clips that cross a hard cut
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.prompts is None):
             raise ValueError("give either --source, for videos, or --prompts, for a data set without videos")
-        if self.source is not None and self.source.startswith(TFDS) and self.fps is not None:
+        if self.source is not None and self.source.startswith(TFDS) and self.fps:
             raise ValueError("videos of a TFDS data set carry no times: leave out --fps")
         if len(set(self.buckets)) != len(self.buckets) or not self.buckets:
             raise ValueError(f"the buckets must be different sizes, not {self.buckets}")
@@ -53,6 +56,16 @@ class PrepareSettings:
     @property
     def clip_settings(self) -> ClipSettings:
         return ClipSettings(self.frames, self.buckets, self.fps, self.crop, self.clips)
+
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(PrepareSettings)}
+
+
+def _place(name: str, value: Any) -> Any:
+    """A setting to be compared: a path, relative or not, is where it leads to."""
+    if name not in ("source", "prompts", "teacher") or value is None or not Path(value).exists():
+        return value
+    return str(Path(value).resolve())
 
 
 def bucket_name(size: tuple[int, int]) -> str:
@@ -69,7 +82,7 @@ def remember_settings(settings: PrepareSettings, out: Path) -> None:
     if path.exists():
         before = json.loads(path.read_text())
         for name, value in now.items():
-            if before[name] != value:
+            if _place(name, before.get(name, DEFAULTS.get(name))) != _place(name, value):
                 raise ValueError(
                     f"{out} was begun with {name} = {before[name]!r}, not {value!r}: choose another --out, or "
                     "the same settings to go on"

@@ -20,7 +20,7 @@ from dollar_jax import sharding
 from dollar_jax.config import MeshConfig, SamplingConfig
 from dollar_jax.files import write_file
 from dollar_jax.generate import Generator, load_teacher
-from dollar_jax.prepare.clips import Clip
+from dollar_jax.prepare.clips import Clip, Rejected
 from dollar_jax.prepare.settings import PARTS, PrepareSettings, bucket_name
 from dollar_jax.prepare.sources import Item
 
@@ -129,16 +129,16 @@ class Unit:
         self.waiting: dict[tuple[int, int] | None, list[Clip]] = {}
         self.writers: dict[str, Any] = {}
         self.shards: dict[str, dict[str, Any]] = {}
-        self.rejected: list[tuple[int, str, str]] = []
+        self.rejected: list[Rejected] = []
         self.shown: list[Clip] = []
         self.videos = 0
 
-    def add(self, index: int, item: Item, clips: list[Clip] | str) -> None:
+    def add(self, index: int, item: Item, clips: list[Clip | Rejected] | str) -> None:
         self.videos += 1
-        if isinstance(clips, str):
-            self.rejected.append((index, item["name"], clips))
-            return
-        for clip in clips:
+        for clip in [Rejected(index, item["name"], clips)] if isinstance(clips, str) else clips:
+            if isinstance(clip, Rejected):
+                self.rejected.append(clip)
+                continue
             waiting = self.waiting.setdefault(clip.size, [])
             waiting.append(clip)
             if len(waiting) == self.encoder.batch:
@@ -148,7 +148,7 @@ class Unit:
         bucket = bucket_name(clips[0].size or self.encoder.settings.buckets[0])
         for clip, record in self.encoder.records(clips):
             if isinstance(record, str):
-                self.rejected.append((clip.index, clip.name, record))
+                self.rejected.append(Rejected(clip.index, clip.name, record))
                 continue
             if bucket not in self.writers:
                 # One record to a group: training reads them in random order.

@@ -1,18 +1,20 @@
-"""What there is to prepare: videos with captions from a folder, a manifest, tar files or TFDS; or prompts alone.
+"""What there is to prepare: videos with captions from a folder, a manifest, tar or parquet files, or TFDS; or prompts.
 
-A source is listed as items, one JSON object per video, without opening a video and without holding the list:
+A source is listed as items, one JSON object per video, without opening a video:
 
     {"name": "cats/1.mp4", "video": {"path": …}, "caption": "a cat"}
 
-`video` is a file, a span of bytes in a tar file ({"path", "offset", "size"}) or a record of a TFDS split
-({"record"}). `caption` is the text, or the {"path"} or span of the file it is in. `broken` in an item says what
-was wrong with its line already.
+`video` is a file, a span of bytes in a tar file ({"path", "offset", "size"}), a row of a parquet file ({"path",
+"row"}) or a record of a TFDS split ({"record"}). `caption` is what the source says, whatever its type; in its place
+`captions` are the files or spans it may be in, of which the first that holds one counts. `broken` in an item says
+what was wrong with it already.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -26,77 +28,118 @@ from dollar_jax.prepare.videos import SUFFIXES, Unusable
 
 Item = dict[str, Any]
 MANIFESTS = tuple(f"{stem}.{kind}" for stem in ("metadata", "captions", "manifest") for kind in ("csv", "jsonl"))
+MANIFESTS += ("videos2caption.json", "videos.txt", "video.txt")  # FastVideo's, finetrainers'
 VIDEO_KEYS = ("video", "file_name", "path")
-CAPTION_KEYS = ("caption", "text", "prompt")
-TFDS = "tfds:"
+CAPTION_KEYS = ("caption", "text", "prompt", "cap")
+PICKLED = ("pth", "pt", "pkl", "pickle")
+TFDS, HUB = "tfds:", "hf:"
+_LONGEST_CAPTION = 1 << 20  # bytes of its file
+_LONGEST_ROW = 100  # lines of a CSV; more are an unbalanced quote
 
 
 def list_source(source: str) -> Iterator[Item]:
-    """The items of a folder, a .csv or .jsonl manifest, or a .tar; in an order that depends on names only.
+    """The items of a folder, a manifest, or a .tar or .parquet file; in an order that depends on names only.
 
-    A folder is read by the manifest in it (MANIFESTS), else as its .tar files, else as the videos in it and in the
-    folders under it, each with its caption in a .txt of the same name beside it.
+    Each folder is read by the manifest in it (MANIFESTS), else as its .tar or .parquet files, else as the videos in
+    it, each with its caption in a .txt or .json of the same name beside it, and the folders under it. `hf:NAME` is a
+    data set of the Hugging Face hub, downloaded as a folder.
 
     Raises FileNotFoundError or ValueError when it is none of these.
     """
+    if source.startswith(HUB):
+        from huggingface_hub import snapshot_download
+
+        source = snapshot_download(source.removeprefix(HUB), repo_type="dataset")
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"--source={source} does not exist")
     if path.is_file():
-        return _list_tar(path) if path.suffix == ".tar" else list_manifest(path)
-    manifests = [path / name for name in MANIFESTS if (path / name).is_file()]
-    if len(manifests) > 1:
-        names = ", ".join(m.name for m in manifests)
-        raise ValueError(f"{path} holds several manifests, {names}: give the one you mean as --source")
-    if manifests:
-        return list_manifest(manifests[0])
-    if tars := sorted(path.glob("*.tar")):
-        return (item for tar in tars for item in _list_tar(tar))
-    return _list_folder(path, path)
+        archive = {".tar": _list_tar, ".parquet": _list_parquet}.get(path.suffix)
+        return list_manifest(path) if archive is None else archive(path)
+    if len(_manifests(path)) > 1:
+        raise ValueError(f"{_several(path)}: give the one you mean as --source")
+    return _list_folder(path, path, {_identity(path)})
 
 
-def _list_folder(folder: Path, root: Path) -> Iterator[Item]:
+def _manifests(folder: Path) -> list[Path]:
+    return [folder / name for name in MANIFESTS if (folder / name).is_file()]
+
+
+def _several(folder: Path) -> str:
+    return f"{folder} holds several manifests, {', '.join(path.name for path in _manifests(folder))}"
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    return path.stat().st_dev, path.stat().st_ino
+
+
+def _list_folder(folder: Path, root: Path, seen: set[tuple[int, int]]) -> Iterator[Item]:
+    """`seen` are the folders listed so far: what links lead to again is not listed twice."""
+    inside = "" if folder == root else f"{readable(str(folder.relative_to(root)))}/"
+    archives = sorted(folder.glob("*.tar")) or sorted(folder.glob("*.parquet"))
+    if manifests := _manifests(folder):
+        if len(manifests) > 1:
+            yield {"name": inside, "broken": _several(folder)}
+            return
+        archives = manifests
+    for path in archives:
+        for item in list_source(str(path)):
+            yield item | {"name": inside + item["name"]}
+    if archives:
+        return
     with os.scandir(folder) as entries:
-        names = sorted((entry.name, entry.is_dir()) for entry in entries)
-    for name, is_folder in names:
+        names = sorted((entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries)
+    for name, is_folder, is_link in names:
         path = folder / name
+        elsewhere = not is_link or not path.resolve().is_relative_to(root.resolve())
         if is_folder:
-            yield from _list_folder(path, root)
-        elif path.suffix.lower() in SUFFIXES and not name.startswith("._"):
-            yield {
-                "name": str(path.relative_to(root)),
-                "video": {"path": str(path)},
-                "caption": {"path": str(path.with_suffix(".txt"))},
-            }
+            if elsewhere and _identity(path) not in seen:
+                seen.add(_identity(path))
+                yield from _list_folder(path, root, seen)
+        elif path.suffix.lower() not in SUFFIXES or name.startswith("._"):
+            continue
+        elif elsewhere or path.resolve().suffix.lower() not in SUFFIXES:  # else it is listed where it lies
+            captions = [{"path": str(path.with_suffix(kind))} for kind in (".txt", ".json")]
+            yield {"name": inside + readable(name), "video": {"path": str(path)}, "captions": captions}
+
+
+def readable(name: str) -> str:
+    """A file's name as text, whatever bytes it is made of."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def list_manifest(path: Path, prompts: bool = False) -> Iterator[Item]:
-    """The rows of a .csv with a header or of a .jsonl: a video (relative to the manifest) and a caption each.
+    """The rows of a .csv with a header, of a .jsonl or of a .json list: a video and a caption each.
 
-    With `prompts` the caption alone, and a .txt has one on each line. Raises ValueError for a file of another
-    kind, or a CSV without such columns.
+    A video lies where its row says, from the manifest's folder or from videos/ in it. A videos.txt names one on each
+    line, whose caption is on the same line of prompts.txt. With `prompts` the caption alone, and a .txt has one on
+    each line. Raises ValueError for a file of another kind, or a CSV without such columns.
     """
-    readers = {".csv": _csv_rows, ".jsonl": _json_rows} | ({".txt": _text_rows} if prompts else {})
+    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_list}
+    if prompts or path.name in MANIFESTS:
+        readers[".txt"] = _text_rows if prompts else _paired_rows
     if path.suffix not in readers:
-        raise ValueError(f"{path} must be a {', '.join(readers)}" + ("" if prompts else ", .tar or a folder"))
+        raise ValueError(f"{path} must be a {', '.join(readers)}" + ("" if prompts else ", .tar, .parquet or a folder"))
     # Read at once up to the first row, so that a file of the wrong kind is refused here.
     rows = readers[path.suffix](path, (() if prompts else (VIDEO_KEYS,)) + (CAPTION_KEYS,))
     return (_manifest_item(path, number, row, prompts) for number, row in rows)
 
 
-def _manifest_item(path: Path, number: int, row: dict[str, Any], prompts: bool) -> Item:
+def _manifest_item(path: Path, number: int, row: Any, prompts: bool) -> Item:
     where = f"{path.name}:{number}"
+    if not isinstance(row, dict):
+        return {"name": where, "broken": "is no JSON object"}
     if "broken" in row:
         return {"name": where, "broken": row["broken"]}
-    caption = _first(row, CAPTION_KEYS)
-    # An object would be taken for the place of a file.
-    item: Item = {"name": where, "caption": [caption] if isinstance(caption, dict) else caption}
+    item: Item = {"name": where, "caption": _first(row, CAPTION_KEYS)}
     if prompts:
         return item
     video = _first(row, VIDEO_KEYS)
     if not video:
         return {"name": where, "broken": f"names no video: a row needs {' or '.join(VIDEO_KEYS)}"}
-    return {**item, "name": str(video), "video": {"path": os.path.join(path.parent, str(video))}}
+    names = dict.fromkeys((str(video), str(video).replace("\\", "/")))
+    places = [os.path.join(path.parent, inside, name) for inside in ("", "videos") for name in names]
+    return {**item, "name": readable(str(video)), "video": {"path": next(filter(os.path.exists, places), places[0])}}
 
 
 def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
@@ -109,126 +152,229 @@ def _csv_rows(path: Path, needed: tuple[tuple[str, ...], ...]) -> Iterator[tuple
     for keys in needed:
         if not set(keys) & set(header):
             raise ValueError(f"{path} has no column {' or '.join(keys)}; its columns are {', '.join(header)}")
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise ValueError(f"{path} has two columns {twice[0]!r}: leave one of them")
 
     def rows() -> Iterator[tuple[int, dict[str, Any]]]:
         with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            reader = csv.DictReader(file)
-            try:
-                for row in reader:
-                    yield reader.line_num, row
-            except csv.Error as error:  # an unbalanced quote takes in the lines after it
-                yield reader.line_num, {"broken": f"cannot be read further: {error}; is a quote not closed?"}
+            number, lines = 0, iter(file)
+            while True:
+                taken: list[str] = []
+
+                def row_lines(lines: Iterator[str] = lines, taken: list[str] = taken) -> Iterator[str]:
+                    for line in lines:
+                        taken.append(line)
+                        if len(taken) > _LONGEST_ROW:
+                            raise csv.Error("it goes on for too long")
+                        yield line
+
+                try:
+                    fields = next(csv.reader(row_lines(), strict=True))
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield number + 1, {"broken": f"is no row of a CSV: {error}; is a quote not closed?"}
+                    # Only the row that the quote opens is lost.
+                    number, lines = number + 1, itertools.chain(taken[1:], lines)
+                    continue
+                number += len(taken)
+                if number > len(taken) and fields:  # the first is the header
+                    yield number, dict(zip(header, fields, strict=False))
 
     return rows()
 
 
-def _json_rows(path: Path, needed: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path, needed: Any) -> Iterator[tuple[int, Any]]:
     del needed  # every line names its own fields
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            yield number, row if isinstance(row, dict) else {"broken": "is no JSON object"}
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError):
+                    yield number, None
 
 
-def _text_rows(path: Path, needed: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_list(path: Path, needed: Any) -> Iterator[tuple[int, Any]]:
     del needed
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} must be a list of objects with {VIDEO_KEYS[0]} and {CAPTION_KEYS[0]}")
+    return iter(enumerate(rows, 1))
+
+
+def _text_rows(path: Path, needed: Any = None) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, {"caption": line.strip()}
 
 
+def _paired_rows(path: Path, needed: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    captions = path.with_name(path.name.replace("video", "prompt"))
+    if not captions.is_file():
+        raise ValueError(f"{path} names videos, but there is no {captions.name} with their captions beside it")
+    pairs = itertools.zip_longest(_text_rows(path), _text_rows(captions))
+    for number, (video, caption) in enumerate(pairs, 1):
+        if video is None or caption is None:
+            raise ValueError(f"{path} and {captions.name} have different numbers of lines")
+        yield number, {"video": video[1]["caption"], **caption[1]}
+
+
 def _list_tar(path: Path) -> Iterator[Item]:
-    """WebDataset's samples: neighbours of one name up to the first dot; a video, and a .txt or .json.
+    """WebDataset's samples: members of one name up to the first dot; a video, and a .txt or .json.
 
     Only headers are read. A tar that ends too early gives what it has, and an item that says so.
     """
-    item: Item = {}
+    items: dict[str, Item] = {}
+    broken = None
     try:
         with tarfile.open(path, "r:") as tar:
             while member := tar.next():
                 tar.members = []  # type: ignore[assignment]  # tarfile would keep every header
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                if base.startswith("._"):  # what macOS adds to each file
+                folder, _, base = member.name.removeprefix("./").rpartition("/")
+                if not member.isfile() or base.startswith("._"):  # what macOS adds to each file
                     continue
                 stem, _, kind = base.partition(".")
                 name = f"{path.name}/{folder + '/' if folder else ''}{stem}"
-                if name != item.get("name"):
-                    if "video" in item:
-                        yield item
-                    item = {"name": name, "caption": ""}
+                item = items.setdefault(name, {"name": readable(name), "captions": []})
                 span = {"path": str(path), "offset": member.offset_data, "size": member.size}
                 if f".{kind.lower()}" in SUFFIXES:
                     item["video"] = span
-                elif kind == "txt" or (kind == "json" and not item["caption"]):
-                    item["caption"] = {**span, "json": kind == "json"}
-        if "video" in item:
-            yield item
+                elif kind == "txt":
+                    item["captions"].insert(0, span)
+                elif kind == "json":
+                    item["captions"].append({**span, "json": True})
+                elif kind.rpartition(".")[2] in PICKLED:
+                    item["pickled"] = kind
     except (tarfile.TarError, EOFError) as error:
+        broken = {"name": path.name, "broken": f"cannot be read further: {error}"}
+    for item in items.values():
+        pickled = item.pop("pickled", None)
         if "video" in item:
             yield item
-        yield {"name": path.name, "broken": f"cannot be read further: {error}"}
+        elif pickled:
+            reason = f"holds a pickled .{pickled} and no video: what is pickled can run code and is not read"
+            yield {"name": item["name"], "broken": reason}
+    if broken:
+        yield broken
+
+
+def _list_parquet(path: Path) -> Iterator[Item]:
+    """The rows of a parquet file as `datasets` writes it: a video's bytes or its path, and a caption."""
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path)
+    video, caption = (_parquet_column(path, file, keys) for keys in (VIDEO_KEYS, CAPTION_KEYS))
+    rows = (row for batch in file.iter_batches(columns=[caption]) for row in batch.column(0).to_pylist())
+    for number, text in enumerate(rows):
+        place = {"path": str(path), "row": number, "column": video}
+        yield {"name": f"{path.name}:{number}", "video": place, "caption": text}
+
+
+def _parquet_column(path: Path, file: Any, keys: tuple[str, ...]) -> str:
+    names = file.schema_arrow.names
+    if not (found := [name for name in keys if name in names]):
+        raise ValueError(f"{path} has no column {' or '.join(keys)}; its columns are {', '.join(names)}")
+    return found[0]
 
 
 # --- reading what an item names -------------------------------------------------------------------
 
 
-def read_caption(item: Item) -> str:
-    """The caption, stripped, the first of a list; raises Unusable when there is none that is text."""
+def read_caption(item: Item, rng: np.random.Generator | None = None, language: str | None = None) -> str:
+    """The caption, stripped: of a list the first, or with `rng` any; of an object by language that of `language`.
+
+    Raises Unusable when there is none that is text.
+    """
     if "broken" in item:
         raise Unusable(item["broken"])
-    caption = item["caption"]
-    if isinstance(caption, dict):
+    if "captions" not in item:
+        return _text(item["caption"], rng, language)
+    reason = Unusable("has no caption")
+    for place in item["captions"]:
         try:
-            data = _read(caption)
-        except FileNotFoundError:
-            raise Unusable(f"has no caption: there is no {Path(caption['path']).name}") from None
-        text = data.decode("utf-8-sig", errors="replace")
-        if caption.get("json"):
-            try:
+            data = _read(place)
+            text: Any = data.decode("utf-8-sig", errors="replace")
+            if data and (place.get("json") or place["path"].endswith(".json")):
                 fields = json.loads(text)
-            except ValueError:
-                raise Unusable("has a caption that is no JSON") from None
-            text = _first(fields, CAPTION_KEYS) if isinstance(fields, dict) else None
-    else:
-        text = caption
-    if isinstance(text, list) and text:
-        text = text[0]
-    if text is None or text == [] or text != text:  # NaN is not equal to itself
+                text = _first(fields, CAPTION_KEYS) if isinstance(fields, dict) else None
+            return _text(text, rng, language)
+        except FileNotFoundError:
+            if place is item["captions"][0]:
+                reason = Unusable(f"has no caption: there is no {Path(place['path']).name}")
+        except (ValueError, RecursionError) as error:
+            reason = error if isinstance(error, Unusable) else Unusable("has a caption that is no JSON")
+    raise reason
+
+
+def _text(value: Any, rng: np.random.Generator | None, language: str | None) -> str:
+    if isinstance(value, list) and value:
+        return _text(value[0 if rng is None else rng.integers(len(value))], rng, language)
+    if isinstance(value, dict) and language in value:
+        return _text(value[language], rng, language)
+    if value is None or value in ([], {}) or value != value:  # NaN is not equal to itself
         raise Unusable("has no caption")
-    if not isinstance(text, str):
-        raise Unusable(f"has a caption that is no text: {json.dumps(text, ensure_ascii=False)[:60]}")
-    if not text.strip():
+    if not isinstance(value, str):
+        shown = json.dumps(value, ensure_ascii=False, default=str)[:60]
+        hint = "; --language takes one of an object's" if isinstance(value, dict) else ""
+        raise Unusable(f"has a caption that is no text: {shown}{hint}")
+    if not value.strip():
         raise Unusable("has no caption")
-    return text.strip()
+    return readable(value.strip().encode("utf-8", "replace").decode())
 
 
 def open_video(item: Item) -> Any:
     """What `read_clips` opens; raises Unusable for a missing or empty file."""
     video = item["video"]
     path = Path(video["path"])
+    if "row" in video:
+        return _parquet_video(video)
     if "offset" in video:
         if not video["size"]:
             raise Unusable("is empty")
         return io.BytesIO(_read(video))
-    if not path.is_file():
+    if not path.exists():
         raise Unusable("does not exist")
+    if not path.is_file():
+        raise Unusable("is no file")
     if not path.stat().st_size:
         raise Unusable("is empty")
     return str(path)
 
 
+def _parquet_video(place: dict[str, Any]) -> Any:
+    import pyarrow.parquet
+
+    file, row = pyarrow.parquet.ParquetFile(place["path"]), place["row"]
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if row < rows:
+            value = file.read_row_group(group, columns=[place["column"]]).column(0)[row].as_py()
+            break
+        row -= rows
+    else:
+        raise Unusable("does not exist")
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        return open_video({"video": {"path": os.path.join(Path(place["path"]).parent, value)}})
+    if not value:
+        raise Unusable("is empty")
+    return io.BytesIO(value)
+
+
 def _read(span: dict[str, Any]) -> bytes:
+    if "offset" not in span:
+        if not (path := Path(span["path"])).exists():
+            raise FileNotFoundError(path)
+        if not path.is_file() or path.stat().st_size > _LONGEST_CAPTION:
+            raise Unusable(f"has a caption that is no small file: {path.name}")
+        return path.read_bytes()
     with open(span["path"], "rb") as file:
-        if "offset" not in span:
-            return file.read()
         file.seek(span["offset"])
         data = file.read(span["size"])
     if len(data) < span["size"]:

@@ -5,7 +5,10 @@ Another family is one more record in FAMILIES, beside its networks in `models` a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import html
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +37,7 @@ class Family:
     `masks_padding`: the text encoder does not see the rows of padding, and the transformer gets zeros there; without
     it padding is part of the text. `guidance_scale` is diffusers' default, w + 1 of ours, and `fps` the frames per
     second of its videos. `entries` of model_index.json tell it from other families of its class; `unsupported` ones
-    must be absent, null or false, each with what asks for it.
+    must be absent, null or false, each with what asks for it. `cleans_prompts`: prompts go through `clean_prompt`.
     """
 
     pipeline: str
@@ -45,8 +48,19 @@ class Family:
     masks_padding: bool
     guidance_scale: float
     fps: int
+    cleans_prompts: bool = True
     entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unsupported: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def clean_prompt(text: str) -> str:
+    """A prompt as diffusers' WanPipeline cleans it: HTML entities resolved twice, white space to single spaces.
+
+    As there, ftfy mends broken encodings where it is installed.
+    """
+    with contextlib.suppress(ImportError):
+        text = importlib.import_module("ftfy").fix_text(text)
+    return " ".join(html.unescape(html.unescape(text)).split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +103,7 @@ COGVIDEOX = Family(
     masks_padding=False,
     guidance_scale=6.0,
     fps=8,
+    cleans_prompts=False,
 )
 FAMILIES = (WAN_TI2V, WAN, COGVIDEOX)  # the first whose entries match
 

@@ -4,26 +4,30 @@ import io
 import json
 import tarfile
 import tracemalloc
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dollar_jax.data.moving_shapes import MovingShapes
 from dollar_jax.prepare.sources import Dataset, list_manifest, list_source, open_video, read_caption
 from dollar_jax.prepare.videos import Unusable
 
+CASES = Path(__file__).parent / "cases"
 
-def outcome(item):
+
+def outcome(item, **options):
     """What becomes of an item: its caption and what would be decoded, or why it is unusable."""
     try:
-        caption = read_caption(item)
+        caption = read_caption(item, **options)
         video = open_video(item)
     except Unusable as reason:
         return item["name"], str(reason)
     return item["name"], caption, video.getvalue() if isinstance(video, io.BytesIO) else video
 
 
-def outcomes(source):
-    return [outcome(item) for item in list_source(str(source))]
+def outcomes(source, **options):
+    return [outcome(item, **options) for item in list_source(str(source))]
 
 
 def test_a_folder_with_text_beside_the_videos(tmp_path):
@@ -142,7 +146,7 @@ def test_a_tfds_data_set(tmp_path):
     "files, source, message",
     [
         ({}, "nowhere", "nowhere does not exist"),
-        ({"a.zip": ""}, "a.zip", r"a.zip must be a .csv, .jsonl, .tar or a folder"),
+        ({"a.zip": ""}, "a.zip", r"a.zip must be a .csv, .jsonl, .json, .tar, .parquet or a folder"),
         ({"a.csv": "name,words\n1,2\n"}, "a.csv", "has no column video or file_name or path; its"),
         ({"metadata.csv": "", "captions.jsonl": ""}, "", "several manifests, metadata.csv, captions.jsonl"),
     ],
@@ -165,7 +169,7 @@ def test_captions_are_text_or_rejected(tmp_path):
     (tmp_path / "a.mp4").write_text("video")
     assert [one[1] for one in outcomes(tmp_path / "a.jsonl")] == [
         "first",
-        'has a caption that is no text: {"en": "a", "zh": "b"}',
+        'has a caption that is no text: {"en": "a", "zh": "b"}; --language takes one of an object\'s',
         "has no caption",
         "has no caption",
         "has a caption that is no text: 7",
@@ -183,9 +187,132 @@ def test_a_tar_made_on_macos_and_captions_in_json_lists(tmp_path):
     assert [one[1:] for one in outcomes(tmp_path / "a.tar")] == [("first", b"one"), ("second", b"two")]
 
 
-def test_an_unbalanced_quote_is_rejected_with_its_line(tmp_path):
-    (tmp_path / "a.csv").write_text('video,caption\na.mp4,fine\na.mp4,"open\n' + "a.mp4,x\n" * 20_000)
+def test_an_unbalanced_quote_costs_its_own_row(tmp_path):
+    rows = ["red.mp4,a red circle\n"] * 1250
+    (tmp_path / "a.csv").write_text('video,caption\nred.mp4,"unfinished\n' + "".join(rows) + 'red.mp4,"two\nlines"\n')
+    (tmp_path / "red.mp4").write_text("video")
+    first, *rest = outcomes(tmp_path / "a.csv")
+    assert first[0] == "a.csv:2" and "is a quote not closed?" in first[1]
+    assert [caption for _, caption, _ in rest] == ["a red circle"] * 1250 + ["two\nlines"]
+    (tmp_path / "b.csv").write_text('video,caption\nred.mp4,fine\nred.mp4,"at the end')
+    assert outcomes(tmp_path / "b.csv")[1][0] == "b.csv:3"
+    (tmp_path / "c.csv").write_text("video,caption,caption\nred.mp4,a,b\n")
+    with pytest.raises(ValueError, match="c.csv has two columns 'caption'"):
+        list_source(str(tmp_path / "c.csv"))
+
+
+def test_captions_by_choice_and_by_language(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(
+            json.dumps({"video": "a.mp4", "caption": caption})
+            for caption in ({"en": "a cat", "zh": "猫"}, {"zh": ["狗"]}, list("abcdefgh"), "\ud83d lone")
+        )
+    )
     (tmp_path / "a.mp4").write_text("video")
-    first, last = outcomes(tmp_path / "a.csv")
-    assert first[1] == "fine"
-    assert last[0].startswith("a.csv:") and "is a quote not closed?" in last[1]
+    found = [one[1] for one in outcomes(tmp_path / "a.jsonl", language="en")]
+    assert found[0] == "a cat" and found[1].startswith("has a caption that is no text") and found[2:] == ["a", "? lone"]
+    drawn = {outcomes(tmp_path / "a.jsonl", rng=np.random.default_rng(i))[2][1] for i in range(20)}
+    assert len(drawn) > 3
+    assert outcomes(CASES / "odd_captions.jsonl")[0][1] == "does not exist"  # its text stands in for a null caption
+
+
+def test_a_prompt_list_from_windows():
+    items = list(list_manifest(CASES / "prompts_bom.txt", prompts=True))
+    assert [read_caption(item) for item in items][0] == "a large red circle moving left slowly"
+    assert all(read_caption(item).isascii() and "\r" not in read_caption(item) for item in items)
+
+
+def test_manifests_below_the_root_and_of_other_tools(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "hub" / split).mkdir(parents=True)
+        (tmp_path / "hub" / split / "1.mp4").write_text("video")
+        (tmp_path / "hub" / split / "metadata.csv").write_text(f"file_name,text\n1.mp4,in {split}\n")
+    assert [one[:2] for one in outcomes(tmp_path / "hub")] == [("test/1.mp4", "in test"), ("train/1.mp4", "in train")]
+    fast = tmp_path / "fastvideo"
+    (fast / "videos").mkdir(parents=True)
+    (fast / "videos" / "x.mp4").write_text("video")
+    (fast / "videos2caption.json").write_text(json.dumps([{"path": "x.mp4", "cap": ["first", "second"]}, 3]))
+    assert outcomes(fast) == [
+        ("x.mp4", "first", str(fast / "videos" / "x.mp4")),
+        ("videos2caption.json:2", "is no JSON object"),
+    ]
+    tune = tmp_path / "finetrainers"
+    (tune / "videos").mkdir(parents=True)
+    (tune / "videos" / "x.mp4").write_text("video")
+    (tune / "videos.txt").write_text("videos/x.mp4\n")
+    (tune / "prompts.txt").write_text("a prompt\n")
+    assert outcomes(tune) == [("videos/x.mp4", "a prompt", str(tune / "videos" / "x.mp4"))]
+    windows = tmp_path / "windows"
+    (windows / "clips").mkdir(parents=True)
+    (windows / "clips" / "x.mp4").write_text("video")
+    (windows / "metadata.csv").write_text("video,caption\nclips\\x.mp4,a cat\n")
+    assert outcomes(windows) == [("clips\\x.mp4", "a cat", str(windows / "clips" / "x.mp4"))]
+
+
+def test_links_are_followed_once(tmp_path):
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    for folder in (outside, root / "b"):
+        folder.mkdir(parents=True)
+        (folder / "1.mp4").write_text("video")
+        (folder / "1.txt").write_text(folder.name)
+    (root / "b" / "loop").symlink_to(root)
+    (root / "a").symlink_to(root / "b")
+    (root / "b" / "2.mp4").symlink_to(root / "b" / "1.mp4")
+    (root / "c").symlink_to(outside)
+    (root / "d").symlink_to(outside)
+    assert [one[:2] for one in outcomes(root)] == [("b/1.mp4", "b"), ("c/1.mp4", "outside")]
+
+
+def test_names_of_any_bytes(tmp_path):
+    path = tmp_path / "1:\udcff.mp4"
+    path.write_text("video")
+    path.with_suffix(".json").write_text('{"caption": "from the side"}')
+    path.with_suffix(".txt").write_text("")
+    ((name, caption, opened),) = outcomes(tmp_path)
+    assert (name, caption, opened) == ("1:\ufffd.mp4", "from the side", str(path))
+
+
+def test_tar_members_need_not_be_neighbours_and_pickles_stay_shut(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in [
+            ("1.mp4", b"one"),
+            ("2.mp4", b"two"),
+            ("2.txt", b"second"),
+            ("1.json", b'{"text": "first"}'),
+        ]:
+            add(tar, name, data)
+        add(tar, "1.txt", b"")
+        add(tar, "3.latent.pth", b"?")
+    assert outcomes(tmp_path / "a.tar") == [
+        ("a.tar/1", "first", b"one"),
+        ("a.tar/2", "second", b"two"),
+        ("a.tar/3", "holds a pickled .latent.pth and no video: what is pickled can run code and is not read"),
+    ]
+
+
+def test_parquet_files(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "far.mp4").write_text("far")
+    videos = [{"bytes": b"one", "path": "1.mp4"}, {"bytes": None, "path": "far.mp4"}, None]
+    table = pyarrow.table({"video": videos, "caption": ["first", "second", "third"]})
+    parquet.write_table(table, tmp_path / "data.parquet", row_group_size=2)
+    assert outcomes(tmp_path) == [
+        ("data.parquet:0", "first", b"one"),
+        ("data.parquet:1", "second", str(tmp_path / "far.mp4")),
+        ("data.parquet:2", "is empty"),
+    ]
+
+
+def test_captions_that_are_no_files(tmp_path):
+    import os
+
+    (tmp_path / "1.mp4").write_text("video")
+    os.mkfifo(tmp_path / "1.txt")
+    (tmp_path / "2.mp4").write_text("video")
+    (tmp_path / "2.txt").symlink_to("/dev/zero")
+    assert [one[1] for one in outcomes(tmp_path)] == [
+        "has a caption that is no small file: 1.txt",
+        "has a caption that is no small file: 2.txt",
+    ]

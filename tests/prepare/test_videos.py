@@ -24,6 +24,7 @@ from dollar_jax.prepare.videos import (
     array_frames,
     check_showable,
     clips_of,
+    hard_cut,
     read_clips,
     resample,
     shown_stream,
@@ -602,3 +603,17 @@ def test_dolby_vision_needs_a_base_layer():
         with pytest.raises(Unusable, match="Dolby Vision without a base layer"):
             check_showable(frame)
     check_showable(SimpleNamespace(side_data=[Metadata(8)], colorspace=9, color_trc=16))  # type: ignore[arg-type]
+
+
+def test_a_hard_cut_is_told_from_motion_and_from_a_flash():
+    rng = np.random.default_rng(0)
+    one, other = (rng.integers(0, 256, (1, 96, 80, 3)).repeat(9, 0).astype(np.uint8) for _ in range(2))
+    assert hard_cut(np.concatenate([one[:4], other])) == 4
+    assert hard_cut(one) is None and hard_cut(one[:1]) is None
+    flash = one.copy()
+    flash[4] = 255
+    assert hard_cut(flash) is None
+    moving = np.stack([np.roll(one[0], 5 * i, 1) for i in range(9)])
+    assert hard_cut(moving) is None and np.abs(np.diff(moving.astype(int), axis=0)).mean() > 50
+    mild = np.concatenate([one[:4], np.clip(one[:4].astype(int) + 10, 0, 255).astype(np.uint8)])
+    assert hard_cut(mild) is None  # exposure adapts
