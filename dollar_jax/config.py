@@ -437,6 +437,12 @@ class DistillConfig:
     checkpoint_every: int = field(500, "Steps between checkpoints.", low=1, resumable=True)
     keep_checkpoints: int = field(2, "Newest checkpoints that are kept.", low=1, resumable=True)
     log_every: int = field(10, "Steps between logged metrics.", low=1, resumable=True)
+    max_skipped: int = field(
+        10, "Steps in a row that may be skipped because they are not finite, before a run stops.", low=0, resumable=True
+    )
+    max_gradient_norm: float | None = field(
+        None, "Norm of the student's gradient above which a step is skipped; None for none.", above=0, resumable=True
+    )
     mesh: MeshConfig = field(MeshConfig(), "Devices along each mesh axis.", resumable=True)
     compute: ComputeConfig = field(ComputeConfig(), "How networks are computed.", resumable=True)
     lora: LoraConfig = field(LoraConfig(), "Low-rank adapters.")

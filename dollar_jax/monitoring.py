@@ -146,7 +146,7 @@ class Log:
     """history.jsonl, TensorBoard events and a progress bar; written by process 0 only.
 
     Metrics are fetched one logging interval late, so that logging does not wait for the devices; but
-    at a checkpoint at once, so that no state is saved whose metrics are not finite or not on disk.
+    at a checkpoint at once, so that no state is saved whose metrics are not on disk.
     """
 
     def __init__(self, workdir: Path, first: int, config: DistillConfig, throughput: Throughput):
@@ -205,21 +205,16 @@ class Log:
         self._clock = (step, now)
         waited = {"data_wait": min(self.waited / max(now - then, 1e-9), 1.0)}
         self.waited = 0.0
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {step}: lower the learning rates or clip the "
-                    "gradients; the last checkpoint is from before this step"
-                )
         seconds = (now - then) / max(step - before, 1)
-        values = readable(values) | host
+        # Of a step that was skipped there is nothing to learn: see `skips`.
+        values = (readable(values) if all(map(math.isfinite, values.values())) else {}) | host
         values |= {"seconds_per_step": seconds, **waited, **self.throughput(seconds)}
         if self.main:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)
-            shown = {"loss": values["student_loss"]}
+            shown = {"loss": values.get("student_loss", math.nan)}
             shown |= {k[7:]: host[k] for k in ("reward_generated", "reward_real") if k in host}
             self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
 

@@ -40,10 +40,10 @@ def student_input(d: Distillation, params: Params, batch: Batch, key: Key) -> tu
     return x_t, t, index
 
 
-def student(
+def student_rows(
     d: Distillation, params: Params, references: References, batch: Batch, key: Key
-) -> tuple[Float[Array, ""], tuple[Metrics, Generated]]:
-    """L_VSD + β_CD L_CD + β_FT L_FT, DOLLAR eq. (8.12); also the metrics and the generated latents.
+) -> tuple[Latent, list[tuple[Term, PerSample, dict[str, Array]]]]:
+    """The generated latents, and the rows of each term of the student's loss with what was found on the way.
 
     One forward of the student serves all terms where consistency is asked at the student's own,
     forward-noised timesteps.
@@ -53,12 +53,17 @@ def student(
     x_t, t, index = student_input(d, params, batch, keys[0])
     generated = d.denoiser(params, batch.text).x0(x_t, t)
     forward = StudentPass(params, references, batch, x_t, t, index, generated)
+    used = [(term, k) for term, k in zip(rows, keys[1:], strict=True) if term and term.loss and term.enabled(d.config)]
+    return generated, [(term, *term.loss(d, forward, k)) for term, k in used if term.loss]
 
+
+def student(
+    d: Distillation, params: Params, references: References, batch: Batch, key: Key
+) -> tuple[Float[Array, ""], tuple[Metrics, Generated]]:
+    """L_VSD + β_CD L_CD + β_FT L_FT, DOLLAR eq. (8.12); also the metrics and the generated latents."""
+    generated, rows = student_rows(d, params, references, batch, key)
     total, metrics, found = jnp.zeros(()), {}, {}
-    for term, term_key in zip(rows, keys[1:], strict=True):
-        if term is None or term.loss is None or not term.enabled(d.config):
-            continue
-        each, more = term.loss(d, forward, term_key)
+    for term, each, more in rows:
         value = each.mean()
         total = total + term.weight(d.config) * term.scale(d.config, references.step) * value
         metrics[term.name] = term.sign * value

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dollar_jax.config import OptimiserConfig
@@ -31,12 +33,28 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
 
 
 def apply_gradient(
-    optimiser: optax.GradientTransformation, grads: Params, carry: tuple[Params, Any]
-) -> tuple[tuple[Params, Any], jax.Array]:
-    """New (parameters, optimiser state) for old ones, and the norm of the gradient."""
+    optimiser: optax.GradientTransformation,
+    grads: Params,
+    carry: tuple[Params, Any],
+    good: Any = True,
+    most: float | None = None,
+) -> tuple[tuple[Params, Any], jax.Array, jax.Array]:
+    """New (parameters, optimiser state) for old ones, the norm of the gradient, and whether it was taken.
+
+    It is not, and the old ones stay, where the norm is not finite or above `most`, or not `good`. Element by element,
+    so that no second copy of them is held.
+    """
     params, state = carry
+    norm = optax.tree.norm(grads)
+    good = good & (norm < jnp.inf if most is None else norm <= most)
     updates, state = optimiser.update(grads, state, params)
-    return (optax.apply_updates(params, updates), state), optax.tree.norm(grads)
+    new = optax.apply_updates(params, updates), state
+    return select(good, new, carry), norm, good
+
+
+def select(good: Any, new: Any, old: Any) -> Any:
+    """The tree `new` where the scalar `good` is true, else `old`."""
+    return jax.tree.map(functools.partial(jnp.where, good), new, old)
 
 
 def _decayed(params: Params) -> Any:

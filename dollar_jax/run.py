@@ -21,6 +21,7 @@ from dollar_jax.types import Params
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 HISTORY = "history.jsonl"
+SKIPPED = "skipped.jsonl"
 EVENTS = "events"
 SAMPLES = "samples"
 PROFILE = "profile"
@@ -56,12 +57,11 @@ def read_history(workdir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def truncate_history(workdir: Path, step: int) -> None:
-    """Drops the lines after `step`, and a last line that a kill cut off."""
-    path = workdir / HISTORY
+def truncate_history(workdir: Path, step: int, name: str = HISTORY) -> int:
+    """Drops the lines after `step`, and a last line that a kill cut off; how many are left."""
+    path, kept = workdir / name, []
     if not path.exists():
-        return
-    kept = []
+        return 0
     for line in path.read_text().splitlines():
         try:
             if json.loads(line)["step"] <= step:
@@ -69,6 +69,7 @@ def truncate_history(workdir: Path, step: int) -> None:
         except ValueError:
             break
     write_file(path, "".join(kept))
+    return len(kept)
 
 
 def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> Params:

@@ -8,12 +8,16 @@
 
 Algorithm 29 takes a step on L_FT of its own; eq. (8.12), and this program, sum it with the others. What a reward
 method adds is in its file of `rewards.methods`.
+
+An update whose losses or gradient are not finite is not taken, nor is any after it in the step: a bad batch changes
+nothing but the count of steps, and shows in the metrics (`skipped`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -24,9 +28,10 @@ import optax
 from jax import lax
 
 from dollar_jax import objectives
+from dollar_jax.config import DistillConfig
 from dollar_jax.distillation import Batch, Distillation, Frozen, Metrics, References, RewardSamples
 from dollar_jax.models import lora
-from dollar_jax.optim import apply_gradient
+from dollar_jax.optim import apply_gradient, select
 from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.methods.base import scored_rows
 from dollar_jax.state import Optimisers, TrainState
@@ -59,22 +64,27 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
             return objectives.student(d, full(params), references, rows, key)
 
         grads, (metrics, generated) = _accumulated(student_loss, state.student, micro, student_key)
+        old = state
         grads, state, aux = method.add_gradient(d, full, state, batch.reward, grads)
         optimiser = fetch("student_optimiser", after=optax.tree.norm(grads))
-        (student, student_optimiser), norm = apply_gradient(optimisers.student, grads, (state.student, optimiser))
-        metrics |= aux | {"student_gradient": norm}
+        (student, student_optimiser), norm, good = apply_gradient(
+            optimisers.student, grads, (state.student, optimiser), _finite(metrics | aux), config.max_gradient_norm
+        )
+        average = optax.incremental_update(student, ema, 1 - config.student.ema_decay)
+        metrics, average = metrics | aux | {"student_gradient": norm}, select(good, average, ema)
 
         # The fake score, on samples of the new student
         def fake_loss(params: Params, rows: Batch, key: Key) -> tuple[jax.Array, Any]:
             return objectives.fake_score(d, full(params), full(student), rows, key)
 
-        def fake_update(carry: tuple[Params, Any], key: Key) -> tuple[tuple[Params, Any], Metrics]:
-            grads, aux = _accumulated(fake_loss, carry[0], micro, key)
-            carry, norm = apply_gradient(optimisers.fake_score, grads, carry)
-            return carry, aux | {"fake_score_gradient": norm}
+        def fake_update(carry: tuple[Any, jax.Array], key: Key) -> tuple[tuple[Any, jax.Array], Metrics]:
+            fake, good = carry
+            grads, aux = _accumulated(fake_loss, fake[0], micro, key)
+            fake, norm, good = apply_gradient(optimisers.fake_score, grads, fake, good & _finite(aux))
+            return (fake, good), aux | {"fake_score_gradient": norm}
 
-        start = state.fake_score, fetch("fake_score_optimiser", after=norm)
-        fake, aux = lax.scan(fake_update, start, jax.random.split(fake_key, config.fake_score.updates))
+        start = (state.fake_score, fetch("fake_score_optimiser", after=norm)), good
+        (fake, good), aux = lax.scan(fake_update, start, jax.random.split(fake_key, config.fake_score.updates))
         metrics |= {name: value.mean() for name, value in aux.items()}
 
         # What is to be scored, and the latent reward model
@@ -85,18 +95,54 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
             state, samples, aux = method.learn(d, optimisers, state, batch.reward, rows.text, samples)
             metrics |= aux
 
+        # What is small is taken only after a step that was finite throughout.
+        small = ("latent_reward", "latent_reward_optimiser", "reward_statistics")
+        kept = select(good & _finite(metrics), *({name: getattr(s, name) for name in small} for s in (state, old)))
         new = dataclasses.replace(
             state,
             step=state.step + 1,
             student=student,
-            ema=optax.incremental_update(student, ema, 1 - config.student.ema_decay),
+            ema=average,
             fake_score=fake[0],
             student_optimiser=student_optimiser,
             fake_score_optimiser=fake[1],
+            **kept,
         )
         return new, metrics, samples
 
     return step
+
+
+def make_explain(d: Distillation) -> Callable[[TrainState, Frozen, Batch], Metrics]:
+    """(state, frozen, batch) → the student's losses in the step, row by row: [b] of each term."""
+
+    def explain(state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:
+        key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)[0]
+        micro = _micro_batches(dataclasses.replace(batch, reward=None), d.config.accumulation)
+        params, ema, fake = (
+            _full_params(d.config.lora.rank, frozen.teacher, p) for p in (state.student, state.ema, state.fake_score)
+        )
+        references = References(ema, fake, state.latent_reward, state.reward_statistics, frozen, state.step)
+
+        def rows(inputs: tuple[Batch, Key]) -> Metrics:
+            generated, losses = objectives.student_rows(d, params, references, *inputs)
+            return {"generated": generated.mean((1, 2, 3, 4))} | {term.name: each for term, each, _ in losses}
+
+        each = lax.map(rows, (micro, jax.random.split(key, d.config.accumulation)))
+        # A reward's term may have fewer rows than the batch.
+        return {name: value.swapaxes(0, 1).ravel() for name, value in each.items()}
+
+    return explain
+
+
+def skipped(config: DistillConfig, metrics: Mapping[str, Any]) -> list[str]:
+    """The metrics of a step, as numbers, because of which updates were not taken; none of a healthy one."""
+    most = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
+    return [k for k, v in metrics.items() if not math.isfinite(v) or (k == "student_gradient" and v > most)]
+
+
+def _finite(metrics: Metrics) -> jax.Array:
+    return jnp.isfinite(jnp.stack(list(metrics.values()))).all()
 
 
 def _full_params(rank: int, teacher: Params, params: Params) -> Params:

@@ -32,18 +32,24 @@ from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.rewards.scorer import Scorer
 from dollar_jax.run import CHECKPOINTS, read_config, record_config
+from dollar_jax.skips import Skips, explain
 from dollar_jax.state import TrainState, as_items, from_items, to_items
 
 
 def train(
-    config: DistillConfig, workdir: Path, generator: Generator, data: EncodedVideos | PreparedVideos
+    config: DistillConfig,
+    workdir: Path,
+    generator: Generator,
+    data: EncodedVideos | PreparedVideos,
+    replay_batch: Path | None = None,
 ) -> TrainState:
     """Distils for `config.steps` steps, from the newest checkpoint in `workdir` if there is one.
 
     Leaves checkpoints, history.jsonl, TensorBoard events and config.json. Stops early, with a checkpoint,
     when config.reward.guard says that the reward is being hacked. Raises ValueError when the workdir
-    holds a run with other settings, FloatingPointError when the loss stops being finite, Preempted
-    after SIGTERM, with a checkpoint.
+    holds a run with other settings, FloatingPointError when too many steps in a row were not finite, Preempted
+    after SIGTERM, with a checkpoint. With `replay_batch`, a batch that such an error left, it prints what is not
+    finite in that one step, and trains nothing.
     """
     method_of(config).check()  # before anything is written
     record_config(config, workdir)
@@ -83,7 +89,11 @@ def train(
             state = programs.init(jax.random.key(config.seed), frozen.teacher)
             if config.init is not None:
                 state = _go_on_from(Path(config.init), programs, state)
+        if replay_batch is not None:
+            print("\n  ".join(explain(programs, state, frozen, replay_batch)))
+            return state
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
+        skips = Skips(config, workdir, first)
         sample_logger = make_sample_logger(config, workdir, generator, frozen.teacher)
         throughput = make_throughput(config, programs)
         with (
@@ -105,6 +115,7 @@ def train(
                     tokens, kept = scorer.inputs(step, captions, read["latent"].shape[1:])
                 batch = _global_batch(programs, rows, read["on_device"], tokens, kept)
                 state, metrics, samples = programs.step(state, frozen, batch)
+                skips.step(step + 1, metrics, data.names_of(read), batch)
                 busy = metrics["student_loss"]
                 if scorer is not None:
                     scorer.collect()
@@ -116,8 +127,12 @@ def train(
                 saving = saving or hacked is not None or preempted
                 if saving and scorer is not None:
                     scorer.collect()
+                if saving:
+                    skips.check()
                 profile.after(step, metrics)
                 host = {} if scorer is None else dict(scorer.latest)
+                if skips.total:
+                    host["skipped_steps"] = float(skips.total)
                 if sample_logger.due(step + 1):
                     student = state.ema
                     if programs.merge is not None:

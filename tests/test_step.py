@@ -357,6 +357,42 @@ def test_failed_rewards_are_as_if_never_scored(base, initial):
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+@pytest.mark.parametrize("field, value", [("latent", np.nan), ("text", np.inf), ("latent", 1e30)])
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_count(base, initial, field, value):
+    batch = make_batch(0)
+    getattr(batch, field)[3].flat[5] = value
+    state, metrics, _ = base.step(base.start(initial), batch)
+    assert not all(np.isfinite(v) for v in metrics.values())
+    state, before = host(to_items(state)), dict(initial)
+    assert state.pop("progress")["step"] == 1 and before.pop("progress")["step"] == 0
+    jax.tree.map(np.testing.assert_array_equal, state, before)
+
+
+def test_a_reward_whose_regression_overflows_spares_the_latent_model(base, initial):
+    """The student, updated before, keeps its update."""
+    batch = make_batch(0)
+    batch.reward.reward[0, 3] = 3e38
+    state, metrics, _ = base.step(base.start(initial), batch)
+    state, fine = host(to_items(state)), host(to_items(base.step(base.start(initial), make_batch(0))[0]))
+    assert not np.isfinite(metrics["reward_std"])
+    jax.tree.map(np.testing.assert_array_equal, state["reward_head"], initial["reward_head"])
+    jax.tree.map(np.testing.assert_array_equal, state["student"], fine["student"])
+
+
+def test_a_spike_of_the_gradient_is_skipped_where_asked_for(runner, initial, alone):
+    """The student's norm of a step lies between the two bounds."""
+    norm = float(alone(())[1][0]["student_gradient"])
+    states = []
+    for bound in (1.01 * norm, 0.99 * norm):
+        one = runner(("max_gradient_norm", bound))
+        states.append(host(to_items(one.step(one.start(initial), make_batch(0))[0])))
+    taken, skipped = states
+    for name in ("student", "ema", "fake_score", "reward_head"):
+        same = jax.tree.map(lambda a, b: (a == b).all(), skipped[name], initial[name])
+        assert all(jax.tree.leaves(same)), name
+        assert not all(jax.tree.leaves(jax.tree.map(lambda a, b: (a == b).all(), taken[name], initial[name]))), name
+
+
 def test_no_reward_at_all_leaves_statistics_and_no_nan(base, initial):
     """The first step of a run, before anything was scored."""
     batch = make_batch(0)

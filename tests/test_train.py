@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -73,7 +74,14 @@ def one_program():
     def remembered(config, *args, **rewards):
         # Without its mappings a config can be hashed; what is replaced is no concern of the program.
         reward = dataclasses.replace(config.reward, timeout=1.0, guard=RewardGuard(4, None, None))
-        other = {"pretrain": None, "log_every": 1, "keep_checkpoints": 1, "init": None, "reward": reward}
+        other = {
+            "max_skipped": 0,
+            "pretrain": None,
+            "log_every": 1,
+            "keep_checkpoints": 1,
+            "init": None,
+            "reward": reward,
+        }
         key = dataclasses.replace(config, **other)
         if key not in built:
             built[key] = build(config, *args, **rewards)
@@ -320,19 +328,56 @@ def test_a_missing_checkpoint_is_one_sentence(config, generator, tmp_path):
         restore_student(tmp_path, generator)
 
 
+def poison(batch):
+    return dataclasses.replace(batch, latent=batch.latent.at[5, 0, 1, 1, 0].set(np.nan))
+
+
 def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(train, whole, config, tmp_path):
     """NaN from the 5th step on: neither history nor a checkpoint may hold it, nor may the good one go."""
-
-    def poison(batch):
-        return dataclasses.replace(batch, latent=jax.numpy.full_like(batch.latent, np.nan))
-
-    message = r"is nan at step 6: lower the learning rate"
+    message = r"consistency is nan at step 5: lower the learning rate"
+    changed = dataclasses.replace(config, log_every=100, keep_checkpoints=1, max_skipped=0)
     with from_step(5, poison), pytest.raises(FloatingPointError, match=message):
-        train(tmp_path, dataclasses.replace(config, log_every=100, keep_checkpoints=1))
+        train(tmp_path, changed)
     assert [line["step"] for line in read_history(tmp_path)] == [3]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
     state = train(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, state, whole[1])
+
+
+def test_a_bad_batch_is_skipped_named_and_counted(train, whole, config, tmp_path, capsys):
+    def second_only(batch, calls=itertools.count()):  # noqa: B008 (one count for all calls)
+        return poison(batch) if next(calls) == 0 else batch
+
+    with from_step(2, second_only):
+        state = train(tmp_path, config)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    lines = history(tmp_path)
+    assert [line.get("skipped_steps", 0) for line in lines] == [0, 0, 1, 1, 1, 1]  # known one step later
+    assert ["student_loss" in line for line in lines] == [True, False, True, True, True, True]
+    (noted,) = [json.loads(row) for row in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert noted["step"] == 2 and noted["because_of"]["data_std"] == "nan"
+    assert len(noted["records"]) == 8 and noted["records"][0].startswith("video ")
+    assert "skipped step 2: consistency is nan; its records are in" in capsys.readouterr().out
+    assert all("student_loss" in line for line in read_history(whole[0]))  # a healthy run skips none
+    assert not (whole[0] / "skipped.jsonl").exists()
+
+
+def test_the_batch_of_a_stopped_run_shows_its_row(train, config, generator, data, tmp_path, capsys):
+    changed = dataclasses.replace(config, max_skipped=1)
+    with from_step(5, poison), pytest.raises(FloatingPointError, match="2 steps in a row.*skipped_000006.npz"):
+        train(tmp_path, changed)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    loop.train(changed, tmp_path, generator, data, tmp_path / "skipped_000006.npz")
+    said = capsys.readouterr().out
+    names = json.loads((tmp_path / "skipped.jsonl").read_text().splitlines()[-1])["records"]
+    assert "step 6 again, on the state after step 3:" in said
+    assert f"latent is not finite in row 5 ({names[5]})" in said
+    assert f"consistency is not finite in row 5 ({names[5]})" in said
+    assert "consistency is nan" in said and "vsd is" not in said  # which begins from noise
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    (tmp_path / "no.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"no\.npz is no batch"):
+        loop.train(changed, tmp_path, generator, data, tmp_path / "no.npz")
 
 
 def test_a_run_goes_on_from_another_ones_student(train, whole, config, tmp_path):

@@ -28,6 +28,7 @@ def define_flags(arguments: list[str]) -> None:
     )
     define("integer", "num_processes", None, "Processes of the run.", 1)
     define("integer", "process_id", None, "Which of them this is, from 0.", 0)
+    define("string", "replay_batch", None, "The skipped_*.npz of a stopped run: show what is not finite in its step.")
     define("bool", "profile", False, "Leave an XProf trace of three steps in WORKDIR/profile.")
 
 
@@ -49,8 +50,9 @@ def run() -> None:
         FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, lambda error: report_error("train", error)
     ):
         generator = make_generator(config, mesh=make_mesh(config.mesh))
-        train(config, workdir, generator, load_data(config, generator, workdir))
-        if jax.process_index() == 0:
+        replay = None if FLAGS.replay_batch is None else Path(FLAGS.replay_batch)
+        train(config, workdir, generator, load_data(config, generator, workdir), replay)
+        if replay is None and jax.process_index() == 0:
             print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
 
 

@@ -49,6 +49,10 @@ class EncodedVideos:
         """The captions of a batch's rows."""
         return [str(self.captions[i]) for i in batch["index"]]
 
+    def names_of(self, batch: dict[str, Any]) -> list[str]:
+        """What the batch's rows are called in messages."""
+        return [f"video {i}" for i in batch["index"]]
+
     def batches(
         self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None
     ) -> grain.DatasetIterator:

@@ -57,13 +57,16 @@ class Records:
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         try:
-            raw = self._source[index]
+            record = self._features.deserialize_example_np(self._source[index])
+            for name in {"latent", "latent_std", "text"} & record.keys():
+                if not np.isfinite(record[name]).all():
+                    raise ValueError(f"its {name} is not finite")
+            return record
         except (RuntimeError, ValueError, OSError) as error:
             shard = next(i for i, end in enumerate(self._ends) if index < end)
             first = self._ends[shard] - self._shards[shard].take
             self._damaged.note(f"record {index - first} of {self._shards[shard].filename}", error)
             return None
-        return self._features.deserialize_example_np(raw)
 
     def readable(self, index: int) -> dict[str, Any]:
         """The record of that index, or the next one that is not damaged in its place.
@@ -131,6 +134,10 @@ class PreparedVideos:
         """The captions of a batch's rows."""
         return [str(caption) for caption in batch["caption"]]
 
+    def names_of(self, batch: dict[str, Any]) -> list[str]:
+        """The names that the batch's rows have in the source."""
+        return [str(name) for name in batch["name"]]
+
     def batches(
         self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None
     ) -> grain.DatasetIterator:
@@ -170,7 +177,8 @@ class PreparedVideos:
             latent = np.zeros(shape, np.float32)
         text = np.zeros((self.config.max_text_length, record["text"].shape[-1]), np.float32)
         text[: len(record["text"])] = record["text"]
-        return {"latent": latent, "text": text, "caption": record["caption"].decode()}
+        names = {name: record[name].decode() for name in ("caption", "name")}
+        return {"latent": latent, "text": text, **names}
 
 
 def _endless(records: Records, config: DistillConfig, number: int, rows: np.ndarray, row: Any) -> grain.IterDataset:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dollar_jax.rewards.reward import AnyReward, WrongShape
+from dollar_jax.rewards.reward import LARGEST, AnyReward, WrongShape
 
 
 class HostScorer:
@@ -61,9 +61,10 @@ class HostScorer:
                 self._fault("raised", f"raised {type(call.error).__name__}: {call.error}")
             else:
                 self._next_pause = 1
-                if count := int(np.sum(~np.isfinite(call.rewards))):
-                    self._fault("not finite", "gave a reward that is not finite", count)
-                return np.where(np.isfinite(call.rewards), call.rewards, np.nan)
+                good = np.abs(call.rewards) <= LARGEST
+                if count := int(np.sum(~good)):
+                    self._fault("not finite", f"gave a reward that is not finite or beyond ±{LARGEST:g}", count)
+                return np.where(good, call.rewards, np.nan)
         if not call.done.is_set():
             self._pause, self._next_pause = self._next_pause, 2 * self._next_pause
         return failed

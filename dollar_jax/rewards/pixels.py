@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from dollar_jax.config import RewardConfig
 from dollar_jax.rewards.methods import METHODS
-from dollar_jax.rewards.reward import AnyReward, JaxReward
+from dollar_jax.rewards.reward import LARGEST, AnyReward, JaxReward
 from dollar_jax.types import Latent, Params
 
 Decode = Callable[[Params, Latent], jax.Array]  # parameters, latents → frames in [0, 1]
@@ -62,7 +62,8 @@ class PixelRewards:
                     "number per video"
                 )
             # A reward may give a finite number to anything, so what is not finite never counts.
-            columns[i] = jnp.where(finite, values.astype(jnp.float32), jnp.nan)
+            values = values.astype(jnp.float32)
+            columns[i] = jnp.where(finite & (jnp.abs(values) <= LARGEST), values, jnp.nan)
         return jnp.stack(columns, -1)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from dollar_jax.program import Program
 from dollar_jax.types import Params
 
+LARGEST = 1e15  # beyond it a reward counts as not finite: its square has to be, in fp32 and summed
 _AT_ONCE = 16  # clips that a JAX reward scores at once outside of the step
 
 

@@ -140,6 +140,7 @@ class Scorer:
             # A reward may give a finite number to anything, so what is not finite never counts.
             scored = np.where(local_rows(pending.finite), host.collect(), np.nan)
             reward[..., i] = scored.reshape(reward.shape[:2])
+        reward[~np.isfinite(pending.text).all((1, 2))] = np.nan
         samples = dataclasses.replace(samples, reward=reward)
         samples, text = of_all_processes(pending.here, (samples, pending.text))
         trained = samples.reward[..., self._trained]

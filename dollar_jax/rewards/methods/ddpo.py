@@ -123,9 +123,12 @@ class RolloutMemory:
         self.rollouts = Rollouts(**{name.removeprefix("walk_"): value for name, value in arrays.items()})
 
     def add(self, samples: RewardSamples, text: np.ndarray, reward: np.ndarray) -> None:
-        good = np.isfinite(reward[:, 0]).all(1, keepdims=True)
-        known = np.where(good, reward[:, 0], np.nan).astype(np.float32)
-        self.rollouts = Rollouts(np.asarray(samples.states), text, known)
+        good = np.isfinite(reward[:, 0]).all(1)
+        # What is left out may be not finite, and 0 times that is not 0.
+        rows = np.asarray(samples.states), text, reward[:, 0]
+        self.rollouts = Rollouts(*(np.array(x, np.float32) for x in rows))
+        for array, value in zip(vars(self.rollouts).values(), (0, 0, np.nan), strict=True):
+            array[~good] = value
 
     def take(self, step: int) -> Rollouts:
         taken = self.rollouts

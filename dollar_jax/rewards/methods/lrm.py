@@ -102,7 +102,7 @@ class LatentReward(RewardMethod):
 
         def update(carry: tuple[Params, Any], rows: ScoredLatents) -> tuple[tuple[Params, Any], Metrics]:
             grads, metrics = jax.grad(loss, has_aux=True)(carry[0], rows)
-            carry, norm = apply_gradient(optimisers.latent_reward, grads, carry)
+            carry, norm, _ = apply_gradient(optimisers.latent_reward, grads, carry)
             return carry, metrics | {"reward_head_gradient": norm}
 
         # Unrolled: small as they are, XLA:CPU's convolutions are many times slower inside a loop.

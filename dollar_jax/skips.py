@@ -1,0 +1,95 @@
+"""Steps whose updates were skipped because something in them was not finite: noted, and at last the end of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from dollar_jax import sharding
+from dollar_jax.config import DistillConfig
+from dollar_jax.distillation import Batch, Frozen
+from dollar_jax.files import new_file
+from dollar_jax.programs import TrainPrograms
+from dollar_jax.run import SKIPPED, truncate_history
+from dollar_jax.state import TrainState
+from dollar_jax.step import skipped
+
+
+class Skips:
+    """The skipped steps of a run, a line for each in WORKDIR/skipped.jsonl; `total` counts them."""
+
+    def __init__(self, config: DistillConfig, workdir: Path, first: int):
+        self.config, self.workdir, self._in_a_row = config, workdir, 0
+        self.total = truncate_history(workdir, first, SKIPPED)
+        self._held: tuple[int, Mapping[str, jax.Array], list[str], Batch] | None = None
+
+    def step(self, step: int, metrics: Mapping[str, jax.Array], names: list[str], batch: Batch) -> None:
+        """Takes in a step and the names of this process's rows; looks at the step before, which has had its time."""
+        self.check()
+        self._held = step, metrics, names, batch
+
+    def check(self) -> None:
+        """Waits for the last step; FloatingPointError, with its batch in WORKDIR for `explain`, when more than
+        config.max_skipped in a row were skipped.
+        """
+        held, self._held = self._held, None
+        if held is None:
+            return
+        step, metrics, names, batch = held
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        bad = skipped(self.config, values)
+        self._in_a_row = self._in_a_row + 1 if bad else 0
+        if not bad:
+            return
+        self.total += 1
+        if jax.process_index() == 0:
+            line = {"step": step, "because_of": {k: str(values[k]) for k in bad}, "records": names}
+            with (self.workdir / SKIPPED).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            tqdm.write(f"skipped step {step}: {bad[0]} is {values[bad[0]]:g}; its records are in {file.name}")
+        if self._in_a_row > self.config.max_skipped:
+            path, leaves = self.workdir / f"skipped_{step:06d}.npz", jax.tree.leaves(batch)
+            if jax.process_count() > 1:
+                leaves = multihost_utils.process_allgather(leaves, tiled=True)
+            if jax.process_index() == 0:
+                with new_file(path) as draft, draft.open("wb") as file:
+                    np.savez(file, *map(np.asarray, leaves), step=step, names=names)
+            raise FloatingPointError(
+                f"{bad[0]} is {values[bad[0]]:g} at step {step}: lower the learning rates or clip the gradients; "
+                f"{self._in_a_row} steps in a row were skipped, and the last checkpoint is from before this step. What "
+                f"is not finite is shown by dollar train with the same flags and --replay_batch={path}"
+            )
+
+
+def explain(programs: TrainPrograms, state: TrainState, frozen: Frozen, path: Path) -> list[str]:
+    """Runs the step of a saved batch; sentences that say which metrics, and which rows of the batch, are not finite.
+
+    Raises ValueError for a file that holds no batch of this run.
+    """
+    structure = jax.tree.structure(programs.batch_shapes)
+    try:
+        with np.load(path) as stored:
+            step, names = int(stored["step"]), stored["names"].tolist()
+            leaves = [stored[f"arr_{i}"] for i in range(structure.num_leaves)]
+    except (ValueError, OSError, KeyError, EOFError) as error:
+        raise ValueError(f"--replay_batch={path} is no batch that a run of these settings left: {error}") from error
+    said = [f"step {step} again, on the state after step {int(state.step)}:"]
+    batch = sharding.put(jax.tree.unflatten(structure, leaves), programs.batch_sharding)
+    begun = sharding.put(np.asarray(step - 1, np.int32), programs.state_sharding.step)
+    state = dataclasses.replace(state, step=begun)
+    rows = {"latent": leaves[0], "text": leaves[1]} | jax.device_get(programs.explain(state, frozen, batch))
+    values = jax.device_get(dict(programs.step(state, frozen, batch)[1]))
+    said += [f"{name} is {value:g}" for name, value in values.items() if not math.isfinite(value)]
+    for name, value in rows.items():
+        if bad := np.flatnonzero(~np.isfinite(value.reshape(len(value), -1)).all(1)).tolist():
+            called = [f"{i} ({names[i]})" if i < len(names) else str(i) for i in bad]
+            said.append(f"{name} is not finite in row {', '.join(called)}")
+    return said if len(said) > 1 else [*said, "all is finite, so that the steps between the two made it not so"]
