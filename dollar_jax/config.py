@@ -98,20 +98,13 @@ class StudentConfig:
     """The student: its timesteps, and what it is trained on. The paper does not settle `input`."""
 
     timesteps: tuple[float, ...] = field(
-        (1000.0, 750.0, 500.0, 250.0),
-        "The student's timesteps on the teacher's schedule, descending.",
-        above=0,
-        high=1000,
+        (1000.0, 750.0, 500.0, 250.0), "Its timesteps on the teacher's schedule, descending.", above=0, high=1000
     )
     input: Literal["forward", "backward"] = field(
-        "backward",
-        "forward noises real latents to the timesteps; backward goes there from noise by the student's own steps.",
+        "backward", "forward noises real latents to the timesteps; backward goes there from noise by its own steps."
     )
     ema_decay: float = field(
-        0.99,
-        "Decay of the average that is the consistency target and is sampled from; unknown in the paper.",
-        low=0,
-        high=1,
+        0.99, "Decay of the consistency target, which is sampled from; unknown in the paper.", low=0, high=1
     )
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The student's optimiser.")
 
@@ -149,8 +142,8 @@ class ConsistencyConfig:
     weight: float = field(0.5, "β_CD, the weight of L_CD.", low=0)
     times: Literal["grid", "student"] = field(
         "grid",
-        "grid takes t_{n+m} from the teacher's grid, as in the paper; student takes the student's own timesteps, "
-        "each with its next one as the target, and shares the student's forward pass with VSD.",
+        "grid takes t_{n+m} from the teacher's grid, as in the paper; student takes the student's own timesteps, each "
+        "with its next one as the target, and shares VSD's forward pass.",
     )
     num_steps: int = field(50, "Steps of the teacher's grid.", low=1)
     skip: int = field(5, "m, the teacher's steps between input and target.", low=1)
@@ -163,10 +156,7 @@ class ConsistencyConfig:
 
     def __post_init__(self) -> None:
         if self.times == "grid" and self.skip > self.num_steps:
-            raise ValueError(
-                f"config.consistency.skip must be at most config.consistency.num_steps, {self.num_steps}, "
-                f"not {self.skip}"
-            )
+            raise ValueError(f"config.consistency.skip must be at most num_steps, {self.num_steps}, not {self.skip}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,10 +215,7 @@ class RewardGuard:
         None, "Least correlation of latent and true reward; None for no such bound.", low=-1, high=1
     )
     max_fall: float | None = field(
-        None,
-        "How far the mean of a held-out reward may fall below its highest, in its standard deviations there; "
-        "None for no such bound.",
-        above=0,
+        None, "How far a held-out reward's mean may fall below its highest, in standard deviations.", above=0
     )
 
 
@@ -239,13 +226,13 @@ class RewardConfig:
     rewards: tuple[RewardTerm, ...] = field((RewardTerm("vivid"),), "The rewards that are summed or held out.")
     method: Literal["lrm", "direct", "ddpo"] = field(
         "lrm",
-        "lrm learns the rewards by a latent model and differentiates that; direct differentiates decoder and JAX "
-        "rewards; ddpo is REINFORCE on the last two student steps, DOLLAR eq. (8.24-8.26).",
+        "lrm differentiates a latent model that learns the rewards; direct differentiates decoder and JAX rewards; "
+        "ddpo is REINFORCE on the last two student steps, DOLLAR eq. (8.24-8.26).",
     )
     normalise: bool = field(
         True,
-        "Standardise every reward by running statistics before it is weighted, so that the weight counts standard "
-        "deviations; the paper's 1.0 goes with raw HPSv2 values, whose deviation is about 0.01.",
+        "Standardise every reward by running statistics, so that weights count standard deviations; the paper's 1.0 "
+        "goes with raw HPSv2 values, whose deviation is about 0.01.",
     )
     weight: float = field(0.01, "β_FT, the weight of L_FT.", low=0)
     start_step: int = field(1000, "Step from which L_FT counts; before it the latent model only learns.", low=0)
@@ -260,10 +247,7 @@ class RewardConfig:
         60.0, "Seconds that a host reward may take over one step's samples.", above=0, resumable=True
     )
     retries: int = field(
-        1,
-        "Further tries of a host reward that raised or took longer, before the samples are skipped.",
-        low=0,
-        resumable=True,
+        1, "Further tries of a host reward that failed, before the samples are skipped.", low=0, resumable=True
     )
     remat: bool = field(True, "direct recomputes decoder and rewards in the backward pass.", resumable=True)
     replay: int = field(128, "Scored latents kept in the host's memory and in checkpoints.", low=1)
@@ -310,7 +294,7 @@ class DataConfig:
     max_text_length: int = field(512, "Tokens of a caption.", low=1)
     corrupt_records: int = field(
         0,
-        "Unreadable records of a prepared data set that are skipped, each named, before a run stops.",
+        "Damaged records of a prepared data set that are skipped, and named, before a run stops.",
         low=0,
         resumable=True,
     )
@@ -402,9 +386,7 @@ class VisibilityConfig:
         0.5, "Share of the teacher's Vendi score above 1 below which a collapse is warned of.", low=0
     )
     std_range: tuple[float, float] = field(
-        (0.6, 1.5),
-        "Latents' deviation, as a share of the teacher's, outside of which a collapse is warned of.",
-        above=0,
+        (0.6, 1.5), "Latents' deviation by the teacher's, outside of which a collapse is warned of.", above=0
     )
     most_drift: float = field(
         0.3, "Distance of the latents' mean from the teacher's, in its deviations, that is warned of.", low=0

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.clip import clip_size
-from dollar_jax.files import new_folder
+from dollar_jax.files import new_folder, read_json
 from dollar_jax.generate import teacher_folder
 from dollar_jax.models import lora
 from dollar_jax.objectives import terms
@@ -82,11 +82,11 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
                 else:
                     shutil.copytree(teacher / name, draft / name)
             shutil.copytree(teacher / "tokenizer", draft / "tokenizer")
-            index = json.loads((teacher / "model_index.json").read_text())
+            index = read_json(teacher / "model_index.json")
             write_json(draft / "model_index.json", index | {"scheduler": ["diffusers", SCHEDULERS[schedule.path]]})
         write_json(draft / "scheduler" / "scheduler_config.json", scheduler(config, schedule))
         path = workdir / "metrics.json"
-        metrics = json.loads(path.read_text()) if path.is_file() else {}
+        metrics = read_json(path) if path.is_file() else {}
         card = model_card(config, schedule, family.pipeline, step, ema, metrics, adapter)
         (draft / "README.md").write_text(card)
 

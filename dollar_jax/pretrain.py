@@ -28,7 +28,7 @@ from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import Fit, PretrainConfig, SamplingConfig
 from dollar_jax.data import shapes
 from dollar_jax.data.vocabulary import build_tokenizer
-from dollar_jax.files import new_file
+from dollar_jax.files import new_file, read_arrays
 from dollar_jax.generate import Generator, draw_videos, video_keys
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import UMT5Config, zero_padding
@@ -219,8 +219,8 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
         mean, std = encode_all(vae, videos)
         with new_file(cache) as draft, draft.open("wb") as file:
             np.savez(file, mean=mean, std=std, captions=[str(c) for c in captions])
-    with np.load(cache) as stored:
-        mean, std, captions = stored["mean"], stored["std"], stored["captions"].tolist()
+    stored = read_arrays(cache)
+    mean, std, captions = stored["mean"], stored["std"], stored["captions"].tolist()
     axes = (0, 1, 2, 3)
     vae_config = WanVAEConfig(
         **{

@@ -30,7 +30,7 @@ from dollar_jax.rewards.pixels import PixelRewards
 from dollar_jax.rewards.scorer import decode_program
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import Optimisers, TrainState, init_state
-from dollar_jax.step import make_explain, make_step
+from dollar_jax.step import make_step
 from dollar_jax.types import Params
 
 
@@ -38,13 +38,12 @@ from dollar_jax.types import Params
 class TrainPrograms:
     """`step(state, frozen, batch)`, which donates the state; `init(key, teacher)`, the state at the start.
 
-    `explain` gives the step's losses row by row. `merge(teacher, adapters)` gives the student's parameters of its
-    adapters; None where there are none.
+    `merge(teacher, adapters)` gives the student's parameters of its adapters; None where there are none.
     """
 
     mesh: Mesh
+    distillation: Distillation
     step: Program
-    explain: Program
     init: Program
     merge: Program | None
 
@@ -130,6 +129,7 @@ def train_programs(
     teacher_sharding = frozen_sharding.teacher
     return TrainPrograms(
         mesh,
+        distillation,
         Program(
             "step",
             put_back,
@@ -138,14 +138,6 @@ def train_programs(
             (state_sharding, frozen_sharding, batch_sharding),
             (state_sharding, whole, samples_sharding),
             donate=(0,),
-        ),
-        Program(
-            "explain",
-            make_explain(distillation),
-            (state_shapes, frozen_shapes, batch_shapes),
-            mesh,
-            (on_chips, frozen_sharding, batch_sharding),
-            whole,
         ),
         Program(
             "init",

@@ -30,6 +30,7 @@ from dollar_jax.evaluate.measure import (
     samplers,
 )
 from dollar_jax.evaluate.metrics import write_metrics
+from dollar_jax.files import read_arrays, read_json
 from dollar_jax.generate import Generator, make_generator
 from dollar_jax.report.ablation import Result, write_ablation
 from dollar_jax.rewards import load_rewards, weighted_sum
@@ -180,7 +181,7 @@ def _read_cell(workdir: Path, key: str, seed: int, config: DistillConfig, quick:
     path = _path(workdir, key, seed)
     if not path.exists():
         return None
-    cell = json.loads(path.read_text())
+    cell = read_json(path)
     stored = {name: value for name, value in cell["settings"].items() if name not in ("visibility", "quick")}
     before = distill_config(stored, past=True)  # with the defaults of settings that are newer than the cell
     if _settings(before, cell["settings"]["quick"]) != _settings(dataclasses.replace(config, seed=seed), quick):
@@ -189,8 +190,7 @@ def _read_cell(workdir: Path, key: str, seed: int, config: DistillConfig, quick:
 
 
 def _videos(workdir: Path, key: str) -> dict[str, np.ndarray]:
-    with np.load(workdir / "cells" / f"{key}.npz") as stored:
-        return {name: stored[name] for name in stored.files}
+    return read_arrays(workdir / "cells" / f"{key}.npz")
 
 
 def _command(method: Method, common: Mapping[str, Any], seed: int) -> str:

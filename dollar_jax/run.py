@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from dollar_jax import sharding
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import DistillConfig, LoraConfig, distill_config, unresumable
-from dollar_jax.files import write_file
+from dollar_jax.files import parse_json, read_json, read_text, write_file
 from dollar_jax.generate import ChosenSampler, Generator, merge_program, student_network, subset
 from dollar_jax.models import lora
 from dollar_jax.models.network import Network
@@ -32,7 +32,7 @@ def read_config(workdir: Path) -> DistillConfig:
     path = workdir / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG} in it")
-    return distill_config(json.loads(path.read_text()), past=True)
+    return distill_config(read_json(path), past=True)
 
 
 def record_config(config: DistillConfig, workdir: Path) -> None:
@@ -54,7 +54,7 @@ def record_config(config: DistillConfig, workdir: Path) -> None:
 def read_history(workdir: Path) -> list[dict[str, float]]:
     """The logged metrics of a run, one mapping per logged step."""
     path = workdir / HISTORY
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [parse_json(line, path) for line in read_text(path).splitlines()] if path.exists() else []
 
 
 def truncate_history(workdir: Path, step: int, name: str = HISTORY) -> int:
@@ -62,11 +62,11 @@ def truncate_history(workdir: Path, step: int, name: str = HISTORY) -> int:
     path, kept = workdir / name, []
     if not path.exists():
         return 0
-    for line in path.read_text().splitlines():
+    for line in read_text(path).splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if parse_json(line, path)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             break
     write_file(path, "".join(kept))
     return len(kept)

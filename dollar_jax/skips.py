@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -13,14 +14,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from dollar_jax import sharding
+from dollar_jax import objectives, sharding
 from dollar_jax.config import DistillConfig
-from dollar_jax.distillation import Batch, Frozen
-from dollar_jax.files import new_file
+from dollar_jax.distillation import Batch, Distillation, Frozen, References
+from dollar_jax.files import new_file, read_arrays
+from dollar_jax.program import Program
 from dollar_jax.programs import TrainPrograms
 from dollar_jax.run import SKIPPED, truncate_history
 from dollar_jax.state import TrainState
-from dollar_jax.step import skipped
+from dollar_jax.step import full_params, micro_batches, skipped
+from dollar_jax.types import Key
 
 
 class Skips:
@@ -76,16 +79,18 @@ def explain(programs: TrainPrograms, state: TrainState, frozen: Frozen, path: Pa
     """
     structure = jax.tree.structure(programs.batch_shapes)
     try:
-        with np.load(path) as stored:
-            step, names = int(stored["step"]), stored["names"].tolist()
-            leaves = [stored[f"arr_{i}"] for i in range(structure.num_leaves)]
-    except (ValueError, OSError, KeyError, EOFError) as error:
+        stored = read_arrays(path)
+        step, names = int(stored["step"]), stored["names"].tolist()
+        leaves = [stored[f"arr_{i}"] for i in range(structure.num_leaves)]
+    except (ValueError, KeyError) as error:
         raise ValueError(f"--replay_batch={path} is no batch that a run of these settings left: {error}") from error
     said = [f"step {step} again, on the state after step {int(state.step)}:"]
     batch = sharding.put(jax.tree.unflatten(structure, leaves), programs.batch_sharding)
     begun = sharding.put(np.asarray(step - 1, np.int32), programs.state_sharding.step)
     state = dataclasses.replace(state, step=begun)
-    rows = {"latent": leaves[0], "text": leaves[1]} | jax.device_get(programs.explain(state, frozen, batch))
+    on_devices = sharding.put(state, sharding.shard(programs.mesh, programs.state_shapes))  # all of it
+    by_row = Program("losses_by_row", functools.partial(losses_by_row, programs.distillation), mesh=programs.mesh)
+    rows = {"latent": leaves[0], "text": leaves[1]} | jax.device_get(by_row(on_devices, frozen, batch))
     values = jax.device_get(dict(programs.step(state, frozen, batch)[1]))
     said += [f"{name} is {value:g}" for name, value in values.items() if not math.isfinite(value)]
     for name, value in rows.items():
@@ -93,3 +98,18 @@ def explain(programs: TrainPrograms, state: TrainState, frozen: Frozen, path: Pa
             called = [f"{i} ({names[i]})" if i < len(names) else str(i) for i in bad]
             said.append(f"{name} is not finite in row {', '.join(called)}")
     return said if len(said) > 1 else [*said, "all is finite, so that the steps between the two made it not so"]
+
+
+def losses_by_row(d: Distillation, state: TrainState, frozen: Frozen, batch: Batch) -> dict[str, jax.Array]:
+    """[b] of each term of the student's loss in a step; a reward's may have fewer rows."""
+    count, key = d.config.accumulation, jax.random.split(jax.random.fold_in(state.key, state.step), 3)[0]
+    full = functools.partial(full_params, d.config.lora.rank, frozen.teacher)
+    reward = state.latent_reward, state.reward_statistics
+    references = References(full(state.ema), full(state.fake_score), *reward, frozen, state.step)
+
+    def rows(inputs: tuple[Batch, Key]) -> dict[str, jax.Array]:
+        _, losses = objectives.student_rows(d, full(state.student), references, *inputs)
+        return {term.name: each for term, each, _ in losses}
+
+    micro = micro_batches(dataclasses.replace(batch, reward=None), count)
+    return {k: v.T.ravel() for k, v in jax.lax.map(rows, (micro, jax.random.split(key, count))).items()}

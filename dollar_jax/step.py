@@ -50,8 +50,8 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics, RewardSamples | None]:
         student_key, fake_key, sample_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
-        micro = _micro_batches(dataclasses.replace(batch, reward=None), config.accumulation)
-        full = functools.partial(_full_params, config.lora.rank, frozen.teacher)
+        micro = micro_batches(dataclasses.replace(batch, reward=None), config.accumulation)
+        full = functools.partial(full_params, config.lora.rank, frozen.teacher)
         fetch = functools.partial(_fetch, state, on_devices)
 
         # The student
@@ -113,28 +113,6 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
     return step
 
 
-def make_explain(d: Distillation) -> Callable[[TrainState, Frozen, Batch], Metrics]:
-    """(state, frozen, batch) → the student's losses in the step, row by row: [b] of each term."""
-
-    def explain(state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:
-        key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)[0]
-        micro = _micro_batches(dataclasses.replace(batch, reward=None), d.config.accumulation)
-        params, ema, fake = (
-            _full_params(d.config.lora.rank, frozen.teacher, p) for p in (state.student, state.ema, state.fake_score)
-        )
-        references = References(ema, fake, state.latent_reward, state.reward_statistics, frozen, state.step)
-
-        def rows(inputs: tuple[Batch, Key]) -> Metrics:
-            generated, losses = objectives.student_rows(d, params, references, *inputs)
-            return {"generated": generated.mean((1, 2, 3, 4))} | {term.name: each for term, each, _ in losses}
-
-        each = lax.map(rows, (micro, jax.random.split(key, d.config.accumulation)))
-        # A reward's term may have fewer rows than the batch.
-        return {name: value.swapaxes(0, 1).ravel() for name, value in each.items()}
-
-    return explain
-
-
 def skipped(config: DistillConfig, metrics: Mapping[str, Any]) -> list[str]:
     """The metrics of a step, as numbers, because of which updates were not taken; none of a healthy one."""
     most = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
@@ -145,7 +123,7 @@ def _finite(metrics: Metrics) -> jax.Array:
     return jnp.isfinite(jnp.stack(list(metrics.values()))).all()
 
 
-def _full_params(rank: int, teacher: Params, params: Params) -> Params:
+def full_params(rank: int, teacher: Params, params: Params) -> Params:
     """Adapters together with the teacher's weights, which are on the devices anyway; other parameters as they are."""
     return lora.combine(teacher, params) if rank else params
 
@@ -160,7 +138,7 @@ def _fetch(state: TrainState, on_devices: Mapping[str, Any], field: str, after: 
     return jax.device_put(value, on_devices[field])
 
 
-def _micro_batches(batch: Batch, count: int) -> Batch:
+def micro_batches(batch: Batch, count: int) -> Batch:
     """[count, b / count, ...]; every micro-batch takes from every device's share of a sharded batch."""
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 

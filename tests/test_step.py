@@ -515,7 +515,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
     @functools.partial(jax.jit, static_argnums=0)
     def split(count):
-        micro = jax.tree.map(lambda v: step_module._micro_batches(v, count), (x, y))
+        micro = jax.tree.map(lambda v: step_module.micro_batches(v, count), (x, y))
         return step_module._accumulated(loss, params, micro, jax.random.key(9))
 
     whole, (metrics, _) = split(1)

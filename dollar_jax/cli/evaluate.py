@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from dollar_jax.cli.base import FLAGS, Command, define, prepare_jax
+from dollar_jax.files import read_json
 
 
 def define_flags(_: list[str]) -> None:
@@ -154,7 +154,7 @@ def _vbench_videos() -> None:
 
 def print_table(path: Path) -> None:
     """The rows of a metrics.json on the terminal."""
-    metrics = json.loads(path.read_text())
+    metrics = read_json(path)
     columns = ("alignment", "reward", "vendi", "flicker", "nfe", "diffusion_seconds")
     print("\n" + f"{'':16}" + "".join(f"{name:>18}" for name in columns))
     for name, row in metrics.items():

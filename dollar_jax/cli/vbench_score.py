@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dollar_jax.cli.base import FLAGS, Command, define
+from dollar_jax.files import read_json
 
 
 def define_flags(_: list[str]) -> None:
@@ -75,7 +76,7 @@ def _score(*paths: Path) -> dict[str, Any]:
     result["dynamic_degree"] = result["dimensions"].get("dynamic_degree")
     if FLAGS.metrics:
         result["vendi"] = _vendi(Path(FLAGS.metrics))
-    manifest = json.loads(Path(FLAGS.manifest).read_text()) if FLAGS.manifest else find_manifest(paths[0])
+    manifest = read_json(FLAGS.manifest) if FLAGS.manifest else find_manifest(paths[0])
     if manifest is not None:
         result["manifest"] = manifest
     return result
@@ -83,8 +84,8 @@ def _score(*paths: Path) -> dict[str, Any]:
 
 def _vendi(path: Path) -> float:
     try:
-        return float(json.loads(path.read_text())["vendi"])
-    except (ValueError, TypeError, KeyError) as error:
+        return float(read_json(path)["vendi"])
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{path} holds no Vendi score; dollar evaluate --videos writes it") from error
 
 

@@ -18,7 +18,7 @@ from dollar_jax.data.moving_shapes import load_moving_shapes
 from dollar_jax.data.prefetch import prefetch
 from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.distributed import wait_for
-from dollar_jax.files import new_file
+from dollar_jax.files import new_file, read_arrays
 from dollar_jax.generate import Generator
 from dollar_jax.program import Program
 
@@ -111,8 +111,8 @@ def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> Enc
             captions += [_decoded(record["caption"]) for record in part]
         with new_file(cache) as draft, draft.open("wb") as file:
             np.savez(file, latent=np.concatenate(latents), text=generator.text(captions), captions=captions)
-    with np.load(cache) as stored:
-        return EncodedVideos(stored["latent"], stored["text"], stored["captions"].tolist())
+    stored = read_arrays(cache)
+    return EncodedVideos(stored["latent"], stored["text"], stored["captions"].tolist())
 
 
 def _decoded(text: Any) -> str:

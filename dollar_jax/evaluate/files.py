@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from dollar_jax.files import read_text
 from dollar_jax.generate import Generator, Sampler, draw_beside
 from dollar_jax.types import Params
 from dollar_jax.video import SUFFIXES, write_video
@@ -25,7 +26,7 @@ def read_prompts(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it must hold a prompt per line")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = read_text(path).splitlines()
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one per line")

@@ -20,6 +20,7 @@ import numpy as np
 from dollar_jax import __version__
 from dollar_jax.config import DistillConfig
 from dollar_jax.evaluate.metrics import write_metrics
+from dollar_jax.files import read_json
 from dollar_jax.generate import ChosenSampler, Generator
 
 NAME = "manifest.json"
@@ -78,7 +79,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], free: Sequence[str
     """
     path = manifest_path(folder)
     if path.is_file() and folder.is_dir():
-        before, manifest = _load(path), json.loads(json.dumps(manifest))  # a tuple is read back as a list
+        before, manifest = read_json(path), json.loads(json.dumps(manifest))  # a tuple is read back as a list
         for name in manifest:
             if name not in free and before.get(name) != manifest[name]:
                 raise ValueError(
@@ -91,12 +92,12 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], free: Sequence[str
 def find_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a result file or a folder: in the file itself, in the folder or beside it; None without one."""
     if path.is_file():
-        content = _load(path)
-        if isinstance(content, dict) and "manifest" in content:
+        content = read_json(path)
+        if isinstance(content.get("manifest"), dict):
             return content["manifest"]
     folder = path if path.is_dir() else path.absolute().parent
     places = (folder / NAME, manifest_path(folder))
-    return next((_load(place) for place in places if place.is_file()), None)
+    return next((read_json(place) for place in places if place.is_file()), None)
 
 
 def check_alike(a: Path, b: Path) -> dict[str, tuple[Any, Any]]:
@@ -124,11 +125,4 @@ def check_alike(a: Path, b: Path) -> dict[str, tuple[Any, Any]]:
 def files_of(folder: Path) -> dict[str, str]:
     """The prompt of each file that the manifest of a folder of videos names."""
     path = manifest_path(folder)
-    return _load(path).get("files", {}) if folder.is_dir() and path.is_file() else {}
-
-
-def _load(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return read_json(path).get("files", {}) if folder.is_dir() and path.is_file() else {}

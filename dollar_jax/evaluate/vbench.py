@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dollar_jax.files import read_json
+
 # The least and the greatest value of each dimension, which are mapped to 0 and 1 without clipping.
 QUALITY = {
     "subject_consistency": (0.1462, 1.0),
@@ -143,13 +145,10 @@ def _read(path: Path) -> dict[str, Any]:
     """A result file by dimension name; what `dollar vbench-score --json` wrote gives its dimensions."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give VBench's eval_results JSON files")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if isinstance(content, dict) and isinstance(content.get("dimensions"), dict):
-        content = {name: value / 100 for name, value in content["dimensions"].items()}
-    if not isinstance(content, dict) or not content:
+    content = read_json(path)
+    if isinstance(content.get("dimensions"), dict):
+        content = {name: _score(path, name, value) / 100 for name, value in content["dimensions"].items()}
+    if not content:
         raise ValueError(f"{path} holds no VBench results: it must be an object of dimensions")
     values: dict[str, Any] = {}
     for key, value in content.items():

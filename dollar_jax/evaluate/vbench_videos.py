@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dollar_jax.evaluate.files import draw_missing, read_prompts, video_name
+from dollar_jax.files import read_json, read_text
 from dollar_jax.generate import Generator, Sampler, video_keys
 from dollar_jax.types import Params
 
@@ -56,16 +56,17 @@ def _lines(path: Path) -> list[str]:
     if path.suffix == ".json":
         return [prompt for prompt, _ in _full_info(path)]
     # Long prompts may hold what str.splitlines also breaks at.
-    return [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 def _full_info(path: Path) -> list[tuple[str, list[str]]]:
     """(prompt, dimensions) of the rows of VBench_full_info.json."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it must be VBench's VBench_full_info.json")
+    rows = read_json(path, list)
     try:
-        return [(row["prompt_en"], row["dimension"]) for row in json.loads(path.read_text())]
-    except (ValueError, TypeError, KeyError) as error:
+        return [(str(row["prompt_en"]), list(row["dimension"])) for row in rows]
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{path} is not like VBench_full_info.json: {error!r}") from error
 
 

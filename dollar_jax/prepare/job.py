@@ -30,7 +30,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from dollar_jax.data.prepared import NAME, SPLIT, fingerprint
-from dollar_jax.files import new_file, write_file
+from dollar_jax.files import new_file, read_json, write_file
 from dollar_jax.generate import Generator
 from dollar_jax.prepare.clips import Loader
 from dollar_jax.prepare.settings import PARTS, PrepareSettings, bucket_name, remember_settings
@@ -140,7 +140,7 @@ def _load_ahead(
 def _reports(parts: Path, units: int) -> Iterator[dict[str, Any]]:
     for unit in range(units):
         if report_path(parts, unit).exists():
-            yield json.loads(report_path(parts, unit).read_text())
+            yield read_json(report_path(parts, unit))
 
 
 def _tally(parts: Path, units: int) -> Summary:

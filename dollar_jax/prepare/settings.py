@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dollar_jax.data.clip import SETTINGS
-from dollar_jax.files import write_file
+from dollar_jax.files import read_json, write_file
 from dollar_jax.prepare.sources import TFDS
 from dollar_jax.prepare.videos import ClipSettings
 
@@ -80,11 +80,11 @@ def remember_settings(settings: PrepareSettings, out: Path) -> None:
     path = out / SETTINGS
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path)
         for name, value in now.items():
             if _place(name, before.get(name, DEFAULTS.get(name))) != _place(name, value):
                 raise ValueError(
-                    f"{out} was begun with {name} = {before[name]!r}, not {value!r}: choose another --out, or "
+                    f"{out} was begun with {name} = {before.get(name)!r}, not {value!r}: choose another --out, or "
                     "the same settings to go on"
                 )
         return

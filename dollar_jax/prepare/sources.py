@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from dollar_jax.files import open_regular
 from dollar_jax.prepare.videos import SUFFIXES, Unusable
 
 Item = dict[str, Any]
@@ -120,6 +121,7 @@ def list_manifest(path: Path, prompts: bool = False) -> Iterator[Item]:
         readers[".txt"] = _text_rows if prompts else _paired_rows
     if path.suffix not in readers:
         raise ValueError(f"{path} must be a {', '.join(readers)}" + ("" if prompts else ", .tar, .parquet or a folder"))
+    open_regular(path).close()  # a pipe would be waited for
     # Read at once up to the first row, so that a file of the wrong kind is refused here.
     rows = readers[path.suffix](path, (() if prompts else (VIDEO_KEYS,)) + (CAPTION_KEYS,))
     return (_manifest_item(path, number, row, prompts) for number, row in rows)

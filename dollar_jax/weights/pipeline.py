@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dollar_jax.checkpoint import restore_tree
+from dollar_jax.files import open_regular, read_json
 from dollar_jax.models.network import Network
 from dollar_jax.schedule import Schedule
 from dollar_jax.weights import safetensors_io as files
@@ -109,7 +110,7 @@ def read_family(folder: Path) -> Family:
     path = folder / "model_index.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json{_foreign(folder)}")
-    index = files.read_json(path)
+    index = read_json(path)
     found = {name: _class_name(path, name, index.get(name)) for name in COMPONENTS}
     matching = [f for f in FAMILIES if all(index.get(name) == value for name, value in f.entries.items())]
     pipelines = {family.pipeline: family for family in reversed(matching)}
@@ -143,7 +144,7 @@ def _class_name(path: Path, name: str, entry: Any) -> str | None:
 def _foreign(folder: Path) -> str:
     """What to do with Wan's weights in the layout of Wan's own code."""
     config = folder / "config.json"
-    if config.is_file() and files.read_json(config).get("_class_name") in ("WanModel", "WanModelVACE"):
+    if config.is_file() and read_json(config).get("_class_name") in ("WanModel", "WanModelVACE"):
         return ", but the layout of Wan's own code: give the same model's repository whose name ends in -Diffusers"
     return ""
 
@@ -208,9 +209,12 @@ def load_tokenizer(folder: Path) -> Any:
 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing: the pipeline has no tokenizer")
+    for path in folder.iterdir():
+        if not path.is_dir():
+            open_regular(path).close()
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the library meets in the files
         raise ValueError(f"{folder} holds no tokenizer that transformers can read") from error
 
 
@@ -247,7 +251,7 @@ def read_schedule(folder: Path, family: Family) -> Schedule:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it says how the teacher is sampled")
-    return schedule_of(files.read_json(path), family.path, path)
+    return schedule_of(read_json(path), family.path, path)
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:

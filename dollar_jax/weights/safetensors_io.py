@@ -14,6 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dollar_jax.files import open_regular, read_json
+
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_FILE = "model.safetensors"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
@@ -108,6 +110,7 @@ def list_tensors(folder: str | Path) -> dict[str, Stored]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    open_regular(path).close()
     try:
         with safe_open(path, framework="numpy") as file:
             yield file
@@ -189,19 +192,8 @@ def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map")
-    names = sorted(set(weight_map.values()))
+    names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():
             raise FileNotFoundError(f"{index} names the shard {name!r}, which is not in its folder")
     return [index.parent / name for name in names]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object a JSON file holds; raises ValueError naming the file when it holds none."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content
