@@ -145,10 +145,10 @@ def _read(path: Path) -> dict[str, Any]:
     """A result file by dimension name; what `dollar vbench-score --json` wrote gives its dimensions."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give VBench's eval_results JSON files")
-    content = read_json(path)
-    if isinstance(content.get("dimensions"), dict):
+    content = read_json(path, object)
+    if isinstance(content, dict) and isinstance(content.get("dimensions"), dict):
         content = {name: _score(path, name, value) / 100 for name, value in content["dimensions"].items()}
-    if not content:
+    if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} holds no VBench results: it must be an object of dimensions")
     values: dict[str, Any] = {}
     for key, value in content.items():
