@@ -88,9 +88,7 @@ class OptimiserConfig:
     b2: float = field(0.999, "Decay of the squared gradient's moving average; unknown in the paper.", low=0, high=1)
     eps: float = field(1e-8, "Added to the divisor.", above=0)
     weight_decay: float = field(0.01, "Decoupled weight decay of kernels and embeddings.", low=0)
-    clip_norm: float | None = field(
-        10.0, "Global norm to which a gradient is clipped; None for no clipping.", above=0, resumable=True
-    )
+    clip_norm: float | None = field(10.0, "Global norm of clipped gradients; None for all.", above=0, resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +96,10 @@ class StudentConfig:
     """The student: its timesteps, and what it is trained on. The paper does not settle `input`."""
 
     timesteps: tuple[float, ...] = field(
-        (1000.0, 750.0, 500.0, 250.0), "Its timesteps on the teacher's schedule, descending.", above=0, high=1000
+        (1000.0, 750.0, 500.0, 250.0), "Descending, on the teacher's schedule.", above=0, high=1000
     )
-    input: Literal["forward", "backward"] = field(
-        "backward", "forward noises real latents to the timesteps; backward goes there from noise by its own steps."
-    )
-    ema_decay: float = field(
-        0.99, "Decay of the consistency target, which is sampled from; unknown in the paper.", low=0, high=1
-    )
+    input: Literal["forward", "backward"] = field("backward", "Real latents noised, or its own way from noise.")
+    ema_decay: float = field(0.99, "Decay of the average that is CD's target and sampled from.", low=0, high=1)
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The student's optimiser.")
 
     def __post_init__(self) -> None:
@@ -125,9 +119,7 @@ class VSDConfig:
     normalisation: Literal["dmd", "batch", "none"] = field("dmd", "What the gradient is divided by; see losses.vsd.")
     floor: float = field(1e-6, "Smallest divisor of the normalisation.", above=0)
     nan_to_zero: bool = field(False, "Replace what is not a number in the gradient by 0.")
-    score_range: tuple[float, float] = field(
-        (0.001, 0.999), "Range of the uniform variable that is mapped to score timesteps.", low=0, high=1
-    )
+    score_range: tuple[float, float] = field((0.001, 0.999), "Uniform range of the score timesteps.", low=0, high=1)
     score_shift: float = field(1.0, "Time shift of that map; 1 on a DDPM path.", above=0)
 
     def __post_init__(self) -> None:
@@ -142,8 +134,7 @@ class ConsistencyConfig:
     weight: float = field(0.5, "β_CD, the weight of L_CD.", low=0)
     times: Literal["grid", "student"] = field(
         "grid",
-        "grid takes t_{n+m} from the teacher's grid, as in the paper; student takes the student's own timesteps, each "
-        "with its next one as the target, and shares VSD's forward pass.",
+        "The paper's t_{n+m} on the teacher's grid, or the student's own timesteps, which shares VSD's forward pass.",
     )
     num_steps: int = field(50, "Steps of the teacher's grid.", low=1)
     skip: int = field(5, "m, the teacher's steps between input and target.", low=1)
@@ -164,9 +155,7 @@ class FakeScoreConfig:
     """The fake-score network, which learns the student's score by denoising its samples."""
 
     updates: int = field(5, "Updates per update of the student.", low=1)
-    loss: Literal["prediction", "x0"] = field(
-        "prediction", "Denoise towards the network's own target, DOLLAR eq. (8.13), or the clean latent."
-    )
+    loss: Literal["prediction", "x0"] = field("prediction", "Towards the network's target, eq. (8.13), or x0.")
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The fake score's optimiser.")
 
 
@@ -182,9 +171,7 @@ class LatentRewardSettings:
     second_kernel: int = field(3, "Kernel of the second convolution.", low=1)
     second_stride: int = field(2, "Stride of the second convolution.", low=1)
     second_padding: int = field(1, "Padding of the second convolution.", low=0)
-    temporal_kernel: int = field(
-        1, "Latent frames a convolution sees, an odd number; 1 scores every frame alone and averages.", low=1
-    )
+    temporal_kernel: int = field(1, "Latent frames a convolution sees, odd; 1 averages the frames' scores.", low=1)
     group_norm: bool = field(True, "Normalise after each convolution, which hides the latent's overall scale.")
     groups: int = field(32, "Groups of the normalisation; divides the width.", low=1)
 
@@ -211,12 +198,8 @@ class RewardGuard:
     """
 
     window: int = field(64, "Generated samples that the bounds look at.", low=2)
-    min_correlation: float | None = field(
-        None, "Least correlation of latent and true reward; None for no such bound.", low=-1, high=1
-    )
-    max_fall: float | None = field(
-        None, "How far a held-out reward's mean may fall below its highest, in standard deviations.", above=0
-    )
+    min_correlation: float | None = field(None, "Least correlation of latent and true reward.", low=-1, high=1)
+    max_fall: float | None = field(None, "Deepest fall of a held-out reward, in its deviations.", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,15 +223,9 @@ class RewardConfig:
     decay: Literal["constant", "cosine"] = field("constant", "Course of β_FT after that, to the last step.")
     final_ratio: float = field(0.0, "The cosine's last β_FT as a share of its weight.", low=0, high=1)
     samples: int = field(8, "Real and generated latents, of each so many, that are scored per step.", low=1)
-    latent_frames: int | None = field(
-        None, "Latent frames scored of each, a random run of them; None for the whole clip.", low=1
-    )
-    timeout: float = field(
-        60.0, "Seconds that a host reward may take over one step's samples.", above=0, resumable=True
-    )
-    retries: int = field(
-        1, "Further tries of a host reward that failed, before the samples are skipped.", low=0, resumable=True
-    )
+    latent_frames: int | None = field(None, "Latent frames scored, a random run; None for all.", low=1)
+    timeout: float = field(60.0, "Seconds a host reward may take per step.", above=0, resumable=True)
+    retries: int = field(1, "Further tries of a host reward that failed.", low=0, resumable=True)
     remat: bool = field(True, "direct recomputes decoder and rewards in the backward pass.", resumable=True)
     replay: int = field(128, "Scored latents kept in the host's memory and in checkpoints.", low=1)
     batch_size: int = field(64, "Scored latents to one update of the latent model.", low=1)
@@ -292,12 +269,7 @@ class DataConfig:
     name: str = field(REQUIRED, 'Folder that `dollar prepare` left, or "moving_shapes" for the default domain.')
     train_videos: int = field(1024, "Rendered training videos of the default domain.", low=1)
     max_text_length: int = field(512, "Tokens of a caption.", low=1)
-    corrupt_records: int = field(
-        0,
-        "Damaged records of a prepared data set that are skipped, and named, before a run stops.",
-        low=0,
-        resumable=True,
-    )
+    corrupt_records: int = field(0, "Damaged records that are skipped before a run stops.", low=0, resumable=True)
     prefetch: int = field(2, "Batches on the devices ahead of the step.", low=1, resumable=True)
 
 
@@ -308,9 +280,7 @@ class SamplingConfig:
     num_steps: int = field(50, "Sampling steps.", low=1)
     guidance_weight: float = field(7.5, "The paper's w in v_c + w (v_c - v_∅); diffusers' guidance scale is w + 1.")
     eta: float = field(0.0, "Share of fresh noise in DDIM's steps; 0 is deterministic.", low=0, high=1)
-    solver: Literal["ddim", "unipc"] = field(
-        "ddim", "ddim is the paper's, on a rectified flow Euler's; unipc is the one Wan is published with."
-    )
+    solver: Literal["ddim", "unipc"] = field("ddim", "The paper's (Euler on a flow), or Wan's.")
 
     def __post_init__(self) -> None:
         if self.solver == "unipc" and self.eta:
@@ -325,20 +295,12 @@ class ComputeConfig:
     """
 
     dtype: Literal["float32", "bfloat16"] = field("bfloat16", "Type of the transformer's matrix products.")
-    teacher_dtype: Literal["float32", "bfloat16"] = field(
-        "bfloat16", "Type of the frozen teacher's and text encoder's weights."
-    )
-    remat: Literal["none", "full", "dots", "attention"] = field(
-        "attention", "What the backward pass keeps of a block; see models.layers.run_blocks."
-    )
+    teacher_dtype: Literal["float32", "bfloat16"] = field("bfloat16", "Of teacher and text encoder.")
+    remat: Literal["none", "full", "dots", "attention"] = field("attention", "Kept for the backward pass.")
     scan_layers: bool = field(True, "One compiled block instead of a program as long as the network is deep.")
     vae_chunk: int | None = field(1, "Latent frames the video VAE takes at a time; None is the whole clip.", low=1)
-    attention: Literal["auto", "splash", "cudnn", "xla"] = field(
-        "auto", "The transformer's attention kernel; auto goes by the platform, see models.attention."
-    )
-    context_parallel: Literal["gather", "ulysses"] = field(
-        "gather", "How the keys of a sequence that is shared over the mesh's context axis meet."
-    )
+    attention: Literal["auto", "splash", "cudnn", "xla"] = field("auto", "Kernel; see models.attention.")
+    context_parallel: Literal["gather", "ulysses"] = field("gather", "How keys meet over the context axis.")
     offload: tuple[Literal["ema", "student_optimiser", "fake_score_optimiser"], ...] = field(
         (), "Parts of the state whose kernels lie in the host's memory between their uses."
     )
@@ -354,8 +316,7 @@ class LoraConfig:
     rank: int = field(0, "Rank of the adapters; 0 trains all weights of student and fake score.", low=0)
     alpha: float = field(8.0, "The adapters are scaled by alpha / rank.", above=0)
     targets: tuple[str, ...] = field(
-        ("blocks/attn./to_(q|k|v|out)", "blocks/ffn?/proj_(in|out)"),
-        "Regular expressions for the paths of the dense layers that get adapters, such as blocks/attn1/to_q.",
+        ("blocks/attn./to_(q|k|v|out)", "blocks/ffn?/proj_(in|out)"), "Regular expressions for paths of dense layers."
     )
 
     def __post_init__(self) -> None:
@@ -419,11 +380,9 @@ class DistillConfig:
     checkpoint_every: int = field(500, "Steps between checkpoints.", low=1, resumable=True)
     keep_checkpoints: int = field(2, "Newest checkpoints that are kept.", low=1, resumable=True)
     log_every: int = field(10, "Steps between logged metrics.", low=1, resumable=True)
-    max_skipped: int = field(
-        10, "Steps in a row that may be skipped because they are not finite, before a run stops.", low=0, resumable=True
-    )
+    max_skipped: int = field(10, "Steps in a row that may be skipped before a run stops.", low=0, resumable=True)
     max_gradient_norm: float | None = field(
-        None, "Norm of the student's gradient above which a step is skipped; None for none.", above=0, resumable=True
+        None, "The student's, above which a step is skipped.", above=0, resumable=True
     )
     mesh: MeshConfig = field(MeshConfig(), "Devices along each mesh axis.", resumable=True)
     compute: ComputeConfig = field(ComputeConfig(), "How networks are computed.", resumable=True)

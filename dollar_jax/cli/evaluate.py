@@ -14,13 +14,7 @@ def define_flags(_: list[str]) -> None:
     define("string", "reference", None, "With --videos: a folder of real videos.")
     define("string", "reward", None, "With --videos: a reward by its name; clip is the fit to the prompts.")
     define("string", "reward_folder", None, "The weights of a reward that has some.")
-    define(
-        "bool",
-        "dimensions",
-        False,
-        "With --videos: VBench's dimensions that can be measured here, in its format beside --out as *_vbench.json; "
-        "motion smoothness, dynamic degree and overall consistency by measures of our own.",
-    )
+    define("bool", "dimensions", False, "With --videos: some of VBench's dimensions, into *_vbench.json beside --out.")
     define("string", "clip", None, "With --dimensions: a folder of CLIP ViT-B/32, for both consistencies.")
     define("string", "aesthetic", None, "With --dimensions: folder of LAION's aesthetic predictor.")
     define(
@@ -30,28 +24,11 @@ def define_flags(_: list[str]) -> None:
         "Folder with AlexNet's weights (safetensors, torchvision's names; LPIPS's heads lin0 "
         "to lin4 if you have them) for diversity and Fréchet distance; by default the VAE of the run's teacher.",
     )
-    define(
-        "string",
-        "out",
-        None,
-        "The JSON of measures; metrics.json in the workdir or the folder by default. Another name is also that of "
-        "the page and the videos.",
-    )
+    define("string", "out", None, "The JSON of measures, and the name of page and videos; metrics.json by default.")
     define("bool", "quick", False, "Fewer videos.")
     define("string", "vbench", None, "Write the videos VBench asks for into this folder, and measure nothing.")
-    define(
-        "string",
-        "prompts_file",
-        None,
-        "With --vbench: its VBench_full_info.json, or a text file with a prompt per line.",
-    )
-    define(
-        "string",
-        "names",
-        None,
-        "With --vbench and a --prompts_file of rewritten, long prompts: VBench's own list, a text file paired line by "
-        "line or its JSON, whose short prompts name the files.",
-    )
+    define("string", "prompts_file", None, "With --vbench: its VBench_full_info.json, or a prompt per line.")
+    define("string", "names", None, "With --vbench and rewritten prompts: VBench's own, line by line, to name files.")
     define("float", "fps", None, "With --vbench: frames per second of the files; the teacher's by default.", 0.1)
     define("integer", "num", 5, "With --vbench: videos per prompt.", 1)
     define("integer", "steps", 4, "With --vbench: sampling steps.", 1)

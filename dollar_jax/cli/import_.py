@@ -6,13 +6,7 @@ from dollar_jax.cli.base import FLAGS, Command, define
 
 
 def define_flags(_: list[str]) -> None:
-    define(
-        "enum",
-        "dtype",
-        "float32",
-        ["float32", "bfloat16"],
-        "Of the weights of transformer and text encoder on disk; the VAE's stay float32.",
-    )
+    define("enum", "dtype", "float32", ["float32", "bfloat16"], "Of transformer and text encoder on disk.")
 
 
 def run(*names: str) -> None:

@@ -27,15 +27,8 @@ def define_flags(_: list[str]) -> None:
     define("integer", "frames", None, "Frames of a clip; the shipped teacher's are known.", 1)
     define("integer", "height", None, "Height of a clip in pixels.", 1)
     define("integer", "width", None, "Width of a clip in pixels.", 1)
-    define(
-        "list",
-        "buckets",
-        None,
-        "Several sizes instead, such as 480x832,832x480: each video goes to the one nearest to its shape.",
-    )
-    define(
-        "float", "fps", None, "Frames per second of a clip; the teacher's by default, 0 for every frame of a video.", 0
-    )
+    define("list", "buckets", None, "Several sizes such as 480x832,832x480: each video goes to the nearest.")
+    define("float", "fps", None, "Frames per second of a clip; the teacher's by default, 0 for every frame.", 0)
     define("enum", "caption", "first", ["first", "random"], "Which one of a list of captions.")
     define("string", "language", None, "Which caption of an object of captions by language, such as en.")
     define("bool", "keep_cuts", False, "Keep clips that cross a hard cut.")

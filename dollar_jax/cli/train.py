@@ -19,13 +19,7 @@ from dollar_jax.cli.base import (
 def define_flags(arguments: list[str]) -> None:
     define_config(arguments)
     define_workdir()
-    define(
-        "string",
-        "coordinator_address",
-        None,
-        "HOST:PORT of process 0, the same for every process; not needed on Cloud "
-        "TPU, GKE and SLURM, where the environment says it.",
-    )
+    define("string", "coordinator_address", None, "HOST:PORT of process 0; not needed on Cloud TPU, GKE and SLURM.")
     define("integer", "num_processes", None, "Processes of the run.", 1)
     define("integer", "process_id", None, "Which of them this is, from 0.", 0)
     define("string", "replay_batch", None, "The skipped_*.npz of a stopped run: show what is not finite in its step.")

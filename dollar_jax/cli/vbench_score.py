@@ -14,25 +14,9 @@ from dollar_jax.files import read_json
 def define_flags(_: list[str]) -> None:
     define("string", "json", None, "Where to write the scores too.")
     define("bool", "allow_missing", False, "Average over the dimensions given, though not all are.")
-    define(
-        "string",
-        "metrics",
-        None,
-        "The JSON of dollar evaluate --videos on the same videos, whose Vendi score goes beside the total.",
-    )
-    define(
-        "string",
-        "manifest",
-        None,
-        "The manifest of the videos, kept with the scores; by default the one beside the first file.",
-    )
-    define(
-        "bool",
-        "compare",
-        False,
-        "Two result files, or two folders of them, side by side: refused unless their manifests say that prompts, "
-        "seeds, numbers, sizes and frame rates were the same.",
-    )
+    define("string", "metrics", None, "The JSON of dollar evaluate --videos, whose Vendi score goes beside the total.")
+    define("string", "manifest", None, "The videos' manifest, kept with the scores; the one beside the first file.")
+    define("bool", "compare", False, "Two results side by side, whose manifests must say that they compare.")
 
 
 def run(*files: str) -> None:
