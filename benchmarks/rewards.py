@@ -26,7 +26,7 @@ from dollar_jax.data.latents import load_data
 from dollar_jax.evaluate.measure import BoundSampler, default_plan, measure
 from dollar_jax.experiment import load
 from dollar_jax.generate import make_generator, subset
-from dollar_jax.programs import train_programs
+from dollar_jax.programs import teacher_programs
 from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.run import read_history, restore_student
@@ -126,17 +126,8 @@ def probe(config: DistillConfig, folder: Path, generator: Any) -> tuple[float, f
         config = dataclasses.replace(config, steps=PROBE)
         train(config, scratch, generator, load_data(config, generator, Path(config.init or "")))
         times = [line["seconds_per_step"] for line in read_history(scratch)][4:]
-        pipeline = generator.pipeline
         pixels = pixel_rewards(config.reward, load_rewards(config.reward.rewards), generator.frames)
-        programs = train_programs(
-            config,
-            pipeline.transformer.network,
-            pipeline.schedule,
-            generator.latent_shape,
-            generator.text_shape,
-            pixel_rewards=pixels,
-            decoder=pipeline.vae.network.shapes,
-        )
+        programs = teacher_programs(config, generator, pixels)
         compiled = programs.step.trace().lower().compile()
         gib = compiled.memory_analysis().temp_size_in_bytes / 2**30
         kept.write_text(json.dumps({"seconds": statistics.median(times), "gib": gib}))

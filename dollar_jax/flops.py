@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import numpy as np
 
 # Dense bf16 TFLOP/s per device, by JAX's name of the device, as its vendor states them; the TPUs' at
-# https://cloud.google.com/tpu/docs/v4, v5e, v5p and v6e.
+# https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, whose chips are two devices.
 PEAK_TFLOPS = {
     "TPU v4": 275.0,
     "TPU v5 lite": 197.0,
     "TPU v5": 459.0,
     "TPU v6 lite": 918.0,
+    "TPU7x": 1153.5,
     "NVIDIA A100-SXM4-80GB": 312.0,
     "NVIDIA H100 80GB HBM3": 989.0,
     "NVIDIA H200": 989.0,
 }
+
+# The share of a kernel's products that is not made for the second time: k qᵀ is, and in dq also v doᵀ.
+NEW = {"splash_mha_dkv": 3 / 4, "splash_mha_dq": 1 / 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,9 @@ class Throughput:
 def count_flops(jaxpr: Any) -> float:
     """Twice the multiplications of a jaxpr's matrix products and convolutions; a scan's body by its length.
 
-    Of the branches of a condition the dearest counts; a while loop's body counts once.
+    Of the branches of a condition the dearest counts; a while loop's body counts once; what is mapped over shards
+    counts on every device. A Pallas kernel counts by its grid; of the backward ones of splash attention, the products
+    that the forward one has made already do not.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -55,7 +62,14 @@ def count_flops(jaxpr: Any) -> float:
         elif eqn.primitive.name == "cond":
             total += max(count_flops(branch.jaxpr) for branch in eqn.params["branches"])
         else:
-            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            times = 1.0
+            if eqn.primitive.name == "scan":
+                times = eqn.params["length"]
+            elif eqn.primitive.name == "shard_map":
+                times = eqn.params["mesh"].size
+            elif eqn.primitive.name == "pallas_call":
+                times = math.prod(eqn.params["grid_mapping"].grid)
+                times *= next((share for name, share in NEW.items() if name in str(eqn.params.get("name"))), 1.0)
             inner = [leaf for value in eqn.params.values() for leaf in jax.tree.leaves(value, is_leaf=_is_jaxpr)]
             total += times * sum(count_flops(getattr(x, "jaxpr", x)) for x in inner if _is_jaxpr(x))
     return total

@@ -19,6 +19,7 @@ from dollar_jax import sampling, sharding
 from dollar_jax.config import ComputeConfig, DistillConfig, LoraConfig, MeshConfig, SamplingConfig
 from dollar_jax.data.clip import clip_size
 from dollar_jax.models import lora
+from dollar_jax.models.activation_sharding import row_by_row
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
@@ -97,6 +98,8 @@ class Sampler:
         """The program for so many videos, on the generator's mesh."""
         g = self.generator
         shapes = g.pipeline.transformer.network.shapes
+        if not self.guided:  # what is trained is fp32
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
         keys = jax.eval_shape(lambda: video_keys(0, count))
         text = jax.ShapeDtypeStruct((count, *g.text_shape), jnp.float32)
         rows = sharding.row_sharding(g.mesh, count)
@@ -124,14 +127,14 @@ class ChosenSampler(NamedTuple):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generator:
     """A pipeline's programs, from prompts to frames. Samplers run on `mesh`, this process's first device if none
-    is given; text encoder and VAE too, unless it is shared with other processes: then on this first device.
+    is given; text encoder and VAE too, unless it is shared with other processes: then on this one's devices of it.
     """
 
     pipeline: Pipeline
     max_text_length: int
     sampling: SamplingConfig
     clip: tuple[int, int, int]  # frames, height, width
-    vae_chunk: int | None = None  # latent frames encoded or decoded at a time; None is all
+    vae_chunk: int | None = None  # latent frames of one video encoded or decoded at a time; None is a whole batch
     mesh: Mesh = dataclasses.field(default_factory=lambda: _single_device())
 
     @functools.cached_property
@@ -146,11 +149,7 @@ class Generator:
     @functools.cached_property
     def own_mesh(self) -> Mesh:
         """The mesh of what each process does by itself."""
-        devices = list(self.mesh.devices.flat)
-        if len({device.process_index for device in devices}) == 1:
-            return self.mesh
-        own = [device for device in devices if device.process_index == jax.process_index()]
-        return _single_device(own[0])
+        return self.mesh if sharding.host_count(self.mesh) == 1 else sharding.host_mesh(self.mesh)
 
     @functools.cache  # noqa: B019 (a generator lives as long as its programs)
     def text_program(self, count: int, mesh: Mesh) -> Program:
@@ -188,7 +187,10 @@ class Generator:
         vae = self.pipeline.vae
 
         def encode(params: Params, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
-            mean, log_variance = vae.network.apply(params, signed_range(frames), method="encode", chunk=self.vae_chunk)
+            def moments(frames: jax.Array) -> Any:
+                return vae.network.apply(params, signed_range(frames), method="encode", chunk=self.vae_chunk)
+
+            mean, log_variance = self._videos(moments, frames)
             std = jnp.exp(0.5 * log_variance) / jnp.array(vae.config.latents_std)
             return normalise(mean, vae.config), std
 
@@ -207,8 +209,15 @@ class Generator:
     def frames(self, params: Params, latent: jax.Array) -> jax.Array:
         """Frames in [0, 1] of normalised latents, with the VAE's parameters given: pure, to be traced."""
         vae = self.pipeline.vae
-        frames = vae.network.apply(params, denormalise(latent, vae.config), method="decode", chunk=self.vae_chunk)
-        return (frames + 1) / 2
+
+        def decode(latent: jax.Array) -> jax.Array:
+            return vae.network.apply(params, denormalise(latent, vae.config), method="decode", chunk=self.vae_chunk)
+
+        return (self._videos(decode, latent) + 1) / 2
+
+    def _videos(self, function: Callable[[jax.Array], Any], videos: jax.Array) -> Any:
+        """function(videos): of one at a time where even of one only a chunk is held at a time."""
+        return function(videos) if self.vae_chunk is None else row_by_row(function, videos)
 
     @functools.cache  # noqa: B019
     def decode_program(self, shape: tuple[int, ...], mesh: Mesh) -> Program:
@@ -304,12 +313,12 @@ def _step_keys(keys: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
 
 
-def sampling_mesh(config: MeshConfig) -> Mesh:
+def sampling_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """This process's devices: parameters over as much of the run's `fsdp` axis as fits, videos over all.
 
     Processes draw on their own, so that none waits for another; the networks must fit into one.
     """
-    devices = jax.local_devices()
+    devices = jax.local_devices() if devices is None else devices
     fsdp = len(devices) if config.fsdp == -1 else math.gcd(config.fsdp, len(devices))
     return sharding.make_mesh(MeshConfig(-1, fsdp, 1, 1), devices)
 
@@ -321,8 +330,7 @@ def draw_videos(
 
     The last batch is filled up for the devices, and cut. Batches do not change the videos beyond rounding.
     """
-    shards = generator.mesh.shape["data"] * generator.mesh.shape["fsdp"]
-    batch = -(-min(batch_size, len(prompts)) // shards) * shards
+    batch = _filled(generator.mesh, min(batch_size, len(prompts)))
     params = sharding.put(params, sharding.shard(generator.mesh, params))
     for start in range(0, len(prompts), batch):
         index = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
@@ -341,7 +349,7 @@ def draw_beside(
 
     Without a batch size at most 16 are drawn at a time, and as many as have `PIXELS_AT_ONCE` pixels.
     """
-    size = batch_size or min(16, max(1, PIXELS_AT_ONCE // math.prod(generator.clip)))
+    size = batch_size or _at_once(generator.clip)
     # The keys anew for each sampler: they share their noise, which JAX takes for a mistake.
     drawn = [draw_videos(generator, draw, params, prompts, keys(), size) for draw, params in samplers]
     with tqdm(total=len(prompts), desc="sampling", unit="video", disable=jax.process_index() > 0) as bar:
@@ -349,3 +357,28 @@ def draw_beside(
             for clips in zip(*batches, strict=True):
                 yield side_by_side(clips)
                 bar.update()
+
+
+def draw_programs(generator: Generator, config: DistillConfig, total: int, steps: Sequence[int]) -> list[Program]:
+    """What `draw_beside` executes for so many videos of the teacher and of the student in `steps` steps each."""
+    count, sampling = _filled(generator.mesh, min(_at_once(generator.clip), total)), config.sampling
+    samplers = [generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight)]
+    samplers += [generator.student_sampler(subset(config.student.timesteps, n)) for n in steps]
+    transformer = generator.pipeline.transformer.network
+    found = [generator.text_program(count, generator.own_mesh), *(sampler.program(count) for sampler in samplers)]
+    found.append(generator.decode_program((count, *generator.latent_shape), generator.own_mesh))
+    if config.lora.rank:
+        adapters = lora.adapters(student_network(transformer, config.lora).shapes)
+        found.append(merge_program(config.lora, generator.mesh, transformer.shapes, adapters))
+    return found
+
+
+def _at_once(clip: tuple[int, int, int]) -> int:
+    """Videos drawn together: few where they are large."""
+    return min(16, max(1, PIXELS_AT_ONCE // math.prod(clip)))
+
+
+def _filled(mesh: Mesh, count: int) -> int:
+    """So many videos, and those that fill the batch up for the mesh."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-count // shards) * shards

@@ -18,16 +18,16 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig, VisibilityConfig
 from dollar_jax.evaluate.vendi import pixel_features, vendi_per_prompt
-from dollar_jax.flops import PEAK_TFLOPS, Throughput, count_flops
+from dollar_jax.flops import PEAK_TFLOPS, Throughput
 from dollar_jax.generate import Generator, video_keys
 from dollar_jax.objectives import SCORE_BINS
-from dollar_jax.programs import TrainPrograms
 from dollar_jax.run import EVENTS, HISTORY, PROFILE, SAMPLES, truncate_history
 from dollar_jax.signals import SignalFlag
 from dollar_jax.types import Params
@@ -260,14 +260,13 @@ class Profile:
             self._stop = None
 
 
-def make_throughput(config: DistillConfig, programs: TrainPrograms) -> Throughput:
-    """MFU counts every multiplication of the step as written, those of recomputation too."""
-    devices = programs.mesh.devices.ravel()
+def make_throughput(config: DistillConfig, mesh: Mesh, flops: Callable[[], float]) -> Throughput:
+    """Of steps of so many model FLOPs, which are counted only where the devices' peak is known."""
+    devices = mesh.devices.ravel()
     peak = config.visibility.peak_tflops or PEAK_TFLOPS.get(devices[0].device_kind)
     if peak is None:
         return Throughput(config.batch_size, None, None)
-    flops = count_flops(programs.step.trace().jaxpr.jaxpr)
-    return Throughput(config.batch_size, flops, peak * 1e12 * len(devices))
+    return Throughput(config.batch_size, flops(), peak * 1e12 * len(devices))
 
 
 def readable(metrics: Mapping[str, float]) -> dict[str, float]:

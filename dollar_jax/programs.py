@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from dollar_jax import sharding
-from dollar_jax.config import DistillConfig
+from dollar_jax.config import DistillConfig, MeshConfig
 from dollar_jax.distillation import Batch, Distillation, Frozen, Networks
+from dollar_jax.flops import count_flops
 from dollar_jax.generate import Generator, merge_program, student_network
 from dollar_jax.models import lora
 from dollar_jax.models.latent_reward import LatentRewardConfig, LatentRewardModel
@@ -149,6 +150,45 @@ def train_programs(
         ),
         merge_program(config.lora, mesh, transformer.shapes, state_shapes.ema) if config.lora.rank else None,
     )
+
+
+def teacher_programs(
+    config: DistillConfig,
+    generator: Generator,
+    pixel_rewards: PixelRewards | None,
+    devices: Sequence[Any] | None = None,
+    score_real: bool = True,
+) -> TrainPrograms:
+    """`train_programs` for the teacher of a generator, and clips of its size."""
+    pipeline = generator.pipeline
+    return train_programs(
+        config,
+        pipeline.transformer.network,
+        pipeline.schedule,
+        generator.latent_shape,
+        generator.text_shape,
+        devices,
+        pixel_rewards,
+        score_real,
+        pipeline.vae.network.shapes,
+    )
+
+
+def step_flops(
+    config: DistillConfig, generator: Generator, pixel_rewards: PixelRewards | None, score_real: bool = True
+) -> float:
+    """Floating-point operations of the model in one step, on all devices together: nothing is computed twice."""
+    transformer = generator.pipeline.transformer
+    held = dataclasses.replace(transformer.config, remat="none", attention="xla")
+    network = generator.pipeline.family.transformer.network(held)
+    pipeline = dataclasses.replace(generator.pipeline, transformer=dataclasses.replace(transformer, network=network))
+    plain = dataclasses.replace(
+        config, mesh=MeshConfig(1, 1, 1, 1), compute=dataclasses.replace(config.compute, offload=())
+    )
+    pixels = pixel_rewards and dataclasses.replace(pixel_rewards, remat=False)
+    device = list(generator.mesh.devices.flat)[:1]
+    programs = teacher_programs(plain, dataclasses.replace(generator, pipeline=pipeline), pixels, device, score_real)
+    return count_flops(programs.step.trace().jaxpr.jaxpr)
 
 
 def run_programs(

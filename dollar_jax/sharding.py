@@ -88,6 +88,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(array, AXES, (AxisType.Auto,) * len(AXES))
 
 
+def host_mesh(mesh: Mesh) -> Mesh:
+    """The mesh of this host's devices in a mesh, which share rows and parameters."""
+    here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return make_mesh(MeshConfig(1, -1, 1, 1), here)
+
+
 def host_count(mesh: Mesh) -> int:
     """How many machines, with a process each, the mesh's devices belong to; none of them need be there."""
     return len({device.process_index for device in mesh.devices.flat})

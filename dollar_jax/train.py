@@ -7,6 +7,7 @@ before a checkpoint, so that a resumed run repeats an uninterrupted one to the b
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from dollar_jax.distillation import Batch, Frozen
 from dollar_jax.distributed import Preempted, preemption
 from dollar_jax.generate import Generator
 from dollar_jax.monitoring import Log, Profile, make_sample_logger, make_throughput
-from dollar_jax.programs import TrainPrograms, train_programs
+from dollar_jax.programs import TrainPrograms, step_flops, teacher_programs
 from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.pixels import pixel_rewards
@@ -56,16 +57,7 @@ def train(
     pipeline = generator.pipeline
     rewards = load_rewards(config.reward.rewards)
     pixels = pixel_rewards(config.reward, rewards, generator.frames)
-    programs = train_programs(
-        config,
-        pipeline.transformer.network,
-        pipeline.schedule,
-        generator.latent_shape,
-        generator.text_shape,
-        pixel_rewards=pixels,
-        score_real=data.has_latents,
-        decoder=pipeline.vae.network.shapes,
-    )
+    programs = teacher_programs(config, generator, pixels, score_real=data.has_latents)
     decoder = None
     if rewards:
         decoder = sharding.put(pipeline.vae.params, sharding.replicated(programs.mesh))
@@ -95,7 +87,8 @@ def train(
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
         skips = Skips(config, workdir, first)
         sample_logger = make_sample_logger(config, workdir, generator, frozen.teacher)
-        throughput = make_throughput(config, programs)
+        flops = functools.partial(step_flops, config, generator, pixels, data.has_latents)
+        throughput = make_throughput(config, programs.mesh, flops)
         with (
             Log(workdir, first, config, throughput) as log,
             Profile(config.visibility.profile_steps, workdir, first) as profile,

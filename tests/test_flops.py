@@ -2,8 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
 
+from dollar_jax.config import MeshConfig
 from dollar_jax.flops import Throughput, count_flops
+from dollar_jax.models import activation_sharding
+from dollar_jax.models.attention import attention
+from dollar_jax.sharding import make_mesh
 
 
 def test_flops_are_those_of_products_convolutions_and_loops():
@@ -24,6 +30,28 @@ def test_flops_are_those_of_products_convolutions_and_loops():
 
     expected = 2 * 3 * 4 * 5 * 6 + 7 * 2 * 6 * 16 + 2 * 6 * 4 * 6 + 2 * 360 * 27
     assert count_flops(jax.make_jaxpr(f)(a).jaxpr) == expected
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(256, 512), (2048, 1024)])
+def test_the_attention_kernel_counts_by_its_definition(queries, keys, monkeypatch):
+    """Two products forward; four backward, although its kernels make some of them again."""
+    monkeypatch.setattr(activation_sharding, "platform", lambda: "tpu")
+    q, k = jnp.ones((2, queries, 3, 64)), jnp.ones((2, keys, 3, 64))
+
+    def attend(q, k, v):
+        return attention(q, k, v, implementation="splash").sum()
+
+    forward = 2 * 3 * 2 * (2 * queries * keys * 64)
+    assert count_flops(jax.make_jaxpr(attend)(q, k, k).jaxpr) == forward
+    both = count_flops(jax.make_jaxpr(jax.grad(attend, (0, 1, 2)))(q, k, k).jaxpr)
+    assert both == pytest.approx(3 * forward, rel=2e-3)
+
+
+def test_what_is_mapped_over_shards_counts_on_every_device():
+    mesh = make_mesh(MeshConfig(8, 1, 1, 1))
+    a, b = jnp.ones((16, 5)), jnp.ones((5, 6))
+    f = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    assert count_flops(jax.make_jaxpr(f)(a, b).jaxpr) == 2 * 16 * 5 * 6
 
 
 def test_throughput_and_its_share_of_the_peak():

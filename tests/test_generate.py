@@ -88,3 +88,19 @@ def test_the_vae_chunk_changes_no_video(pipeline):
     latent = whole.encode(video)
     np.testing.assert_allclose(chunked.encode(video), latent, atol=1e-5)
     np.testing.assert_allclose(chunked.decode(latent), whole.decode(latent), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [16, 3])
+def test_videos_one_after_another_are_those_of_the_whole_batch(toy_generator, count):
+    """On a mesh of eight, with rows that divide over it and that do not; in less memory."""
+    mesh = make_mesh(MeshConfig(2, 2, 2, 1))
+    rng, temp = np.random.default_rng(0), {}
+    frames = rng.integers(0, 256, (count, 5, 32, 32, 3), np.uint8)
+    for chunk in (None, 1):
+        generator = dataclasses.replace(toy_generator, vae_chunk=chunk, mesh=mesh)
+        latent = generator.encode(frames)
+        compiled = generator.encode_program(frames.shape, mesh).trace().lower().compile()
+        temp[chunk] = latent, generator.decode(latent), compiled.memory_analysis().temp_size_in_bytes
+    np.testing.assert_allclose(temp[None][0], temp[1][0], atol=1e-4)
+    np.testing.assert_allclose(temp[None][1], temp[1][1], atol=1e-4)
+    assert temp[1][2] < temp[None][2]

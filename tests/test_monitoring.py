@@ -1,6 +1,7 @@
 """What a run shows of itself: a collapsed student is seen, a healthy one is left alone."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ from dollar_jax import objectives
 from dollar_jax.config import VisibilityConfig
 from dollar_jax.distillation import Batch, Distillation, Networks
 from dollar_jax.flops import Throughput, count_flops
+from dollar_jax.models import activation_sharding
 from dollar_jax.monitoring import Log, Profile, SampleLogger, make_throughput, readable
-from dollar_jax.programs import train_programs
+from dollar_jax.programs import step_flops
 from dollar_jax.run import read_history
 from dollar_jax.schedule import Schedule
+from dollar_jax.sharding import make_mesh
 from dollar_jax.video import read_video
 
 CONFIG = VisibilityConfig(10, ("a ball", "a cube"), 4, 0, 0.5, (0.7, 1.4), 0.3, None, 0)
@@ -112,9 +115,10 @@ def test_a_steps_operations_are_those_of_its_forwards(make_config, toy_generator
             "visibility.peak_tflops": 2.0,
         }
     )
-    network, schedule = toy_generator.pipeline.transformer.network, toy_generator.pipeline.schedule
+    network = toy_generator.pipeline.transformer.network
     latent, text = toy_generator.latent_shape, toy_generator.null_text.shape[1:]
-    found = make_throughput(config, train_programs(config, network, schedule, latent, text))
+    mesh, flops = make_mesh(config.mesh), functools.partial(step_flops, config, toy_generator, None)
+    found = make_throughput(config, mesh, flops)
     one = [jax.ShapeDtypeStruct((8, *shape), "float32") for shape in (latent, (), text)]
     forward = count_flops(jax.make_jaxpr(network.apply)(network.shapes, *one).jaxpr)
     assert forward > 0 and found.flops is not None
@@ -122,7 +126,21 @@ def test_a_steps_operations_are_those_of_its_forwards(make_config, toy_generator
     assert 9 * forward < found.flops < 10.01 * forward
     assert found.peak == 2e12 * 8
     unknown = dataclasses.replace(config, visibility=dataclasses.replace(config.visibility, peak_tflops=None))
-    assert make_throughput(unknown, train_programs(unknown, network, schedule, latent, text)).flops is None
+    assert make_throughput(unknown, mesh, flops).flops is None
+
+
+def test_a_steps_operations_are_the_models_whatever_kernel_and_recomputation(make_config, toy_generator, monkeypatch):
+    """On a TPU, with the attention kernel that is chosen there, and with whole blocks computed again."""
+    plain = make_config({"reward.rewards": ()})
+    expected = step_flops(plain, toy_generator, None)
+    transformer = toy_generator.pipeline.transformer
+    options = dataclasses.replace(transformer.config, remat="full")
+    network = toy_generator.pipeline.family.transformer.network(options)
+    pipeline = dataclasses.replace(
+        toy_generator.pipeline, transformer=dataclasses.replace(transformer, config=options, network=network)
+    )
+    monkeypatch.setattr(activation_sharding, "platform", lambda: "tpu")
+    assert step_flops(plain, dataclasses.replace(toy_generator, pipeline=pipeline), None) == expected > 0
 
 
 def test_the_fake_scores_loss_is_told_apart_by_timestep(make_config):

@@ -11,17 +11,21 @@ import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dollar_jax import sharding
 from dollar_jax import train as loop
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import RewardGuard
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.distillation import RewardSamples
 from dollar_jax.distributed import Preempted
+from dollar_jax.models import activation_sharding
+from dollar_jax.models import attention as attention_module
 from dollar_jax.monitoring import SampleLogger
-from dollar_jax.program import recorded
+from dollar_jax.program import Program, recorded
 from dollar_jax.programs import latent_reward_network, run_programs
 from dollar_jax.rewards import Reward
 from dollar_jax.rewards.methods.lrm import Replay, ScoredLatents
@@ -69,7 +73,7 @@ class Killed(Exception):
 @pytest.fixture(scope="module", autouse=True)
 def one_program():
     """A run's program is built once, not once per resumption: the same settings give the same one."""
-    build, built = loop.train_programs, {}
+    build, built = loop.teacher_programs, {}
 
     def remembered(config, *args, **rewards):
         # Without its mappings a config can be hashed; what is replaced is no concern of the program.
@@ -88,7 +92,7 @@ def one_program():
         return built[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_programs", remembered)
+        patch.setattr(loop, "teacher_programs", remembered)
         yield
 
 
@@ -221,9 +225,7 @@ def test_what_a_run_executes_is_what_is_declared_for_it(whole, called, generator
         for name, part in (("transformer", pipeline.transformer), ("vae", pipeline.vae))
     }
     weightless = dataclasses.replace(generator, pipeline=dataclasses.replace(pipeline, **parts))
-    programs = loop.train_programs(
-        config, pipeline.transformer.network, pipeline.schedule, generator.latent_shape, generator.text_shape
-    )
+    programs = loop.teacher_programs(config, weightless, None)
     rewards = loop.load_rewards(config.reward.rewards)
 
     def described(program):
@@ -232,6 +234,28 @@ def test_what_a_run_executes_is_what_is_declared_for_it(whole, called, generator
 
     declared = {described(p) for p in run_programs(config, weightless, programs, rewards)}
     assert {described(p) for p in called} == declared
+
+
+def test_the_loop_goes_from_first_to_last_step_on_a_tpu(generator, data, config, tmp_path, monkeypatch):
+    """As far as a host without one can tell: its programs are traced for a TPU, and give zeros."""
+    chosen, splash = [], attention_module._splash
+
+    def traced(self, *arguments):
+        shapes = jax.eval_shape(self.jitted, *arguments)
+
+        def zeros(x):
+            return jax.random.key(0) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.zeros(x.shape, x.dtype)
+
+        return sharding.put(jax.tree.map(zeros, shapes), self.out_shardings)
+
+    monkeypatch.setattr(activation_sharding, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention_module, "_splash", lambda *args: chosen.append(1) or splash(*args))
+    monkeypatch.setattr(Program, "__call__", traced)
+    visibility = dataclasses.replace(config.visibility, peak_tflops=100.0, samples_every=0)
+    loop.train(dataclasses.replace(config, steps=2, visibility=visibility), tmp_path, generator, data)
+    lines = history(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2] and all(line["mfu"] > 0 for line in lines)
+    assert chosen
 
 
 @pytest.mark.parametrize("dies_in", [4, 6])

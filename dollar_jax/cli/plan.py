@@ -9,6 +9,8 @@ from pathlib import Path
 
 from dollar_jax.cli.base import FLAGS, Command, define, define_config, given_config, require
 
+COMMANDS = ("run", "prepare", "sample-command", "evaluate")
+
 
 def define_flags(arguments: list[str]) -> None:
     define_config(arguments)
@@ -16,8 +18,14 @@ def define_flags(arguments: list[str]) -> None:
     require("topology")
     define("string", "mesh", None, "Such as fsdp=16,context=4; config.mesh unless given.")
     define("string", "video", None, "HEIGHTxWIDTHxFRAMES; the data's own unless given.")
-    programs = ["train", "sample", "decode", "text", "import"]
-    define("enum", "what", "train", programs, "The program.")
+    define(
+        "enum",
+        "what",
+        "train",
+        ["train", "sample", "decode", "text", "import", *COMMANDS],
+        "The program; or all that a command executes, one after another: that of dollar train (run), prepare, "
+        "sample (sample-command) or evaluate. The exit status is then 2 if one does not compile or fit.",
+    )
     define("bool", "search", False, "Try meshes and remat policies, and rank them.")
     define("string", "json", None, "File for the figures as JSON.")
 
@@ -33,7 +41,11 @@ def run() -> None:
     if FLAGS.mesh:
         config = dataclasses.replace(config, mesh=parse_mesh(FLAGS.mesh))
     rest = (FLAGS.topology, FLAGS.what, planner.parse_video(FLAGS.video) if FLAGS.video else None)
-    if FLAGS.search:
+    if FLAGS.what in COMMANDS:
+        if FLAGS.search:
+            raise ValueError(f"--search ranks meshes for one program: leave it out with --what={FLAGS.what}")
+        found = list(tqdm(planner.plans_apart(config, *rest), "compiling", unit="program"))
+    elif FLAGS.search:
         found = planner.rank(list(tqdm(planner.search(config, *rest), "compiling", unit="plan")))
     else:
         found = [planner.plan(config, *rest)]
@@ -42,7 +54,13 @@ def run() -> None:
     print(planner.table(found))
     if FLAGS.json:
         fields = [dataclasses.asdict(p) for p in found]
-        Path(FLAGS.json).write_text(json.dumps(fields if FLAGS.search else fields[0], indent=2) + "\n")
+        listed = FLAGS.search or FLAGS.what in COMMANDS
+        Path(FLAGS.json).write_text(json.dumps(fields if listed else fields[0], indent=2) + "\n")
+    if FLAGS.what in COMMANDS:
+        bad = [p.program for p in found if p.error or not p.fits]
+        if bad:
+            raise ValueError(f"{len(bad)} of {len(found)} programs do not compile or fit: {', '.join(bad)}")
+        print(f"All {len(found)} programs compile and fit.")
 
 
 COMMAND = Command("compile for TPU chips that need not be there: memory, operations, time", define_flags, run)

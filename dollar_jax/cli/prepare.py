@@ -40,6 +40,7 @@ def define_flags(_: list[str]) -> None:
     define("integer", "seed", 0, "Seed of random crops and samples.")
     define("integer", "shard_size", 256, "Videos to a shard; a killed job loses at most the shard it was at.", 1)
     define("integer", "batch_size", 1, "Clips encoded at once by each device.", 1)
+    define("integer", "vae_chunk", None, "Latent frames the VAE makes at a time; few but for the shipped teacher.", 1)
     define("integer", "workers", os.cpu_count() or 1, "Videos decoded side by side.", 1)
     define("string", "split", "train", "Split of a tfds: source.")
     define("integer", "process_index", None, "Which of the hosts this is, by default as jax counts them.", 0)
@@ -78,9 +79,12 @@ def run() -> None:
     for name, value in sizes.items():
         if value is None:
             raise ValueError(f"--{name} must be given for a teacher of your own")
-    fps = FLAGS.fps
-    if fps is None and FLAGS.teacher not in SHIPPED_TEACHERS and not (FLAGS.source or "").startswith(TFDS):
-        fps = read_family(Path(FLAGS.teacher)).fps
+    fps, chunk, dtype = FLAGS.fps, FLAGS.vae_chunk, "float32"
+    if FLAGS.teacher not in SHIPPED_TEACHERS:
+        family = read_family(Path(FLAGS.teacher))
+        chunk, dtype = chunk or family.vae_chunk, "bfloat16"
+        if fps is None and not (FLAGS.source or "").startswith(TFDS):
+            fps = family.fps
     settings = PrepareSettings(
         source=_absolute(FLAGS.source),
         split=FLAGS.split,
@@ -100,6 +104,8 @@ def run() -> None:
         caption=FLAGS.caption,
         language=FLAGS.language,
         keep_cuts=FLAGS.keep_cuts,
+        vae_chunk=chunk,
+        teacher_dtype=dtype,
     )
     Loader(settings).items()  # what cannot be read is refused before the teacher is loaded
     index = jax.process_index() if FLAGS.process_index is None else FLAGS.process_index

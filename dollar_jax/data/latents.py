@@ -16,7 +16,7 @@ from dollar_jax.config import DistillConfig
 from dollar_jax.data.clip import MOVING_SHAPES
 from dollar_jax.data.moving_shapes import load_moving_shapes
 from dollar_jax.data.prefetch import prefetch
-from dollar_jax.data.prepared import PreparedVideos
+from dollar_jax.data.prepared import PreparedVideos, fingerprint_programs
 from dollar_jax.distributed import wait_for
 from dollar_jax.files import new_file, read_arrays
 from dollar_jax.generate import Generator
@@ -79,11 +79,9 @@ class EncodedVideos:
 
 def load_programs(config: DistillConfig, generator: Generator) -> list[Program]:
     """What `load_data` executes on the devices the first time, by shapes alone."""
-    mesh = generator.own_mesh
     if config.data.name != MOVING_SHAPES:
-        space = generator.pipeline.vae.config.scale_factor_spatial
-        return [generator.encode_program((1, 1, 2 * space, 2 * space, 3), mesh), generator.text_program(1, mesh)]
-    count, clip = config.data.train_videos, (*generator.clip, 3)
+        return fingerprint_programs(generator)
+    mesh, count, clip = generator.own_mesh, config.data.train_videos, (*generator.clip, 3)
     parts = {min(_AT_ONCE, count - start) for start in range(0, count, _AT_ONCE)}
     return [*(generator.encode_program((part, *clip), mesh) for part in parts), generator.text_program(count, mesh)]
 

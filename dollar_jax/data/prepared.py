@@ -18,6 +18,7 @@ from dollar_jax.config import DataConfig, DistillConfig
 from dollar_jax.data.clip import read_about
 from dollar_jax.data.prefetch import prefetch
 from dollar_jax.generate import Generator
+from dollar_jax.program import Program
 
 NAME, SPLIT = "dollar_latents", "train"
 
@@ -196,6 +197,13 @@ def _endless(records: Records, config: DistillConfig, number: int, rows: np.ndar
     dataset = dataset.map_with_index(lambda place, index: np.array([place, index]))
     dataset = dataset.batch(config.batch_size, drop_remainder=True).map(load)
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+
+
+def fingerprint_programs(generator: Generator) -> list[Program]:
+    """What `fingerprint` executes."""
+    space = generator.pipeline.vae.config.scale_factor_spatial
+    mesh = generator.own_mesh
+    return [generator.encode_program((1, 1, 2 * space, 2 * space, 3), mesh), generator.text_program(1, mesh)]
 
 
 def fingerprint(generator: Generator) -> dict[str, list[float]]:

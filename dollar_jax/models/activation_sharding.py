@@ -8,12 +8,13 @@ sequence, and `tensor`, which shares heads and channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 ROWS = ("data", "fsdp")
 CONTEXT = "context"
@@ -52,6 +53,14 @@ def constrain(x: Array, *axes: str | None) -> Array:
         return x
     named = (axis if axis and x.shape[i] % axis_size(axis) == 0 else None for i, axis in enumerate(axes, 1))
     return jax.lax.with_sharding_constraint(x, P(rows(x.shape[0]), *named))
+
+
+def row_by_row(function: Callable[[Array], PyTree], x: Array) -> PyTree:
+    """function(x) of rows that know nothing of each other: each device takes its own one after another."""
+    shards = axis_size(ROWS) if rows(x.shape[0]) else 1
+    parts = x.reshape(shards, -1, *x.shape[1:]).swapaxes(0, 1)
+    y = jax.lax.map(lambda part: jax.tree.map(constrain, function(constrain(part))), parts)
+    return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(-1, *y.shape[2:]), y)
 
 
 def padded_length(tokens: int) -> int:

@@ -17,7 +17,9 @@ from dollar_jax.flops import PEAK_TFLOPS
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of one chip: memory its compiler hands out, bf16 peak, bandwidth of memory and of all its links."""
+    """Of one device, which is a chip or half of one: memory its compiler hands out, bf16 peak, bandwidth of memory and
+    of all its links.
+    """
 
     hbm_gib: float
     tflops: float
@@ -25,11 +27,12 @@ class Chip:
     link_gbps: float
 
 
-# https://cloud.google.com/tpu/docs/v5e, v5p and v6e; the memory as libtpu reports it.
+# https://cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x, whose chips are two devices; the memory as libtpu says.
 CHIPS = {
     "v5e": Chip(15.75, PEAK_TFLOPS["TPU v5 lite"], 819, 200),
     "v5p": Chip(95.74, PEAK_TFLOPS["TPU v5"], 2765, 600),
     "v6e": Chip(31.25, PEAK_TFLOPS["TPU v6 lite"], 1640, 448),
+    "tpu7x": Chip(94.75, PEAK_TFLOPS["TPU7x"], 3690, 300),
 }
 
 
@@ -37,7 +40,9 @@ def chips(topology: str) -> tuple[Sequence[Any], Chip]:
     """The devices of a topology, and what each can do."""
     kind = topology.partition(":")[0]
     if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
-        raise ValueError(f"--topology={topology} is none that is known: v5e:4x4, v6e:8x8 and v5p:2x2x2 are of its kind")
+        raise ValueError(
+            f"--topology={topology} is none that is known: v5e:4x4, v6e:8x8, v5p:2x2x2 and tpu7x:2x2x1 are of its kind"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("the TPU compiler is not installed: pip install -e '.[plan]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -1,4 +1,4 @@
-"""`dollar plan`: the very program that will run, compiled for TPU chips that need not be there.
+"""`dollar plan`: the very programs that will run, compiled for TPU chips that need not be there.
 
 Memory is what the compiler assigns. The time is a bound, not a forecast: the slowest of matrix products
 at the chip's peak, of memory traffic and of collectives at their bandwidths, as if all three overlapped.
@@ -7,10 +7,14 @@ at the chip's peak, of memory traffic and of collectives at their bandwidths, as
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import multiprocessing
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,25 +24,32 @@ import jax.numpy as jnp
 from dollar_jax import sharding
 from dollar_jax.config import DistillConfig, MeshConfig
 from dollar_jax.data.clip import MOVING_SHAPES, clip_size
+from dollar_jax.data.latents import load_programs
 from dollar_jax.flops import count_flops
+from dollar_jax.generate import Generator, draw_programs, sampling_mesh
 from dollar_jax.hlo import Cost, cost
 from dollar_jax.plan.chips import Chip, chips
 from dollar_jax.plan.teachers import architecture_of, weightless_generator
+from dollar_jax.prepare.shards import prepare_programs
 from dollar_jax.program import Program
-from dollar_jax.programs import train_programs
+from dollar_jax.programs import run_programs, step_flops, teacher_programs
 from dollar_jax.rewards import load_rewards
-from dollar_jax.rewards.pixels import pixel_rewards
-from dollar_jax.weights.families import Architecture
+from dollar_jax.rewards.pixels import PixelRewards, pixel_rewards
 
 What = Literal["train", "sample", "decode", "text", "import"]
+Whole = Literal["run", "prepare", "sample-command", "evaluate"]  # a command with all that it executes
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Per chip and step. What could not be compiled for want of memory has no operations and no time."""
+    """Per device and call. What could not be compiled has no operations and no time; `error` says why it could not
+    but for want of memory.
+    """
 
     what: str
+    program: str
+    videos: int | None  # or prompts, of one call; None where the program has other arguments
     topology: str
     chips: int
     mesh: dict[str, int]
@@ -46,8 +57,9 @@ class Plan:
     host_gib: float  # of arguments in the host's memory
     argument_gib: float
     output_gib: float
-    temp_gib: float
-    peak_gib: float
+    temp_gib: float | None  # None where the compiler refuses or aborts
+    peak_gib: float | None
+    kept_gib: float  # beside the arguments: of a run its state and teacher, between two steps
     hbm_gib: float
     fits: bool
     model_tflops: float
@@ -59,70 +71,134 @@ class Plan:
     compile_seconds: float
     largest_buffers: list[str]
     advice: str | None
+    error: str | None
 
 
 def plan(config: DistillConfig, topology: str, what: What = "train", video: tuple[int, int, int] | None = None) -> Plan:
     """Compiles for a topology such as "v5p:2x2x2"; `video` is height, width and frames, unless the data's own.
 
-    Raises ValueError when the TPU compiler is missing, or for a topology, mesh or teacher that cannot be.
+    Raises ValueError when the TPU compiler is missing or refuses, or for a topology, mesh or teacher that cannot be.
     """
-    devices, chip = chips(topology)
-    architecture = architecture_of(config)
-    clip = _clip(config, video)
-    program = program_of(what, config, architecture, clip, devices)
-    begun = time.perf_counter()
-    compiled, failure = None, ""
-    try:
-        compiled = (
-            program.trace()
-            .lower()
-            .compile(
-                # Several times faster to compile, and hardly different in memory.
-                compiler_options={"exec_time_optimization_effort": -1.0} if devices[0].platform == "tpu" else None
-            )
-        )
-    except jax.errors.JaxRuntimeError as error:
-        failure = str(error)
-        if "RESOURCE_EXHAUSTED" not in failure:
-            raise ValueError(f"the compiler refuses this program: {failure.splitlines()[0]}") from error
-    seconds = time.perf_counter() - begun
+    (found,) = plans(config, topology, what, video)
+    if found.error:
+        raise ValueError(f"the compiler refuses this program: {found.error}")
+    return found
 
-    common: dict[str, Any] = {
-        "what": what,
-        "topology": topology,
-        "chips": len(devices),
-        "mesh": dict(program.mesh.shape) if program.mesh else {},
-        "remat": config.compute.remat,
-        "hbm_gib": chip.hbm_gib,
-        "compile_seconds": seconds,
-        "model_tflops": _model_flops(what, config, architecture, clip) / len(devices) / 1e12,
-    }
-    if compiled is None:
-        places = jax.tree.leaves(jax.tree.broadcast(program.in_shardings, program.arguments))
-        pairs = zip(jax.tree.leaves(program.arguments), places, strict=True)
-        held = sum(_local_bytes(x, where) for x, where in pairs if where.memory_kind != "pinned_host") / GIB
-        return _too_large(config, failure, held, common)
-    memory = compiled.memory_analysis()
-    argument, temp = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
-    output = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
-    used = cost(compiled.as_text())
-    roofline, bound = _roofline(used, chip)
-    return Plan(
-        **common,
-        host_gib=memory.host_argument_size_in_bytes / GIB,
-        argument_gib=argument,
-        output_gib=output,
-        temp_gib=temp,
-        peak_gib=getattr(memory, "peak_memory_in_bytes", 0) / GIB,
-        fits=argument + output + temp <= chip.hbm_gib,
-        compiled_tflops=used.flops / 1e12,
-        collective_gib=sum(used.collective_bytes.values()) / GIB,
-        collectives_gib={kind: value / GIB for kind, value in used.collective_bytes.items()},
-        roofline_seconds=roofline,
-        bound=bound,
-        largest_buffers=[],
-        advice=None,
-    )
+
+def plans(
+    config: DistillConfig, topology: str, what: What | Whole, video: tuple[int, int, int] | None = None
+) -> Iterator[Plan]:
+    """A plan of every program that is executed, as they are compiled; raises as `plan` does for what cannot be."""
+    for job in _jobs(config, topology, what, video):
+        yield job.plan()
+
+
+def plans_apart(*request: Any) -> Iterator[Plan]:
+    """`plans` by a process of its own: where the compiler aborts, the plan says so, and the next one is made."""
+    found: list[Plan] = []
+    aborted: list[Plan] | None = None
+    while aborted is None or len(found) < len(aborted):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
+            aborted = worker.submit(_load, request).result()
+            while len(found) < len(aborted):
+                try:
+                    found.append(worker.submit(_plan, len(found)).result())
+                except BrokenProcessPool:
+                    found.append(aborted[len(found)])
+                    yield found[-1]
+                    break
+                yield found[-1]
+
+
+_loaded: list[_Job] = []  # in a worker
+
+
+def _load(request: Sequence[Any]) -> list[Plan]:
+    _loaded[:] = _jobs(*request)
+    return [job.failed("the compiler aborts") for job in _loaded]
+
+
+def _plan(index: int) -> Plan:
+    return _loaded[index].plan()
+
+
+@dataclasses.dataclass
+class _Job:
+    """A program to be compiled, and what is known of it before that."""
+
+    program: Program
+    config: DistillConfig
+    chip: Chip
+    common: dict[str, Any]
+    flops: Callable[[], float] | None  # of all devices together; None for those that are traced
+
+    def plan(self) -> Plan:
+        begun = time.perf_counter()
+        devices = [] if self.program.mesh is None else list(self.program.mesh.devices.flat)
+        # Several times faster to compile, and hardly different in memory.
+        options = {"exec_time_optimization_effort": -1.0} if devices[:1] and devices[0].platform == "tpu" else None
+        traced = self.program.trace()
+        flops = count_flops(traced.jaxpr.jaxpr) if self.flops is None else self.flops()
+        self.common["model_tflops"] = flops / max(len(devices), 1) / 1e12
+        try:
+            compiled = traced.lower().compile(compiler_options=options)
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # the latter from Mosaic
+            self.common["compile_seconds"] = time.perf_counter() - begun
+            return self.failed(str(error))
+        self.common["compile_seconds"] = time.perf_counter() - begun
+        memory = compiled.memory_analysis()
+        argument, temp = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
+        output = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
+        used = cost(compiled.as_text())
+        roofline, bound = _roofline(used, self.chip)
+        return Plan(
+            **self.common,
+            host_gib=memory.host_argument_size_in_bytes / GIB,
+            argument_gib=argument,
+            output_gib=output,
+            temp_gib=temp,
+            peak_gib=getattr(memory, "peak_memory_in_bytes", 0) / GIB,
+            fits=self.common["kept_gib"] + argument + output + temp <= self.chip.hbm_gib,
+            compiled_tflops=used.flops / 1e12,
+            collective_gib=sum(used.collective_bytes.values()) / GIB,
+            collectives_gib={kind: value / GIB for kind, value in used.collective_bytes.items()},
+            roofline_seconds=roofline,
+            bound=bound,
+            largest_buffers=[],
+            advice=None,
+            error=None,
+        )
+
+    def failed(self, failure: str) -> Plan:
+        return _failed(self.config, failure, _held(self.program.arguments, self.program.in_shardings), self.common)
+
+
+def _jobs(
+    config: DistillConfig, topology: str, what: What | Whole, video: tuple[int, int, int] | None = None
+) -> list[_Job]:
+    devices, chip = chips(topology)
+    clip = _clip(config, video)
+    generator = weightless_generator(config, architecture_of(config), clip, sharding.make_mesh(config.mesh, devices))
+    pixels = pixel_rewards(config.reward, load_rewards(config.reward.rewards), generator.frames)
+    programs = programs_of(what, config, generator, pixels)
+    jobs = []
+    for program in programs:
+        common: dict[str, Any] = {
+            "what": what,
+            "program": program.name,
+            "videos": program.arguments[1].shape[0] if hasattr(program.arguments[1], "shape") else None,
+            "topology": topology,
+            "chips": len(devices),
+            "mesh": dict(program.mesh.shape) if program.mesh else {},
+            "remat": config.compute.remat,
+            "hbm_gib": chip.hbm_gib,
+            "kept_gib": _kept(what, program, programs),
+            "model_tflops": 0.0,
+            "compile_seconds": 0.0,
+        }
+        flops = functools.partial(step_flops, config, generator, pixels) if program.name == "step" else None
+        jobs.append(_Job(program, config, chip, common, flops))
+    return jobs
 
 
 def search(
@@ -168,11 +244,12 @@ def table(plans: Sequence[Plan]) -> str:
         return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
     rows = [
+        ("program", [p.program + (f" × {p.videos}" if p.videos else "") for p in plans]),
         ("mesh", [",".join(f"{a}={n}" for a, n in p.mesh.items() if n > 1) or "1 chip" for p in plans]),
         ("remat", [p.remat for p in plans]),
         *(
             (f"{name}, GiB", [number(getattr(p, f"{name}_gib")) for p in plans])
-            for name in ("host", "argument", "output", "temp", "peak", "hbm")
+            for name in ("host", "argument", "output", "temp", "peak", "kept", "hbm")
         ),
         ("fits", ["yes" if p.fits else "NO" for p in plans]),
         ("model, TFLOP", [number(p.model_tflops) for p in plans]),
@@ -185,9 +262,14 @@ def table(plans: Sequence[Plan]) -> str:
         ("bound by", [p.bound or "–" for p in plans]),
         ("compiled in, s", [number(p.compile_seconds) for p in plans]),
     ]
-    wide = max(max(len(cell) for _, cells in rows for cell in cells) + 2, 10)
-    lines = [f"{name:20}" + "".join(f"{cell:>{wide}}" for cell in cells) for name, cells in rows]
-    notes = [note for p in plans for note in (*p.largest_buffers, p.advice) if note]
+    if len({p.program for p in plans}) > 1:  # a line for each
+        wide = [max(len(cell) for cell in (name, *cells)) for name, cells in rows]
+        turned = zip(*([name, *cells] for name, cells in rows), strict=True)
+        lines = ["  ".join(f"{c:>{w}}" for c, w in zip(line, wide, strict=True)) for line in turned]
+    else:
+        width = max(max(len(cell) for _, cells in rows for cell in cells) + 2, 10)
+        lines = [f"{name:20}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows]
+    notes = [f"{p.program}: {n}" for p in plans for n in (*p.largest_buffers, p.advice, p.error) if n]
     return "\n".join([*lines, *notes])
 
 
@@ -204,46 +286,38 @@ def _clip(config: DistillConfig, video: tuple[int, int, int] | None) -> tuple[in
     return clip_size(config.data)
 
 
-def program_of(
-    what: What, config: DistillConfig, architecture: Architecture, clip: tuple[int, int, int], devices: Sequence[Any]
-) -> Program:
-    """The very program that the run executes, for batches of config.batch_size; raises ValueError as that would."""
-    mesh = sharding.make_mesh(config.mesh, devices)
-    generator = weightless_generator(config, architecture, clip, mesh)
-    pipeline, batch = generator.pipeline, config.batch_size
-    if what in ("train", "import"):
-        pixels = pixel_rewards(config.reward, load_rewards(config.reward.rewards), generator.frames)
-        programs = train_programs(
-            config,
-            pipeline.transformer.network,
-            pipeline.schedule,
-            generator.latent_shape,
-            generator.text_shape,
-            devices,
-            pixels,
-            decoder=pipeline.vae.network.shapes,
-        )
+def programs_of(
+    what: What | Whole, config: DistillConfig, generator: Generator, pixels: PixelRewards | None
+) -> list[Program]:
+    """The very programs that are executed, alone in batches of config.batch_size; raises ValueError as that would."""
+    mesh, batch = generator.mesh, config.batch_size
+    if what in ("train", "import", "run"):
+        rewards = load_rewards(config.reward.rewards)
+        programs = teacher_programs(config, generator, pixels, list(mesh.devices.flat))
+        if what == "run":
+            found = [*load_programs(config, generator), *run_programs(config, generator, programs, rewards)]
+            return list({(p.name, str(p.arguments)): p for p in found}.values())
         # After an import: from the shards of the teacher, the state that training starts from.
-        return programs.step if what == "train" else programs.init
+        return [programs.step if what == "train" else programs.init]
+    if what == "prepare":
+        here = dataclasses.replace(generator, mesh=sharding.host_mesh(mesh))
+        return prepare_programs(here, generator.clip, here.mesh.size)
+    if what in ("sample-command", "evaluate"):
+        here = list(sharding.host_mesh(mesh).devices.flat)
+        here = dataclasses.replace(generator, mesh=sampling_mesh(config.mesh, here))
+        if what == "sample-command":
+            return draw_programs(here, config, 4, [len(config.student.timesteps)])
+        known = [n for n in (4, 2, 1) if n <= len(config.student.timesteps)]
+        features = here.encode_program((1, *here.clip, 3), here.own_mesh)
+        return [*draw_programs(here, config, 16, known), features]
     sharding.check_batch(mesh, "batch_size", batch)
     if what == "sample":
-        return generator.student_sampler(config.student.timesteps).program(batch)
+        return [generator.student_sampler(config.student.timesteps).program(batch)]
     if what == "decode":
-        return generator.decode_program((batch, *generator.latent_shape), mesh)
+        return [generator.decode_program((batch, *generator.latent_shape), mesh)]
     if what == "text":
-        return generator.text_program(batch, mesh)
-    raise ValueError(f"--what={what} is none of {', '.join(get_args(What))}")
-
-
-def _model_flops(what: What, config: DistillConfig, a: Architecture, clip: tuple[int, int, int]) -> float:
-    """Of all chips together: the program's own matrix products, none of them done twice."""
-    plain = dataclasses.replace(
-        config,
-        mesh=MeshConfig(1, 1, 1, 1),
-        compute=dataclasses.replace(config.compute, remat="none", attention="xla", vae_chunk=None),
-    )
-    program = program_of(what, plain, a, clip, jax.local_devices(backend="cpu")[:1])
-    return count_flops(program.trace().jaxpr.jaxpr)
+        return [generator.text_program(batch, mesh)]
+    raise ValueError(f"--what={what} is none of {', '.join((*get_args(What), *get_args(Whole)))}")
 
 
 # --- what comes out -------------------------------------------------------------------------------
@@ -266,14 +340,32 @@ def _local_bytes(leaf: Any, where: Any) -> int:
     return math.prod(where.shard_shape(leaf.shape)) * size
 
 
-def _too_large(config: DistillConfig, failure: str, held: float, common: dict[str, Any]) -> Plan:
-    """From the compiler's own account of what does not fit."""
+def _kept(what: What | Whole, program: Program, programs: Sequence[Program]) -> float:
+    """GiB of a device's memory that a command keeps beside a program's arguments, and perhaps some of those too."""
+    if what == "run" and program.name not in ("init", "step"):
+        return sum(_held(p.arguments, p.in_shardings) for p in programs if p.name == "step")
+    if what == "prepare":
+        others = {p.name: p for p in programs if p.name != program.name}.values()
+        return sum(_held(p.arguments[:1], p.in_shardings[:1]) for p in others)
+    return 0.0
+
+
+def _held(arguments: Any, places: Any) -> float:
+    """GiB of a device's memory that arguments take."""
+    pairs = zip(jax.tree.leaves(arguments), jax.tree.leaves(jax.tree.broadcast(places, arguments)), strict=True)
+    return sum(_local_bytes(x, where) for x, where in pairs if where.memory_kind != "pinned_host") / GIB
+
+
+def _failed(config: DistillConfig, failure: str, held: float, common: dict[str, Any]) -> Plan:
+    """From the compiler's own account of what it refuses, or what does not fit."""
+    too_large = "RESOURCE_EXHAUSTED" in failure
     units = {"K": 2**-20, "M": 2**-10, "G": 1.0}
     # It names all that is used, or the temporaries alone.
     everything = re.search(r"Used ([\d.]+)([KMG]) of", failure)
     found = everything or re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", failure)
-    used = float(found[1]) * units[found[2]] if found else math.nan
-    used += 0.0 if everything else held
+    used = None
+    if found:
+        used = float(found[1]) * units[found[2]] + (0.0 if everything else held)
     buffers = []
     for size, rest in re.findall(r"Size: ([\d.]+[KMG])(.*?)(?====|\Z)", failure, re.DOTALL):
         name, shape = re.search(r'op_name="([^"]*)"', rest), re.search(r"Shape: (\S+?)[{\s]", rest)
@@ -283,7 +375,7 @@ def _too_large(config: DistillConfig, failure: str, held: float, common: dict[st
         host_gib=0.0,
         argument_gib=held,
         output_gib=0.0,
-        temp_gib=used - held,
+        temp_gib=None if used is None else used - held,
         peak_gib=used,
         fits=False,
         compiled_tflops=None,
@@ -292,20 +384,21 @@ def _too_large(config: DistillConfig, failure: str, held: float, common: dict[st
         roofline_seconds=None,
         bound=None,
         largest_buffers=buffers[:8],
-        advice=_advice(config, held, common),
+        advice=_advice(config, held, common) if too_large else None,
+        error=None if too_large else failure.splitlines()[0],
     )
 
 
 def _advice(config: DistillConfig, held: float, common: dict[str, Any]) -> str:
     if held > common["hbm_gib"] / 2:
         return "It is the state that fills the chip: a larger fsdp or context in --mesh shares it out further"
-    if common["what"] == "decode":
+    if "vae" in common["program"] or "decode" in common["program"]:
         return "Decode fewer frames at a time: --config.compute.vae_chunk=1"
-    if common["what"] == "train" and config.compute.remat == "none":
+    if common["program"] == "step" and config.compute.remat == "none":
         return "Keep less of each block for the backward pass: --config.compute.remat=attention, or full"
     rows = config.batch_size // config.accumulation // (common["mesh"]["data"] * common["mesh"]["fsdp"])
     if rows > 1:
         return "Take fewer videos at a time: a larger --config.accumulation, or a smaller --config.batch_size"
-    if common["what"] == "train" and config.compute.remat in ("dots", "attention"):
+    if common["program"] == "step" and config.compute.remat in ("dots", "attention"):
         return "Keep less of each block for the backward pass: --config.compute.remat=full"
     return "Share each video over more chips: a larger context in --mesh"

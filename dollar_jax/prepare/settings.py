@@ -42,6 +42,8 @@ class PrepareSettings:
     caption: Literal["first", "random"] = "first"  # of a list of captions
     language: str | None = None  # of an object of captions by language
     keep_cuts: bool = False  # clips that cross a hard cut
+    vae_chunk: int | None = None  # latent frames that the VAE makes at a time; None is the whole batch
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of the text encoder's weights
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.prompts is None):
@@ -82,9 +84,9 @@ def remember_settings(settings: PrepareSettings, out: Path) -> None:
     if path.exists():
         before = read_json(path)
         for name, value in now.items():
-            if _place(name, before.get(name, DEFAULTS.get(name))) != _place(name, value):
+            if _place(name, then := before.get(name, DEFAULTS.get(name))) != _place(name, value):
                 raise ValueError(
-                    f"{out} was begun with {name} = {before.get(name)!r}, not {value!r}: choose another --out, or "
+                    f"{out} was begun with {name} = {then!r}, not {value!r}: choose another --out, or "
                     "the same settings to go on"
                 )
         return

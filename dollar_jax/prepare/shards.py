@@ -18,11 +18,14 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from dollar_jax import sharding
 from dollar_jax.config import MeshConfig, SamplingConfig
+from dollar_jax.data.prepared import fingerprint_programs
 from dollar_jax.files import write_file
-from dollar_jax.generate import Generator, load_teacher
+from dollar_jax.generate import Generator, teacher_folder
 from dollar_jax.prepare.clips import Clip, Rejected
 from dollar_jax.prepare.settings import PARTS, PrepareSettings, bucket_name
 from dollar_jax.prepare.sources import Item
+from dollar_jax.program import Program
+from dollar_jax.weights.pipeline import load_pipeline
 
 PREVIEW = "preview.jpg"
 _SHOWN, _MOMENTS, _THUMBNAIL = 8, 6, 96  # of a preview: clips, frames of each, their height in pixels
@@ -32,7 +35,15 @@ def load_generator(settings: PrepareSettings) -> Generator:
     """The teacher that the settings name, of which only VAE and text encoder are used."""
     clip = settings.frames, *settings.buckets[0]
     sampling = SamplingConfig(50, 1.0, 0.0)  # nothing is sampled
-    return Generator(load_teacher(settings.teacher), settings.max_text_length, sampling, clip)
+    pipeline = load_pipeline(teacher_folder(settings.teacher), settings.teacher_dtype, without_transformer=True)
+    return Generator(pipeline, settings.max_text_length, sampling, clip, settings.vae_chunk)
+
+
+def prepare_programs(generator: Generator, clip: tuple[int, int, int], batch: int) -> list[Program]:
+    """What a job executes on its host's devices, `batch` clips at a time; a generator on those devices."""
+    shape, mesh = (batch, *clip, 3), generator.mesh
+    found = [generator.text_program(batch, mesh), generator.encode_program(shape, mesh)]
+    return [*found, *fingerprint_programs(generator)]
 
 
 def latents_features(settings: PrepareSettings, channels: int, text_dim: int, time: int, space: int) -> Any:
@@ -65,13 +76,15 @@ class Encoder:
 
     def __init__(self, settings: PrepareSettings, generator: Generator):
         self.settings = settings
-        mesh = sharding.make_mesh(MeshConfig(-1, 1, 1, 1), jax.local_devices())
+        mesh = sharding.make_mesh(MeshConfig(1, -1, 1, 1), jax.local_devices())
         self.batch = settings.batch_size * mesh.size
         pipeline = generator.pipeline
-        placed = {
-            name: dataclasses.replace(part, params=jax.device_put(part.params, sharding.replicated(mesh)))
-            for name, part in (("vae", pipeline.vae), ("text_encoder", pipeline.text_encoder))
-        }
+        text, whole = pipeline.text_encoder, sharding.replicated(mesh)
+        places = (("vae", whole), ("text_encoder", sharding.shard(mesh, text.network.shapes, strict=False)))
+        placed = {}
+        for name, where in places:
+            part = getattr(pipeline, name)
+            placed[name] = dataclasses.replace(part, params=sharding.put(part.params, where))
         self.generator = dataclasses.replace(generator, pipeline=dataclasses.replace(pipeline, **placed), mesh=mesh)
         vae, patch = pipeline.vae.config, pipeline.transformer.config.patch
         for height, width in settings.buckets:
@@ -83,7 +96,7 @@ class Encoder:
                 )
         self.latent = vae.latent_shape(settings.frames, *settings.buckets[0])
         self.features = latents_features(
-            settings, self.latent[-1], generator.null_text.shape[-1], self.latent[0], vae.scale_factor_spatial
+            settings, self.latent[-1], generator.text_shape[-1], self.latent[0], vae.scale_factor_spatial
         )
         self._serializer = ExampleSerializer(self.features.get_serialized_info())
 

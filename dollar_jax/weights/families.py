@@ -35,9 +35,10 @@ class Family:
     """A class of diffusers pipelines.
 
     `masks_padding`: the text encoder does not see the rows of padding, and the transformer gets zeros there; without
-    it padding is part of the text. `guidance_scale` is diffusers' default, w + 1 of ours, and `fps` the frames per
-    second of its videos. `entries` of model_index.json tell it from other families of its class; `unsupported` ones
-    must be absent, null or false, each with what asks for it. `cleans_prompts`: prompts go through `clean_prompt`.
+    it padding is part of the text. `guidance_scale` is diffusers' default, w + 1 of ours, `fps` the frames per second
+    of its videos, and `vae_chunk` the latent frames that its VAE takes at a time where memory counts. `entries` of
+    model_index.json tell it from other families of its class; `unsupported` ones must be absent, null or false, each
+    with what asks for it. `cleans_prompts`: prompts go through `clean_prompt`.
     """
 
     pipeline: str
@@ -48,6 +49,7 @@ class Family:
     masks_padding: bool
     guidance_scale: float
     fps: int
+    vae_chunk: int
     cleans_prompts: bool = True
     entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unsupported: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -85,6 +87,7 @@ WAN = Family(
     masks_padding=True,
     guidance_scale=5.0,
     fps=16,
+    vae_chunk=1,
     unsupported={
         "transformer_2": f"a second transformer for low noise levels{_EXPERTS}",
         "boundary_ratio": f"two transformers that share the noise levels{_EXPERTS}",
@@ -103,6 +106,7 @@ COGVIDEOX = Family(
     masks_padding=False,
     guidance_scale=6.0,
     fps=8,
+    vae_chunk=2,
     cleans_prompts=False,
 )
 FAMILIES = (WAN_TI2V, WAN, COGVIDEOX)  # the first whose entries match

@@ -80,6 +80,7 @@ def load_pipeline(
     folder: str | Path,
     param_dtype: str = "float32",
     place: Callable[[Params], Any] | None = None,
+    without_transformer: bool = False,
     **transformer_options: Any,
 ) -> Pipeline:
     """Loads a pipeline folder of one of FAMILIES; `transformer_options` are our fields of its transformer's
@@ -87,16 +88,19 @@ def load_pipeline(
 
     `param_dtype` is what the weights of transformer and text encoder are held in; the VAE's stay fp32.
     In a folder made by `importer.import_pipeline`, the transformer's are restored straight into the
-    shardings that `place` gives for their shapes; everything else comes as numpy arrays.
+    shardings that `place` gives for their shapes; everything else comes as numpy arrays. `without_transformer` leaves
+    its weights where they are, and has their shapes in their place.
 
     Raises FileNotFoundError or ValueError naming the file, tensor or field that is wrong.
     """
     folder = Path(folder)
     parts = read_parts(folder, param_dtype, **transformer_options)
-    loaded = {
-        name: load_component(folder / name, part, place if name == "transformer" else None)
-        for name, part in parts.items()
-    }
+    loaded = {}
+    for name, part in parts.items():
+        if without_transformer and name == "transformer":
+            loaded[name] = Component(part.config, part.network, part.network.shapes)
+        else:
+            loaded[name] = load_component(folder / name, part, place if name == "transformer" else None)
     tokenizer = load_tokenizer(folder / "tokenizer")
     family = read_family(folder)
     return Pipeline(family, **loaded, tokenizer=tokenizer, schedule=read_schedule(folder, family))

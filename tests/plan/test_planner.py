@@ -93,6 +93,9 @@ def test_what_does_not_fit_is_named_with_a_mend(make_config):
     config = make_config({"compute.remat": "attention"})
     common = {
         "what": "train",
+        "program": "step",
+        "videos": None,
+        "kept_gib": 0.0,
         "topology": "v5p:2x2x2",
         "chips": 8,
         "remat": "attention",
@@ -101,15 +104,15 @@ def test_what_does_not_fit_is_named_with_a_mend(make_config):
         "compile_seconds": 1.0,
         "model_tflops": 1.0,
     }
-    found = planner._too_large(config, MESSAGE, 5.2, common)
+    found = planner._failed(config, MESSAGE, 5.2, common)
     assert not found.fits and found.peak_gib == 120.5 and found.temp_gib == pytest.approx(115.3)
     first, second = (line.split() for line in found.largest_buffers)
     assert first == ["12.50G", "bf16[30,32760,8960]", "jit(step)/while/body/ffn/dot_general"]
     assert second == ["512.0M", "f32[1536,8960]"]
     assert found.advice and "remat=full" in found.advice and found.advice in planner.table([found])
     short = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (61.08G) exceeds available HBM."
-    assert planner._too_large(config, short, 5.2, common).temp_gib == pytest.approx(61.08)
-    assert "larger fsdp" in str(planner._too_large(config, MESSAGE, 60.0, common).advice)
+    assert planner._failed(config, short, 5.2, common).temp_gib == pytest.approx(61.08)
+    assert "larger fsdp" in str(planner._failed(config, MESSAGE, 60.0, common).advice)
     fits = dataclasses.replace(found, fits=True, roofline_seconds=3.0)
     faster = dataclasses.replace(fits, roofline_seconds=2.0)
     assert planner.rank([found, fits, faster]) == [faster, fits, found]
