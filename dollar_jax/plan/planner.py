@@ -6,6 +6,7 @@ at the chip's peak, of memory traffic and of collectives at their bandwidths, as
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -41,7 +42,7 @@ Whole = Literal["run", "prepare", "sample-command", "evaluate"]  # a command wit
 GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """Per device and call. What could not be compiled has no operations and no time; `error` says why it could not
     but for want of memory.
@@ -54,24 +55,24 @@ class Plan:
     chips: int
     mesh: dict[str, int]
     remat: str
-    host_gib: float  # of arguments in the host's memory
+    host_gib: float = 0.0  # of arguments in the host's memory
     argument_gib: float
-    output_gib: float
+    output_gib: float = 0.0
     temp_gib: float | None  # None where the compiler refuses or aborts
     peak_gib: float | None
     kept_gib: float  # beside the arguments: of a run its state and teacher, between two steps
     hbm_gib: float
-    fits: bool
+    fits: bool = False
     model_tflops: float
-    compiled_tflops: float | None
-    collective_gib: float | None
-    collectives_gib: dict[str, float] | None
-    roofline_seconds: float | None
-    bound: str | None
+    compiled_tflops: float | None = None
+    collective_gib: float | None = None
+    collectives_gib: dict[str, float] | None = None
+    roofline_seconds: float | None = None
+    bound: str | None = None
     compile_seconds: float
-    largest_buffers: list[str]
-    advice: str | None
-    error: str | None
+    largest_buffers: Sequence[str] = ()
+    advice: str | None = None
+    error: str | None = None
 
 
 def plan(config: DistillConfig, topology: str, what: What = "train", video: tuple[int, int, int] | None = None) -> Plan:
@@ -95,19 +96,17 @@ def plans(
 
 def plans_apart(*request: Any) -> Iterator[Plan]:
     """`plans` by a process of its own: where the compiler aborts, the plan says so, and the next one is made."""
-    found: list[Plan] = []
     aborted: list[Plan] | None = None
-    while aborted is None or len(found) < len(aborted):
+    done = 0
+    while aborted is None or done < len(aborted):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
             aborted = worker.submit(_load, request).result()
-            while len(found) < len(aborted):
-                try:
-                    found.append(worker.submit(_plan, len(found)).result())
-                except BrokenProcessPool:
-                    found.append(aborted[len(found)])
-                    yield found[-1]
-                    break
-                yield found[-1]
+            with contextlib.suppress(BrokenProcessPool):
+                while done < len(aborted):
+                    done += 1
+                    yield worker.submit(_plan, done - 1).result()
+                return
+            yield aborted[done - 1]
 
 
 _loaded: list[_Job] = []  # in a worker
@@ -134,12 +133,13 @@ class _Job:
 
     def plan(self) -> Plan:
         begun = time.perf_counter()
-        devices = [] if self.program.mesh is None else list(self.program.mesh.devices.flat)
+        assert self.program.mesh is not None
+        devices = list(self.program.mesh.devices.flat)
         # Several times faster to compile, and hardly different in memory.
-        options = {"exec_time_optimization_effort": -1.0} if devices[:1] and devices[0].platform == "tpu" else None
+        options = {"exec_time_optimization_effort": -1.0} if devices[0].platform == "tpu" else None
         traced = self.program.trace()
         flops = count_flops(traced.jaxpr.jaxpr) if self.flops is None else self.flops()
-        self.common["model_tflops"] = flops / max(len(devices), 1) / 1e12
+        self.common["model_tflops"] = flops / len(devices) / 1e12
         try:
             compiled = traced.lower().compile(compiler_options=options)
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # the latter from Mosaic
@@ -164,9 +164,6 @@ class _Job:
             collectives_gib={kind: value / GIB for kind, value in used.collective_bytes.items()},
             roofline_seconds=roofline,
             bound=bound,
-            largest_buffers=[],
-            advice=None,
-            error=None,
         )
 
     def failed(self, failure: str) -> Plan:
@@ -189,7 +186,7 @@ def _jobs(
             "videos": program.arguments[1].shape[0] if hasattr(program.arguments[1], "shape") else None,
             "topology": topology,
             "chips": len(devices),
-            "mesh": dict(program.mesh.shape) if program.mesh else {},
+            "mesh": dict(generator.mesh.shape if program.mesh is None else program.mesh.shape),
             "remat": config.compute.remat,
             "hbm_gib": chip.hbm_gib,
             "kept_gib": _kept(what, program, programs),
@@ -363,26 +360,16 @@ def _failed(config: DistillConfig, failure: str, held: float, common: dict[str, 
     # It names all that is used, or the temporaries alone.
     everything = re.search(r"Used ([\d.]+)([KMG]) of", failure)
     found = everything or re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", failure)
-    used = None
-    if found:
-        used = float(found[1]) * units[found[2]] + (0.0 if everything else held)
+    used = float(found[1]) * units[found[2]] + (0.0 if everything else held) if found else None
     buffers = []
     for size, rest in re.findall(r"Size: ([\d.]+[KMG])(.*?)(?====|\Z)", failure, re.DOTALL):
         name, shape = re.search(r'op_name="([^"]*)"', rest), re.search(r"Shape: (\S+?)[{\s]", rest)
         buffers.append(f"{size:>8}  {shape[1] if shape else ''}  {name[1] if name else ''}".rstrip())
     return Plan(
         **common,
-        host_gib=0.0,
         argument_gib=held,
-        output_gib=0.0,
         temp_gib=None if used is None else used - held,
         peak_gib=used,
-        fits=False,
-        compiled_tflops=None,
-        collective_gib=None,
-        collectives_gib=None,
-        roofline_seconds=None,
-        bound=None,
         largest_buffers=buffers[:8],
         advice=_advice(config, held, common) if too_large else None,
         error=None if too_large else failure.splitlines()[0],

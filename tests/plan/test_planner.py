@@ -1,5 +1,6 @@
 """`dollar plan` on virtual devices in place of chips; with libtpu, on the TPU compiler."""
 
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -18,6 +19,7 @@ from dollar_jax.plan import chips as chips_module
 from dollar_jax.plan import planner
 from dollar_jax.plan.chips import Chip, chips, parse_mesh
 from dollar_jax.plan.teachers import architecture_of
+from dollar_jax.weights.pipeline import save_pipeline
 from dollar_jax.weights.wan import WAN_TRANSFORMER
 
 TINY = {"batch_size": 8, "mesh.data": 1, "mesh.fsdp": 4, "mesh.context": 2}
@@ -71,6 +73,21 @@ def test_rewards_that_the_hosts_of_a_slice_cannot_share_are_refused(virtual, mak
     monkeypatch.setattr(sharding, "host_count", lambda mesh: 2)
     with pytest.raises(ValueError, match="reward.samples is 2, which does not divide over data × fsdp = 4"):
         planner.plan(make_config({**TINY, "reward.samples": 2}), "v5e:2x4")
+
+
+def test_what_prepare_sample_and_evaluate_execute_is_planned(virtual, make_config):
+    """On the devices of one host, with batches that they share; each network's weights once beside the others'."""
+    found = {}
+    for what in ("prepare", "sample-command", "evaluate"):
+        jobs = planner._jobs(make_config({**TINY, "lora.rank": 2}), "v5e:2x4", what)
+        found[what] = collections.Counter(job.program.name for job in jobs)
+        assert all(job.program.mesh.size == 8 for job in jobs)
+        assert {job.common["videos"] for job in jobs} <= {8, 16, 1, None}
+    assert found["prepare"] == {"vae_encode": 2, "text_encoder": 2}
+    drawn = {"text_encoder": 1, "student_sampler": 1, "teacher_sampler": 1, "vae_decode": 1, "merge_adapters": 1}
+    assert found["sample-command"] == drawn
+    # Of three timesteps in all, so one and two steps of the student.
+    assert found["evaluate"] == {**drawn, "student_sampler": 2, "vae_encode": 1}
 
 
 MESSAGE = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm.
@@ -165,6 +182,25 @@ def test_without_the_tpu_compiler_there_is_one_sentence(monkeypatch, capsys):
     assert cli.main(["plan", "--config=configs/demo.py", "--topology=v5e:2x2"]) == 2
     error = capsys.readouterr().err
     assert "pip install -e '.[plan]'" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install -e '.[plan]'")
+@pytest.mark.parametrize(("topology", "devices"), [("v6e:2x2", 4), ("v5p:2x2x1", 4), ("tpu7x:2x2x1", 8)])
+def test_the_tpu_compiler_makes_every_program_of_a_run(make_pipeline, tmp_path, topology, devices):
+    """Of a teacher of toy size: the attention kernel cannot be shared out by the compiler, so the mesh must be said."""
+    save_pipeline(tmp_path / "toy", make_pipeline())
+    command = [sys.executable, "-m", "dollar_jax", "plan", "--what=run", "--config=configs/demo.py"]
+    command += [f"--topology={topology}", f"--json={tmp_path / 'plan.json'}", f"--config.teacher={tmp_path / 'toy'}"]
+    command += [f"--mesh=fsdp={devices}", "--config.data.train_videos=8", "--config.compute.vae_chunk=1"]
+    command += ["--config.batch_size=8", "--config.reward.batch_size=8", "--config.reward.samples=8"]
+    root = Path(__file__).parents[2]
+    subprocess.run(command, check=True, cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert {"init", "step", "student_sampler", "teacher_sampler"} <= {row["program"] for row in found}
+    for row in found:
+        assert row["fits"] and row["error"] is None and row["compile_seconds"] > 0, row["program"]
+        assert row["argument_gib"] > 0 and row["temp_gib"] >= 0 and row["chips"] == devices
 
 
 @pytest.mark.slow
