@@ -10,7 +10,7 @@ from dollar_jax.cli import main
 from dollar_jax.data import shapes
 from dollar_jax.evaluate import run as evaluation
 from dollar_jax.evaluate.measure import SamplePlan
-from dollar_jax.video import read_video
+from dollar_jax.video import read_video, write_video
 
 TINY = {
     "steps": 3,
@@ -119,6 +119,33 @@ def test_prompts_are_prepared(tmp_path):
     dollar("prepare", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'data'}")
     assert (tmp_path / "data" / "rejected.jsonl").read_text() == ""
     assert list((tmp_path / "data").glob("**/*array_record*"))
+
+
+@pytest.mark.slow
+def test_videos_of_ones_own_are_prepared_trained_on_and_measured(tmp_path, quick_compilation):
+    """Clips of several kinds, made by FFmpeg: upright, sideways, short, damaged."""
+    source = tmp_path / "clips"
+    for i, (height, width, frames) in enumerate([(48, 64, 40), (64, 48, 40), (36, 36, 60), (48, 64, 3)]):
+        columns = np.arange(width) + 2 * np.arange(frames)[:, None, None]
+        video = np.broadcast_to(columns[..., None] * np.array([3, 2, 1]) % 256, (frames, height, width, 3))
+        write_video(source / f"{i}.mp4", video.astype(np.uint8), fps=25)
+        (source / f"{i}.txt").write_text(PROMPT)
+    (source / "broken.mp4").write_bytes((source / "0.mp4").read_bytes()[:500])
+    (source / "broken.txt").write_text(PROMPT)
+    dollar("prepare", f"--source={source}", f"--out={tmp_path / 'data'}", "--fps=8", "--max_text_length=12")
+    rejected = [json.loads(line) for line in (tmp_path / "data" / "rejected.jsonl").read_text().splitlines()]
+    assert {row["name"] for row in rejected} == {"3.mp4", "broken.mp4", "0.mp4", "1.mp4"}
+    settings = {**TINY, "data.name": tmp_path / "data", "data.corrupt_records": 0, "mesh.fsdp": 1, "batch_size": 1}
+    settings |= {"reward.samples": 1, "steps": 2, "checkpoint_every": 2}
+    dollar(
+        "train",
+        "--config=demo:vsd+cd",
+        f"--workdir={tmp_path / 'run'}",
+        *(f"--config.{k}={v}" for k, v in settings.items()),
+    )
+    dollar("sample", f"--workdir={tmp_path / 'run'}", f"--prompt={PROMPT}", "--num=2", f"--out={tmp_path / 'videos'}")
+    dollar("evaluate", f"--videos={tmp_path / 'videos'}")
+    assert json.loads((tmp_path / "videos" / "metrics.json").read_text())["videos"] == 2
 
 
 @pytest.mark.slow
