@@ -84,8 +84,8 @@ class OptimiserConfig:
     schedule: Literal["constant", "cosine"] = field("constant", "Course of the learning rate after the warm-up.")
     warmup_steps: int = field(100, "Updates over which the learning rate rises from 0.", low=0)
     final_ratio: float = field(1.0, "The cosine's last learning rate as a share of its highest.", low=0, high=1)
-    b1: float = field(0.9, "Decay of the gradient's moving average; unknown in the paper.", low=0, high=1)
-    b2: float = field(0.999, "Decay of the squared gradient's moving average; unknown in the paper.", low=0, high=1)
+    b1: float = field(0.9, "Decay of the gradient's moving average; unknown in the paper.", low=0, high=0.99999)
+    b2: float = field(0.999, "Decay of the squared gradient's average; unknown in the paper.", low=0, high=0.999999)
     eps: float = field(1e-8, "Added to the divisor.", above=0)
     weight_decay: float = field(0.01, "Decoupled weight decay of kernels and embeddings.", low=0)
     clip_norm: float | None = field(10.0, "Global norm of clipped gradients; None for all.", above=0, resumable=True)
@@ -146,7 +146,7 @@ class ConsistencyConfig:
     timestep_scaling: float = field(10.0, "Factor of the timestep in the skip scalings.", above=0)
 
     def __post_init__(self) -> None:
-        if self.times == "grid" and self.skip > self.num_steps:
+        if self.skip > self.num_steps:
             raise ValueError(f"config.consistency.skip must be at most num_steps, {self.num_steps}, not {self.skip}")
 
 
@@ -226,6 +226,9 @@ class RewardConfig:
     latent_frames: int | None = field(None, "Latent frames scored, a random run; None for all.", low=1)
     timeout: float = field(60.0, "Seconds a host reward may take per step.", above=0, resumable=True)
     retries: int = field(1, "Further tries of a host reward that failed.", low=0, resumable=True)
+    max_failed_rounds: int = field(
+        50, "Steps in a row without one reward, after which a run stops.", low=1, resumable=True
+    )
     remat: bool = field(True, "direct recomputes decoder and rewards in the backward pass.", resumable=True)
     replay: int = field(128, "Scored latents kept in the host's memory and in checkpoints.", low=1)
     batch_size: int = field(64, "Scored latents to one update of the latent model.", low=1)
@@ -398,6 +401,10 @@ class DistillConfig:
     pretrain: PretrainConfig | None = field(None, "How `dollar pretrain` trains a teacher.", resumable=True)
 
     def __post_init__(self) -> None:
+        if self.data.name == "moving_shapes" and self.data.train_videos < self.batch_size:
+            raise ValueError(
+                f"config.data.train_videos {self.data.train_videos} are fewer than config.batch_size {self.batch_size}"
+            )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"config.batch_size {self.batch_size} does not divide into {self.accumulation} micro-batches"

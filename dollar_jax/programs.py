@@ -87,6 +87,8 @@ def train_programs(
     beside the generated ones.
     """
     method_of(config).check()
+    if (first := config.student.timesteps[0]) > schedule.num_train_timesteps:
+        raise ValueError(f"config.student.timesteps has {first:g}, and the teacher only {schedule.num_train_timesteps}")
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(mesh, "batch_size / accumulation", config.batch_size // config.accumulation)
     head = latent_reward_network(config, latent_shape[-1], text_shape[-1])

@@ -32,21 +32,26 @@ def read_config(workdir: Path) -> DistillConfig:
     path = workdir / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG} in it")
-    return distill_config(read_json(path), past=True)
+    fields = read_json(path)
+    try:
+        return distill_config(fields, past=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def record_config(config: DistillConfig, workdir: Path) -> None:
-    """Writes the run's settings into its workdir, for whoever resumes or samples it.
-
-    Raises ValueError when the workdir holds a run whose settings differ where a resumption may not change them.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
+def check_config(config: DistillConfig, workdir: Path) -> None:
+    """Raises ValueError when the workdir holds a run whose settings differ where a resumption may not change them."""
     if (workdir / CONFIG).exists():
         for name, before, now in unresumable(read_config(workdir), config):
             raise ValueError(
                 f"{workdir} holds a run with config.{name} = {before!r}, not {now!r}: choose another workdir, "
                 "or the run's own settings to resume it"
             )
+
+
+def record_config(config: DistillConfig, workdir: Path) -> None:
+    """Writes the run's settings into its workdir, for whoever resumes or samples it; raises as `check_config`."""
+    check_config(config, workdir)
     if jax.process_index() == 0:
         write_file(workdir / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
@@ -110,6 +115,8 @@ def restore_trained(
     In its shards on `mesh`, or in this host's memory. The student's moving average if `ema`. Raises
     FileNotFoundError when there is no checkpoint.
     """
+    if not (workdir / CHECKPOINTS).is_dir():  # which looking for one would make
+        raise FileNotFoundError(f"{workdir / CHECKPOINTS} holds no checkpoint")
     shapes = student_network(transformer, config).shapes
     if config.rank:
         shapes = lora.adapters(shapes)

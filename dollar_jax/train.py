@@ -32,7 +32,7 @@ from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.rewards.scorer import Scorer
-from dollar_jax.run import CHECKPOINTS, read_config, record_config
+from dollar_jax.run import CHECKPOINTS, check_config, read_config, record_config
 from dollar_jax.skips import Skips, explain
 from dollar_jax.state import TrainState, as_items, from_items, to_items
 
@@ -52,8 +52,8 @@ def train(
     after SIGTERM, with a checkpoint. With `replay_batch`, a batch that such an error left, it prints what is not
     finite in that one step, and trains nothing.
     """
-    method_of(config).check()  # before anything is written
-    record_config(config, workdir)
+    method_of(config).check()
+    check_config(config, workdir)
     pipeline = generator.pipeline
     rewards = load_rewards(config.reward.rewards)
     pixels = pixel_rewards(config.reward, rewards, generator.frames)
@@ -72,6 +72,7 @@ def train(
     rows = sharding.local_rows(programs.batch_sharding.latent, config.batch_size)
     batches = data.batches(config, rows, vars(programs.batch_sharding))
     guard = config.reward.guard
+    record_config(config, workdir)  # not before all of it is known to be possible
 
     with Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0

@@ -5,6 +5,7 @@ What a command needs is imported when it runs, so that help comes at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from dollar_jax.cli import (
     train,
     vbench_score,
 )
-from dollar_jax.cli.base import EXPECTED, FLAGS, HELP, report_error
+from dollar_jax.cli.base import EXPECTED, FLAGS, HELP, Unbreakable, check_flags, report_error
 
 COMMANDS = {
     "demo": demo.COMMAND,
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = FLAGS([f"dollar {name}", *rest])[1:]
         if extra and not command.takes:
             raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
-        command.run(*extra)
+        check_flags()
+        with contextlib.redirect_stdout(Unbreakable(sys.stdout)), contextlib.redirect_stderr(Unbreakable(sys.stderr)):
+            command.run(*extra)
     except (*EXPECTED, KeyboardInterrupt) as error:
         if os.environ.get("DOLLAR_TRACEBACK") and not isinstance(error, KeyboardInterrupt):
             raise

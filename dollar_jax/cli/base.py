@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 FLAGS = flags.FlagValues()
 # Errors whose message says all.
 EXPECTED = (flags.Error, ValueError, OSError, SyntaxError, FloatingPointError)
+# The largest value that a number's flag takes.
+_MOST = {"integer": 10**6, "multi_integer": 2**32 - 1, "float": 1e6}
 HELP = ("-h", "--help", "-help")
 
 
@@ -36,7 +40,45 @@ class Command(NamedTuple):
 
 def define(kind: str, name: str, default: Any, *rest: Any) -> None:
     """A flag of an absl kind: `rest` is its help, and for numbers the least value, for an enum its values before."""
+    if kind in _MOST:
+        low = rest[1] if len(rest) > 1 else 0
+        rest = (rest[0], low, _MOST["multi_integer"] if name == "seed" else _MOST[kind])
     getattr(flags, f"DEFINE_{kind}")(name, default, *rest, flag_values=FLAGS)
+
+
+def check_flags() -> None:
+    """Raises ValueError for a flag whose value is empty or no number."""
+    for name in FLAGS:
+        if (value := FLAGS[name].value) != value or (value == "" and name != "beam"):
+            raise ValueError(f"--{name}={value} is no value: give one, or leave the flag out")
+        if name == "workdir" and value is not None and os.path.isfile(value):
+            raise ValueError(f"--workdir={value} is a file, where a folder was expected")
+
+
+class Unbreakable:
+    """A stream whose reader may be gone, as with `| head -1`: what nobody reads must not end a run."""
+
+    def __init__(self, stream: Any):
+        self._stream = io.StringIO() if stream is None else stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._tolerant():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._tolerant():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def require(name: str) -> None:

@@ -136,7 +136,7 @@ def _absolute(source: str | None) -> str | None:
 
 
 def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", text.strip())
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text.strip())
     if not found:
         raise ValueError(f"--buckets must be sizes such as 480x832,832x480, not {text!r}")
     return int(found[1]), int(found[2])

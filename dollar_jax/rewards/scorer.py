@@ -72,6 +72,7 @@ class Scorer:
             if not isinstance(reward, JaxReward)
         }
         self.latest: dict[str, float] = {}
+        self._failed = 0
         self._decoder = decoder
         self._decode = decode
         self._decode_programs: dict[Shape, Program] = {}
@@ -144,6 +145,13 @@ class Scorer:
         samples = dataclasses.replace(samples, reward=reward)
         samples, text = of_all_processes(pending.here, (samples, pending.text))
         trained = samples.reward[..., self._trained]
+        self._failed = 0 if np.isfinite(trained).all(-1).any() else self._failed + 1
+        if self._failed >= self.config.max_failed_rounds:
+            faults = ", ".join(f"{h.name} {dict(h.faults)}" for h in self.hosts.values() if h.faults) or "not finite"
+            raise ValueError(
+                f"no sample of {self._failed} steps got a reward ({faults}); the last checkpoint is kept. Mend the "
+                "reward, or let more fail with config.reward.max_failed_rounds"
+            )
         if pending.shape in self.memories:
             self.memories[pending.shape].add(samples, text, trained)
         total = np.full(len(trained), np.nan)

@@ -88,8 +88,7 @@ def typed(value: Any, hint: Any, name: str, file: object) -> Any:
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= most:
             raise ValueError(f"{where} is {value!r}, but must be from 1 to {most}")
-        if isinstance(number, float) and not (math.isfinite(number) and (number > 0 or isinstance(value, tuple))):
-            raise ValueError(
-                f"{where} is {value!r}, but must be {'finite' if isinstance(value, tuple) else 'positive'}"
-            )
+        signed = isinstance(value, tuple) and name != "latents_std"
+        if isinstance(number, float) and not (math.isfinite(number) and (number > 0 or signed)):
+            raise ValueError(f"{where} is {value!r}, but must be {'finite' if signed else 'positive'}")
     return value

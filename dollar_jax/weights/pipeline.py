@@ -224,6 +224,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and mask, int32 [n, length]; longer prompts are cut at `length` tokens."""
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a prompt holds {error.object[error.start : error.end]!a}, which is no text") from error
     tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
     return tokens["input_ids"].astype(np.int32), tokens["attention_mask"].astype(np.int32)
 

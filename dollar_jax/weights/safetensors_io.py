@@ -76,7 +76,7 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     for path in tensor_files(folder):
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                yield name, file.get_tensor(name)
+                yield name, _finite(path, name, file.get_tensor(name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,13 @@ class Stored:
     def read(self) -> np.ndarray:
         # Opened anew for each tensor, so that no more than it stays mapped into memory.
         with _opened(self.path) as file:
-            return file.get_tensor(self.name)
+            return _finite(self.path, self.name, file.get_tensor(self.name))
+
+
+def _finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise ValueError(f"{path}: tensor {name!r} holds what is not finite")
+    return array
 
 
 def list_tensors(folder: str | Path) -> dict[str, Stored]:
