@@ -57,7 +57,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    yield draft
+    try:
+        yield draft
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     for folder, _, names in os.walk(draft):
         for name in (*names, "."):
             _sync(Path(folder, name))

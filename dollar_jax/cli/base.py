@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 FLAGS = flags.FlagValues()
 # Errors whose message says all.
 EXPECTED = (flags.Error, ValueError, OSError, SyntaxError, FloatingPointError)
-# The largest value that a number's flag takes.
-_MOST = {"integer": 10**6, "multi_integer": 2**32 - 1, "float": 1e6}
 HELP = ("-h", "--help", "-help")
 
 
@@ -40,19 +38,20 @@ class Command(NamedTuple):
 
 def define(kind: str, name: str, default: Any, *rest: Any) -> None:
     """A flag of an absl kind: `rest` is its help, and for numbers the least value, for an enum its values before."""
-    if kind in _MOST:
-        low = rest[1] if len(rest) > 1 else 0
-        rest = (rest[0], low, _MOST["multi_integer"] if name == "seed" else _MOST[kind])
     getattr(flags, f"DEFINE_{kind}")(name, default, *rest, flag_values=FLAGS)
 
 
 def check_flags() -> None:
-    """Raises ValueError for a flag whose value is empty or no number."""
+    """Raises ValueError for a flag whose value is empty or no number that makes sense: --config's check themselves."""
     for name in FLAGS:
-        if (value := FLAGS[name].value) != value or (value == "" and name != "beam"):
-            raise ValueError(f"--{name}={value} is no value: give one, or leave the flag out")
-        if name == "workdir" and value is not None and os.path.isfile(value):
+        value, most = FLAGS[name].value, 2**32 - 1 if name == "seed" else 10**6
+        if name == "workdir" and value and os.path.isfile(value):
             raise ValueError(f"--workdir={value} is a file, where a folder was expected")
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, int | float) and not name.startswith("config") and not 0 <= one <= most:
+                raise ValueError(f"--{name}={one} must be from 0 to {most}")
+            if one == "" and name not in ("beam", "prompt"):
+                raise ValueError(f"--{name} is empty: give it a value, or leave it out")
 
 
 class Unbreakable:
