@@ -1,14 +1,22 @@
 """Orbax checkpoints: one folder per step, one item per part of the state.
 
-    checkpoints/120/student, ema, fake_score, reward_head, optimisers, progress, data, ...
+    checkpoints/120/student, ema, fake_score, reward_head, optimisers, progress, data, ..., SHA256SUMS
 
 Items are restored by name, so that sampling reads the student alone. A step's folder appears under its
-name only when it is whole: a killed save leaves nothing that looks like a checkpoint.
+name only when it is whole, with the checksums of all its files: a killed save leaves nothing that looks like
+a checkpoint, and what is not as it was written is not restored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import glob
+import itertools
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +24,70 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils.epath import gpath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.experimental import v1
+
+from dollar_jax.files import CHECKSUMS, find_damage, sync, write_checksums
+
+TRIES = 3  # of a save before the run ends
+_DRAFT = ".orbax-checkpoint-tmp"
+
+
+# A save that fails is told by SaveFailed; Orbax logs its traceback as well.
+logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written."""
+
+    exit_code = 3
+
+
+class NothingWhole(FileNotFoundError):
+    """There are checkpoints, and each of them is damaged or lacks what is asked for."""
+
+    exit_code = 4
 
 
 class Checkpoints:
-    """The checkpoints of a folder; the newest `keep` stay. Saves run in the background until `close`."""
+    """The checkpoints of a folder. Saves run in the background until `close`.
 
-    def __init__(self, folder: str | Path, keep: int = 2):
-        self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+    With `keep`, for the run that owns the folder, the newest `keep` stay, and one that is found damaged is moved
+    aside to `STEP.damaged` once an older one has been restored. Without, nothing there is ever removed or moved.
+    """
+
+    def __init__(self, folder: str | Path, keep: int | None = None):
+        self.folder, self.keep = Path(folder).absolute(), keep
+        self.restored = 0  # the step that `restore` took
+        self._failure: Exception | None = None
+        commit = self._commit
+
+        class Draft(ocp.path.atomicity.AtomicRenameTemporaryPath):
+            async def finalize(self) -> None:
+                commit(Path(self.get()), Path(self.get_final()))
+
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            temporary_path_class=Draft,
+        )
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints there, newest first, whole or not."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((int(p.name) for p in found if p.name.isascii() and p.name.isdigit()), reverse=True)
 
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step."""
-        return self._manager.latest_step()
+        """The newest step."""
+        return next(iter(self.steps()), None)
 
-    def save(self, step: int, items: Mapping[str, Any]) -> None:
-        """Saves the items: pytrees of arrays, or a Grain iterator, whose position is kept."""
+    def save(self, step: int, items: Mapping[str, Any], wait: bool = False) -> None:
+        """Saves the items: pytrees of arrays, or a Grain iterator, whose position is kept.
+
+        Goes on in the background, unless it is to `wait` or an earlier save has failed: then it is tried TRIES times.
+        Raises SaveFailed.
+        """
         args = {
             # Every process is at the same position, so that one file serves any number of processes.
             name: ocp.args.JsonSave(item.get_state())  # type: ignore[call-arg]
@@ -40,51 +95,167 @@ class Checkpoints:
             else ocp.args.StandardSave(item)  # type: ignore[call-arg]
             for name, item in items.items()
         }
-        self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        wait = wait or self.failed()
+        path, composite = _Folder(self.folder / str(step)), ocp.args.Composite(**args)
+        for attempt in range(TRIES if jax.process_count() == 1 else 1):  # several are not where this one is
+            try:
+                self._checkpointer.save(path, args=composite, force=True, custom_metadata={"checksums": CHECKSUMS})
+                if wait:
+                    self._checkpointer.wait_until_finished()
+                self._failure = None
+                return
+            except Exception as error:  # of the file system, through Orbax and TensorStore
+                wait, self._failure = True, error
+                told = f"saving step {step} failed, try {attempt + 1} of {TRIES}"
+                print(f"\n{told}: {_first_line(error)}", file=sys.stderr)
+                time.sleep(attempt)
+        self._give_up(f"step {step}")
 
-    def wait(self) -> None:
-        """Returns once every save is on disk."""
-        self._manager.wait_until_finished()
+    def failed(self) -> bool:
+        """Whether a save in the background is known to have failed; never among several processes, which must agree."""
+        if jax.process_count() == 1 and self._failure is None:
+            try:
+                self._checkpointer.check_for_errors()
+            except Exception as error:
+                self._failure = error
+        return self._failure is not None
+
+    def _give_up(self, what: str) -> None:
+        failure, self._failure, good = self._failure, None, self.latest()
+        raise SaveFailed(
+            f"{what} could not be saved ({_first_line(failure)}); "
+            + (f"the last good checkpoint is {self.folder / str(good)}" if good else "there is no checkpoint yet")
+            + ": make room, or make the folder writable, and run it again"
+        ) from failure
+
+    def _commit(self, draft: Path, final: Path) -> None:
+        """Ends a save, in process 0: the draft gets its checksums and its name, and what is not kept goes."""
+        write_checksums(draft, _about(int(final.name)))
+        draft.rename(final)
+        sync(self.folder)
+        if self.keep is not None:
+            old = [self.folder / str(step) for step in self.steps()[self.keep :]]
+            for path in (*old, *(p for p in self.folder.iterdir() if p.name.endswith(_DRAFT))):
+                shutil.rmtree(path, ignore_errors=True)
 
     def restore(self, like: Mapping[str, Any]) -> dict[str, Any]:
-        """The named items of the newest step.
+        """The named items of the newest step in which they are whole; what is wrong with newer ones goes to stderr.
 
         `like` gives each item's structure, shapes, dtypes and shardings, as arrays or
         `jax.ShapeDtypeStruct`s; a Grain iterator is moved to the saved position.
 
-        Raises FileNotFoundError when there is no checkpoint or it lacks an item.
+        Raises FileNotFoundError when there is no checkpoint, NothingWhole when none is whole, ValueError when it
+        holds other networks than `like`.
         """
-        step = self.latest()
-        if step is None:
+        faults: dict[int, str] = {}
+        for step in self.steps():
+            path = self.folder / str(step)
+            if not self._agree(step, fault := self._fault(path, like)):
+                faults[step] = fault or "is damaged, as another process says"
+                continue
+            try:
+                items = self._read(path, like)
+            except Exception as error:
+                if (path / CHECKSUMS).exists() or jax.process_count() > 1:
+                    raise ValueError(f"{path} cannot be restored into these networks: {_first_line(error)}") from error
+                faults[step] = f"cannot be read: {_first_line(error)}"
+                continue
+            self._report(faults, path)
+            self.restored = step
+            return items
+        if not faults:
             raise FileNotFoundError(f"{self.folder} holds no checkpoint")
-        for name in like:
-            if not (self.folder / str(step) / name).exists():
-                raise FileNotFoundError(f"the checkpoint {self.folder / str(step)} has no {name}")
+        told = "; ".join(f"{self.folder / str(step)} {fault}" for step, fault in faults.items())
+        raise NothingWhole(f"no checkpoint is whole: {told}")
+
+    def _fault(self, path: Path, names: Iterable[str]) -> str:
+        """What is wrong with the named items of a step, as far as this process looks; empty when nothing is."""
+        if (path / CHECKSUMS).exists() or not _unsummed(path):
+            share = jax.process_index(), jax.process_count()
+            return find_damage(path, names, _about(int(path.name)), share)
+        missing = [name for name in names if not (path / name).is_dir()]
+        if not missing and jax.process_index() == 0:
+            print(f"{path} was saved by version 0.1.0, without checksums: it is not checked", file=sys.stderr)
+        return f"has no {missing[0]}" if missing else ""
+
+    def _agree(self, step: int, fault: str) -> bool:
+        """Whether no process has found a fault in its share of a step; all must ask for the same one."""
+        if jax.process_count() == 1:
+            return not fault
+        said = np.asarray(multihost_utils.process_allgather(np.array([step, bool(fault)])))
+        if len(set(said[:, 0])) > 1:
+            raise ValueError(f"the processes see other checkpoints in {self.folder}: it must be a folder they share")
+        return not said[:, 1].any()
+
+    def _read(self, path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
         args = {
             name: ocp.args.JsonRestore()  # type: ignore[call-arg]
             if isinstance(item, grain.DatasetIterator)
             else ocp.args.StandardRestore(jax.tree.map(_abstract, item))  # type: ignore[call-arg]
             for name, item in like.items()
         }
-        restored = dict(self._manager.restore(step, args=ocp.args.Composite(**args)))
+        restored = dict(self._checkpointer.restore(_Folder(path), args=ocp.args.Composite(**args)))
         for name, item in like.items():
             if isinstance(item, grain.DatasetIterator):
                 item.set_state(restored[name])
                 restored[name] = item
         return restored
 
+    def _report(self, faults: Mapping[int, str], used: Path) -> None:
+        """Says what is damaged and what is used instead, and moves the former aside if the folder is this run's."""
+        for step, fault in faults.items() if jax.process_index() == 0 else ():
+            path, moved = self.folder / str(step), ""
+            if self.keep is not None:
+                names = (path.with_name(f"{step}.damaged{i or ''}") for i in itertools.count())
+                path.rename(aside := next(name for name in names if not name.exists()))
+                moved = f", and was moved to {aside.name}"
+            print(f"{path} {fault}{moved}: {used} is used instead", file=sys.stderr)
+
     def close(self) -> None:
-        """Waits for saves under way."""
-        self.wait()
-        self._manager.close()
+        """Waits for saves under way; raises SaveFailed when one fails."""
+        try:
+            self._checkpointer.close()
+        except Exception as error:
+            self._failure = error
+        if self._failure is not None:
+            self._give_up("the last checkpoint")
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        # A save under way waits for every process, and after an error one of them may be gone.
-        if error is None or jax.process_count() == 1:
+        if error is None:
             self.close()
+        elif jax.process_count() == 1:
+            # A save under way waits for every process, and after an error one of them may be gone.
+            try:
+                self.close()
+            except SaveFailed as failure:
+                print(failure, file=sys.stderr)
+
+
+class _Folder(gpath.PosixGPath):
+    """A path as Orbax takes it, but that means itself where Orbax searches below it: `lr[1e-4]` is no pattern."""
+
+    def glob(self, pattern: str) -> Iterator[Any]:
+        return (self / path for path in glob.glob(pattern, root_dir=self))
+
+
+def _about(step: int) -> str:
+    return f"checkpoint of step {step}"
+
+
+def _unsummed(path: Path) -> bool:
+    """Whether a step was saved without checksums, by version 0.1.0."""
+    try:
+        metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())
+        return "checksums" not in (metadata.get("custom_metadata") or {})
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _first_line(error: BaseException | None) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _abstract(x: Any) -> Any:
@@ -104,28 +275,28 @@ def save_stream(folder: str | Path, arrays: Iterable[tuple[str, np.ndarray]]) ->
 
     The folder appears under its name only when all are in it.
     """
-    folder = Path(folder).absolute()
+    path = _Folder(Path(folder).absolute())
     host = jax.local_devices(backend="cpu")[0]
     waiting: dict[str, Any] = {}
     size = 0
     context = v1.Context()
     context.array.saving.storage_options.chunk_byte_size = _CHUNK
     with context:
-        for path, array in arrays:
-            *parents, leaf = path.split("/")
+        for name, array in arrays:
+            *parents, leaf = name.split("/")
             node = waiting
-            for name in parents:
-                node = node.setdefault(name, {})
+            for parent in parents:
+                node = node.setdefault(parent, {})
             # As JAX's, which Orbax writes from where they are; numpy's it would copy.
             node[leaf] = jax.device_put(array, host, may_alias=True)
             size += array.nbytes
             del array, node
             if size >= _AT_ONCE:
-                v1.partial.save(str(folder), waiting)
+                v1.partial.save(path, waiting)
                 waiting, size = {}, 0
         if waiting:
-            v1.partial.save(str(folder), waiting)
-        v1.partial.finalize(str(folder))
+            v1.partial.save(path, waiting)
+        v1.partial.finalize(path)
 
 
 def restore_tree(folder: str | Path, shapes: Any, shardings: Any = None) -> Any:
@@ -134,7 +305,6 @@ def restore_tree(folder: str | Path, shapes: Any, shardings: Any = None) -> Any:
     Without shardings they are numpy arrays on this host. Raises ValueError when the folder is damaged
     or holds another tree.
     """
-    folder = Path(folder).absolute()
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         where = jax.tree.map(lambda _: here, shapes)
@@ -142,7 +312,7 @@ def restore_tree(folder: str | Path, shapes: Any, shardings: Any = None) -> Any:
         where = shardings
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
     try:
-        tree = v1.load(str(folder), like)
+        tree = v1.load(_Folder(Path(folder).absolute()), like)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{folder} is damaged, or holds the weights of another network: {error}") from error
     return tree if shardings is not None else jax.tree.map(np.asarray, tree)

@@ -53,21 +53,39 @@ def joined(
 class Preempted(KeyboardInterrupt):
     """An interruption by whoever runs the machine, after which nothing is lost."""
 
-    exit_code = 128 + signal.SIGTERM
+    exit_code, said = 128 + signal.SIGTERM, "terminated"
+
+
+class Interrupted(Preempted):
+    """An interruption by Ctrl-C, after which nothing is lost."""
+
+    exit_code, said = 128 + signal.SIGINT, "interrupted"
 
 
 @contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-    """Gives a function of the step: whether SIGTERM, the cloud's notice that a machine is taken away, has come.
+def preemption() -> Iterator[Callable[[int], type[Preempted] | None]]:
+    """Gives a function of the step: what has come of SIGTERM, the cloud's notice that a machine is taken away, and
+    Ctrl-C, of which a second one ends the process at once.
 
-    Every process must ask once for every step. All of them get the same answer at the same step, whichever
-    of them was sent the signal.
+    Every process must ask once for every step. All of them are told at the same step, whichever of them was sent
+    the signal.
     """
-    if jax.process_count() > 1:  # JAX listens
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    with SignalFlag(signal.SIGTERM) as flag:
-        yield lambda _: flag.take()
+    several = jax.process_count() > 1  # for whom JAX listens to SIGTERM
+    terminate = contextlib.nullcontext() if several else SignalFlag(signal.SIGTERM)
+    with SignalFlag(signal.SIGINT, once="ending after this step; Ctrl-C again ends at once") as interrupt, terminate:
+        kind = Preempted
+
+        def noticed(step: int) -> type[Preempted] | None:
+            nonlocal kind
+            if interrupted := interrupt.take():
+                kind = Interrupted
+                if several:
+                    signal.raise_signal(signal.SIGTERM)
+            if isinstance(terminate, SignalFlag):
+                return kind if terminate.take() or interrupted else None
+            return kind if multihost_utils.reached_preemption_sync_point(step) else None
+
+        yield noticed
 
 
 def _start(address: str | None, count: int | None, index: int | None) -> bool:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.clip import clip_size
-from dollar_jax.files import new_folder, read_json
+from dollar_jax.files import new_folder, read_json, write_checksums
 from dollar_jax.generate import teacher_folder
 from dollar_jax.models import lora
 from dollar_jax.objectives import terms
@@ -26,6 +26,7 @@ from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights.pipeline import (
     IMPORTED,
     Component,
+    check_whole,
     load_component,
     read_family,
     read_parts,
@@ -60,6 +61,7 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
     schedule = read_schedule(teacher, family)
     if adapter and not config.lora.rank:
         raise ValueError(f"{workdir} trained the student whole (config.lora.rank is 0): it has no adapter")
+    check_whole(teacher)
     parts = read_parts(teacher)
     student = parts["transformer"]
     step, params = restore_trained(workdir, student.network, config.lora, ema)
@@ -89,6 +91,7 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
         metrics = read_json(path) if path.is_file() else {}
         card = model_card(config, schedule, family.pipeline, step, ema, metrics, adapter)
         (draft / "README.md").write_text(card)
+        write_checksums(draft, f"student of step {step}")
 
 
 def adapter_tensors(adapters: Params, scale: float, table: Sequence[Row]) -> dict[str, np.ndarray]:

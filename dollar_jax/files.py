@@ -6,19 +6,24 @@ never end.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 MOST_TEXT = 2**28  # bytes of a text file that is read as a whole
 _DEEPEST = 64  # levels of JSON in JSON
+
+CHECKSUMS = "SHA256SUMS"  # of all files of a folder, as `sha256sum --check` reads it
 
 
 def write_file(path: str | os.PathLike[str], data: bytes | str, drafts: Path | None = None) -> None:
@@ -39,9 +44,9 @@ def new_file(path: str | os.PathLike[str], drafts: Path | None = None) -> Iterat
     draft = (drafts or path.parent) / f".{uuid.uuid4().hex}.partial"
     try:
         yield draft
-        _sync(draft)
+        sync(draft)
         draft.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -64,9 +69,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
     for folder, _, names in os.walk(draft):
         for name in (*names, "."):
-            _sync(Path(folder, name))
+            sync(Path(folder, name))
     draft.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -135,10 +140,83 @@ def read_arrays(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged, or holds no arrays ({error}); if it is ours, delete it") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# --- checksums ------------------------------------------------------------------------------------
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path, about: str = "") -> None:
+    """Leaves the CHECKSUMS of all files of a folder in it, the first line saying what the folder is.
+
+    The last line is the checksum of those before it. When this returns, all files are on the disk.
+    """
+    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+    lines = [f"# {about}", *(f"{value}  {name}" for name, value in _hash_all(folder, _names(folder)).items())]
+    text = "".join(f"{line}\n" for line in lines)
+    (folder / CHECKSUMS).write_text(f"{text}# {hashlib.sha256(text.encode()).hexdigest()}\n")
+    for path in (folder / CHECKSUMS, *(folder / name for name in _names(folder)), *folders):
+        sync(path)
+
+
+def find_damage(folder: Path, parts: Iterable[str] = (), about: str = "", share: tuple[int, int] = (0, 1)) -> str:
+    """What is wrong with a folder that has CHECKSUMS, in words that go on from its name; empty when it is whole.
+
+    Only its own files and those of `parts`, folders in it, are looked at if any are given, and each must have some;
+    of those only share (i, n), every n-th file from the i-th, is read. `about` is what the folder must be.
+    """
+    try:
+        text = (folder / CHECKSUMS).read_text()
+    except (OSError, ValueError):
+        return f"has no {CHECKSUMS} that can be read"
+    body, _, last = text[:-1].rpartition("\n")
+    body += "\n"
+    if last != f"# {hashlib.sha256(body.encode()).hexdigest()}" or text[-1:] != "\n":
+        return f"has a {CHECKSUMS} that is damaged"
+    first, *lines = body[:-1].split("\n")
+    if about and first != f"# {about}":
+        return f"is {first[2:]} under another name"
+    parts = list(parts)
+
+    def asked(name: str) -> bool:
+        return not parts or "/" not in name or name.partition("/")[0] in parts
+
+    listed = {name: value for value, _, name in (line.partition("  ") for line in lines) if asked(name)}
+    for part in parts:
+        if not (folder / part).is_dir() or not any(name.startswith(f"{part}/") for name in listed):
+            return f"has no {part}"
+    found = {name for name in _names(folder) if asked(name)}
+    if missing := sorted(listed.keys() - found):
+        return f"lacks {missing[0]}"
+    if added := sorted(found - listed.keys() if parts else ()):
+        return f"holds {added[0]}, which is not its own"
+    try:
+        hashed = _hash_all(folder, sorted(listed)[share[0] :: share[1]])
+    except OSError as error:
+        return f"cannot be read: {error}"
+    other = [name for name, value in hashed.items() if value != listed[name]]
+    return f"has another {other[0]} than was written" if other else ""
+
+
+def _names(folder: Path) -> list[str]:
+    """All files of a folder but its CHECKSUMS and hidden ones, which a network's file system may add."""
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    return [name for name in names if name != CHECKSUMS and not re.search(r"(^|/)\.", name)]
+
+
+def _hash_all(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    names = list(names)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(lambda name: hash_file(folder / name), names), strict=True))

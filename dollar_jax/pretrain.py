@@ -98,9 +98,9 @@ def fit(
     program = Program("pretrain_step", update, donate=(0,))
     state = {"params": params, "ema": jax.tree.map(jnp.copy, params), "optimiser": optimiser.init(params)}
     with Checkpoints(folder, keep=1) as checkpoints:
-        first = checkpoints.latest() or 0
-        if first:
+        if checkpoints.latest():
             state = checkpoints.restore({"state": state, "data": batches})["state"]
+        first = checkpoints.restored
         bar = tqdm(range(first, steps), name, initial=first, total=steps, mininterval=5)
         for step in bar:
             state, metrics = program(state, next(batches), step)

@@ -49,9 +49,14 @@ def check_config(config: DistillConfig, workdir: Path) -> None:
             )
 
 
-def record_config(config: DistillConfig, workdir: Path) -> None:
-    """Writes the run's settings into its workdir, for whoever resumes or samples it; raises as `check_config`."""
-    check_config(config, workdir)
+def record_config(config: DistillConfig, workdir: Path, begun: bool = True) -> None:
+    """Writes the run's settings into its workdir, for whoever resumes or samples it.
+
+    Raises as `check_config` if the run has `begun`.
+    """
+    if begun:
+        check_config(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         write_file(workdir / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
@@ -113,10 +118,8 @@ def restore_trained(
     """The newest checkpoint's step, and what was trained of its student: all parameters, or the adapters.
 
     In its shards on `mesh`, or in this host's memory. The student's moving average if `ema`. Raises
-    FileNotFoundError when there is no checkpoint.
+    FileNotFoundError when there is no checkpoint, or no whole one.
     """
-    if not (workdir / CHECKPOINTS).is_dir():  # which looking for one would make
-        raise FileNotFoundError(f"{workdir / CHECKPOINTS} holds no checkpoint")
     shapes = student_network(transformer, config).shapes
     if config.rank:
         shapes = lora.adapters(shapes)
@@ -126,4 +129,4 @@ def restore_trained(
     like = {name: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, "float32", sharding=s), shapes, where)}
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         params = checkpoints.restore({name: like})[name][name]
-        return checkpoints.latest() or 0, params
+        return checkpoints.restored, params

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 
 
 class SignalFlag:
     """Whether a signal has come; listens while used as a context.
 
-    Only the main thread of Python may listen; in any other thread the flag is never set.
+    Only the main thread of Python may listen; in any other thread the flag is never set. With `once` only the
+    first signal sets it, and says so in these words; the next one does what the system does at such a signal.
     """
 
-    def __init__(self, number: signal.Signals):
-        self.number, self._set = number, False
+    def __init__(self, number: signal.Signals, once: str = ""):
+        self.number, self.once, self._set = number, once, False
 
     def __enter__(self) -> SignalFlag:
         self._listens = threading.current_thread() is threading.main_thread()
@@ -27,6 +29,9 @@ class SignalFlag:
 
     def _on_signal(self, *_: object) -> None:
         self._set = True
+        if self.once:
+            signal.signal(self.number, signal.SIG_DFL)
+            print(f"\n{self.once}", file=sys.stderr)
 
     def take(self) -> bool:
         """Whether the signal has come, once or more, since this was last asked."""

@@ -24,8 +24,9 @@ from dollar_jax.config import DistillConfig
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.distillation import Batch, Frozen
-from dollar_jax.distributed import Preempted, preemption
+from dollar_jax.distributed import preemption
 from dollar_jax.generate import Generator
+from dollar_jax.lock import owned
 from dollar_jax.monitoring import Log, Profile, make_sample_logger, make_throughput
 from dollar_jax.programs import TrainPrograms, step_flops, teacher_programs
 from dollar_jax.rewards import load_rewards
@@ -49,11 +50,14 @@ def train(
     Leaves checkpoints, history.jsonl, TensorBoard events and config.json. Stops early, with a checkpoint,
     when config.reward.guard says that the reward is being hacked. Raises ValueError when the workdir
     holds a run with other settings, FloatingPointError when too many steps in a row were not finite, Preempted
-    after SIGTERM, with a checkpoint. With `replay_batch`, a batch that such an error left, it prints what is not
-    finite in that one step, and trains nothing.
+    after SIGTERM or Ctrl-C, with a checkpoint, SaveFailed when none can be saved, InUse when another run owns
+    the workdir. Nothing is written before the first step can be taken; where no checkpoint was saved yet, a
+    run may begin anew with other settings. With `replay_batch`, a batch that such an error left, it prints what is
+    not finite in that one step, and trains nothing.
     """
     method_of(config).check()
-    check_config(config, workdir)
+    if Checkpoints(workdir / CHECKPOINTS).latest():
+        check_config(config, workdir)
     pipeline = generator.pipeline
     rewards = load_rewards(config.reward.rewards)
     pixels = pixel_rewards(config.reward, rewards, generator.frames)
@@ -72,11 +76,10 @@ def train(
     rows = sharding.local_rows(programs.batch_sharding.latent, config.batch_size)
     batches = data.batches(config, rows, vars(programs.batch_sharding))
     guard = config.reward.guard
-    record_config(config, workdir)  # not before all of it is known to be possible
 
-    with Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
-        first = checkpoints.latest() or 0
-        if first:
+    with owned(workdir) as still_owned, Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
+        begun = bool(checkpoints.latest())
+        if begun:
             state = _restore(checkpoints, programs, scorer, batches)
         else:
             state = programs.init(jax.random.key(config.seed), frozen.teacher)
@@ -85,11 +88,13 @@ def train(
         if replay_batch is not None:
             print("\n  ".join(explain(programs, state, frozen, replay_batch)))
             return state
+        first = checkpoints.restored
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
         skips = Skips(config, workdir, first)
         sample_logger = make_sample_logger(config, workdir, generator, frozen.teacher)
         flops = functools.partial(step_flops, config, generator, pixels, data.has_latents)
         throughput = make_throughput(config, programs.mesh, flops)
+        record_config(config, workdir, begun)
         with (
             Log(workdir, first, config, throughput) as log,
             Profile(config.visibility.profile_steps, workdir, first) as profile,
@@ -118,7 +123,7 @@ def train(
                         hacked = scorer.monitor.hacked(guard)
                 saving = step + 1 == config.steps or (step + 1) % config.checkpoint_every == 0
                 preempted = noticed(step)
-                saving = saving or hacked is not None or preempted
+                saving = saving or bool(hacked or preempted) or checkpoints.failed()
                 if saving and scorer is not None:
                     scorer.collect()
                 if saving:
@@ -139,10 +144,10 @@ def train(
                     items = {**to_items(state), "data": batches}
                     if scorer is not None:
                         items["replay"] = scorer.state
-                    checkpoints.save(step + 1, items)
+                    still_owned()
+                    checkpoints.save(step + 1, items, wait=step + 1 == config.steps or bool(hacked or preempted))
                 if preempted and step + 1 < config.steps:
-                    checkpoints.wait()
-                    raise Preempted(f"terminated after step {step + 1}, which is saved; run it again to go on")
+                    raise preempted(f"{preempted.said} after step {step + 1}, which is saved; run it again to go on")
         if hacked and jax.process_index() == 0:
             tqdm.write(f"stopped at step {int(state.step)}: {hacked}")
     return state

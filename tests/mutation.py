@@ -435,7 +435,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("                if saving and scorer is not None:\n                    scorer.collect()\n", "", [RUN]),
     ],
     "checkpoint.py": [
-        ("max_to_keep=keep", "max_to_keep=1", [RUN]),
+        ("self.steps()[self.keep :]", "self.steps()[1:]", [RUN]),
         ("item.set_state(restored[name])", "item.get_state()", [RESUMED]),
     ],
 }

@@ -1,6 +1,7 @@
 """Every command run to success as a user types it, on a run of three steps."""
 
 import json
+import shutil
 import textwrap
 
 import numpy as np
@@ -105,6 +106,23 @@ def test_evaluate_measures_a_run(workdir, few_captions, capsys):
     metrics = json.loads(out.read_text())
     assert {"student_4", "student_1", "teacher_2"} <= metrics.keys() and metrics["student_1"]["nfe"] == 1
     assert out.with_suffix(".html").is_file() and "student_4" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_folder_makes_evaluate_execute_nothing_unless_allowed(workdir, few_captions, tmp_path, capsys):
+    code, proof = tmp_path / "reward.py", tmp_path / "executed"
+    code.write_text(f"open({str(proof)!r}, 'w')\ndef reward(frames, prompts):\n    return frames.mean((1, 2, 3, 4))\n")
+    run = shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["reward"]["rewards"].append({**config["reward"]["rewards"][0], "name": f"{code}:reward"})
+    (run / "config.json").write_text(json.dumps(config))
+    dollar("sample", f"--workdir={run}", f"--prompt={PROMPT}", "--num=1", f"--out={tmp_path / 'a.gif'}")
+    dollar("export", f"--workdir={run}", tmp_path / "exported")
+    dollar("evaluate", f"--workdir={run}")
+    assert f"is not run without --allow_code: {code}:reward" in capsys.readouterr().err and not proof.exists()
+    assert "reward" in json.loads((run / "metrics.json").read_text())["student_4"]
+    dollar("evaluate", f"--workdir={run}", "--allow_code")
+    assert proof.exists()
 
 
 def test_an_export_is_imported_and_trained_on(workdir, tmp_path):

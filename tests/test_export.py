@@ -119,7 +119,12 @@ def adapter(adapted, tmp_path_factory):
 
 def test_an_adapter_is_a_file_that_load_lora_weights_takes(wan_folder, adapted, adapter, tmp_path):
     """In diffusers the teacher with the adapter computes what the export with it merged does."""
-    assert {p.name for p in adapter.iterdir()} == {"pytorch_lora_weights.safetensors", "scheduler", "README.md"}
+    assert {p.name for p in adapter.iterdir()} == {
+        "pytorch_lora_weights.safetensors",
+        "scheduler",
+        "README.md",
+        "SHA256SUMS",
+    }
     tensors = load_file(adapter / "pytorch_lora_weights.safetensors")
     assert tensors["transformer.blocks.0.attn1.to_q.lora_A.weight"].shape[0] == 2
     merged = export(adapted, tmp_path / "merged")

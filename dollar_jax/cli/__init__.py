@@ -42,9 +42,21 @@ COMMANDS = {
     "vbench-score": vbench_score.COMMAND,
 }
 
+EXIT_CODES = {
+    0: "the work was done",
+    1: "a defect of this program, with a traceback",
+    2: "refused: a flag, a setting or a file, named in one sentence",
+    3: "a checkpoint could not be saved",
+    4: "there are checkpoints, but none is whole",
+    5: "another run is using the workdir",
+    6: "training stopped by itself before its last step",
+    130: "Ctrl-C, in training after the step under way was saved",
+    143: "SIGTERM, in training after the step under way was saved",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; 0 when it did its work, 2 when it was asked for something impossible."""
+    """Runs a command; returns one of EXIT_CODES."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     if name in ("", "help", *HELP):
         print(_overview())
@@ -81,4 +93,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _overview() -> str:
     lines = ["dollar: few-step text-to-video distillation by VSD, consistency and latent reward", ""]
     lines += [f"  dollar {name:<12} {command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "Exit codes:", *(f"  {code:<5}{meaning}" for code, meaning in EXIT_CODES.items())]
     return "\n".join([*lines, "", "dollar <command> --help lists a command's flags, dollar --version the version."])

@@ -157,7 +157,7 @@ def report_error(name: str, error: BaseException) -> int:
         return getattr(error, "exit_code", 130)
     if isinstance(error, EXPECTED):
         print(f"dollar {name}: {_sentence(error)}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 6 if isinstance(error, FloatingPointError) else 2)
     traceback.print_exception(error)
     return 1
 

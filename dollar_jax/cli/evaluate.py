@@ -25,6 +25,7 @@ def define_flags(_: list[str]) -> None:
         "to lin4 if you have them) for diversity and Fréchet distance; by default the VAE of the run's teacher.",
     )
     define("string", "out", None, "The JSON of measures, and the name of page and videos; metrics.json by default.")
+    define("bool", "allow_code", False, "Run the rewards that are code named by the run (path.py:function).")
     define("bool", "quick", False, "Fewer videos.")
     define("string", "vbench", None, "Write the videos VBench asks for into this folder, and measure nothing.")
     define("string", "prompts_file", None, "With --vbench: its VBench_full_info.json, or a prompt per line.")
@@ -55,7 +56,7 @@ def run() -> None:
         features = features or vae_features(generator)
         if not FLAGS.videos:
             out = Path(FLAGS.out or Path(FLAGS.workdir) / "metrics.json")
-            evaluate(Path(FLAGS.workdir), generator, out, FLAGS.quick, features=features)
+            evaluate(Path(FLAGS.workdir), generator, out, FLAGS.quick, features=features, allow_code=FLAGS.allow_code)
             print_table(out)
     if FLAGS.videos:
         from dollar_jax.evaluate.dimensions import OURS, load_dimensions
@@ -90,6 +91,7 @@ def _vbench_videos() -> None:
 
     from dollar_jax.evaluate import manifest
     from dollar_jax.evaluate.vbench_videos import check_names, pair_names, read_vbench_prompts, write_videos
+    from dollar_jax.files import hash_file
     from dollar_jax.generate import make_generator
     from dollar_jax.run import choose_student, choose_teacher, read_config
 
@@ -113,10 +115,10 @@ def _vbench_videos() -> None:
     if jax.process_index() == 0:
         made = {
             "prompts_file": listed.name,
-            "prompts_sha256": manifest.hash_file(listed),
+            "prompts_sha256": hash_file(listed),
             "prompts": "raw" if names is None else "rewritten",
             "names_file": names and names.name,
-            "names_sha256": names and manifest.hash_file(names),
+            "names_sha256": names and hash_file(names),
             "seeds": [FLAGS.seed],
             "num": FLAGS.num,
             "videos": sum(counts.values()),

@@ -13,13 +13,15 @@ def define_flags(arguments: list[str]) -> None:
 
 
 def run() -> None:
+    from dollar_jax.lock import owned
     from dollar_jax.pretrain import pretrain
 
     prepare_jax()
     config = given_config().pretrain
     if config is None:
         raise ValueError("this configuration has no pretrain settings; configs/demo.py has")
-    print(f"The teacher is in {pretrain(config, Path(FLAGS.workdir))}.")
+    with owned(Path(FLAGS.workdir)):
+        print(f"The teacher is in {pretrain(config, Path(FLAGS.workdir))}.")
 
 
 COMMAND = Command("train the default domain's teacher from nothing", define_flags, run)

@@ -45,9 +45,17 @@ def run() -> None:
     ):
         generator = make_generator(config, mesh=make_mesh(config.mesh))
         replay = None if FLAGS.replay_batch is None else Path(FLAGS.replay_batch)
-        train(config, workdir, generator, load_data(config, generator, workdir), replay)
+        state = train(config, workdir, generator, load_data(config, generator, workdir), replay)
+        if replay is None and int(state.step) < config.steps:
+            raise EndedEarly(f"the run ended at step {int(state.step)} of {config.steps}, which is saved")
         if replay is None and jax.process_index() == 0:
             print(f"The student is in {workdir}; sample it with dollar sample --workdir={workdir} --prompt=…")
+
+
+class EndedEarly(ValueError):
+    """Training has stopped by itself before its last step."""
+
+    exit_code = 6
 
 
 COMMAND = Command("distil a teacher; resumes what it finds in the workdir", define_flags, run)

@@ -28,10 +28,6 @@ NAME = "manifest.json"
 PROTOCOL = ("prompts_sha256", "prompts", "names_sha256", "seeds", "num", "frames", "height", "width", "fps")
 
 
-def hash_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def hash_params(params: Any) -> str:
     """SHA-256 of parameters by name, type, shape and bytes, wherever they were read from; they must be on this host."""
     digest = hashlib.sha256()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from dollar_jax.evaluate.measure import default_plan, measure, network_measures,
 from dollar_jax.evaluate.metrics import write_metrics
 from dollar_jax.generate import Generator
 from dollar_jax.report.run import write_report
-from dollar_jax.rewards import load_rewards, weighted_sum
+from dollar_jax.rewards import LOADERS, REWARDS, load_rewards, weighted_sum
 from dollar_jax.run import read_config, read_history, restore_student
 from dollar_jax.video import side_by_side, write_video
 
@@ -28,11 +29,13 @@ def evaluate(
     quick: bool = False,
     timings: Mapping[str, float] | None = None,
     features: Features | None = None,
+    allow_code: bool = False,
 ) -> dict[str, Any]:
     """Samples and measures the run in `workdir`; writes `out`, and beside it the page and videos of `outputs`.
 
     `timings` are the seconds of what came before, by name. With a network's `features` also the diversity and the
-    Fréchet distance they tell of.
+    Fréchet distance they tell of. A run's rewards that are code of its own are left out, and named, unless
+    `allow_code`: a run folder may come from anybody.
 
     Raises ValueError when `out` does not end in .json.
     """
@@ -40,8 +43,11 @@ def evaluate(
     page, folder = outputs(out)
     config = read_config(workdir)
     plan = default_plan(config.seed, quick)
-    reward = weighted_sum(config.reward.rewards, load_rewards(config.reward.rewards))
-    rewards = ", ".join(term.label for term in config.reward.rewards if term.weight)
+    terms = [term for term in config.reward.rewards if allow_code or term.name in {*REWARDS, *LOADERS}]
+    for term in set(config.reward.rewards).difference(terms):
+        print(f"{workdir} names code as a reward, which is not run without --allow_code: {term.name}", file=sys.stderr)
+    reward = weighted_sum(terms, load_rewards(terms))
+    rewards = ", ".join(term.label for term in terms if term.weight)
     rows = samplers(generator, restore_student(workdir, generator), config.student.timesteps)
     network = None if features is None else network_measures(features, quick)
     table, videos = measure(generator, rows, plan, reward, network)

@@ -10,10 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dollar_jax.checkpoint import save_stream
-from dollar_jax.files import new_folder
+from dollar_jax.files import new_folder, write_checksums
 from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights.families import COMPONENTS
-from dollar_jax.weights.pipeline import IMPORTED, load_tokenizer, read_family, read_parts, read_schedule
+from dollar_jax.weights.pipeline import IMPORTED, check_whole, load_tokenizer, read_family, read_parts, read_schedule
 from dollar_jax.weights.table import stream_params
 
 DTYPES = ("float32", "bfloat16")
@@ -41,6 +41,7 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32") -> 
     load_tokenizer(found / "tokenizer")
     found = fetch(source, [*_DESCRIPTION, *(f"{name}/*.safetensors" for name in COMPONENTS)])
     stored = {name: files.list_tensors(found / name) for name in parts}
+    check_whole(found)
     streams = {}
     for name, part in parts.items():
         shapes = {key: tensor.shape for key, tensor in stored[name].items()}
@@ -66,6 +67,7 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32") -> 
         for name in ("tokenizer", "scheduler"):
             shutil.copytree(found / name, draft / name)
         shutil.copy(found / "model_index.json", draft)
+        write_checksums(draft, "imported pipeline")
 
 
 def fetch(source: str, patterns: list[str]) -> Path:

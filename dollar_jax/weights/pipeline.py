@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dollar_jax.checkpoint import restore_tree
-from dollar_jax.files import open_regular, read_json
+from dollar_jax.files import CHECKSUMS, find_damage, open_regular, read_json
 from dollar_jax.models.network import Network
 from dollar_jax.schedule import Schedule
 from dollar_jax.weights import safetensors_io as files
@@ -94,6 +95,7 @@ def load_pipeline(
     Raises FileNotFoundError or ValueError naming the file, tensor or field that is wrong.
     """
     folder = Path(folder)
+    check_whole(folder)
     parts = read_parts(folder, param_dtype, **transformer_options)
     loaded = {}
     for name, part in parts.items():
@@ -217,7 +219,7 @@ def load_tokenizer(folder: Path) -> Any:
         if not path.is_dir():
             open_regular(path).close()
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the library meets in the files
         raise ValueError(f"{folder} holds no tokenizer that transformers can read") from error
 
@@ -260,6 +262,13 @@ def read_schedule(folder: Path, family: Family) -> Schedule:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it says how the teacher is sampled")
     return schedule_of(read_json(path), family.path, path)
+
+
+def check_whole(folder: Path) -> None:
+    """Raises ValueError when a folder that has checksums is not as it was written."""
+    share = jax.process_index(), jax.process_count()
+    if (folder / CHECKSUMS).exists() and (fault := find_damage(folder, share=share)):
+        raise ValueError(f"{folder} {fault}: copy it anew, or delete its {CHECKSUMS} if that was on purpose")
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """A host reward that raises, hangs, or answers nonsense costs its samples and nothing else."""
 
+import os
 import threading
 import time
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from dollar_jax.rewards import JaxReward, Reward
+from dollar_jax.rewards import host as host_module
 from dollar_jax.rewards.host import HostScorer
 
 FRAMES = np.linspace(0, 1, 3, dtype=np.float32).reshape(3, 1, 1, 1, 1) * np.ones((3, 2, 4, 4, 3), np.float32)
@@ -48,6 +50,16 @@ def test_a_good_reward_runs_beside_the_caller():
 def test_a_jax_reward_may_be_used_as_a_host_one():
     host = HostScorer("red", JaxReward(lambda p, f, t: f[..., 0].mean((1, 2, 3)), ""), 60, 0)
     np.testing.assert_allclose(score(host), [0, 0.5, 1])
+
+
+def test_a_reward_that_ends_the_process_has_failed(monkeypatch):
+    host = scorer(lambda frames, prompts: os._exit(0))
+    with pytest.warns(RuntimeWarning, match="raised SystemExit: 0"):
+        assert np.isnan(score(host)).all()
+    ended = []
+    monkeypatch.setattr(host_module, "_exit", ended.append)
+    os._exit(7)  # anybody else still may
+    assert ended == [7]
 
 
 def test_what_raises_once_is_tried_again():

@@ -274,5 +274,20 @@ def test_damaged_weights(capsys, copy, imported, tmp_path):
     refused(capsys, copy, tmp_path / "teacher", path, "damaged")
     broken = shutil.copytree(imported, tmp_path / "broken")
     shutil.rmtree(broken / "vae" / "params" / "state")
+    with pytest.raises(ValueError, match="broken lacks vae/params/state"):
+        load_pipeline(broken)
+    (broken / "SHA256SUMS").unlink()
     with pytest.raises(ValueError, match="vae/params is damaged"):
+        load_pipeline(broken)
+
+
+def test_an_imported_folder_is_as_it_was_written(imported, tmp_path):
+    """A single bit of a weight, or a setting changed by accident."""
+    broken = shutil.copytree(imported, tmp_path / "broken")
+    (broken / "README.md").write_text("my own note")
+    load_pipeline(broken)
+    weights = max((p for p in (broken / "transformer" / "params").rglob("*")), key=lambda p: p.stat().st_size)
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    with pytest.raises(ValueError, match="broken has another transformer/params/.* than was written: copy it anew"):
         load_pipeline(broken)
