@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,14 @@ def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> Enc
     """
     if config.data.name != MOVING_SHAPES:
         return PreparedVideos(config.data).check(config, generator)
-    folder = workdir / "data"
-    cache = folder / f"latents_{config.data.train_videos}.npz"
+    folder, count = workdir / "data", config.data.train_videos
+    made_of = repr((config.teacher, generator.clip, count, config.data.max_text_length))
+    cache = folder / f"latents_{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.npz"
     if jax.process_index() > 0:
         wait_for(cache, "the encoded videos")
     elif not cache.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        sizes = {"train": config.data.train_videos}
-        records = load_moving_shapes(folder, "train", sizes)
+        records = load_moving_shapes(folder, "train", {"train": count})
         latents, captions = [], []
         for start in tqdm(range(0, len(records), _AT_ONCE), "encoding", unit_scale=_AT_ONCE, unit="video"):
             part = [records[i] for i in range(start, min(start + _AT_ONCE, len(records)))]
