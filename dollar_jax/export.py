@@ -1,4 +1,4 @@
-"""`dollar export`: the student of a run as a diffusers pipeline folder, with a model card."""
+"""`dollar export`: the student of a run as a diffusers pipeline folder or an adapter, with a model card."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jinja2
 import numpy as np
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
+from dollar_jax import __version__
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.clip import clip_size
-from dollar_jax.files import new_folder, read_json, write_checksums
-from dollar_jax.generate import teacher_folder
+from dollar_jax.files import hash_file, new_folder, read_json, write_checksums
+from dollar_jax.generate import SHIPPED_TEACHERS, teacher_folder
 from dollar_jax.models import lora
 from dollar_jax.objectives import terms
+from dollar_jax.report.measures import MEASURES
 from dollar_jax.run import read_config, restore_trained
-from dollar_jax.schedule import Schedule, coefficients
 from dollar_jax.types import Params
+from dollar_jax.weights import adapter as adapters
+from dollar_jax.weights import pipeline as pipelines
 from dollar_jax.weights import safetensors_io as files
-from dollar_jax.weights.pipeline import (
-    IMPORTED,
-    Component,
-    check_whole,
-    load_component,
-    read_family,
-    read_parts,
-    read_schedule,
-    save_component,
-    write_json,
-)
-from dollar_jax.weights.scheduler import TEACHER, scheduler_json
+from dollar_jax.weights.families import Family
+from dollar_jax.weights.scheduler import scheduler_json
 from dollar_jax.weights.table import Row, export_stream
 
 # A name that begins with an underscore passes diffusers' check of a scheduler's fields.
 TIMESTEPS = "_student_timesteps"
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-SCHEDULERS = {"rf": "FlowMatchEulerDiscreteScheduler", "ddpm": "LCMScheduler"}  # by the diffusion's path
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("dollar_jax", "assets/student"),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 
 
 def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size: int, adapter: bool = False) -> None:
@@ -49,7 +49,8 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
     The transformer is the newest student of the run, its average with `ema`, in `dtype` and in files of at
     most `shard_size` bytes. VAE, text encoder and tokenizer are the teacher's. Adapters (config.lora) are
     merged into the teacher's weights; or, with `adapter`, the folder holds them alone, for
-    `load_lora_weights`, and the scheduler. The folder appears when it is whole.
+    `load_lora_weights` and PEFT. A scheduler of its own refuses every call but the student's, and a manifest says how
+    it is sampled, of what it was made, and what each file's SHA-256 is. The folder appears when it is whole.
 
     Raises FileNotFoundError, FileExistsError or ValueError naming what is wrong.
     """
@@ -57,47 +58,112 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
         raise FileExistsError(f"{folder} is there already; delete it, or export into another folder")
     config = read_config(workdir)
     teacher = teacher_folder(config.teacher)
-    family = read_family(teacher)
-    schedule = read_schedule(teacher, family)
+    family = pipelines.read_family(teacher)
+    schedule = pipelines.read_schedule(teacher, family)
     if adapter and not config.lora.rank:
         raise ValueError(f"{workdir} trained the student whole (config.lora.rank is 0): it has no adapter")
-    check_whole(teacher)
-    parts = read_parts(teacher)
+    pipelines.check_whole(teacher)
+    parts = pipelines.read_parts(teacher)
     student = parts["transformer"]
     step, params = restore_trained(workdir, student.network, config.lora, ema)
+    times, module = config.student.timesteps, f"student_{schedule.path}"
 
     with new_folder(folder) as draft:
         if adapter:
-            tensors = adapter_tensors(params, config.lora.scale, student.table)
-            files.write_file(draft / ADAPTER_FILE, tensors, dtype)
+            save_adapter(draft, params, config, family, student.table, dtype)
         else:
             if config.lora.rank:
-                whole = load_component(teacher / "transformer", student).params
+                whole = pipelines.load_component(teacher / "transformer", student).params
                 params = lora.merge(whole, params, config.lora.scale)
             for name, part in tqdm(parts.items(), "exporting"):
                 if name == "transformer":
-                    component = Component(student.config, student.network, params)
-                    save_component(draft / name, part.kind, component, dtype, shard_size)
-                elif (teacher / name / IMPORTED).is_dir():
-                    component = load_component(teacher / name, part)
-                    save_component(draft / name, part.kind, component, "float32", shard_size)
+                    component = pipelines.Component(student.config, student.network, params)
+                    pipelines.save_component(draft / name, part.kind, component, dtype, shard_size)
+                elif (teacher / name / pipelines.IMPORTED).is_dir():
+                    component = pipelines.load_component(teacher / name, part)
+                    pipelines.save_component(draft / name, part.kind, component, "float32", shard_size)
                 else:
                     shutil.copytree(teacher / name, draft / name)
             shutil.copytree(teacher / "tokenizer", draft / "tokenizer")
-            index = read_json(teacher / "model_index.json")
-            write_json(draft / "model_index.json", index | {"scheduler": ["diffusers", SCHEDULERS[schedule.path]]})
-        write_json(draft / "scheduler" / "scheduler_config.json", scheduler(config, schedule))
+            vllm_omni = {
+                "num_inference_steps": len(times),
+                "denoising_timesteps": [round(t) for t in times],
+                "solver": "sde",
+                "guidance_scale": 1.0,
+            }
+            changes = {"scheduler": [module, "StudentScheduler"], "dmd2_config": vllm_omni}
+            pipelines.write_json(draft / "model_index.json", read_json(teacher / "model_index.json") | changes)
+        fields = scheduler_json(schedule, schedule.path)
+        pipelines.write_json(draft / "scheduler" / "scheduler_config.json", {**fields, TIMESTEPS: times})
+        code = _TEMPLATES.get_template("scheduler.py.jinja")
+        code = code.render(scheduler=fields["_class_name"], path=schedule.path, field=TIMESTEPS)
+        (draft / "scheduler" / f"{module}.py").write_text(code)
+        for video in sorted((workdir / "videos").glob("*.mp4"))[:1]:
+            shutil.copy(video, draft / "sample.mp4")
+        settings = public(config, teacher)
+        manifest = {
+            "dollar_jax": __version__,
+            "teacher": {"name": settings["teacher"], "sha256": checksums(teacher / "transformer")},
+            "timesteps": times,
+            "num_train_timesteps": schedule.num_train_timesteps,
+            "shift": schedule.shift,
+            "solver": "predict x0, then noise it to the next timestep",
+            "guidance_scale": 1.0,
+            "step": step,
+            "weights": "moving average" if ema else "raw weights",
+            "seed": config.seed,
+            "config": settings,
+        }
         path = workdir / "metrics.json"
         metrics = read_json(path) if path.is_file() else {}
-        card = model_card(config, schedule, family.pipeline, step, ema, metrics, adapter)
+        context = {"adapter": adapter, "module": module, "sample": (draft / "sample.mp4").is_file()}
+        card = model_card(config, teacher, manifest, metrics, family=family, **context)
         (draft / "README.md").write_text(card)
+        pipelines.write_json(draft / "manifest.json", manifest | {"files": checksums(draft)})
+        for path in draft.rglob("*"):  # safetensors makes files that only their owner may read
+            path.chmod(0o755 if path.is_dir() else 0o644)
         write_checksums(draft, f"student of step {step}")
 
 
-def adapter_tensors(adapters: Params, scale: float, table: Sequence[Row]) -> dict[str, np.ndarray]:
-    """The tensors of `load_lora_weights` by PEFT's names; the scale, 1 for PEFT without an alpha, is in B.
+def push(folder: Path, name: str) -> str:
+    """Uploads a folder to the hub's repository OWNER/NAME, made if need be; its URL. Raises OSError naming both."""
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        return api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by dollar export").repo_url
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise OSError(f"{folder} is written, but the hub did not take it as {name}: {first}") from error
 
-    A is [rank, in] and B [out, rank], as dense layers are there; one pair for each layer of a stack.
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder, by its path there."""
+    return {p.relative_to(folder).as_posix(): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def public(config: DistillConfig, teacher: Path) -> dict[str, Any]:
+    """The configuration without this machine's paths: of each its last part, of the teacher where it came from."""
+
+    def last(value: Any, name: str = "") -> Any:
+        if isinstance(value, Mapping):
+            return {key: last(item, key) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [last(item, name) for item in value]
+        path = isinstance(value, str) and "/" in value and " " not in value and name != "targets"
+        return Path(value).name if path else value
+
+    made = teacher / pipelines.PROVENANCE
+    source = {"source": Path(config.teacher).name} | (read_json(made) if made.is_file() else {})
+    return last(dataclasses.asdict(config)) | {"teacher": source["source"]}
+
+
+def save_adapter(
+    folder: Path, params: Params, config: DistillConfig, family: Family, table: Sequence[Row], dtype: str
+) -> None:
+    """The adapters for `load_lora_weights`, by the names of the family's own code where it has some, and for PEFT.
+
+    A is [rank, in] and B [out, rank], as dense layers are there, one pair for each layer of a stack. The scale is in
+    B: without an alpha every reader takes it for 1.
     """
 
     def kernels(tree: Params, leaf: str) -> Params:
@@ -106,160 +172,37 @@ def adapter_tensors(adapters: Params, scale: float, table: Sequence[Row]) -> dic
             for name, value in tree.items()
         }
 
-    tensors = {}
-    for leaf, part, factor in (("down", "lora_A", 1.0), ("up", "lora_B", scale)):
-        for name, tensor in export_stream(table, kernels(adapters, leaf)):
-            name = f"transformer.{name.removesuffix('.weight')}.{part}.weight"
-            tensors[name] = (tensor * np.float32(factor)).astype(tensor.dtype)
-    return tensors
-
-
-def scheduler(config: DistillConfig, schedule: Schedule) -> dict[str, Any]:
-    """The scheduler that samples as `sampling.few_step_sample` does: predict x0, re-noise, repeat.
-
-    The file also keeps the teacher's scheduler, which `dollar import` goes by. On the rectified flow the shift is 1,
-    for the student's timesteps are shifted already. The consistency models' scheduler takes the path's final betas,
-    and a scaling that leaves nothing of its boundary condition.
-    """
-    common: dict[str, Any] = {
-        "_class_name": SCHEDULERS[schedule.path],
-        "num_train_timesteps": schedule.num_train_timesteps,
-        TIMESTEPS: list(config.student.timesteps),
-        TEACHER: scheduler_json(schedule, schedule.path),
-    }
-    if schedule.path == "rf":
-        return {**common, "shift": 1.0, "stochastic_sampling": True}
-    kept, _ = coefficients(schedule, jnp.arange(schedule.num_train_timesteps, dtype="float32"))
-    products = np.square(np.asarray(kept, np.float64))
-    betas = 1 - products / np.concatenate([[1.0], products[:-1]])
-    return {
-        **common,
-        "trained_betas": betas.tolist(),
-        "prediction_type": common[TEACHER]["prediction_type"],
-        "original_inference_steps": schedule.num_train_timesteps,
-        "timestep_scaling": 1e6,
-        "clip_sample": False,
-    }
-
-
-_CARD = """\
----
-library_name: diffusers
-pipeline_tag: text-to-video
-tags: [dollar, few-step, distillation]
----
-
-# {count}-step student of {teacher}
-
-Distilled with [DOLLAR](https://arxiv.org/abs/2412.15689) by dollar_jax: {steps} steps at batch size {batch}; these
-are the student's {weights}. It takes {count} network evaluations and no guidance, at the
-timesteps {timesteps} of {total}.
-
-## Sampling with diffusers
-
-```python
-{snippet}```
-
-## Losses
-
-| loss | weight |
-|---|---|
-{losses}
-{measures}
-## Configuration
-
-```json
-{config}
-```
-"""
-
-_SNIPPET = """\
-import torch
-from diffusers import {pipeline}
-
-{load}
-{times}
-torch.manual_seed(0)
-video = pipe(
-    "{prompt}",
-    height={height},
-    width={width},
-    num_frames={frames},
-    {argument},
-    guidance_scale=1.0,
-    max_sequence_length={length},
-    output_type="np",
-).frames[0]  # frames, height, width, RGB in [0, 1]
-"""
-
-
-_LOAD = 'pipe = {pipeline}.from_pretrained(".")'
-_LOAD_ADAPTER = """\
-from diffusers import {scheduler}
-
-pipe = {pipeline}.from_pretrained("{teacher}")  # the teacher, with this adapter and this scheduler
-pipe.load_lora_weights(".")
-pipe.scheduler = {scheduler}.from_pretrained("scheduler")"""
-# How the student's own times reach the scheduler: by the pipeline's argument where it has one.
-_TIMES = {
-    "rf": """\
-# The scheduler takes its times from the number of steps; the student has times of its own.
-scheduler = pipe.scheduler
-sigmas = [t / scheduler.config.num_train_timesteps for t in scheduler.config["{field}"]]
-set_timesteps = scheduler.set_timesteps
-scheduler.set_timesteps = lambda steps, device=None: set_timesteps(steps, device, sigmas=sigmas)""",
-    "ddpm": """timesteps = [int(t) for t in pipe.scheduler.config["{field}"]]""",
-}
-_ARGUMENT = {"rf": "num_inference_steps=len(sigmas)", "ddpm": "timesteps=timesteps"}
+    theirs, peft, modules, rank = {}, {}, [], config.lora.rank
+    for leaf, part, factor in (("down", "lora_A", 1.0), ("up", "lora_B", config.lora.scale)):
+        for name, tensor in export_stream(table, kernels(params, leaf)):
+            module, tensor = name.removesuffix(".weight"), (tensor * np.float32(factor)).astype(tensor.dtype)
+            native = adapters.rename(family.native, module)
+            theirs[f"{f'diffusion_model.{native}' if native else f'transformer.{module}'}.{part}.weight"] = tensor
+            peft[f"base_model.model.{module}.{part}.weight"] = tensor
+            modules += [module] * (leaf == "up")
+    files.write_file(folder / adapters.DIFFUSERS_FILE, theirs, dtype)
+    files.write_file(folder / "adapter_model.safetensors", peft, dtype)
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules, "bias": "none"}
+    pipelines.write_json(folder / "adapter_config.json", fields)
 
 
 def model_card(
-    config: DistillConfig,
-    schedule: Schedule,
-    pipeline: str,
-    step: int,
-    ema: bool,
-    metrics: Mapping[str, Any],
-    adapter: bool = False,
+    config: DistillConfig, teacher: Path, manifest: Mapping[str, Any], metrics: Mapping[str, Any], **context: Any
 ) -> str:
-    """README.md: what the student is, how diffusers' `pipeline` samples it, and what its run measured."""
-    frames, height, width = clip_size(config.data)
-    prompt = "a large red circle moving left slowly"
-    names = {"pipeline": pipeline, "scheduler": SCHEDULERS[schedule.path], "teacher": config.teacher}
-    snippet = _SNIPPET.format(
-        pipeline=pipeline,
-        load=(_LOAD_ADAPTER if adapter else _LOAD).format(**names),
-        times=_TIMES[schedule.path].format(field=TIMESTEPS),
-        argument=_ARGUMENT[schedule.path],
-        prompt=prompt,
-        height=height,
-        width=width,
-        frames=frames,
-        length=config.data.max_text_length,
-    )
-    losses = ""
-    for term in filter(None, terms(config)):
-        name = f"{term.label}, {term.symbol}" if term.symbol else term.label
-        losses += f"| {name} | {term.weight(config):g} |\n"
-    rows = {k: v for k, v in metrics.items() if isinstance(v, Mapping) and "nfe" in v}
-    columns = sorted({c for row in rows.values() for c, v in row.items() if isinstance(v, float | int)})
-    measures = ""
-    if rows:
-        lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        for name, row in rows.items():
-            cells = [f"{row[c]:.4g}" if c in row else "–" for c in columns]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        measures = "\n## Evaluation\n\n" + "\n".join(lines) + "\n"
-    return _CARD.format(
-        count=len(config.student.timesteps),
-        teacher=config.teacher,
-        steps=step,
-        batch=config.batch_size,
-        weights="moving average" if ema else "raw weights",
-        total=schedule.num_train_timesteps,
-        timesteps=", ".join(f"{t:g}" for t in config.student.timesteps),
-        snippet=snippet,
-        losses=losses.rstrip(),
-        measures=measures,
-        config=json.dumps(dataclasses.asdict(config), indent=2),
+    """README.md: what the student is, how diffusers' pipeline samples it, and what its run measured."""
+    measured = {k: v for k, v in metrics.items() if isinstance(v, Mapping) and "nfe" in v}
+    readme = teacher / "README.md"
+    theirs = ModelCard.load(readme).data.to_dict() if readme.is_file() else {}
+    return _TEMPLATES.get_template("README.md.jinja").render(
+        context,
+        manifest=manifest,
+        name=f"{len(config.student.timesteps)}-step student of {manifest['teacher']['name']}",
+        licence={key: theirs[key] for key in ("license", "license_name", "license_link") if key in theirs},
+        shipped=config.teacher in SHIPPED_TEACHERS,
+        config=config,
+        clip=clip_size(config.data),
+        losses=[(f"{t.label}, {t.symbol}".rstrip(", "), t.weight(config)) for t in filter(None, terms(config))],
+        measured=measured,
+        columns=sorted({column for row in measured.values() for column in row} & MEASURES.keys()),
+        settings=json.dumps(manifest["config"], indent=2),
     )

@@ -5,13 +5,17 @@ Losses of distillation say little about quality; these do. Nothing here changes 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig, VisibilityConfig
@@ -160,7 +162,8 @@ class Log:
             self.path = workdir / HISTORY
             truncate_history(workdir, first)
             self.file = self.path.open("a")
-            self.events = SummaryWriter(str(workdir / EVENTS), purge_step=first + 1)
+            self.events = event_writer(workdir / EVENTS, first)
+            self.wandb = start_wandb(config, workdir)
 
     def __enter__(self) -> Log:
         return self
@@ -173,6 +176,30 @@ class Log:
             if self.main:
                 self.file.close()
                 self.events.close()
+                if self.wandb is not None:
+                    self.wandb.finish()
+
+    @contextlib.contextmanager
+    def pause(self, doing: str) -> Iterator[None]:
+        """Shows on the bar what it waits for, with the seconds so far, and keeps them out of its estimate."""
+        begun, done = time.perf_counter(), threading.Event()
+
+        def tell() -> None:
+            while not done.wait(1):
+                self.bar.set_description_str(f"{doing}, {time.perf_counter() - begun:.0f} s")
+
+        teller = threading.Thread(target=tell, daemon=True)
+        if doing:
+            self.bar.set_description_str(doing)
+            teller.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if doing:
+                teller.join()
+                self.bar.unpause()
+                self.bar.set_description_str("distilling")
 
     def step(self, step: int, metrics: Mapping[str, jax.Array], host: dict[str, float], now: bool) -> None:
         self.bar.update()
@@ -186,6 +213,8 @@ class Log:
         """A video uint8 [t h w 3] and warnings among the TensorBoard events."""
         if not self.main:
             return
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
         data, (_, height, width, _) = encode_gif(video), video.shape
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
         value = Summary.Value(tag="teacher_left_student_right", image=image)
@@ -194,6 +223,11 @@ class Log:
         )
         for warning in warnings:
             self.events.add_text("warning", warning, step)
+        if self.wandb is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            shown = wandb.Video(video.transpose(0, 3, 1, 2), fps=8, format="mp4")
+            self.wandb.log({"teacher_left_student_right": shown, "warnings": len(warnings), "step": step})
 
     def _write(self) -> None:
         if self._held is None:
@@ -214,9 +248,34 @@ class Log:
             self.file.flush()
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)
+            if self.wandb is not None:  # with its step as a value: samples come before the scalars of earlier steps
+                self.wandb.log({**values, "step": step})
             shown = {"loss": values.get("student_loss", math.nan)}
             shown |= {k[7:]: host[k] for k in ("reward_generated", "reward_real") if k in host}
             self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+
+
+def event_writer(folder: Path, first: int) -> Any:
+    """A writer of TensorBoard events after step `first`, without torch, which tensorboardX would import for seconds."""
+    sys.modules.setdefault("torch", None)  # pyright: ignore[reportArgumentType]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if sys.modules["torch"] is None:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder), purge_step=first + 1)
+
+
+def start_wandb(config: DistillConfig, workdir: Path) -> Any:
+    """A Weights & Biases run where WANDB_PROJECT names its project, else None; one workdir is one run there too."""
+    if not (project := os.environ.get("WANDB_PROJECT")):
+        return None
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError("WANDB_PROJECT is set, but wandb is not there: pip install wandb, or unset it") from error
+    name = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, id=name, resume="allow", dir=str(workdir), config=dataclasses.asdict(config))
 
 
 class Profile:

@@ -113,7 +113,8 @@ def train(
                 if scorer is not None:
                     tokens, kept = scorer.inputs(step, captions, read["latent"].shape[1:])
                 batch = _global_batch(programs, rows, read["on_device"], tokens, kept)
-                state, metrics, samples = programs.step(state, frozen, batch)
+                with log.pause("compiling" if busy is None else ""):
+                    state, metrics, samples = programs.step(state, frozen, batch)
                 skips.step(step + 1, metrics, data.names_of(read), batch)
                 busy = metrics["student_loss"]
                 if scorer is not None:
@@ -136,7 +137,8 @@ def train(
                     student = state.ema
                     if programs.merge is not None:
                         student = programs.merge(*programs.merge.place(frozen.teacher, student))
-                    seen, video, warnings = sample_logger.draw(step + 1, student)
+                    with log.pause("sampling"):
+                        seen, video, warnings = sample_logger.draw(step + 1, student)
                     log.show(step + 1, video, warnings)
                     host |= seen
                 log.step(step + 1, metrics, host, saving or sample_logger.due(step + 1))

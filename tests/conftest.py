@@ -295,6 +295,7 @@ def assert_card_samples(monkeypatch):
         for module in drawers:
             monkeypatch.setattr(module, "randn_tensor", randn_tensor)
         monkeypatch.chdir(exported)
+        monkeypatch.syspath_prepend(exported)
         scope = {}
         exec(snippet, scope)
         assert ours.std() > 0.01 and np.mean((ours > 0) & (ours < 1)) > 0.5, "nothing to compare"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dollar_jax import cli
+from dollar_jax.cli import base
 
 DEMO = str(Path(__file__).parents[1] / "configs" / "demo.py")
 
@@ -180,8 +181,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    stopped = cli.COMMANDS["demo"]._replace(run=interrupted)
-    monkeypatch.setitem(cli.COMMANDS, "demo", stopped)
+    monkeypatch.setattr("dollar_jax.cli.demo.run", interrupted)
     assert cli.main(["demo"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -190,12 +190,20 @@ def test_settings_on_the_command_line_reach_the_run(monkeypatch):
     seen = {}
 
     def look():
-        seen.update(steps=cli.FLAGS.config.steps, rate=cli.FLAGS.config.student.optimiser.learning_rate)
+        seen.update(steps=base.FLAGS.config.steps, rate=base.FLAGS.config.student.optimiser.learning_rate)
 
-    monkeypatch.setitem(cli.COMMANDS, "train", cli.COMMANDS["train"]._replace(run=look))
+    monkeypatch.setattr("dollar_jax.cli.train.run", look)
     flags = ["--config.steps=7", "--config.student.optimiser.learning_rate=0.5", "--workdir=x"]
     assert cli.main(["train", f"--config={DEMO}:vsd", *flags]) == 0
     assert seen == {"steps": 7, "rate": 0.5}
+
+
+@pytest.mark.multiprocess
+def test_the_list_of_commands_imports_nothing_slow():
+    code = "import sys; from dollar_jax.cli import main; main(['--help']); print(sorted(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "dollar demo" in out
+    assert not [name for name in ("absl", "jax", "numpy", "torch", "orbax") if f"'{name}'" in out]
 
 
 @pytest.mark.multiprocess

@@ -1,19 +1,25 @@
 """`dollar export`: a run's student as a user of diffusers gets it, from a folder on disk."""
 
+import base64
+import hashlib
+import http.server
 import json
 import os
 import re
 import shutil
+import threading
 
 import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 from diffusers.pipelines.wan import pipeline_wan
-from diffusers.schedulers import scheduling_flow_match_euler_discrete as flow_match
-from safetensors.numpy import load_file
+from diffusers.utils import torch_utils
+from huggingface_hub import ModelCard
+from safetensors.numpy import load_file, save_file
 
 from dollar_jax import cli
 from dollar_jax.checkpoint import Checkpoints
@@ -22,6 +28,7 @@ from dollar_jax.models import lora
 from dollar_jax.run import CHECKPOINTS, read_config, record_config, restore_student
 from dollar_jax.weights.pipeline import load_pipeline
 from dollar_jax.weights.safetensors_io import list_tensors, read_tensors
+from dollar_jax.weights.table import export_stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:Couldn't find sharding info:UserWarning")
 METRICS = {
@@ -117,17 +124,16 @@ def adapter(adapted, tmp_path_factory):
     return export(adapted, tmp_path_factory.mktemp("exported") / "adapter", "--adapter")
 
 
-def test_an_adapter_is_a_file_that_load_lora_weights_takes(wan_folder, adapted, adapter, tmp_path):
-    """In diffusers the teacher with the adapter computes what the export with it merged does."""
-    assert {p.name for p in adapter.iterdir()} == {
-        "pytorch_lora_weights.safetensors",
-        "scheduler",
-        "README.md",
-        "SHA256SUMS",
-    }
-    tensors = load_file(adapter / "pytorch_lora_weights.safetensors")
-    assert tensors["transformer.blocks.0.attn1.to_q.lora_A.weight"].shape[0] == 2
-    merged = export(adapted, tmp_path / "merged")
+@pytest.fixture(scope="module")
+def merged(adapted, tmp_path_factory):
+    return export(adapted, tmp_path_factory.mktemp("exported") / "merged")
+
+
+def test_an_adapter_is_what_diffusers_and_peft_take(wan_folder, adapter, merged):
+    """The teacher with the adapter computes what the export with it merged does."""
+    weights = {"pytorch_lora_weights.safetensors", "adapter_model.safetensors"}
+    others = {"adapter_config.json", "scheduler", "README.md", "manifest.json", "SHA256SUMS"}
+    assert {p.name for p in adapter.iterdir()} == weights | others
     whole = diffusers.WanTransformer3DModel.from_pretrained(merged / "transformer")
     pipe = diffusers.WanPipeline.from_pretrained(wan_folder)
     c = whole.config
@@ -142,30 +148,177 @@ def test_an_adapter_is_a_file_that_load_lora_weights_takes(wan_folder, adapted, 
         plain = pipe.transformer(**inputs)[0]
         pipe.load_lora_weights(str(adapter))
         ours, theirs = whole(**inputs)[0], pipe.transformer(**inputs)[0]
+        bare = diffusers.WanTransformer3DModel.from_pretrained(wan_folder / "transformer")
+        by_peft = peft.PeftModel.from_pretrained(bare, str(adapter))(**inputs)[0]
     assert (theirs - plain).abs().max() > 0.01
     np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(by_peft, ours, rtol=1e-4, atol=1e-4)
+
+
+# The layers that ComfyUI, LightX2V and MaxDiffusion apply an adapter to, by Wan's own names, and diffusers'.
+WAN_LAYERS = {
+    "blocks.{}.self_attn.q": "blocks.{}.attn1.to_q",
+    "blocks.{}.self_attn.k": "blocks.{}.attn1.to_k",
+    "blocks.{}.self_attn.v": "blocks.{}.attn1.to_v",
+    "blocks.{}.self_attn.o": "blocks.{}.attn1.to_out.0",
+    "blocks.{}.cross_attn.q": "blocks.{}.attn2.to_q",
+    "blocks.{}.cross_attn.k": "blocks.{}.attn2.to_k",
+    "blocks.{}.cross_attn.v": "blocks.{}.attn2.to_v",
+    "blocks.{}.cross_attn.o": "blocks.{}.attn2.to_out.0",
+    "blocks.{}.ffn.0": "blocks.{}.ffn.net.0.proj",
+    "blocks.{}.ffn.2": "blocks.{}.ffn.net.2",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+}
+
+
+def test_an_adapter_is_what_wans_own_code_takes(wan_folder, adapter, merged):
+    """Every key has a layer there, and W + B A, as these readers compute it without an alpha, is the merged layer."""
+    layers = {name.format(i): theirs.format(i) for name, theirs in WAN_LAYERS.items() for i in range(2)}
+    teacher, student = (dict(read_tensors(folder / "transformer")) for folder in (wan_folder, merged))
+    tensors, used = load_file(adapter / "pytorch_lora_weights.safetensors"), set()
+    for name, theirs in layers.items():
+        keys = [f"diffusion_model.{name}.{half}.weight" for half in ("lora_A", "lora_B")]
+        if keys[0] in tensors:
+            low, high = (tensors[key] for key in keys)
+            assert low.shape[0] == high.shape[1] == 2
+            changed = teacher[f"{theirs}.weight"] + high @ low
+            np.testing.assert_allclose(changed, student[f"{theirs}.weight"], atol=1e-5)
+            used |= set(keys)
+    assert used == tensors.keys() and len(used) == 2 * 20
+
+
+def distilled_lora(path, teacher, adapter):
+    """The adapter as Wan's few-step adapters are published: lora_up, lora_down, alpha, and differences."""
+    tensors, added = {}, {}
+    for key, value in load_file(adapter / "pytorch_lora_weights.safetensors").items():
+        key = key.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+        tensors[key] = value / 4 if "lora_up" in key else value
+        tensors[key.rsplit(".", 2)[0] + ".alpha"] = np.array(8, np.float32)  # 4 times a rank of 2
+    for key, name in {
+        "patch_embedding.diff": "patch_embedding.weight",
+        "blocks.1.self_attn.q.diff_b": "blocks.1.attn1.to_q.bias",
+        "blocks.1.norm3.diff": "blocks.1.norm2.weight",
+        "blocks.0.diff_m": "blocks.0.scale_shift_table",
+        "head.diff_m": "scale_shift_table",
+        "text_embedding.2.diff": "condition_embedder.text_embedder.linear_2.weight",
+    }.items():
+        added[name] = tensors[f"diffusion_model.{key}"] = np.full(teacher[name].shape, 0.25, np.float32)
+    save_file(tensors, path)
+    return added
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_an_adapter_is_merged_on_import(wan_folder, adapter, merged, tmp_path, published):
+    lora, added = adapter, {}
+    if published:
+        lora = tmp_path / "lora.safetensors"
+        added = distilled_lora(lora, dict(read_tensors(wan_folder / "transformer")), adapter)
+    folder = tmp_path / "imported"
+    assert cli.main(["import", str(wan_folder), str(folder), f"--lora={lora}"]) == 0
+    loaded = load_pipeline(folder)
+    wanted = {k: v + added.get(k, 0) for k, v in read_tensors(merged / "transformer")}
+    kind = loaded.family.transformer
+    table = kind.table(loaded.transformer.config, loaded.transformer.network.shapes)
+    for key, value in export_stream(table, loaded.transformer.params):
+        np.testing.assert_allclose(value, wanted[key], atol=1e-5, err_msg=key)
+    assert loaded.schedule == load_pipeline(wan_folder).schedule
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"diffusion_model.blocks.7.ffn.0.lora_A.weight": (2, 24)}, "has no place in the transformer"),
+        ({"diffusion_model.blocks.0.ffn.0.lora_A.weight": (2, 24)}, "only one half of the adapter of 'blocks.0.ffn"),
+        ({"diffusion_model.blocks.0.ffn.0.hada_w1_a": (2, 24)}, "is no adapter's key"),
+        (
+            {f"diffusion_model.blocks.0.ffn.0.lora_{k}.weight": (2, 2) for k in "AB"},
+            "the adapter of 'blocks.0.ffn.net.0.proj.weight' is (2, 2) times (2, 2), but the tensor is (32, 24)",
+        ),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(capsys, wan_folder, tmp_path, tensors, message):
+    save_file({key: np.zeros(shape, np.float32) for key, shape in tensors.items()}, tmp_path / "lora.safetensors")
+    flags = [str(tmp_path / "new"), f"--lora={tmp_path / 'lora.safetensors'}"]
+    assert cli.main(["import", str(wan_folder), *flags]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("trained", "folder"), [("run", "exported"), ("adapted", "adapter")])
-def test_the_card_samples_the_same_video_as_we_do(trained, folder, request, assert_card_samples):
+def test_the_card_samples_the_same_video_as_we_do(wan_folder, trained, folder, request, assert_card_samples):
     run, exported = request.getfixturevalue(trained), request.getfixturevalue(folder)
     config = read_config(run)
     generator = make_generator(config)
     params, times = restore_student(run, generator), config.student.timesteps
-    drawers = (pipeline_wan, flow_match)
+    drawers = (pipeline_wan, torch_utils)
+    if folder == "adapter":  # the card names a teacher that is not on the hub as it was called here
+        (exported / wan_folder.name).symlink_to(wan_folder)
     snippet, undrawn = assert_card_samples(exported, generator, params, times, (0, 4, 1, 2, 3), drawers)
-    assert undrawn == 0
-    np.testing.assert_allclose(snippet["scheduler"].timesteps, times, rtol=1e-6)
+    assert undrawn == 1  # we draw noise for the clean end too
+    np.testing.assert_allclose(snippet["pipe"].scheduler.timesteps, times, rtol=1e-6)
 
 
-def test_the_card_tells_of_the_run(run, exported, tmp_path):
+def test_a_call_that_is_not_the_students_is_refused(exported):
+    """diffusers' own defaults are 50 steps and a guidance scale of 5."""
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        diffusers.WanPipeline.from_pretrained(exported)
+    pipe = diffusers.WanPipeline.from_pretrained(exported, trust_remote_code=True)
+    for given, message in (
+        ({}, "num_inference_steps=3"),
+        ({"num_inference_steps": 3}, "guidance_scale=1.0"),
+        ({"num_inference_steps": 4, "guidance_scale": 1.0}, "num_inference_steps=3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe("a red circle", height=16, width=16, num_frames=5, max_sequence_length=12, **given)
+
+
+def test_vllm_omni_finds_the_times_in_the_index(exported):
+    block = json.loads((exported / "model_index.json").read_text())["dmd2_config"]
+    assert block == {
+        "num_inference_steps": 3,
+        "denoising_timesteps": [1000, 700, 400],
+        "solver": "sde",
+        "guidance_scale": 1.0,
+    }
+
+
+@pytest.mark.parametrize("folder", ["exported", "adapter"])
+def test_the_manifest_says_what_the_folder_is(wan_folder, folder, request):
+    folder = request.getfixturevalue(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["timesteps"] == [1000.0, 700.0, 400.0] and manifest["shift"] == 3.0
+    assert manifest["teacher"]["name"] == wan_folder.name and manifest["step"] == 7
+
+    own = ("manifest.json", "SHA256SUMS")
+
+    def sha256(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()}
+    files = {name: path for name, path in files.items() if wan_folder.name not in name and "__pycache__" not in name}
+    assert {name: sha256(path) for name, path in files.items() if name not in own} == manifest["files"]
+    teacher = {p.name: sha256(p) for p in (wan_folder / "transformer").iterdir()}
+    assert manifest["teacher"]["sha256"] == teacher
+    for path in files.values():
+        assert path.stat().st_mode & 0o777 == 0o644
+        if path.suffix in (".json", ".md"):
+            assert str(wan_folder.parent) not in path.read_text(), "a path of this machine"
+
+
+def test_the_card_tells_of_the_run(wan_folder, run, exported, tmp_path):
     card = (exported / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: diffusers\n")
+    data = ModelCard(card).data
+    assert (data.library_name, data.license, data.base_model) == ("diffusers", "other", wan_folder.name)
+    assert {r.metric_type: r.metric_value for r in data.eval_results} == METRICS["student_3"]
     assert "7 steps" in card and "moving average" in card and "1000, 700, 400" in card
     assert "| consistency distillation (CD), β_CD | 0.5 |" in card
     assert "| student_3 | 0.5 | 3 | 4.25 |" in card and "| teacher_50 | 0.75 | 100 | – |" in card
     (config,) = re.findall(r"```json\n(.*?)```", card, re.DOTALL)
-    assert json.loads(config) == json.loads((run / "config.json").read_text())
+    assert json.loads(config) == json.loads((run / "config.json").read_text()) | {"teacher": wan_folder.name}
     bare = shutil.copytree(run, tmp_path / "bare")
     os.remove(bare / "metrics.json")
     assert "Evaluation" not in (export(bare, tmp_path / "student") / "README.md").read_text()
@@ -194,3 +347,61 @@ def test_a_folder_that_is_there_and_a_run_without_a_checkpoint(capsys, run, expo
     assert cli.main(["export", f"--workdir={tmp_path}", str(tmp_path / "student")]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "student").exists()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What the hub's client asks when it uploads a folder; everything is taken as a regular file."""
+
+    got: dict = {}
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        answer, url = {}, f"http://{self.headers['Host']}/someone/student"
+        if self.path == "/api/repos/create":
+            self.got["created"] = json.loads(body)["name"]
+            answer = {"url": url}
+        elif self.path.endswith("/preupload/main"):
+            files = [f["path"] for f in json.loads(body)["files"]]
+            answer = {
+                "files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for p in files]
+            }
+        elif self.path == "/api/models/someone/student/commit/main":
+            entries = [json.loads(line) for line in body.splitlines()]
+            files = [e["value"] for e in entries if e["key"] == "file"]
+            self.got["files"] = {f["path"]: base64.b64decode(f["content"]) for f in files}
+            answer = {"commitUrl": f"{url}/commit/0", "commitOid": "0", "success": True}
+        self.answer(answer)
+
+    def do_GET(self):
+        self.answer({"id": "someone/student", "sha": "0", "siblings": []})
+
+    def answer(self, content):
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_folder_goes_to_the_hub(capsys, adapted, tmp_path, monkeypatch):
+    flags = [f"--workdir={adapted}", "--adapter", "--push_to_hub=someone/student"]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_TOKEN", "hf_not_a_real_one")
+        folder = tmp_path / "student"
+        assert cli.main(["export", *flags, str(folder)]) == 0
+        server.shutdown()
+    assert "someone/student" in capsys.readouterr().out
+    assert Hub.got["created"] == "student"
+    assert Hub.got["files"] == {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    assert cli.main(["export", *flags, str(tmp_path / "again")]) == 2
+    err = capsys.readouterr().err
+    assert "again is written, but the hub did not take it as someone/student" in err and (tmp_path / "again").is_dir()
+    assert cli.main(["export", f"--workdir={adapted}", "--push_to_hub=student", str(tmp_path / "third")]) == 2
+    assert "must be OWNER/NAME" in capsys.readouterr().err and not (tmp_path / "third").exists()

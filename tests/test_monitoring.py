@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import sys
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -230,3 +233,41 @@ def test_of_a_step_that_is_not_finite_nothing_is_logged_but_what_the_host_knows(
     (line,) = read_history(tmp_path)
     assert line["step"] == 3 and line["skipped_steps"] == 1 and not {"student_loss", "vsd"} & line.keys()
     assert all(np.isfinite(list(line.values())))
+
+
+def test_weights_and_biases_gets_what_tensorboard_gets(make_config, tmp_path, monkeypatch):
+    """With a stand-in of wandb's functions: no network, and no account."""
+    calls, logged = [], []
+    run = types.SimpleNamespace(log=logged.append, finish=lambda: calls.append("finish"))
+    module = types.ModuleType("wandb")
+    module.init = lambda **given: calls.append(given) or run  # pyright: ignore[reportAttributeAccessIssue]
+    module.Video = lambda data, **_: data  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    config = make_config({"steps": 2})
+    metrics = {"student_loss": jnp.float32(0.25)}
+    throughput = Throughput(8, None, None)
+    with Log(tmp_path, 0, config, throughput) as log:
+        log.step(1, metrics, {}, True)
+    assert not calls and not logged, "nobody asked for it"
+
+    monkeypatch.setenv("WANDB_PROJECT", "distillation")
+    with Log(tmp_path, 1, config, throughput) as log:
+        log.step(2, metrics, {"reward_real": 0.5}, True)
+        log.show(2, np.zeros((3, 4, 5, 3), np.uint8), [])
+    assert calls[0]["project"] == "distillation" and calls[0]["config"]["steps"] == 2 and calls[1:] == ["finish"]
+    scalars, shown = logged
+    assert scalars == read_history(tmp_path)[-1] and scalars["student_loss"] == 0.25
+    assert shown["teacher_left_student_right"].shape == (3, 3, 4, 5) and shown["step"] == 2
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb, or unset it"), Log(tmp_path, 2, config, throughput):
+        pass
+
+
+def test_what_the_bar_waits_for_is_not_in_its_estimate(make_config, tmp_path, capfd):
+    with Log(tmp_path, 0, make_config({"steps": 2}), Throughput(8, None, None)) as log:
+        begun = log.bar.start_t
+        with log.pause("compiling"):
+            assert log.bar.desc.startswith("compiling")
+            time.sleep(1.2)
+        assert log.bar.desc == "distilling" and log.bar.start_t - begun > 1.1
+    assert "compiling, 1 s" in capfd.readouterr().err

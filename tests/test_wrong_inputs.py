@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dollar_jax import cli
+from dollar_jax.cli import base
 from dollar_jax.experiment import load
 from dollar_jax.fields import plain, settings
 from dollar_jax.generate import teacher_folder
@@ -360,8 +361,8 @@ def test_there_are_enough_of_them():
 def test_a_reader_that_goes_away_does_not_end_a_command():
     read, write = os.pipe()
     os.close(read)
-    gone = cli.Unbreakable(os.fdopen(write, "w"))
+    gone = base.Unbreakable(os.fdopen(write, "w"))
     for _ in range(3):
         print("x" * 100_000, file=gone, flush=True)
-    cli.Unbreakable(None).write("nobody listens")
+    base.Unbreakable(None).write("nobody listens")
     assert Path(f"/proc/self/fd/{gone.fileno()}").resolve() == Path("/dev/null")

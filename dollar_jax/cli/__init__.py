@@ -6,40 +6,45 @@ What a command needs is imported when it runs, so that help comes at once.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import keyword
 import os
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from dollar_jax import __version__
-from dollar_jax.cli import (
-    config,
-    demo,
-    evaluate,
-    export,
-    import_,
-    plan,
-    prepare,
-    pretrain,
-    reproduce,
-    sample,
-    train,
-    vbench_score,
-)
-from dollar_jax.cli.base import EXPECTED, FLAGS, HELP, Unbreakable, check_flags, report_error
+
+# What other libraries say of themselves is not about a user's run.
+_QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+HELP = ("-h", "--help", "-help")
+
+
+class Command(NamedTuple):
+    """`takes` says which arguments besides flags there are, and is empty where none are.
+
+    The file of its name has `define_flags`, which declares the flags of a list of arguments and may take arguments out
+    of it, and `run`, which does the work once they are parsed, with the arguments that are no flags.
+    """
+
+    summary: str
+    takes: str = ""
+
 
 COMMANDS = {
-    "demo": demo.COMMAND,
-    "train": train.COMMAND,
-    "config": config.COMMAND,
-    "prepare": prepare.COMMAND,
-    "sample": sample.COMMAND,
-    "evaluate": evaluate.COMMAND,
-    "import": import_.COMMAND,
-    "export": export.COMMAND,
-    "plan": plan.COMMAND,
-    "pretrain": pretrain.COMMAND,
-    "reproduce": reproduce.COMMAND,
-    "vbench-score": vbench_score.COMMAND,
+    "demo": Command("distil the default teacher, sample, measure, report"),
+    "train": Command("distil a teacher; resumes what it finds in the workdir"),
+    "config": Command("every setting of an experiment: value, meaning, default, range"),
+    "prepare": Command("videos and captions to a data set of latents"),
+    "sample": Command("draw videos from a run's student, or from its teacher"),
+    "serve": Command("a page and an API to try a run's student"),
+    "evaluate": Command("sample and measure a run again"),
+    "import": Command("a diffusers pipeline to a teacher folder that shards", "SRC DST"),
+    "export": Command("a run's student to a folder that diffusers loads", "DST"),
+    "plan": Command("compile for TPU chips that need not be there: memory, operations, time"),
+    "pretrain": Command("train the default domain's teacher from nothing"),
+    "reproduce": Command("the paper's ablation on the default domain, as one page"),
+    "vbench-score": Command("VBench's result files to its Quality, Semantic and Total", "FILE…"),
 }
 
 EXIT_CODES = {
@@ -67,12 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"dollar: there is no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    # Only now what takes time to import.
+    from dollar_jax.cli.base import EXPECTED, FLAGS, Unbreakable, check_flags, report_error
+
     command = COMMANDS[name]
+    module = importlib.import_module(f"dollar_jax.cli.{name.replace('-', '_')}{'_' * keyword.iskeyword(name)}")
     for flag in list(FLAGS):
         delattr(FLAGS, flag)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
     try:
-        command.define(rest)
+        module.define_flags(rest)
         if any(argument in HELP for argument in rest):
             usage = f"dollar {name} {command.takes}".rstrip()
             print(f"{usage}: {command.summary}\n\n{FLAGS.get_help()}")
@@ -82,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
         check_flags()
         with contextlib.redirect_stdout(Unbreakable(sys.stdout)), contextlib.redirect_stderr(Unbreakable(sys.stderr)):
-            command.run(*extra)
+            module.run(*extra)
     except (*EXPECTED, KeyboardInterrupt) as error:
         if os.environ.get("DOLLAR_TRACEBACK") and not isinstance(error, KeyboardInterrupt):
             raise

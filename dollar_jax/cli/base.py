@@ -8,11 +8,13 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
+
+from dollar_jax.cli import HELP
 
 if TYPE_CHECKING:
     from dollar_jax.config import DistillConfig
@@ -20,20 +22,6 @@ if TYPE_CHECKING:
 FLAGS = flags.FlagValues()
 # Errors whose message says all.
 EXPECTED = (flags.Error, ValueError, OSError, SyntaxError, FloatingPointError)
-HELP = ("-h", "--help", "-help")
-
-
-class Command(NamedTuple):
-    """`define` declares the flags of a list of arguments, `run` does the work once they are parsed.
-
-    `define` may take arguments out of the list. `run` gets those that are no flags; `takes` says what they are, and
-    is empty where none are.
-    """
-
-    summary: str
-    define: Callable[[list[str]], None]
-    run: Callable[..., None]
-    takes: str = ""
 
 
 def define(kind: str, name: str, default: Any, *rest: Any) -> None:

@@ -6,7 +6,7 @@ import json
 import textwrap
 from itertools import groupby
 
-from dollar_jax.cli.base import FLAGS, Command, define, define_config, given_config
+from dollar_jax.cli.base import FLAGS, define, define_config, given_config
 
 
 def define_flags(arguments: list[str]) -> None:
@@ -32,6 +32,3 @@ def run() -> None:
             notes += ["may change when a run is resumed"] * row.resumable
             text = f"{row.meaning} ({'; '.join(notes)})"
             print(textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    "))
-
-
-COMMAND = Command("every setting of an experiment: value, meaning, default, range", define_flags, run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dollar_jax.cli.base import FLAGS, Command, define, define_workdir, prepare_jax
+from dollar_jax.cli.base import FLAGS, define, define_workdir, prepare_jax
 from dollar_jax.cli.evaluate import print_table
 
 
@@ -15,6 +15,8 @@ def define_flags(_: list[str]) -> None:
 
 
 def run() -> None:
+    workdir = Path(FLAGS.workdir)
+    print(f"Distilling the teacher that ships with the package; what comes out is in {workdir}.", flush=True)
     from dollar_jax.config import changed
     from dollar_jax.demo import demo
     from dollar_jax.experiment import load
@@ -23,10 +25,6 @@ def run() -> None:
     config = changed(load("demo"), {"seed": FLAGS.seed})
     if FLAGS.quick:
         config = changed(config, {"steps": 20, "data.train_videos": 128})
-    workdir = Path(FLAGS.workdir)
     page = demo(config, workdir, FLAGS.quick)
     print_table(workdir / "metrics.json")
     print(f"\nLook at {page} in a browser; the videos are in {workdir / 'videos'}.")
-
-
-COMMAND = Command("distil the default teacher, sample, measure, report", define_flags, run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dollar_jax.cli.base import FLAGS, Command, define, prepare_jax
+from dollar_jax.cli.base import FLAGS, define, prepare_jax
 from dollar_jax.files import read_json
 
 
@@ -142,6 +142,3 @@ def print_table(path: Path) -> None:
             print(f"{name:16}" + "".join(cells))
     faster = [f"{k[8:]} steps ×{v:.1f}" for k, v in metrics.items() if k.startswith("speedup_")]
     print(f"faster than the teacher: {', '.join(faster)}; {metrics['seconds']:.0f} s in all")
-
-
-COMMAND = Command("sample and measure a run again", define_flags, run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dollar_jax.cli.base import FLAGS, Command, define, define_workdir
+from dollar_jax.cli.base import FLAGS, define, define_workdir
 
 
 def define_flags(_: list[str]) -> None:
@@ -13,11 +13,12 @@ def define_flags(_: list[str]) -> None:
     define("bool", "ema", True, "The student's moving average rather than its raw weights.")
     define("enum", "dtype", "float32", ["float32", "float16", "bfloat16"], "Of the student.")
     define("bool", "adapter", False, "Only the adapters of a run with config.lora, for load_lora_weights.")
+    define("string", "push_to_hub", None, "OWNER/NAME on the hub to upload the folder to, as you are logged in there.")
     define("string", "shard_size", "5GB", "The most that a weight file holds.")
 
 
 def run(*names: str) -> None:
-    from dollar_jax.export import export_run
+    from dollar_jax.export import export_run, push
 
     if len(names) != 1:
         raise ValueError("give the new folder: dollar export --workdir=RUN FOLDER")
@@ -25,6 +26,8 @@ def run(*names: str) -> None:
     size = re.fullmatch(r"([1-9]\d*)([KMG]B)", FLAGS.shard_size)
     if size is None:
         raise ValueError(f"--shard_size={FLAGS.shard_size} must be a size such as 500MB or 5GB")
+    if FLAGS.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", FLAGS.push_to_hub):
+        raise ValueError(f"--push_to_hub={FLAGS.push_to_hub} must be OWNER/NAME")
     export_run(
         Path(FLAGS.workdir),
         Path(names[0]),
@@ -34,6 +37,5 @@ def run(*names: str) -> None:
         adapter=FLAGS.adapter,
     )
     print(f"The student is in {names[0]}; its README.md says how diffusers samples it.")
-
-
-COMMAND = Command("a run's student to a folder that diffusers loads", define_flags, run, "DST")
+    if FLAGS.push_to_hub:
+        print(f"It is at {push(Path(names[0]), FLAGS.push_to_hub)}.")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dollar_jax.cli.base import FLAGS, Command, define
+from dollar_jax.cli.base import FLAGS, define
 
 
 def define_flags(_: list[str]) -> None:
     define("enum", "dtype", "float32", ["float32", "bfloat16"], "Of transformer and text encoder on disk.")
+    define("string", "lora", None, "An adapter to merge: its file or folder, in diffusers', PEFT's or Wan's own names.")
 
 
 def run(*names: str) -> None:
@@ -15,8 +16,5 @@ def run(*names: str) -> None:
     if len(names) != 2:
         raise ValueError("give two names: the diffusers folder, or OWNER/NAME on the hub, and the new folder")
     source, folder = names
-    import_pipeline(source, folder, FLAGS.dtype)
+    import_pipeline(source, folder, FLAGS.dtype, FLAGS.lora)
     print(f"The teacher is in {folder}; train with --config.teacher={folder}.")
-
-
-COMMAND = Command("a diffusers pipeline to a teacher folder that shards", define_flags, run, "SRC DST")

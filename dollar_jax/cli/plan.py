@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from dollar_jax.cli.base import FLAGS, Command, define, define_config, given_config, require
+from dollar_jax.cli.base import FLAGS, define, define_config, given_config, require
 
 COMMANDS = ("run", "prepare", "sample-command", "evaluate")
 
@@ -61,6 +61,3 @@ def run() -> None:
         if bad:
             raise ValueError(f"{len(bad)} of {len(found)} programs do not compile or fit: {', '.join(bad)}")
         print(f"All {len(found)} programs compile and fit.")
-
-
-COMMAND = Command("compile for TPU chips that need not be there: memory, operations, time", define_flags, run)

@@ -8,7 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
-from dollar_jax.cli.base import FLAGS, Command, define, prepare_jax, require
+from dollar_jax.cli.base import FLAGS, define, prepare_jax, require
 
 
 def define_flags(_: list[str]) -> None:
@@ -140,6 +140,3 @@ def _size(text: str) -> tuple[int, int]:
     if not found:
         raise ValueError(f"--buckets must be sizes such as 480x832,832x480, not {text!r}")
     return int(found[1]), int(found[2])
-
-
-COMMAND = Command("videos and captions to a data set of latents", define_flags, run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dollar_jax.cli.base import FLAGS, Command, define_config, define_workdir, given_config, prepare_jax
+from dollar_jax.cli.base import FLAGS, define_config, define_workdir, given_config, prepare_jax
 
 
 def define_flags(arguments: list[str]) -> None:
@@ -22,6 +22,3 @@ def run() -> None:
         raise ValueError("this configuration has no pretrain settings; configs/demo.py has")
     with owned(Path(FLAGS.workdir)):
         print(f"The teacher is in {pretrain(config, Path(FLAGS.workdir))}.")
-
-
-COMMAND = Command("train the default domain's teacher from nothing", define_flags, run)

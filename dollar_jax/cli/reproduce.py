@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from dollar_jax.cli.base import FLAGS, Command, define, define_workdir, prepare_jax
+from dollar_jax.cli.base import FLAGS, define, define_workdir, prepare_jax
 
 
 def define_flags(_: list[str]) -> None:
@@ -23,6 +23,3 @@ def run() -> None:
     page = reproduce(functools.partial(load, "demo"), Path(FLAGS.workdir), FLAGS.quick, FLAGS.seeds, FLAGS.steps)
     print(page.with_suffix(".md").read_text())
     print(f"Look at {page} in a browser; {page.with_suffix('.csv')} holds every cell.")
-
-
-COMMAND = Command("the paper's ablation on the default domain, as one page", define_flags, run)

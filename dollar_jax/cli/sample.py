@@ -6,7 +6,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from dollar_jax.cli.base import FLAGS, Command, define, define_workdir, prepare_jax
+from dollar_jax.cli.base import FLAGS, define, define_workdir, prepare_jax
 
 # Of a picture of many videos: more pixels, or a longer side, than players take.
 _MOST_PIXELS, _LONGEST_SIDE = 2**24, 8192
@@ -107,6 +107,3 @@ def run() -> None:
     clips = draw_beside(generator, drawers, [p for _, p, _ in rows], lambda: keys()[np.array(each)], FLAGS.batch_size)
     write_video(out, grid(np.stack(list(clips)), columns, gap=6 if len(samplers) > 1 else 2), fps, scale)
     print(out)
-
-
-COMMAND = Command("draw videos from a run's student, or from its teacher", define_flags, run)

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dollar_jax.cli.base import (
-    FLAGS,
-    Command,
-    define,
-    define_config,
-    define_workdir,
-    given_config,
-    prepare_jax,
-    report_error,
-)
+from dollar_jax.cli.base import FLAGS, define, define_config, define_workdir, given_config, prepare_jax, report_error
 
 
 def define_flags(arguments: list[str]) -> None:
@@ -56,6 +47,3 @@ class EndedEarly(ValueError):
     """Training has stopped by itself before its last step."""
 
     exit_code = 6
-
-
-COMMAND = Command("distil a teacher; resumes what it finds in the workdir", define_flags, run)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dollar_jax.cli.base import FLAGS, Command, define
+from dollar_jax.cli.base import FLAGS, define
 from dollar_jax.files import read_json
 
 
@@ -71,6 +71,3 @@ def _vendi(path: Path) -> float:
         return float(read_json(path)["vendi"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} holds no Vendi score; dollar evaluate --videos writes it") from error
-
-
-COMMAND = Command("VBench's result files to its Quality, Semantic and Total", define_flags, run, "FILE…")

@@ -24,7 +24,7 @@ from dollar_jax.weights.cogvideox_vae import COGVIDEOX_VAE
 from dollar_jax.weights.kind import Kind
 from dollar_jax.weights.scheduler import COGVIDEOX_NOISE
 from dollar_jax.weights.umt5 import T5, UMT5
-from dollar_jax.weights.wan import WAN_TRANSFORMER
+from dollar_jax.weights.wan import WAN_NATIVE, WAN_TRANSFORMER
 from dollar_jax.weights.wan_vae import WAN_VAE
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
@@ -39,6 +39,7 @@ class Family:
     of its videos, and `vae_chunk` the latent frames that its VAE takes at a time where memory counts. `entries` of
     model_index.json tell it from other families of its class; `unsupported` ones must be absent, null or false, each
     with what asks for it. `cleans_prompts`: prompts go through `clean_prompt`.
+    `native` are the names of the transformer's modules in the code it was published with, by those in diffusers.
     """
 
     pipeline: str
@@ -53,6 +54,7 @@ class Family:
     cleans_prompts: bool = True
     entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unsupported: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    native: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def clean_prompt(text: str) -> str:
@@ -94,6 +96,7 @@ WAN = Family(
         "image_encoder": _IMAGE,
         "image_processor": _IMAGE,
     },
+    native=WAN_NATIVE,
 )
 # Wan 2.2's 5B. Given an image, every token has a time of its own; from text alone all have the same.
 WAN_TI2V = dataclasses.replace(WAN, fps=24, entries={"expand_timesteps": True})

@@ -11,21 +11,24 @@ from tqdm import tqdm
 
 from dollar_jax.checkpoint import save_stream
 from dollar_jax.files import new_folder, write_checksums
+from dollar_jax.weights import pipeline as pipelines
 from dollar_jax.weights import safetensors_io as files
+from dollar_jax.weights.adapter import read_changes
 from dollar_jax.weights.families import COMPONENTS
-from dollar_jax.weights.pipeline import IMPORTED, check_whole, load_tokenizer, read_family, read_parts, read_schedule
 from dollar_jax.weights.table import stream_params
 
 DTYPES = ("float32", "bfloat16")
-_DESCRIPTION = ["*.json", "*.model", "*.txt"]  # of a hub's repository: what is read before its weights
+# Of a hub's repository: what is read before its weights.
+_DESCRIPTION = ["*.json", "*.model", "*.txt", "README.md", "LICENSE*"]
 
 
-def import_pipeline(source: str, folder: str | Path, dtype: str = "float32") -> None:
+def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", adapter: str | Path | None = None) -> None:
     """Writes `folder`, which `load_pipeline` restores straight into a mesh's sharding.
 
     It holds the source's tokenizer and configurations as they are, and the weights of each component
-    as Orbax: transformer and text encoder in `dtype`, the VAE in fp32. Never more is in memory than one
-    parameter, with all its stacked layers, and one tensor. Everything is checked before the first tensor is
+    as Orbax: transformer and text encoder in `dtype`, the VAE in fp32. An `adapter`, see `read_changes`, is merged
+    into the transformer. Never more is in memory than one
+    parameter, with all its stacked layers, one tensor and the adapter. Everything is checked before the first tensor is
     read, and `folder` appears when it is whole: an interrupted import has to be started again.
 
     Raises FileNotFoundError, FileExistsError or ValueError naming what is wrong.
@@ -36,18 +39,20 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32") -> 
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; a teacher can be imported as one of {DTYPES}")
     found = fetch(source, _DESCRIPTION)
-    parts = read_parts(found, param_dtype=dtype)
-    read_schedule(found, read_family(found))
-    load_tokenizer(found / "tokenizer")
+    parts = pipelines.read_parts(found, param_dtype=dtype)
+    family = pipelines.read_family(found)
+    pipelines.read_schedule(found, family)
+    pipelines.load_tokenizer(found / "tokenizer")
     found = fetch(source, [*_DESCRIPTION, *(f"{name}/*.safetensors" for name in COMPONENTS)])
     stored = {name: files.list_tensors(found / name) for name in parts}
-    check_whole(found)
+    pipelines.check_whole(found)
+    changes = {} if adapter is None else read_changes(Path(adapter), family.native, stored["transformer"])
     streams = {}
     for name, part in parts.items():
         shapes = {key: tensor.shape for key, tensor in stored[name].items()}
         try:
             streams[name] = stream_params(
-                part.table, shapes, lambda key, name=name: read(stored[name][key]), part.network.shapes
+                part.table, shapes, lambda key, name=name: read(name, key), part.network.shapes
             )
         except ValueError as error:
             raise ValueError(f"{found / name}: {error}") from error
@@ -55,18 +60,22 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32") -> 
     total = sum(len(tensors) for tensors in stored.values())
     bar = tqdm(total=total, desc="importing", unit="tensor")
 
-    def read(tensor: files.Stored) -> np.ndarray:
+    def read(name: str, key: str) -> np.ndarray:
         bar.update()
-        bar.set_postfix_str(tensor.name, refresh=False)
-        return tensor.read()
+        bar.set_postfix_str(key, refresh=False)
+        value = stored[name][key].read()
+        return value + changes[key] if name == "transformer" and key in changes else value
 
     with new_folder(folder) as draft, bar:
         for name in parts:
-            save_stream(draft / name / IMPORTED, streams[name])
+            save_stream(draft / name / pipelines.IMPORTED, streams[name])
             shutil.copy(found / name / "config.json", draft / name)
         for name in ("tokenizer", "scheduler"):
             shutil.copytree(found / name, draft / name)
-        shutil.copy(found / "model_index.json", draft)
+        for path in (found / "model_index.json", *found.glob("README.md"), *found.glob("LICENSE*")):
+            shutil.copy(path, draft)
+        name = Path(source).resolve().name if Path(source).is_dir() else source
+        pipelines.write_json(draft / pipelines.PROVENANCE, {"source": name})
         write_checksums(draft, "imported pipeline")
 
 

@@ -23,6 +23,7 @@ from dollar_jax.weights.table import Params, Row, export_stream, import_params
 
 # The Orbax folder in place of a component's safetensors, once it is imported.
 IMPORTED = "params"
+PROVENANCE = "provenance.json"  # of a teacher: how it was made, or its source
 
 
 @dataclasses.dataclass(frozen=True)

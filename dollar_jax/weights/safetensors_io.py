@@ -54,29 +54,13 @@ def tensor_files(folder: str | Path) -> list[Path]:
     others = sorted(folder.glob("*.safetensors"))
     if len(others) == 1:
         return others
+    what = "no safetensors file"
     if others:
-        raise FileNotFoundError(
-            f"{folder} holds {len(others)} safetensors files and no *.safetensors.index.json that "
-            "says which belong together"
-        )
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-    if pickles:
-        raise FileNotFoundError(
-            f"{folder} holds {pickles[0]}, a pickle, which is never opened because reading one can run "
-            "any code; save the model again with safe_serialization=True"
-        )
-    raise FileNotFoundError(f"{folder} holds no safetensors file")
-
-
-def read_tensors(folder: str | Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) for each tensor of the folder, one at a time; bf16 as ml_dtypes' bfloat16.
-
-    Raises ValueError naming the file when it is not a whole safetensors file.
-    """
-    for path in tensor_files(folder):
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                yield name, _finite(path, name, file.get_tensor(name))
+        what = f"{len(others)} safetensors files and no *.safetensors.index.json that says which belong together"
+    elif pickles := sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES):
+        what = f"{pickles[0]}, a pickle, which is never opened because reading one can run any code; save the model "
+        what += "again with safe_serialization=True"
+    raise FileNotFoundError(f"{folder} holds {what}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,19 +83,24 @@ def _finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def list_tensors(folder: str | Path) -> dict[str, Stored]:
-    """Every tensor of the folder by its name; reads headers only.
+def list_tensors(source: str | Path) -> dict[str, Stored]:
+    """Every tensor of a folder, or of a file, by its name; reads headers only.
 
     Raises ValueError when a file is damaged or two hold a tensor of the same name.
     """
     found: dict[str, Stored] = {}
-    for path in tensor_files(folder):
+    for path in [Path(source)] if Path(source).is_file() else tensor_files(source):
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name in found:
                     raise ValueError(f"tensor {name!r} comes twice, in {found[name].path} and {path}")
                 found[name] = Stored(path, name, tuple(file.get_slice(name).get_shape()))
     return found
+
+
+def read_tensors(folder: str | Path) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) for each tensor of the folder, one at a time; bf16 as ml_dtypes' bfloat16."""
+    return ((name, stored.read()) for name, stored in list_tensors(folder).items())
 
 
 @contextlib.contextmanager
@@ -142,9 +131,6 @@ def write_component(
         raise ValueError(f"dtype is {dtype!r}; weights can be written as one of {sorted(_DTYPES)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pairs: Iterable[tuple[str, np.ndarray]] = (
-        tensors.items() if isinstance(tensors, Mapping) else tensors  # pyright: ignore[reportAssignmentType]
-    )
     shards: list[list[str]] = []
     waiting: dict[str, np.ndarray] = {}
     size = total = 0
@@ -157,7 +143,7 @@ def write_component(
         shards.append(list(waiting))
         waiting.clear()
 
-    for name, array in pairs:
+    for name, array in tensors.items() if isinstance(tensors, Mapping) else tensors:
         array = _cast(array, _DTYPES[dtype])
         if shard_size is not None and waiting and size + array.nbytes > shard_size:
             flush()
@@ -175,8 +161,7 @@ def write_component(
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{file_name}.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text)
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray], dtype: str) -> None:

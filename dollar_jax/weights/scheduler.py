@@ -10,10 +10,6 @@ from dollar_jax.schedule import Path as DiffusionPath
 from dollar_jax.schedule import Prediction, Schedule
 from dollar_jax.weights.kind import typed
 
-# In the file of an exported student: the fields of its teacher's scheduler. diffusers takes a name that begins with
-# an underscore for its own and passes it on.
-TEACHER = "_teacher_scheduler"
-
 # Per flow-matching scheduler: its field for the time shift; and the fields that change what sampling means, with
 # diffusers' default where the file leaves them out and the value this implementation has.
 _SIGMAS = {f"use_{name}_sigmas": (False, False) for name in ("karras", "exponential", "beta")}
@@ -60,13 +56,12 @@ _DDPMS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, Any]]]] = {
 
 
 def schedule_of(fields: Mapping[str, Any], path: DiffusionPath, file: Path) -> Schedule:
-    """What the fields of a scheduler's file mean on a diffusion path; the teacher's where it is a student's file.
+    """What the fields of a scheduler's file mean on a diffusion path.
 
     Raises ValueError naming the field that asks for something else.
     """
     schedulers = _FLOWS if path == "rf" else _DDPMS
-    if isinstance(teacher := fields.get(TEACHER), Mapping):
-        fields = teacher
+    fields = fields.get("_teacher_scheduler", fields)  # of a student that 0.1 exported
     name = str(fields.get("_class_name"))
     if name not in schedulers:
         raise ValueError(f"{file} is a {name}; the schedulers known are {', '.join(schedulers)}")

@@ -60,3 +60,21 @@ WAN_TRANSFORMER = Kind(
     note="this is an image-to-video model, and only text-to-video ones are supported",
     fixed={"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None},
 )
+
+# Modules in diffusers → in Wan's own code, in ComfyUI, LightX2V and MaxDiffusion.
+_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
+_KINDS = {"attn1": "self_attn", "attn2": "cross_attn"}
+WAN_NATIVE = {
+    **{f"blocks.{{i}}.{a}.{p}": f"blocks.{{i}}.{_KINDS[a]}.{_ATTENTION[p]}" for a in _KINDS for p in _ATTENTION},
+    **{
+        f"condition_embedder.{kind}_embedder.linear_{n}": f"{kind}_embedding.{2 * n - 2}"
+        for kind in ("text", "time")
+        for n in (1, 2)
+    },
+    "blocks.{i}.ffn.net.0.proj": "blocks.{i}.ffn.0",
+    "blocks.{i}.ffn.net.2": "blocks.{i}.ffn.2",
+    "blocks.{i}.norm2": "blocks.{i}.norm3",
+    "condition_embedder.time_proj": "time_projection.1",
+    "patch_embedding": "patch_embedding",
+    "proj_out": "head.head",
+}

@@ -1,0 +1,32 @@
+"""`dollar serve`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+from dollar_jax.cli.base import FLAGS, define, define_workdir, prepare_jax
+
+
+def define_flags(_: list[str]) -> None:
+    define_workdir()
+    define("string", "host", "127.0.0.1", "Where to listen; 0.0.0.0 is open to whoever reaches this machine.")
+    define("integer", "port", 8000, "0 takes a free one.", 0)
+    define("integer", "queue", 8, "The most requests that wait for their turn.", 0)
+    define("integer", "longest_prompt", 1000, "In characters.", 1)
+
+
+def run() -> None:
+    prepare_jax()
+    from dollar_jax.serve import Handler, Studio
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
+        studio = Studio(Path(FLAGS.workdir), Path(folder), FLAGS.queue, FLAGS.longest_prompt)
+        with ThreadingHTTPServer((FLAGS.host, FLAGS.port), functools.partial(Handler, studio)) as server:
+            print("compiling", flush=True)
+            studio.sample({"prompt": "warm up"})
+            print(f"The student answers at http://{FLAGS.host}:{server.server_port}/ until Ctrl-C.", flush=True)
+            server.serve_forever()

@@ -1,0 +1,133 @@
+"""`dollar serve` as its users meet it: the command, its API over HTTP, its page in Chromium."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from playwright.sync_api import sync_playwright
+
+from dollar_jax.checkpoint import Checkpoints
+from dollar_jax.run import CHECKPOINTS, record_config
+from dollar_jax.video import read_video
+from dollar_jax.weights.pipeline import load_pipeline
+
+pytestmark = pytest.mark.multiprocess
+PROMPT = "a small red circle moving left slowly"
+
+
+@pytest.fixture(scope="module")
+def url(wan_folder, make_config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("served")
+    record_config(make_config({"teacher": str(wan_folder)}), workdir)
+    params = jax.tree.map(jnp.asarray, load_pipeline(wan_folder).transformer.params)
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        checkpoints.save(7, {"ema": {"ema": params}})
+    command = [sys.executable, "-m", "dollar_jax", "serve", f"--workdir={workdir}", "--port=0", "--queue=1"]
+    cache = jax.config.jax_compilation_cache_dir
+    env = os.environ | ({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    assert server.stdout is not None
+    lines = iter(server.stdout.readline, "")
+    yield next(found[0] for line in lines if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+    server.send_signal(signal.SIGINT)
+    assert server.wait(20) == 0
+
+
+def post(url, body):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(url + "/api", data) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def video(url, answer, tmp_path):
+    path = tmp_path / "video.mp4"
+    path.write_bytes(urllib.request.urlopen(url + answer["video"]).read())
+    return read_video(path)
+
+
+def test_the_student_and_the_teacher_are_drawn_from_a_seed(url, tmp_path):
+    with urllib.request.urlopen(url + "/api") as answer:
+        assert json.load(answer) == {"prompt": "", "steps": 3, "seed": 0, "teacher": False, "clip": [17, 32, 32]}
+    status, first = post(url, {"prompt": PROMPT, "teacher": True})
+    assert status == 200 and first.keys() == {"student", "teacher"} and first["student"]["seconds"] > 0
+    student, teacher = (video(url, first[name], tmp_path) for name in ("student", "teacher"))
+    assert student.shape == teacher.shape == (17, 256, 256, 3)
+    assert np.abs(student.astype(int) - teacher).mean() > 1
+    _, again = post(url, {"prompt": PROMPT})
+    _, other = post(url, {"prompt": PROMPT, "seed": 1, "clip": [5, 16, 32]})
+    np.testing.assert_array_equal(video(url, again["student"], tmp_path), student)
+    assert video(url, other["student"], tmp_path).shape == (5, 128, 256, 3)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"not JSON", "Expecting value"),
+        ([1], "must be a JSON object with some of prompt"),
+        ({"prompt": " "}, "prompt must be a text of 1 to 1000 characters"),
+        ({"prompt": "a" * 10_000}, "prompt must be a text of 1 to 1000 characters"),
+        ({"prompt": "a" * 100_000}, "post at most 65536 bytes of JSON"),
+        ({"prompt": PROMPT, "steps": 0}, "steps must be a whole number from 1 to 50"),
+        ({"prompt": PROMPT, "seed": "0"}, "seed must be a whole number"),
+        ({"prompt": PROMPT, "clip": [17, 320, 320]}, "at most 4 times the run's (17, 32, 32)"),
+        ({"prompt": PROMPT, "clip": [16, 32, 32]}, "frames must be 1 + a multiple of 4"),
+        ({"prompt": PROMPT, "size": 3}, "some of prompt, steps, seed, teacher, clip"),
+    ],
+)
+def test_bad_requests_are_told_why(url, body, message):
+    status, answer = post(url, body)
+    assert status == 400 and message in answer["error"]
+
+
+def test_too_many_at_once_are_turned_away(url):
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda seed: post(url, {"prompt": PROMPT, "teacher": True, "seed": seed}), range(6)))
+    turned_away = [answer for status, answer in answers if status == 503]
+    assert turned_away and all("too many are waiting" in answer["error"] for answer in turned_away)
+    assert sum(status == 200 for status, _ in answers) == 6 - len(turned_away) >= 2
+
+
+def test_the_page_in_a_browser(url, tmp_path):
+    """Two people at once type a prompt and see a video play; a prompt that is too long is a sentence."""
+    browsers = filter(None, map(shutil.which, ("chromium", "google-chrome")))
+    with sync_playwright() as playwright:
+        chromium = Path(next(browsers, playwright.chromium.executable_path))
+        if not chromium.exists():
+            pytest.skip("neither Chromium nor Chrome is installed; or: playwright install chromium")
+        browser = playwright.chromium.launch(executable_path=chromium)
+        pages = [browser.new_page(), browser.new_page()]
+        errors = []
+        for page in pages:
+            page.on("pageerror", errors.append)
+            page.goto(url)
+            page.wait_for_function("document.forms[0].steps.value === '3'")
+            page.fill("[name=prompt]", PROMPT)
+        pages[1].check("[name=teacher]")
+        for page in pages:
+            page.click("button")
+        for page, count in zip(pages, (1, 2), strict=True):
+            page.wait_for_function(f"document.querySelectorAll('video').length === {count}")
+            page.wait_for_function("[...document.querySelectorAll('video')].every(v => v.currentTime > 0)")
+            assert PROMPT in page.inner_text("article")
+        pages[0].fill("[name=prompt]", "a" * 10_000)
+        pages[0].click("button")
+        pages[0].wait_for_selector("#status.error")
+        assert "1 to 1000 characters" in pages[0].inner_text("#status")
+        pages[1].screenshot(path=os.environ.get("SCREENSHOT", tmp_path / "page.png"))
+        assert not errors
+        browser.close()
