@@ -150,7 +150,10 @@ def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
 
 def _csv_rows(path: Path, needed: tuple[tuple[str, ...], ...]) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        header = next(csv.reader(file), [])
+        try:
+            header = next(csv.reader(file), [])
+        except csv.Error as error:
+            raise ValueError(f"{path} begins with no header of a CSV: {error}") from error
     for keys in needed:
         if not set(keys) & set(header):
             raise ValueError(f"{path} has no column {' or '.join(keys)}; its columns are {', '.join(header)}")
