@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py --workdir=runs/soak --minutes=60 [--processes=2]
 
-A small run of the default domain is trained once in peace. Then, until the time is up, others of the same settings
+A small run of the default domain is trained once in peace. Then, for the minutes given, others of the same settings
 are started, and each start meets one accident drawn at random: SIGKILL after a random time, or in the middle of a
 save, of one process of several; no room for a checkpoint; a newest checkpoint that is truncated, has a bit flipped,
 or lacks an item; a second run on the same folder. Their host reward raises on every third call. Every run must end
@@ -243,14 +243,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
-    begun = time.monotonic()
     soak = Soak(flags.workdir.absolute(), flags.steps, flags.processes, flags.seed)
     report = {"minutes": flags.minutes, "steps": flags.steps, "processes": flags.processes, "quiet run": soak.quiet()}
     expected, runs = digest(soak.folder / "quiet"), 0
     quiet = ["export", f"--workdir={soak.folder / 'quiet'}"]
     exported = soak.folder / "exported"
     soak.expect(soak.start(*quiet, exported), {0})
-    end = begun + 60 * flags.minutes
+    end = time.monotonic() + 60 * flags.minutes
     while not runs or time.monotonic() < end:
         name = f"run{runs}"
         soak.disturbed(name, end)

@@ -49,12 +49,12 @@ def check_config(config: DistillConfig, workdir: Path) -> None:
             )
 
 
-def record_config(config: DistillConfig, workdir: Path, begun: bool = True) -> None:
+def record_config(config: DistillConfig, workdir: Path, resumed: bool = True) -> None:
     """Writes the run's settings into its workdir, for whoever resumes or samples it.
 
-    Raises as `check_config` if the run has `begun`.
+    Raises as `check_config` if the run is `resumed`.
     """
-    if begun:
+    if resumed:
         check_config(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:

@@ -78,8 +78,8 @@ def train(
     guard = config.reward.guard
 
     with owned(workdir) as still_owned, Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
-        begun = bool(checkpoints.latest())
-        if begun:
+        resumed = bool(checkpoints.latest())
+        if resumed:
             state = _restore(checkpoints, programs, scorer, batches)
         else:
             state = programs.init(jax.random.key(config.seed), frozen.teacher)
@@ -94,7 +94,7 @@ def train(
         sample_logger = make_sample_logger(config, workdir, generator, frozen.teacher)
         flops = functools.partial(step_flops, config, generator, pixels, data.has_latents)
         throughput = make_throughput(config, programs.mesh, flops)
-        record_config(config, workdir, begun)
+        record_config(config, workdir, resumed)
         with (
             Log(workdir, first, config, throughput) as log,
             Profile(config.visibility.profile_steps, workdir, first) as profile,
