@@ -46,6 +46,7 @@ SAMPLING = "tests/test_sampling.py"
 OBJECTIVES = "tests/test_objectives.py"
 
 MONITORING = "tests/test_monitoring.py"
+DAMAGE = "tests/test_checkpoint.py::test_what_is_damaged_is_named_kept_and_not_used"
 LOG = f"{MONITORING}::test_a_resumed_log_doubles_nothing_and_loses_nothing"
 RUN = "tests/test_train.py::test_a_run_leaves_its_history_and_items"
 TOGETHER = "tests/test_train.py::test_the_loop_gives_each_part_what_belongs_together"
@@ -444,6 +445,18 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
     "checkpoint.py": [
         ("self.steps()[self.keep :]", "self.steps()[1:]", [RUN]),
         ("item.set_state(restored[name])", "item.get_state()", [RESUMED]),
+        # A damaged checkpoint is used; or moved aside by who only reads.
+        ("if not self._agree(step, fault := self._fault(path, like)):", "if self._fault(path, ()):", [DAMAGE]),
+        (
+            'path, moved = self.folder / str(step), ""\n            if self.keep',
+            'path, moved = self.folder / str(step), ""\n            if not self.keep',
+            [DAMAGE],
+        ),
+    ],
+    "files.py": [
+        ("if value != listed[name]]", "if False]", ["tests/test_checkpoint.py::test_processes_check_a_share_each"]),
+        ('if about and first != f"# {about}":', "if False:", [DAMAGE]),
+        ("if added := sorted(", "if added := set() and sorted(", [DAMAGE]),
     ],
 }
 

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from dollar_jax import cli
+from dollar_jax.checkpoint import NothingWhole, SaveFailed
 from dollar_jax.cli import base
+from dollar_jax.cli.base import report_error
+from dollar_jax.cli.train import EndedEarly
+from dollar_jax.distributed import Interrupted, Preempted
+from dollar_jax.lock import InUse
 
 DEMO = str(Path(__file__).parents[1] / "configs" / "demo.py")
 
@@ -215,3 +220,10 @@ def test_the_module_is_the_command():
     failed = subprocess.run([*run, "evaluate", "--workdir=/no/such/run"], capture_output=True, text=True)
     assert failed.returncode == 2
     assert failed.stderr == "dollar evaluate: /no/such/run holds no run: there is no config.json in it\n"
+
+
+def test_every_way_to_end_has_its_exit_code():
+    codes = {SaveFailed: 3, NothingWhole: 4, InUse: 5, EndedEarly: 6, FloatingPointError: 6, ValueError: 2, OSError: 2}
+    codes |= {KeyboardInterrupt: 130, Interrupted: 130, Preempted: 143, ZeroDivisionError: 1}
+    assert {kind: report_error("train", kind("why")) for kind in codes} == codes
+    assert set(codes.values()) | {0} == cli.EXIT_CODES.keys()

@@ -201,3 +201,15 @@ def test_an_error_of_a_single_process_is_left_alone(monkeypatch):
     monkeypatch.setattr(distributed, "in_cluster", lambda environ: False)
     with pytest.raises(KeyError), distributed.joined(None, None, None, report=json.dumps):
         raise KeyError
+
+
+@pytest.mark.parametrize(("number", "kind"), [("SIGINT", distributed.Interrupted), ("SIGTERM", distributed.Preempted)])
+def test_a_signal_is_told_at_the_next_step_and_a_second_ctrl_c_ends_at_once(number, kind, capsys):
+    number = signal.Signals[number]
+    before = signal.getsignal(number)
+    with distributed.preemption() as noticed:
+        assert noticed(0) is None
+        signal.raise_signal(number)
+        assert noticed(1) is kind and noticed(2) is None
+        assert (signal.getsignal(number) is signal.SIG_DFL) == (number == signal.SIGINT)
+    assert signal.getsignal(number) is before
