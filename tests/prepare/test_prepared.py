@@ -183,6 +183,22 @@ def test_one_damaged_record_too_many_stops_the_run(config, broken):
         take(PreparedVideos(c.data).batches(c), 40)
 
 
+def test_a_record_that_is_not_finite_is_damage_too(config):
+    data = PreparedVideos(config.data)
+    records = next(iter(data.buckets.values()))
+    features, assert_named = records._features, pytest.raises(ValueError, match="record 0 of .*its text is not finite")
+
+    class Poisoned:
+        def deserialize_example_np(self, raw):
+            record = features.deserialize_example_np(raw)
+            return record | {"text": np.full_like(record["text"], np.inf)}
+
+    assert np.isfinite(records[0]["text"]).all()
+    records._features = Poisoned()
+    with assert_named:
+        records[0]
+
+
 def test_a_shard_that_is_gone_is_damage_too(config, broken):
     copy, shard = broken
     shard.unlink()
