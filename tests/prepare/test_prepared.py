@@ -233,7 +233,7 @@ def test_bad_data_for_a_run(config, whole, generator, tmp_path):
 @pytest.fixture(scope="module", autouse=True)
 def one_program():
     """A run's program is built once, not once per resumption."""
-    build, built = loop.train_programs, {}
+    build, built = loop.teacher_programs, {}
 
     make, traced = programs.make_step, []
 
@@ -253,7 +253,7 @@ def one_program():
         return built[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_programs", remembered)
+        patch.setattr(loop, "teacher_programs", remembered)
         patch.setattr(programs, "make_step", counted)
         yield traced
 
