@@ -42,6 +42,7 @@ from dollar_jax.files import CHECKSUMS
 SETTINGS = {
     "batch_size": 8,
     "checkpoint_every": 5,
+    "keep_checkpoints": 2,
     "log_every": 5,
     "data.train_videos": 16,
     "student.timesteps": (1000.0, 700.0, 400.0, 200.0),
