@@ -508,6 +508,21 @@ def test_latents_and_rewards_that_are_not_finite_are_not_learned_from(generator,
     assert scorer.latest == {"reward_real": 3.0, "faults_compressibility_not_finite": 1.0}
 
 
+def test_a_reward_that_fails_on_every_sample_stops_the_run(generator, config, data):
+    changed = dataclasses.replace(config, reward=dataclasses.replace(config.reward, max_failed_rounds=2))
+    scorer = make_scorer(generator, changed, Reward(lambda frames, prompts: 1 / 0, ""))
+    batch = {"latent": data.latent[:8], "text": data.text[:8]}
+    latent = np.stack([batch["latent"][[0, 4]]] * 2, 1)
+    samples = {"latent": latent, "predicted": np.zeros((2, 2)), "reward": np.full((2, 2, 1), np.nan)}
+    given = RewardSamples(**jax.tree.map(jax.numpy.asarray, samples))
+    scorer.submit(given, batch, list("abcdefgh"))
+    with pytest.warns(RuntimeWarning, match="raised ZeroDivisionError"):
+        scorer.collect()
+    scorer.submit(given, batch, list("abcdefgh"))
+    with pytest.raises(ValueError, match=r"no sample of 2 steps got a reward \(compressibility \{'raised': 4\}\)"):
+        scorer.collect()
+
+
 @pytest.mark.slow
 def test_a_signal_profiles_the_next_steps(train, tmp_path):
     def ask(batch):
