@@ -127,6 +127,11 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "head": {"width": 64, "stem_kernel": 3, "stem_stride": 1, "group_norm": False, "groups": 1},
             "optimiser": {**adam, "learning_rate": 2e-3, "b1": 0.9},
         },
+        "visibility.prompts": (
+            "a large red circle moving left slowly",
+            "a small blue square moving up quickly",
+            "a large yellow triangle moving right quickly",
+        ),
         "pretrain": PRETRAIN,
     }
     return experiment(None, losses, changes)

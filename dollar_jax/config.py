@@ -5,8 +5,6 @@ field existed is read with the field's default. Where the paper gives a value, t
 value unknown the meaning says so, and the default is what systems that distil Wan use.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -336,14 +334,7 @@ class VisibilityConfig:
     """What a run shows of itself, see `visibility`; none of it changes the training."""
 
     samples_every: int = field(100, "Steps between sample grids; 0 for none.", low=0)
-    prompts: tuple[str, ...] = field(
-        (
-            "a large red circle moving left slowly",
-            "a small blue square moving up quickly",
-            "a large yellow triangle moving right quickly",
-        ),
-        "Prompts of the sample grids.",
-    )
+    prompts: tuple[str, ...] = field((), "Prompts of the sample grids; without any, three captions of the data.")
     videos: int = field(8, "Videos per prompt.", low=1)
     seed: int = field(0, "Seed of their noise.", low=0, high=LARGEST_SEED)
     least_diversity: float = field(
@@ -359,12 +350,15 @@ class VisibilityConfig:
         None, "Peak TFLOP/s of one device, for the MFU; None where the device is known, or for no MFU.", above=0
     )
     profile_steps: int = field(0, "Steps traced for XProf; 0 for none.", low=0)
+    device_hour_price: float | None = field(
+        None, "Price of a device's hour in any currency, to show what a run costs; None for no costs.", above=0
+    )
 
     def __post_init__(self) -> None:
-        if self.samples_every and (not self.prompts or self.videos < 2):
+        if self.samples_every and self.videos < 2:
             raise ValueError(
-                "config.visibility.samples_every needs prompts, and videos of at least 2 per prompt to tell "
-                "diversity by; or set it to 0"
+                "config.visibility.samples_every needs videos of at least 2 per prompt to tell diversity by; or set "
+                "it to 0"
             )
         if self.std_range[0] >= self.std_range[1]:
             raise ValueError(f"config.visibility.std_range must ascend, not {self.std_range}")
@@ -381,8 +375,12 @@ class DistillConfig:
     batch_size: int = field(64, "Videos to a step, over all devices.", low=1)
     accumulation: int = field(1, "Micro-batches whose gradients are summed within a step.", low=1)
     checkpoint_every: int = field(500, "Steps between checkpoints.", low=1, resumable=True)
+    checkpoint_minutes: float | None = field(
+        60.0, "Minutes after which there is one however few the steps; None for none.", above=0, resumable=True
+    )
     keep_checkpoints: int = field(2, "Newest checkpoints that are kept.", low=1, resumable=True)
     log_every: int = field(10, "Steps between logged metrics.", low=1, resumable=True)
+    log_minutes: float = field(5.0, "Minutes after which metrics are logged anyway.", above=0, resumable=True)
     max_skipped: int = field(10, "Steps in a row that may be skipped before a run stops.", low=0, resumable=True)
     max_gradient_norm: float | None = field(
         None, "The student's, above which a step is skipped.", above=0, resumable=True

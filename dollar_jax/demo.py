@@ -1,7 +1,5 @@
 """`dollar demo`: distils the default teacher, samples, measures, and leaves a page to look at."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

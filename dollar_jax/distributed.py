@@ -1,11 +1,11 @@
 """Several processes as one run: joined by what the environment says, and left together."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import importlib.util
+import itertools
 import os
+import re
 import signal
 import sys
 import time
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
+from jax._src import distributed  # its store of keys and values has no public name
 from jax.experimental import multihost_utils
 
 from dollar_jax.signals import SignalFlag
@@ -41,13 +42,25 @@ def joined(
     except BaseException as error:
         if not several:
             raise
-        code = report(error)
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and re.search(_LOST, str(error))
+        code = report(ProcessLost() if lost else error)
         sys.stdout.flush()
         sys.stderr.flush()
         # Leaving in an orderly way would wait for the others, who wait for this one.
         os._exit(code)
     if several:
         jax.distributed.shutdown()
+
+
+class ProcessLost(ConnectionError):
+    exit_code = 7
+
+    def __str__(self) -> str:
+        return "another process of this run died; start all of them again: the run goes on from its last checkpoint"
+
+
+# How those that are left see that one died.
+_LOST = r"Gloo .* failed|Connection (closed|reset) by peer|heartbeat|[Cc]oordination service|unhealthy"
 
 
 class Preempted(KeyboardInterrupt):
@@ -117,6 +130,25 @@ def in_cluster(environ: Mapping[str, str]) -> bool:
         return False
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+_gathered = itertools.count()
+_LONGEST_WAIT = 24 * 3600 * 1000  # ms; a process that died is noticed long before
+
+
+def gather(value: bytes) -> list[bytes]:
+    """Every process's value, in the order of processes, through the hosts alone: no running step is waited for.
+
+    All must call it equally often.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    client, me, number = distributed.global_state.client, jax.process_index(), next(_gathered)
+    client.key_value_set_bytes(f"gather/{number}/{me}", value)
+    if number > 1:  # whoever has set the last one has read all before it
+        client.key_value_delete(f"gather/{number - 2}/{me}")
+    each = range(jax.process_count())
+    return [client.blocking_key_value_get_bytes(f"gather/{number}/{i}", _LONGEST_WAIT) for i in each]
 
 
 def wait_for(path: Path, what: str) -> None:

@@ -3,8 +3,6 @@
 `get_config` of a file returns every setting as a ConfigDict, so that a command line can change each of them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import runpy
 import typing

@@ -1,7 +1,5 @@
 """Fields of frozen dataclasses that explain and check themselves: reading, changing, describing and comparing them."""
 
-from __future__ import annotations
-
 import collections.abc
 import dataclasses
 import difflib

@@ -1,7 +1,5 @@
 """Floating-point operations: what a device can do, what a program asks for, and the share of a run in between."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

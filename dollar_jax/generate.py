@@ -30,6 +30,8 @@ from dollar_jax.weights.families import clean_prompt
 from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
 
 PIXELS_AT_ONCE = 2**21  # of the videos drawn together
+SHOWN_PIXELS = 2**22  # of a frame with all samples of a step
+DATA_PROMPTS = 3  # of a run whose configuration names none to sample
 SHIPPED_TEACHERS = {"moving_shapes": Path(__file__).parent / "assets" / "moving_shapes"}
 
 
@@ -116,12 +118,13 @@ class Sampler:
         return self.program(len(keys))(*self.arguments(params, keys, text))
 
 
-class ChosenSampler(NamedTuple):
-    """A sampler with the parameters it draws with, and what a manifest says of it."""
+class BoundSampler(NamedTuple):
+    """A sampler, its parameters, its network evaluations per video, and what a manifest says of it."""
 
     draw: Sampler
     params: Params
-    description: dict[str, Any]
+    nfe: int
+    description: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -228,6 +231,35 @@ class Generator:
         """Frames in [0, 1] of normalised latents."""
         program = self.decode_program(latent.shape, self.own_mesh)
         return np.asarray(program(*program.place(self.pipeline.vae.params, latent)))
+
+    @functools.cache  # noqa: B019
+    def show_program(self, shape: tuple[int, ...], shrink: int) -> Program:
+        """(parameters, latents of `shape`) → their frames, 1 / `shrink` as wide and high, as uint8; mean and mean
+        square of each latent. All of them are everywhere, for one process to look at.
+        """
+
+        def show(params: Params, latent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            frames = jnp.nan_to_num(self.frames(params, latent))
+            n, t, h, w, c = frames.shape
+            h, w = h // shrink, w // shrink
+            boxes = frames[:, :, : h * shrink, : w * shrink].reshape(n, t, h, shrink, w, shrink, c)
+            pixels = jnp.round(255 * jnp.clip(boxes.mean((3, 5)), 0, 1)).astype(jnp.uint8)
+            axes = tuple(range(1, latent.ndim))
+            return pixels, latent.mean(axes), jnp.square(latent).mean(axes)
+
+        program = self._vae_program("show_samples", show, jax.ShapeDtypeStruct(shape, jnp.float32), self.mesh)
+        return dataclasses.replace(program, out_shardings=sharding.replicated(self.mesh))
+
+    def samples_at_once(self, total: int) -> int:
+        """How many of `total` videos are drawn together: one for each device's row, or as many as are small."""
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        size = max(shards, PIXELS_AT_ONCE // math.prod(self.clip))
+        return -(-min(size, total) // shards) * shards
+
+    def shrink(self, videos: int) -> int:
+        """How many times smaller so many videos are shown, for a frame of all of them to have few pixels."""
+        _, h, w = self.clip
+        return next(k for k in range(1, h + 1) if videos * (h // k) * (w // k) <= SHOWN_PIXELS)
 
     def _vae_program(self, name: str, function: Any, videos: jax.ShapeDtypeStruct, mesh: Mesh) -> Program:
         rows, shapes = sharding.row_sharding(mesh, videos.shape[0]), self.pipeline.vae.network.shapes

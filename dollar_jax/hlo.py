@@ -4,8 +4,6 @@ XLA's own cost analysis counts the body of a loop once, however often it runs, a
 Pallas kernel. Here loops count as often as they run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -11,13 +11,15 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,40 +28,62 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig, VisibilityConfig
+from dollar_jax.data.clip import clip_fps
 from dollar_jax.evaluate.vendi import pixel_features, vendi_per_prompt
+from dollar_jax.files import new_file
 from dollar_jax.flops import PEAK_TFLOPS, Throughput
-from dollar_jax.generate import Generator, video_keys
+from dollar_jax.generate import DATA_PROMPTS, Generator, video_keys
 from dollar_jax.objectives import SCORE_BINS
+from dollar_jax.optim import learning_rate
 from dollar_jax.run import EVENTS, HISTORY, PROFILE, SAMPLES, truncate_history
 from dollar_jax.signals import SignalFlag
 from dollar_jax.types import Params
-from dollar_jax.video import encode_gif, grid, side_by_side, to_uint8, write_video
+from dollar_jax.video import grid, side_by_side, write_video
 
-# Parameters → latents [prompts × videos, t, h, w, c], from the same noise each time.
-Draw = Callable[[Params], np.ndarray]
+TEACHER = "teacher.npz"  # its samples, in the folder of samples
+SHEET_TIMES = 4  # of a video on a picture of samples
+# Where TensorBoard shows a metric: the first group whose expression its name begins with.
+GROUPS = {
+    "samples": "sample_|collapse",
+    "speed": "seconds|data_wait|videos_per|tflops|mfu|memory",
+    "learning_rate": "learning_rate",
+    "reward": "reward_|latent_reward|faults",
+    "latents": "latent_|data_",
+    "loss": "",
+}
 PROFILE_AFTER = 2  # steps: the first compiles
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleStats:
-    """A set of samples: Vendi score of their pixels within the prompts, and their latents' statistics."""
-
+# Of a set of samples: the Vendi score of their pixels within the prompts, and their latents' statistics.
+class SampleStats(NamedTuple):
     vendi: float
     mean: float
     std: float
 
 
-def sample_stats(latent: np.ndarray, frames: np.ndarray, prompts: int) -> SampleStats:
-    """Of latents [n t h w c] and their frames, prompt by prompt with equally many videos each."""
-    groups = frames.reshape(prompts, -1, *frames.shape[1:])
-    vendi, _ = vendi_per_prompt(pixel_features(groups))
-    return SampleStats(vendi, float(latent.mean()), float(latent.std()))
+class Shown(NamedTuple):
+    """Samples to look at, prompt by prompt: frames uint8 [n t h w 3], mean and mean square [n] of their latents."""
+
+    frames: Any
+    mean: Any
+    square: Any
+
+    def stats(self, prompts: int) -> SampleStats:
+        groups = self.frames.reshape(prompts, -1, *self.frames.shape[1:])
+        vendi, _ = vendi_per_prompt(pixel_features(groups))
+        mean, square = (float(np.mean(x, dtype=np.float64)) for x in (self.mean, self.square))
+        return SampleStats(vendi, mean, math.sqrt(max(square - mean**2, 0)) if np.isfinite(square) else math.nan)
+
+
+Draw = Callable[..., Sequence[Shown]]
+Look = tuple[dict[str, float], np.ndarray, list[str]]  # at samples: scalars, a picture uint8 [h w 3] and warnings
+Looked = Future[Look] | None
 
 
 def collapse(config: VisibilityConfig, student: SampleStats, teacher: SampleStats) -> list[str]:
     """One sentence for each way in which the student's samples leave the teacher's range; empty if none."""
     found = []
-    if not all(map(np.isfinite, dataclasses.astuple(student))):
+    if not all(map(np.isfinite, student)):
         return ["the student's samples are not finite"]
     # Of the videos beyond the first: one video alone has a score of 1.
     kept = (student.vendi - 1) / max(teacher.vendi - 1, 1e-9)
@@ -76,71 +100,104 @@ def collapse(config: VisibilityConfig, student: SampleStats, teacher: SampleStat
 class SampleLogger:
     """Every `samples_every` steps: the student's samples beside the teacher's, and whether they collapse.
 
-    The teacher's are drawn once, when they are first needed. All processes take part in the sampling.
+    `student(params)` and `teacher()` dispatch, on all processes, what draws `count` samples from the same noise each
+    time, in parts; process 0 looks at what comes of it in the background of the next steps. The teacher's are drawn
+    when they are first needed, and kept in `samples/`, by `key`, for a resumed run.
     """
 
     def __init__(
-        self,
-        config: VisibilityConfig,
-        workdir: Path,
-        student: Draw,
-        teacher: Callable[[], np.ndarray],
-        decode: Callable[[np.ndarray], np.ndarray],
+        self, config: VisibilityConfig, workdir: Path, student: Draw, teacher: Draw, prompts: int, key: str, fps: float
     ):
         self.config, self.folder = config, workdir / SAMPLES
-        self._student, self._teacher, self._decode = student, teacher, decode
-        self._reference: tuple[SampleStats, np.ndarray] | None = None
+        self._student, self._teacher, self._prompts, self._key, self._fps = student, teacher, prompts, key, fps
+        self._background = ThreadPoolExecutor(1)
+        self._reference = self._kept()
+        found = np.array(self._reference is not None)
+        self._known = bool(multihost_utils.broadcast_one_to_all(found)) if jax.process_count() > 1 else bool(found)
 
     def due(self, step: int) -> bool:
         return self.config.samples_every > 0 and step % self.config.samples_every == 0
 
-    def draw(self, step: int, params: Params) -> tuple[dict[str, float], np.ndarray, list[str]]:
-        """Scalars, a video uint8 [t h w 3] (a row per prompt; teacher left, student right), and warnings.
+    def draw(self, step: int, params: Params) -> Looked:
+        """What becomes of the samples; None but on process 0.
 
-        Process 0 leaves the video in `samples/` too, and the warnings on stderr.
+        It leaves a video in `samples/`, a row per prompt, teacher left and student right, and warnings on stderr.
         """
-        if self._reference is None:
-            self._reference = self._seen(self._teacher())
-        teacher, theirs = self._reference
-        student, ours = self._seen(self._student(params))
-        warnings = collapse(self.config, student, teacher)
-        pairs = [side_by_side(pair) for pair in zip(theirs, ours, strict=True)]
-        video = grid(np.stack(pairs), self.config.videos, gap=6)
-        if jax.process_index() == 0:
-            write_video(self.folder / f"step_{step:06d}.mp4", video, scale=max(1, 96 // theirs.shape[2]))
-            for warning in warnings:
-                tqdm.write(f"warning: step {step}: {warning}: the student may be collapsing", file=sys.stderr)
+        ours, theirs = self._student(params), None if self._known else self._teacher()
+        self._known = True
+        return None if jax.process_index() else self._background.submit(self._look, step, ours, theirs)
+
+    def _look(self, step: int, student: Sequence[Shown], teacher: Sequence[Shown] | None) -> Look:
+        if teacher is not None:
+            self._reference = self._on_host(teacher)
+            with new_file(self.folder / TEACHER) as draft, draft.open("wb") as file:
+                np.savez(file, key=self._key, **self._reference._asdict())
+        ours, theirs = self._on_host(student), self._reference
+        assert theirs is not None
+        a, b = ours.stats(self._prompts), theirs.stats(self._prompts)
+        warnings = collapse(self.config, a, b)
+        pairs = np.stack([side_by_side(pair) for pair in zip(theirs.frames, ours.frames, strict=True)])
+        video = grid(pairs, self.config.videos, gap=6)
+        write_video(self.folder / f"step_{step:06d}.mp4", video, self._fps, max(1, 96 // ours.frames.shape[2]))
+        for warning in warnings:
+            tqdm.write(f"warning: step {step}: {warning}: the student may be collapsing", file=sys.stderr)
         scalars = {
-            "sample_vendi": student.vendi,
-            "sample_vendi_teacher": teacher.vendi,
-            "sample_mean_drift": student.mean - teacher.mean,
-            "sample_std_ratio": student.std / max(teacher.std, 1e-9),
+            "sample_vendi": a.vendi,
+            "sample_vendi_teacher": b.vendi,
+            "sample_mean_drift": a.mean - b.mean,
+            "sample_std_ratio": a.std / max(b.std, 1e-9),
             "collapse": float(len(warnings)),
         }
-        return scalars, video, warnings
+        # Each prompt's first pair at a few times: a row per prompt.
+        times = np.linspace(0, pairs.shape[1] - 1, SHEET_TIMES).round().astype(int)
+        tiles = pairs[:: self.config.videos, times]
+        sheet = grid(tiles.reshape(-1, 1, *tiles.shape[2:]), SHEET_TIMES, gap=6)[0]
+        return scalars, sheet, warnings
 
-    def _seen(self, latent: np.ndarray) -> tuple[SampleStats, np.ndarray]:
-        frames = to_uint8(np.nan_to_num(self._decode(latent)))
-        return sample_stats(latent, frames, len(self.config.prompts)), frames
+    def _on_host(self, parts: Sequence[Shown]) -> Shown:
+        count = self._prompts * self.config.videos  # the last part may be filled up
+        return Shown(*(np.concatenate([np.asarray(x) for x in field])[:count] for field in zip(*parts, strict=True)))
+
+    def _kept(self) -> Shown | None:
+        path = self.folder / TEACHER
+        if path.is_file() and jax.process_index() == 0:
+            with np.load(path) as stored:
+                if str(stored["key"]) == self._key:
+                    return Shown(*(stored[name] for name in Shown._fields))
+        return None
 
 
-def make_sample_logger(config: DistillConfig, workdir: Path, generator: Generator, teacher: Params) -> SampleLogger:
-    """The sample logger of a run: fixed prompts, fixed noise, the student's own timesteps, the teacher's own steps."""
+def make_sample_logger(
+    config: DistillConfig, workdir: Path, generator: Generator, teacher: Params, decoder: Params, captions: Any
+) -> SampleLogger:
+    """The sample logger of a run: fixed prompts, fixed noise, the student's own timesteps, the teacher's own steps.
+
+    The prompts are the configuration's, or `DATA_PROMPTS` of the data's `captions`.
+    """
     c, sampling = config.visibility, config.sampling
-    prompts = [prompt for prompt in c.prompts for _ in range(c.videos)]
+    prompts = (c.prompts or captions(DATA_PROMPTS)) if c.samples_every else ()
+    total = len(prompts) * c.videos
+    batch, shrink = generator.samples_at_once(total), generator.shrink(2 * total)
+    text = generator.text(prompts).repeat(c.videos, 0) if prompts else None
 
-    def draw(sampler: Any, params: Params) -> np.ndarray:
-        latent = sampler(params, video_keys(c.seed, len(prompts)), generator.text(prompts))
-        if latent.is_fully_addressable:
-            return np.asarray(latent)
-        return np.asarray(multihost_utils.process_allgather(latent, tiled=True))
+    def draw(sampler: Any, params: Params) -> list[Shown]:
+        parts = []
+        for start in range(0, total, batch):
+            index = np.minimum(np.arange(start, start + batch), total - 1)
+            latent = sampler(params, video_keys(c.seed, total)[index], text[index])
+            show = generator.show_program(latent.shape, shrink)
+            parts.append(Shown(*show(*show.place(decoder, latent))))
+        return parts
 
+    made = [config.teacher, prompts, c.videos, c.seed, dataclasses.asdict(sampling), generator.clip, shrink]
     return SampleLogger(
         c,
         workdir,
         lambda params: draw(generator.student_sampler(config.student.timesteps), params),
         lambda: draw(generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight), teacher),
-        generator.decode,
+        len(prompts),
+        json.dumps(made),
+        clip_fps(config.data, generator.pipeline.family.fps),
     )
 
 
@@ -152,18 +209,22 @@ class Log:
     """
 
     def __init__(self, workdir: Path, first: int, config: DistillConfig, throughput: Throughput):
-        self.every, self.throughput = config.log_every, throughput
+        self.config, self.throughput = config, throughput
         self.main = jax.process_index() == 0
         self.bar = tqdm(total=config.steps, initial=first, desc="distilling", disable=not self.main, unit="step")
-        self._held: tuple[int, Mapping[str, jax.Array], dict[str, float], float] | None = None
-        self._clock = (first, time.perf_counter())
-        self.waited = 0.0  # seconds that the devices stood idle for want of a batch
+        self._held: tuple[int, Mapping[str, jax.Array], dict[str, float], Looked, float] | None = None
+        self._start, self._begun = time.perf_counter(), True
+        self._clock = (first, self._start)
+        fake = config.fake_score
+        self.optimisers = {"student": (config.student.optimiser, 1), "fake_score": (fake.optimiser, fake.updates)}
         if self.main:
             self.path = workdir / HISTORY
             truncate_history(workdir, first)
             self.file = self.path.open("a")
             self.events = event_writer(workdir / EVENTS, first)
             self.wandb = start_wandb(config, workdir)
+            text = json.dumps(dataclasses.asdict(config), indent=4, default=str)
+            self.events.add_text("config", "    " + text.replace("\n", "\n    "), first + 1)
 
     def __enter__(self) -> Log:
         return self
@@ -201,38 +262,27 @@ class Log:
                 self.bar.unpause()
                 self.bar.set_description_str("distilling")
 
-    def step(self, step: int, metrics: Mapping[str, jax.Array], host: dict[str, float], now: bool) -> None:
+    def step(
+        self, step: int, metrics: Mapping[str, jax.Array], host: dict[str, float], now: bool, samples: Looked = None
+    ) -> None:
+        """Of a step, what the devices and the host have measured, and its samples if there are any."""
         self.bar.update()
-        if now or step % self.every == 0:
+        if self._begun and self.main:
+            loss, seconds = float(metrics["student_loss"]), time.perf_counter() - self._clock[1]
+            tqdm.write(f"step {step}: loss {loss:.4g}, after {seconds:.0f} s, compiling among them")
+        self._begun = False
+        # Process 0 alone writes, so the others need not know when.
+        late = time.perf_counter() - (self._held or self._clock)[-1] > 60 * self.config.log_minutes
+        if now or late or samples is not None or step % self.config.log_every == 0:
             self._write()
-            self._held = (step, metrics, dict(host), time.perf_counter())
+            self._held = (step, metrics, dict(host), samples, time.perf_counter())
         if now:
             self._write()
-
-    def show(self, step: int, video: np.ndarray, warnings: Sequence[str]) -> None:
-        """A video uint8 [t h w 3] and warnings among the TensorBoard events."""
-        if not self.main:
-            return
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
-        data, (_, height, width, _) = encode_gif(video), video.shape
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
-        value = Summary.Value(tag="teacher_left_student_right", image=image)
-        self.events.file_writer.add_summary(  # pyright: ignore[reportOptionalMemberAccess]
-            Summary(value=[value]), step
-        )
-        for warning in warnings:
-            self.events.add_text("warning", warning, step)
-        if self.wandb is not None:
-            import wandb  # pyright: ignore[reportMissingImports]
-
-            shown = wandb.Video(video.transpose(0, 3, 1, 2), fps=8, format="mp4")
-            self.wandb.log({"teacher_left_student_right": shown, "warnings": len(warnings), "step": step})
 
     def _write(self) -> None:
         if self._held is None:
             return
-        step, metrics, host, now = self._held
+        step, metrics, host, samples, now = self._held
         self._held = None
         values = {name: float(value) for name, value in metrics.items()}
         before, then = self._clock
@@ -243,15 +293,36 @@ class Log:
         # Of a step that was skipped there is nothing to learn: see `skips`.
         values = (readable(values) if all(map(math.isfinite, values.values())) else {}) | host
         values |= {"seconds_per_step": seconds, **waited, **self.throughput(seconds)}
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the others are busy
+            for name, (optimiser, updates) in self.optimisers.items():
+                rate = learning_rate(optimiser, self.config.steps * updates)
+                values[f"learning_rate_{name}"] = float(rate((step - 1) * updates))
+        if memory := jax.local_devices()[0].memory_stats():
+            values["memory_gib"] = memory["peak_bytes_in_use"] / 2**30
+        if samples is not None:
+            scalars, sheet, warnings = samples.result()
+            values |= scalars
+            self.events.add_image("samples/teacher_left_student_right", sheet, step, dataformats="HWC")
+            for warning in warnings:
+                self.events.add_text("warning", warning, step)
+            if self.wandb is not None:
+                import wandb  # pyright: ignore[reportMissingImports]
+
+                shown = wandb.Image(sheet)
+                self.wandb.log({"teacher_left_student_right": shown, "warnings": len(warnings), "step": step})
         if self.main:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
             for name, value in values.items():
-                self.events.add_scalar(name, value, step)
+                self.events.add_scalar(f"{next(g for g, p in GROUPS.items() if re.match(p, name))}/{name}", value, step)
             if self.wandb is not None:  # with its step as a value: samples come before the scalars of earlier steps
                 self.wandb.log({**values, "step": step})
             shown = {"loss": values.get("student_loss", math.nan)}
             shown |= {k[7:]: host[k] for k in ("reward_generated", "reward_real") if k in host}
+            shown["hours_to_go"] = seconds * (self.config.steps - step) / 3600
+            if price := self.config.visibility.device_hour_price:
+                price *= jax.device_count()
+                shown |= {"cost": price * (now - self._start) / 3600, "cost_to_go": price * shown["hours_to_go"]}
             self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
 
 

@@ -4,8 +4,6 @@ Networks come in as apply functions. The student's loss is the sum over a table 
 function here and a row in `terms`, and its weight a field of the config.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

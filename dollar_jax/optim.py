@@ -1,7 +1,5 @@
 """Optimisers by optax: AdamW with a schedule and clipping, and one update with them."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -15,21 +13,24 @@ from dollar_jax.types import Params
 
 def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
     """AdamW for a network that is updated `steps` times; weight decay on kernels and embeddings only."""
-    peak = config.learning_rate
-    if config.schedule == "cosine":
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0, peak, config.warmup_steps, max(steps, config.warmup_steps + 1), config.final_ratio * peak
-        )
-    elif config.warmup_steps:
-        rate = optax.warmup_constant_schedule(0.0, peak, config.warmup_steps)
-    else:  # optax's warm-up of no steps never leaves its start, 0
-        rate = optax.constant_schedule(peak)
+    rate = learning_rate(config, steps)
     adamw = optax.adamw(
         rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_decayed
     )
     if config.clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def learning_rate(config: OptimiserConfig, steps: int) -> optax.Schedule:
+    """The learning rate by the number of updates so far."""
+    peak = config.learning_rate
+    if config.schedule == "cosine":
+        length = max(steps, config.warmup_steps + 1)
+        return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, length, config.final_ratio * peak)
+    if config.warmup_steps:
+        return optax.warmup_constant_schedule(0.0, peak, config.warmup_steps)
+    return optax.constant_schedule(peak)  # optax's warm-up of no steps never leaves its start, 0
 
 
 def apply_gradient(

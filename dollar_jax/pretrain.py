@@ -3,8 +3,6 @@
 Progress is checkpointed, so a killed run goes on where it was; a finished stage is not run again.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -4,8 +4,6 @@ Training and ahead-of-time planning both build from here, so what is planned is 
 teacher's networks, from prompts to frames, are those of `generate.Generator`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from dollar_jax import sharding
 from dollar_jax.config import DistillConfig, MeshConfig
 from dollar_jax.distillation import Batch, Distillation, Frozen, Networks
 from dollar_jax.flops import count_flops
-from dollar_jax.generate import Generator, merge_program, student_network
+from dollar_jax.generate import DATA_PROMPTS, Generator, merge_program, student_network
 from dollar_jax.models import lora
 from dollar_jax.models.latent_reward import LatentRewardConfig, LatentRewardModel
 from dollar_jax.models.network import Network, make_network
@@ -215,12 +213,14 @@ def run_programs(
 
 def sample_programs(config: DistillConfig, generator: Generator) -> list[Program]:
     """What a run's samples beside the teacher's take: `monitoring.SampleLogger`."""
-    count, sampling = len(config.visibility.prompts) * config.visibility.videos, config.sampling
+    prompts, sampling = len(config.visibility.prompts) or DATA_PROMPTS, config.sampling
+    total = prompts * config.visibility.videos
+    count = generator.samples_at_once(total)
     return [
-        generator.text_program(count, generator.own_mesh),
+        generator.text_program(prompts, generator.own_mesh),
         generator.student_sampler(config.student.timesteps).program(count),
         generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight).program(count),
-        generator.decode_program((count, *generator.latent_shape), generator.own_mesh),
+        generator.show_program((count, *generator.latent_shape), generator.shrink(2 * total)),
     ]
 
 

@@ -4,8 +4,6 @@ A cell is one method with one seed: trained in `runs/`, measured into `cells/`. 
 finished cells are read back, and the one under way resumes its training.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The folder of a training run: its settings, its history, and the student in its checkpoints."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -13,7 +11,7 @@ from dollar_jax import sharding
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import DistillConfig, LoraConfig, distill_config, unresumable
 from dollar_jax.files import parse_json, read_json, read_text, write_file
-from dollar_jax.generate import ChosenSampler, Generator, merge_program, student_network, subset
+from dollar_jax.generate import BoundSampler, Generator, merge_program, student_network, subset
 from dollar_jax.models import lora
 from dollar_jax.models.network import Network
 from dollar_jax.types import Params
@@ -94,22 +92,23 @@ def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> Pa
     return program(*program.place(transformer.params, params))
 
 
-def choose_teacher(generator: Generator, config: DistillConfig, steps: int | None = None) -> ChosenSampler:
+def choose_teacher(generator: Generator, config: DistillConfig, steps: int | None = None) -> BoundSampler:
     """The teacher in its own number of steps, or in `steps`."""
     c = config.sampling
     steps = steps or c.num_steps
     described = {"sampler": c.solver, "steps": steps, "guidance_weight": c.guidance_weight, "eta": c.eta}
     draw = generator.teacher_sampler(steps, c.guidance_weight)
-    return ChosenSampler(draw, generator.pipeline.transformer.params, described)
+    return BoundSampler(draw, generator.pipeline.transformer.params, steps * (2 if c.guidance_weight else 1), described)
 
 
 def choose_student(
     generator: Generator, workdir: Path, config: DistillConfig, steps: int, ema: bool = True
-) -> ChosenSampler:
+) -> BoundSampler:
     """The newest student of the run in `steps` steps."""
     timesteps = subset(config.student.timesteps, steps)
     described = {"sampler": "student", "steps": steps, "timesteps": timesteps}
-    return ChosenSampler(generator.student_sampler(timesteps), restore_student(workdir, generator, ema), described)
+    params = restore_student(workdir, generator, ema)
+    return BoundSampler(generator.student_sampler(timesteps), params, steps, described)
 
 
 def restore_trained(

@@ -4,8 +4,6 @@ All are pure; each loop is one `lax.scan`, so the network is compiled once whate
 Latents are fp32; a network casts inside.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ The table serves parameters and optimiser state alike, whose paths end in the sa
 that matches a whole path wins; a path that no row matches is an error.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Steps whose updates were skipped because something in them was not finite: noted, and at last the end of a run."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -13,8 +13,6 @@ An update whose losses or gradient are not finite is not taken, nor is any after
 nothing but the count of steps, and shows in the metrics (`skipped`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

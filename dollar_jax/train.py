@@ -4,8 +4,6 @@ While the devices run a step, host rewards score the previous step's latents. Wh
 before a checkpoint, so that a resumed run repeats an uninterrupted one to the bit.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import time
@@ -24,7 +22,7 @@ from dollar_jax.config import DistillConfig
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.distillation import Batch, Frozen
-from dollar_jax.distributed import preemption
+from dollar_jax.distributed import gather, preemption
 from dollar_jax.generate import Generator
 from dollar_jax.lock import owned
 from dollar_jax.monitoring import Log, Profile, make_sample_logger, make_throughput
@@ -63,7 +61,7 @@ def train(
     pixels = pixel_rewards(config.reward, rewards, generator.frames)
     programs = teacher_programs(config, generator, pixels, score_real=data.has_latents)
     decoder = None
-    if rewards:
+    if rewards or config.visibility.samples_every:
         decoder = sharding.put(pipeline.vae.params, sharding.replicated(programs.mesh))
     reward_params = () if pixels is None else pixels.params(decoder)
     frozen = sharding.put(
@@ -91,7 +89,7 @@ def train(
         first = checkpoints.restored
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
         skips = Skips(config, workdir, first)
-        sample_logger = make_sample_logger(config, workdir, generator, frozen.teacher)
+        sample_logger = make_sample_logger(config, workdir, generator, frozen.teacher, decoder, data.some_captions)
         flops = functools.partial(step_flops, config, generator, pixels, data.has_latents)
         throughput = make_throughput(config, programs.mesh, flops)
         record_config(config, workdir, resumed)
@@ -100,7 +98,7 @@ def train(
             Profile(config.visibility.profile_steps, workdir, first) as profile,
             preemption() as noticed,
         ):
-            busy = None
+            busy, saved = None, time.monotonic()
             for step in range(first, config.steps):
                 if hacked:
                     break
@@ -123,6 +121,9 @@ def train(
                     if (step + 1) % config.log_every == 0:
                         hacked = scorer.monitor.hacked(guard)
                 saving = step + 1 == config.steps or (step + 1) % config.checkpoint_every == 0
+                if not saving and config.checkpoint_minutes is not None:
+                    late = time.monotonic() - saved > 60 * config.checkpoint_minutes
+                    saving = gather(bytes([late]))[0] == b"\1"  # the first process decides
                 preempted = noticed(step)
                 saving = saving or bool(hacked or preempted) or checkpoints.failed()
                 if saving and scorer is not None:
@@ -130,24 +131,22 @@ def train(
                 if saving:
                     skips.check()
                 profile.after(step, metrics)
-                host = {} if scorer is None else dict(scorer.latest)
+                host, seen = {} if scorer is None else dict(scorer.latest), None
                 if skips.total:
                     host["skipped_steps"] = float(skips.total)
                 if sample_logger.due(step + 1):
                     student = state.ema
                     if programs.merge is not None:
                         student = programs.merge(*programs.merge.place(frozen.teacher, student))
-                    with log.pause("sampling"):
-                        seen, video, warnings = sample_logger.draw(step + 1, student)
-                    log.show(step + 1, video, warnings)
-                    host |= seen
-                log.step(step + 1, metrics, host, saving or sample_logger.due(step + 1))
+                    seen = sample_logger.draw(step + 1, student)
+                log.step(step + 1, metrics, host, saving, seen)
                 if saving:
                     items = {**to_items(state), "data": batches}
                     if scorer is not None:
                         items["replay"] = scorer.state
                     still_owned()
                     checkpoints.save(step + 1, items, wait=step + 1 == config.steps or bool(hacked or preempted))
+                    saved = time.monotonic()
                 if preempted and step + 1 < config.steps:
                     raise preempted(f"{preempted.said} after step {step + 1}, which is saved; run it again to go on")
         if hacked and jax.process_index() == 0:

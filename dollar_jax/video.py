@@ -1,7 +1,5 @@
 """Video files, many videos in one picture, and the ranges of pixels. Files are of frames uint8 [t, h, w, 3]."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Sequence

@@ -90,8 +90,8 @@ follow)
     [[ -f exit_code ]] || exit 4
     if [[ $(<exit_code) == 0 ]]; then exit; fi
     echo "$(hostname): ended with exit code $(<exit_code)" >&2
-    # 143: SIGTERM came; 2: `dollar` refused its input, and would refuse it again.
-    case $(<exit_code) in 143) exit 7 ;; 2) exit 9 ;; *) exit 5 ;; esac
+    # 143: SIGTERM came; 7: another process of the run died; 2: `dollar` refused its input, and would refuse it again.
+    case $(<exit_code) in 143 | 7) exit 7 ;; 2) exit 9 ;; *) exit 5 ;; esac
     ;;
 status)
     if running; then

@@ -122,11 +122,12 @@ def check_events() -> Callable[[Path], list[int]]:
         lines = [json.loads(line) for line in (workdir / "history.jsonl").read_text().splitlines()]
         logged = {(line["step"], tag): value for line in lines for tag, value in line.items() if tag != "step"}
         shown = shown_events(workdir)
-        scalars = [event for event in shown if event[2] is not None]
+        # Tags are grouped, as loss/vsd.
+        scalars = [(step, tag.rpartition("/")[2], value) for step, tag, value in shown if value is not None]
         assert sorted((step, tag) for step, tag, _ in scalars) == sorted(logged)
         for step, tag, value in scalars:
             assert value == pytest.approx(logged[step, tag], rel=1e-6)
-        return [step for step, tag, _ in shown if tag == "teacher_left_student_right"]
+        return [step for step, tag, _ in shown if tag == "samples/teacher_left_student_right"]
 
     return check
 

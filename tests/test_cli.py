@@ -108,6 +108,24 @@ def test_wrong_flags(capsys, arguments, parts):
         assert part in message
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", f"--config={DEMO}", "--workdir=gs://bucket/run"],
+        ["train", f"--config={DEMO}", "--workdir=x", "--config.data.name=gs://bucket/run"],
+        ["train", f"--config={DEMO}", "--workdir", "s3://bucket/a=b"],
+        ["prepare", "--source=x", "--out=gs://bucket/data"],
+        ["import", "gs://bucket/wan", "x"],
+        ["sample", "--workdir=x", "--prompt=a", "--out=gs://bucket/a.mp4"],
+    ],
+)
+def test_a_path_in_a_bucket_is_refused_with_the_mend(capsys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    message = refused(capsys, *arguments)
+    assert "://bucket" in message and "only folders are read and written: mount it, as in gcsfuse bucket" in message
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["train", "pretrain"])
 @pytest.mark.parametrize(
     "flags, parts",

@@ -2,26 +2,31 @@
 
 import dataclasses
 import functools
+import re
 import sys
+import threading
 import time
 import types
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dollar_jax import objectives
+from dollar_jax import monitoring, objectives
 from dollar_jax.config import VisibilityConfig
 from dollar_jax.distillation import Batch, Distillation, Networks
 from dollar_jax.flops import Throughput, count_flops
+from dollar_jax.generate import Generator
 from dollar_jax.models import activation_sharding
-from dollar_jax.monitoring import Log, Profile, SampleLogger, make_throughput, readable
+from dollar_jax.monitoring import Log, Profile, SampleLogger, Shown, make_throughput, readable
 from dollar_jax.programs import step_flops
 from dollar_jax.run import read_history
 from dollar_jax.schedule import Schedule
 from dollar_jax.sharding import make_mesh
-from dollar_jax.video import read_video
+from dollar_jax.video import read_video, to_uint8
 
 CONFIG = VisibilityConfig(10, ("a ball", "a cube"), 4, 0, 0.5, (0.7, 1.4), 0.3, None, 0)
 
@@ -39,9 +44,20 @@ def decode(latent):
     return 1 / (1 + np.exp(-latent))
 
 
+def show(latent):
+    """In two parts, the second filled up, as the devices give it."""
+    parts = latent[:5], np.concatenate([latent[5:], latent[-1:], latent[-1:]])
+    axes = (1, 2, 3, 4)
+    return [Shown(to_uint8(np.nan_to_num(decode(x))), x.mean(axes), np.square(x).mean(axes)) for x in parts]
+
+
+def make_logger(workdir, teacher=lambda: show(sampler()), config=CONFIG, key="", fps=8):
+    return SampleLogger(config, workdir, show, teacher, 2, key, fps)
+
+
 @pytest.fixture
 def logger(tmp_path):
-    return SampleLogger(CONFIG, tmp_path, lambda params: params, sampler, decode)
+    return make_logger(tmp_path)
 
 
 HEALTHY = {"like the teacher": {}, "a little less": {"keep": 0.8, "shift": 0.1, "scale": 0.9}}
@@ -57,7 +73,7 @@ COLLAPSED = {
 
 @pytest.mark.parametrize("kind", HEALTHY)
 def test_a_healthy_student_raises_no_warning(logger, kind, capsys):
-    scalars, _, warnings = logger.draw(10, sampler(**HEALTHY[kind]))
+    scalars, _, warnings = logger.draw(10, sampler(**HEALTHY[kind])).result()
     assert not warnings and scalars["collapse"] == 0
     assert "warning" not in capsys.readouterr().err
 
@@ -65,46 +81,93 @@ def test_a_healthy_student_raises_no_warning(logger, kind, capsys):
 @pytest.mark.parametrize("kind", COLLAPSED)
 def test_a_collapsed_student_raises_the_warning(logger, kind, capsys):
     how, message = COLLAPSED[kind]
-    scalars, _, warnings = logger.draw(20, sampler(**how))
+    scalars, _, warnings = logger.draw(20, sampler(**how)).result()
     assert any(message in warning for warning in warnings)
     assert scalars["collapse"] == len(warnings)
     assert f"warning: step 20: {warnings[0]}" in capsys.readouterr().err
 
 
-def test_samples_stand_beside_the_teachers(logger, tmp_path):
+def test_samples_stand_beside_the_teachers(logger, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(monitoring, "write_video", lambda *args: written.append(args))
     student = sampler(shift=0.2)
-    scalars, video, _ = logger.draw(10, student)
+    scalars, sheet, _ = logger.draw(10, student).result()
+    ((path, video, _, scale),) = written
+    assert path == tmp_path / "samples" / "step_000010.mp4" and scale == 12
     assert video.shape == (3, 2 * 8 + 6, 4 * 18 + 3 * 6, 3)
     for source, offset in ((sampler(), 0), (student, 10)):
         expected = np.round(255 * decode(source[5]))  # the second video of the second prompt
         np.testing.assert_array_equal(video[:, 14:22, 24 + offset : 32 + offset], expected)
-    assert read_video(tmp_path / "samples" / "step_000010.mp4").shape[0] == 3
+        # The picture has the first video of each prompt at four times, the last one on the right.
+        np.testing.assert_array_equal(sheet[14:22, 72 + offset : 80 + offset], np.round(255 * decode(source[4]))[-1])
+    assert sheet.shape == (2 * 8 + 6, 4 * 18 + 3 * 6, 3)
     assert scalars["sample_mean_drift"] == pytest.approx(0.2, abs=1e-5)
     assert scalars["sample_std_ratio"] == pytest.approx(1, abs=1e-5)
     assert 1 < scalars["sample_vendi_teacher"] < 4
 
 
-def test_the_teacher_is_sampled_once_and_only_when_it_is_due(tmp_path):
+def test_a_video_of_the_samples_is_left(logger, tmp_path):
+    logger.draw(10, sampler()).result()
+    assert read_video(tmp_path / "samples" / "step_000010.mp4").shape[0] == 3
+
+
+def test_the_teacher_is_sampled_once_and_only_when_it_is_due_also_by_a_resumed_run(tmp_path):
     calls = []
 
     def teacher():
         calls.append(0)
-        return sampler()
+        return show(sampler())
 
-    logger = SampleLogger(CONFIG, tmp_path, lambda params: params, teacher, decode)
+    logger = make_logger(tmp_path, teacher, key="a")
     assert [step for step in range(1, 31) if logger.due(step)] == [10, 20, 30] and not calls
-    logger.draw(10, sampler())
-    logger.draw(20, sampler())
+    first = logger.draw(10, sampler(keep=0.8)).result()
+    logger.draw(20, sampler()).result()
     assert len(calls) == 1
-    off = SampleLogger(dataclasses.replace(CONFIG, samples_every=0), tmp_path, logger._student, teacher, decode)
+    again = make_logger(tmp_path, teacher, key="a").draw(30, sampler(keep=0.8)).result()
+    assert len(calls) == 1 and again[0] == first[0]
+    make_logger(tmp_path, teacher, key="other prompts").draw(40, sampler()).result()
+    assert len(calls) == 2
+    off = make_logger(tmp_path, teacher, dataclasses.replace(CONFIG, samples_every=0))
     assert not any(off.due(step) for step in range(30))
 
 
+def test_samples_are_looked_at_in_the_background(tmp_path, monkeypatch):
+    """The loop goes on while process 0 writes: only the result is waited for."""
+    may_write = threading.Event()
+    monkeypatch.setattr(monitoring, "write_video", lambda *_: may_write.wait(60))
+    drawn = make_logger(tmp_path).draw(10, sampler())
+    assert not drawn.done()
+    may_write.set()
+    assert drawn.result()[0]["collapse"] == 0
+
+
+@pytest.mark.parametrize(
+    "clip, shards, total, at_once, shrink",
+    [
+        ((81, 480, 832), 64, 24, 64, 3),
+        ((81, 480, 832), 4, 24, 4, 3),
+        ((17, 32, 32), 1, 24, 24, 1),
+        ((17, 32, 32), 8, 6, 8, 1),
+    ],
+)
+def test_real_videos_are_drawn_few_at_a_time_and_shown_small(clip, shards, total, at_once, shrink):
+    class Drawn(Generator):
+        def __init__(self):
+            pass
+
+    generator = Drawn()
+    object.__setattr__(generator, "clip", clip)
+    object.__setattr__(generator, "mesh", SimpleNamespace(shape={"data": 1, "fsdp": shards}))
+    assert generator.samples_at_once(total) == at_once
+    assert generator.shrink(2 * total) == shrink
+    _, height, width = clip
+    assert 2 * total * (height // shrink) * (width // shrink) <= 2**22
+
+
 def test_bad_settings_are_named():
-    for change in ({"prompts": ()}, {"videos": 1}):
-        with pytest.raises(ValueError, match="samples_every needs prompts"):
-            dataclasses.replace(CONFIG, **change)
-    dataclasses.replace(CONFIG, samples_every=0, prompts=())
+    with pytest.raises(ValueError, match="samples_every needs videos of at least 2"):
+        dataclasses.replace(CONFIG, videos=1)
+    dataclasses.replace(CONFIG, samples_every=0, videos=1)
 
 
 def test_a_steps_operations_are_those_of_its_forwards(make_config, toy_generator):
@@ -201,11 +264,13 @@ def log_steps(config, workdir, first, last, checkpoints):
     workdir.mkdir(exist_ok=True)
     with Log(workdir, first, config, Throughput(8, None, None)) as log:
         for step in range(first + 1, last + 1):
+            seen = None
             if step == 4:
-                log.show(step, np.zeros((2, 8, 8, 3), np.uint8), ["it is grey"])
+                seen = Future()
+                seen.set_result(({"collapse": 1.0}, np.zeros((8, 8, 3), np.uint8), ["it is grey"]))
             metrics = {"student_loss": np.float32(10 * step), "data_mean": np.float32(step)}
             metrics |= {"data_std": np.float32(2), "latent_mean": np.float32(0), "latent_std": np.float32(1)}
-            log.step(step, metrics, {"reward_generated": 0.5 * step}, step in checkpoints)
+            log.step(step, metrics, {"reward_generated": 0.5 * step}, step in checkpoints, seen)
     for path in (workdir / "events").glob("*tfevents.1*"):  # two logs within a second would be one file
         path.rename(path.with_name(f"events.out.tfevents.{len(list(path.parent.iterdir())):010d}"))
 
@@ -219,7 +284,7 @@ def test_a_resumed_log_doubles_nothing_and_loses_nothing(make_config, check_even
     assert check_events(tmp_path / "cut") == check_events(tmp_path / "whole") == [4]
     for run in ("cut", "whole"):
         lines = read_history(tmp_path / run)
-        assert [line["step"] for line in lines] == sorted({3, 6, 8, saved} - {0})
+        assert [line["step"] for line in lines] == [3, 4, 6, 8]
         for line in lines:
             assert line["student_loss"] == 10 * line["step"] and line["reward_generated"] == 0.5 * line["step"]
             assert line["latent_mean_drift"] == -line["step"] and line["latent_std_ratio"] == 0.5
@@ -241,7 +306,7 @@ def test_weights_and_biases_gets_what_tensorboard_gets(make_config, tmp_path, mo
     run = types.SimpleNamespace(log=logged.append, finish=lambda: calls.append("finish"))
     module = types.ModuleType("wandb")
     module.init = lambda **given: calls.append(given) or run  # pyright: ignore[reportAttributeAccessIssue]
-    module.Video = lambda data, **_: data  # pyright: ignore[reportAttributeAccessIssue]
+    module.Image = lambda data: data  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "wandb", module)
     config = make_config({"steps": 2})
     metrics = {"student_loss": jnp.float32(0.25)}
@@ -252,12 +317,13 @@ def test_weights_and_biases_gets_what_tensorboard_gets(make_config, tmp_path, mo
 
     monkeypatch.setenv("WANDB_PROJECT", "distillation")
     with Log(tmp_path, 1, config, throughput) as log:
-        log.step(2, metrics, {"reward_real": 0.5}, True)
-        log.show(2, np.zeros((3, 4, 5, 3), np.uint8), [])
+        seen = Future()
+        seen.set_result(({}, np.zeros((4, 5, 3), np.uint8), []))
+        log.step(2, metrics, {"reward_real": 0.5}, True, seen)
     assert calls[0]["project"] == "distillation" and calls[0]["config"]["steps"] == 2 and calls[1:] == ["finish"]
-    scalars, shown = logged
+    shown, scalars = logged
     assert scalars == read_history(tmp_path)[-1] and scalars["student_loss"] == 0.25
-    assert shown["teacher_left_student_right"].shape == (3, 3, 4, 5) and shown["step"] == 2
+    assert shown["teacher_left_student_right"].shape == (4, 5, 3) and shown["step"] == 2
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb, or unset it"), Log(tmp_path, 2, config, throughput):
         pass
@@ -271,3 +337,34 @@ def test_what_the_bar_waits_for_is_not_in_its_estimate(make_config, tmp_path, ca
             time.sleep(1.2)
         assert log.bar.desc == "distilling" and log.bar.start_t - begun > 1.1
     assert "compiling, 1 s" in capfd.readouterr().err
+
+
+def test_the_first_step_is_shown_at_once_and_long_steps_each(make_config, tmp_path, capsys, monkeypatch):
+    config = make_config({"log_every": 100, "log_minutes": 4.0, "visibility.device_hour_price": 3.0, "steps": 20})
+    now = [0.0]
+    monkeypatch.setattr(monitoring.time, "perf_counter", lambda: now[0])
+    with Log(tmp_path, 0, config, Throughput(8, None, None)) as log:
+        for step in range(1, 8):
+            now[0] += 90.0
+            log.step(step, {"student_loss": np.float32(step)}, {}, False)
+            if step == 1:
+                assert "step 1: loss 1, after 90 s" in capsys.readouterr().out
+    # A step of 90 s is logged when 4 minutes have passed: the third and the sixth.
+    assert [line["step"] for line in read_history(tmp_path)] == [3, 6]
+    shown = dict(part.split("=") for part in log.bar.postfix.split(", "))
+    assert float(shown["hours_to_go"]) == pytest.approx(14 * 90 / 3600, rel=0.01)
+    assert float(shown["cost"]) == pytest.approx(8 * 3 * 6 * 90 / 3600, rel=0.01)
+
+
+def test_tags_are_grouped_and_learning_rates_logged(make_config, check_events, tmp_path):
+    config = make_config({"log_every": 1})
+    with Log(tmp_path, 0, config, Throughput(8, None, None)) as log:
+        metrics = {name: np.float32(1) for name in ("student_loss", "vsd", "latent_reward", "latent_mean")}
+        log.step(11, metrics, {"reward_generated": 1.0}, True)
+    check_events(tmp_path)
+    names = read_history(tmp_path)[0].keys() - {"step"}
+    group = {name: next(g for g, p in monitoring.GROUPS.items() if re.match(p, name)) for name in names}
+    assert group["vsd"] == group["student_loss"] == "loss" and group["latent_mean"] == "latents"
+    assert group["latent_reward"] == group["reward_generated"] == "reward"
+    rate = config.student.optimiser.learning_rate  # its warm-up of ten steps is over
+    assert read_history(tmp_path)[0]["learning_rate_student"] == pytest.approx(rate, rel=0.1)

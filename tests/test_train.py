@@ -194,7 +194,7 @@ def test_a_run_leaves_its_history_and_items(whole, generator, config, check_even
     assert check_events(workdir) == [3, 6]
     sampled = [line["step"] for line in history(workdir) if "sample_vendi" in line]
     assert sampled == [3, 6]
-    assert {path.name for path in (workdir / "samples").iterdir()} == {"step_000003.mp4", "step_000006.mp4"}
+    assert {path.name for path in (workdir / "samples").glob("*.mp4")} == {"step_000003.mp4", "step_000006.mp4"}
     # Two generated and two real latents per step, in a ring of twelve.
     parts = replay(workdir, make_scorer(generator, config).state)
     (kept,) = (part for name, part in parts.items() if name.startswith("replay_"))

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = FLAGS([f"dollar {name}", *rest])[1:]
         if extra and not command.takes:
             raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
-        check_flags()
+        check_flags(extra)
         with contextlib.redirect_stdout(Unbreakable(sys.stdout)), contextlib.redirect_stderr(Unbreakable(sys.stderr)):
             module.run(*extra)
     except (*EXPECTED, KeyboardInterrupt) as error:

@@ -29,8 +29,16 @@ def define(kind: str, name: str, default: Any, *rest: Any) -> None:
     getattr(flags, f"DEFINE_{kind}")(name, default, *rest, flag_values=FLAGS)
 
 
-def check_flags() -> None:
-    """Raises ValueError for a flag whose value is empty or no number that makes sense: --config's check themselves."""
+def check_flags(arguments: Sequence[str] = ()) -> None:
+    """Raises ValueError for a path in a bucket, which would pass for a folder's, and for a flag whose value is empty or
+    no number that makes sense: --config's check themselves.
+    """
+    for text in [*arguments, *(f"--{name}={FLAGS[name].value}" for name in FLAGS if name != "prompt")]:
+        if found := re.match(r"(?:--[^=]+=)?[a-z0-9]+://([^/]*)", text):
+            raise ValueError(
+                f"{text} is in a bucket, and only folders are read and written: mount it, as in gcsfuse {found[1]} "
+                "/mnt/bucket, and give its path there"
+            )
     for name in FLAGS:
         value, most = FLAGS[name].value, 2**32 - 1 if name == "seed" else 10**6
         if name == "workdir" and value and os.path.isfile(value):

@@ -1,7 +1,5 @@
 """`dollar config`."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from itertools import groupby

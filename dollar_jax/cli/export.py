@@ -1,7 +1,5 @@
 """`dollar export`."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`dollar plan`."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """`dollar prepare`."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re

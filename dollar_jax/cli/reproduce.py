@@ -1,7 +1,5 @@
 """`dollar reproduce`."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 

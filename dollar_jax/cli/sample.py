@@ -1,8 +1,5 @@
 """`dollar sample`."""
 
-from __future__ import annotations
-
-import hashlib
 import sys
 from pathlib import Path
 
@@ -84,15 +81,10 @@ def run() -> None:
 
     fps = FLAGS.fps or clip_fps(config.data, generator.pipeline.family.fps)
     rows = [(file_name(prompt, i), prompt, i) for prompt in prompts for i in range(columns)]
-    made = {"seeds": FLAGS.seed, "num": FLAGS.num, "scale": scale}
+    # A folder may get more prompts later.
+    files = manifest.files_of(out) | {name: prompt for name, prompt, _ in rows} if is_folder(out) else {}
+    made = {"scale": scale, **manifest.made_of(sorted({*files.values()} or prompts), FLAGS.seed, FLAGS.num, files)}
     made |= manifest.describe(config, generator, fps, samplers)
-    if is_folder(out):
-        # A folder may get more prompts later.
-        made["files"] = manifest.files_of(out) | {name: prompt for name, prompt, _ in rows}
-        listed = sorted(set(made["files"].values()))
-    else:
-        listed = prompts
-    made |= {"prompts": "raw", "prompts_sha256": hashlib.sha256("\n".join(listed).encode()).hexdigest()}
     manifest.write_manifest(out, made, free=("versions", "files", "prompts_sha256"))
 
     def keys():

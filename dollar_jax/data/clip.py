@@ -1,7 +1,5 @@
 """What the training data says of its clips before any is read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

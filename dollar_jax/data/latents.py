@@ -1,7 +1,5 @@
 """Videos and captions as latents and text states, encoded once by the teacher's own VAE and encoder."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Sequence
@@ -45,6 +43,10 @@ class EncodedVideos:
     @property
     def has_latents(self) -> bool:
         return True
+
+    def some_captions(self, count: int) -> list[str]:
+        """At most so many different captions, the same each time."""
+        return list(dict.fromkeys(self.captions))[:count]
 
     def captions_of(self, batch: dict[str, Any]) -> list[str]:
         """The captions of a batch's rows."""

@@ -1,7 +1,5 @@
 """The default domain as a TFDS dataset, rendered on the user's machine: no download, no TensorFlow."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Batches on the devices before the step asks for them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -131,6 +131,12 @@ class PreparedVideos:
             )
         return self
 
+    def some_captions(self, count: int) -> list[str]:
+        """At most so many different captions, the same each time."""
+        records = next(iter(self.buckets.values()))
+        spread = np.linspace(0, len(records) - 1, min(8 * count, len(records))).astype(int)
+        return list(dict.fromkeys(records.readable(int(i))["caption"].decode() for i in spread))[:count]
+
     def captions_of(self, batch: dict[str, Any]) -> list[str]:
         """The captions of a batch's rows."""
         return [str(caption) for caption in batch["caption"]]

@@ -1,7 +1,5 @@
 """A word-level tokenizer for a small vocabulary, as a transformers tokenizer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

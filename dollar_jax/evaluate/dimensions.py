@@ -5,8 +5,6 @@ LAION's predictor. Three keep VBench's formula on a network of ours, so that the
 and with nobody's table: their names end in `_ours`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

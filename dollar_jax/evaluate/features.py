@@ -4,8 +4,6 @@ Two networks: the teacher's own VAE encoder, which is always at hand, and AlexNe
 gives (torchvision's names), with LPIPS's heads (Zhang et al., arXiv 1801.03924) if they are among them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Prompt lists in, video files out."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -11,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from dollar_jax.evaluate.manifest import files_of
 from dollar_jax.files import read_text
 from dollar_jax.generate import Generator, Sampler, draw_beside
 from dollar_jax.types import Params
@@ -56,7 +55,8 @@ def file_name(prompt: str, index: int) -> str:
 
 
 def find_videos(folder: Path) -> dict[str, list[Path]]:
-    """The .mp4 and .gif files of a folder by prompt: `{prompt}-{index}.mp4`; others are their own prompt.
+    """The .mp4 and .gif files of a folder by prompt: as its manifest says, or by `{prompt}-{index}.mp4`; others are
+    their own prompt.
 
     Raises FileNotFoundError when there is no folder or no video in it.
     """
@@ -70,10 +70,11 @@ def find_videos(folder: Path) -> dict[str, list[Path]]:
     if others := sorted(path.name for path in files if path.suffix.lower() not in (*SUFFIXES, ".json", ".html")):
         print(f"not measured, for they are no {' or '.join(SUFFIXES)}: {', '.join(others)}")
     found: dict[str, list[tuple[int, Path]]] = {}
+    known = files_of(folder)
     for path in paths:
         match = re.fullmatch(r"(.+)-(\d+)", path.stem)
         prompt, index = (match[1], int(match[2])) if match else (path.stem, 0)
-        found.setdefault(prompt, []).append((index, path))
+        found.setdefault(known.get(path.name, prompt), []).append((index, path))
     return {prompt: [path for _, path in sorted(found[prompt])] for prompt in sorted(found)}
 
 

@@ -1,7 +1,5 @@
 """Measures of videos in a folder, whoever made them; only one prompt's videos are in memory at a time."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -22,7 +22,7 @@ from dollar_jax.files import read_json
 
 if TYPE_CHECKING:
     from dollar_jax.config import DistillConfig
-    from dollar_jax.generate import ChosenSampler, Generator
+    from dollar_jax.generate import BoundSampler, Generator
 
 NAME = "manifest.json"
 # What two sets must share for their measures to compare; the rest says which model it was, and on what.
@@ -49,8 +49,15 @@ def versions() -> dict[str, str]:
     }
 
 
+def made_of(prompts: Sequence[str], seeds: Sequence[int], num: int, files: Mapping[str, str]) -> dict[str, Any]:
+    """The prompts and seeds of videos that are no list of VBench's; `files` gives each file's prompt."""
+    listed = "\n".join(sorted(prompts)).encode()
+    made = {"prompts": "raw", "prompts_sha256": hashlib.sha256(listed).hexdigest(), "seeds": seeds, "num": num}
+    return {**made, "files": files} if files else made
+
+
 def describe(
-    config: DistillConfig, generator: Generator, fps: float, samplers: Sequence[ChosenSampler]
+    config: DistillConfig, generator: Generator, fps: float, samplers: Sequence[BoundSampler]
 ) -> dict[str, Any]:
     """What videos are made with besides their prompts and seeds; of several samplers the last one's."""
     frames, height, width = generator.clip

@@ -17,21 +17,12 @@ from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.folder import variety
 from dollar_jax.evaluate.frechet import frechet_distance
 from dollar_jax.evaluate.quality import net_change, temporal_flicker
-from dollar_jax.generate import Generator, Sampler, subset, video_keys
+from dollar_jax.generate import BoundSampler, Generator, subset, video_keys
 from dollar_jax.rewards import AnyReward
 from dollar_jax.types import Params
 from dollar_jax.video import to_uint8
 
 TIMED = 3  # batches at least, for a median
-
-
-@dataclasses.dataclass(frozen=True)
-class BoundSampler:
-    """One way to draw: a jitted sampler, its parameters, and its network evaluations per video."""
-
-    draw: Sampler
-    params: Params
-    nfe: int
 
 
 def samplers(generator: Generator, student: Params | None, timesteps: Sequence[float]) -> dict[str, BoundSampler]:

@@ -1,7 +1,5 @@
 """metrics.json: what was measured."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Measures a run: its student and its teacher, as numbers, as a page and as videos."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

@@ -3,8 +3,6 @@
 Normalisation and weights are those of VBench's own `scripts/constant.py`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

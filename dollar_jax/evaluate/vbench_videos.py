@@ -1,7 +1,5 @@
 """The videos that VBench (Huang et al., arXiv 2311.17982) asks for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """TPU chips that need not be there: what each can do, and the devices of a topology of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """Teachers without their weights: their networks' programs by shapes alone."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from jax.sharding import Mesh

@@ -1,7 +1,5 @@
 """An item of the source's list as clips to encode."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """HDR and wide-gamut pictures on a BT.709 screen."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Frames through FFmpeg's filters: interlaced ones made progressive, and the container's crop cut out."""
 
-from __future__ import annotations
-
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator

@@ -13,8 +13,6 @@ the list and the settings alone, so that a job which was killed and resumed ends
 was not.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

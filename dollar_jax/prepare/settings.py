@@ -1,7 +1,5 @@
 """What `dollar prepare` makes its data set of, and the names of the files it leaves while it works."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Clips as the records of a data set: encoded by the teacher's networks, written to one shard for each size."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

@@ -10,8 +10,6 @@ A source is listed as items, one JSON object per video, without opening a video:
 what was wrong with it already.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools

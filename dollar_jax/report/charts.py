@@ -1,7 +1,5 @@
 """Where the parts of a chart lie, in pixels; templates/parts.html draws them as SVG."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

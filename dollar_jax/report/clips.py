@@ -1,7 +1,5 @@
 """Videos inside a page, as good as its size allows."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The measures of samples: how a table heads, shows and compares them."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

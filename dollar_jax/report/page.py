@@ -1,7 +1,5 @@
 """A page that opens offline, from a template in templates/: tables, and numbers as a person writes them."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

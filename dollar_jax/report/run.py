@@ -1,7 +1,5 @@
 """`report.html` of a run: measures, videos side by side, training curves, settings, in one file."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

@@ -8,8 +8,6 @@ A reward is named by a key of REWARDS or LOADERS, or by the place of one's own: 
 `path/to/file.py:name`, where the name is a function (frames, prompts) → [b], a `Reward` or a `JaxReward`.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence

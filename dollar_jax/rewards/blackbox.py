@@ -1,7 +1,5 @@
 """An example of a black box on the host that needs a package of its own: `pip install dollar_jax[rewards]`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The rewards that come with the package. A new one is a function here and its row in the table below."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ for those that read prompts CLIP's tokenizer (tokenizer.json, or vocab.json and 
 scored, a clip's reward is their mean. Weights are held in half precision, in which HPSv2's are published.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

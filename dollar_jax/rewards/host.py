@@ -4,8 +4,6 @@ Every call has a thread of its own that may be left behind, for a thread cannot 
 hangs costs its timeout, not the run. Calls that fail are tried again, then their samples are skipped.
 """
 
-from __future__ import annotations
-
 import collections
 import os
 import threading

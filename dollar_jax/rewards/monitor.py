@@ -3,11 +3,7 @@
 Fresh samples are the student's, scored before anything has learned from them.
 """
 
-from __future__ import annotations
-
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dollar_jax.config import RewardGuard
 
@@ -61,7 +57,7 @@ class Monitor:
         return values
 
     def hacked(self, guard: RewardGuard) -> str | None:
-        """The reason to stop, in words, or None. Every process decides alike: on the mean of their summaries."""
+        """The reason to stop, in words, or None. Every process has the same samples, and decides alike."""
         if guard.min_correlation is None and guard.max_fall is None:
             return None
         full = np.isfinite(self.state["pairs"]).all()
@@ -70,11 +66,6 @@ class Monitor:
         values = np.array([own.get(name, np.nan) for name in names])
         if not full:  # too few pairs for a verdict
             values[0] = np.nan
-        if jax.process_count() > 1:
-            everyone = np.asarray(multihost_utils.process_allgather(values)).reshape(-1, len(names))
-            values = np.array(
-                [column[np.isfinite(column)].mean() if np.isfinite(column).any() else np.nan for column in everyone.T]
-            )
         if guard.min_correlation is not None and values[0] < guard.min_correlation:
             return (
                 f"latent and true reward correlate by {values[0]:.3f} on fresh samples, less than "

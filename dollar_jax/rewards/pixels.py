@@ -1,7 +1,5 @@
 """The JAX rewards of a run behind their decoder, as one pure function for the jitted step."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """What a reward is: (frames [b t h w 3] in [0, 1], prompts) → rewards [b], on the host or in the jitted step."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence

@@ -4,20 +4,18 @@ While the devices run a step, host rewards score what the previous one generated
 or its latent reward model, one step later. All that a later step depends on is in `Scorer.state`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dollar_jax import sharding
 from dollar_jax.config import DistillConfig
 from dollar_jax.distillation import RewardSamples
+from dollar_jax.distributed import gather
 from dollar_jax.program import Program
 from dollar_jax.rewards.host import HostScorer
 from dollar_jax.rewards.methods import method_of
@@ -28,20 +26,19 @@ from dollar_jax.rewards.reward import AnyReward, JaxReward
 from dollar_jax.types import Params
 
 Shape = tuple[int, ...]
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-    """A step's samples under way, their text, whether they are finite.
+    """A step's samples under way and their text, all of them on every process.
 
-    `here` are those rows of `samples` that this process holds, `text` theirs. `shape` is that of the latents
-    of the step's batch.
+    `here` are those rows that this process scores, and `finite` whether the latents of these are. `shape` is that of
+    the latents of the step's batch.
     """
 
     samples: RewardSamples
+    text: Any
     here: np.ndarray
-    text: np.ndarray
     finite: jax.Array
     shape: Shape
 
@@ -78,6 +75,7 @@ class Scorer:
         self._decode_programs: dict[Shape, Program] = {}
         self._trained, self._held_out = np.array(c.trained, int), np.array(c.held_out, int)
         self._pending: _Pending | None = None
+        self._everywhere: Program | None = None
         # Data with aspect buckets has latents of several shapes: a step learns from those of its batch's.
         self.method = method_of(config)
         memories = {tuple(shape): self.method.memory(shape, text_shape) for shape in latent_shapes}
@@ -127,23 +125,33 @@ class Scorer:
             for host in self.hosts.values():
                 host.submit(LocalRows(frames), prompts)
         shape = tuple(np.shape(batch["latent"])[1:])
-        self._pending = _Pending(samples, here, np.asarray(batch["text"])[rows], finite, shape)
+        text = np.asarray(batch["text"])[rows]
+        if jax.process_count() > 1:
+            # At once: dispatched ahead of the next step, it is done before it, and `collect` need not wait for that.
+            text = sharding.make_global_rows(text, here, samples.latent.sharding, count)
+            if self._everywhere is None:
+                where = sharding.replicated(samples.latent.sharding.mesh)
+                self._everywhere = Program("gather_samples", lambda *x: x, out_shardings=where)
+            samples, text = self._everywhere(samples, text)
+        self._pending = _Pending(samples, text, here, finite, shape)
 
     def collect(self) -> None:
-        """Waits for what was submitted, on every process, and takes it in."""
+        """Waits for what was submitted, on every process, and takes it in; for no later step."""
         self.latest = {}
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        samples = jax.tree.map(local_rows, pending.samples)
-        reward = np.array(samples.reward)
+        scores = {}
         for i, host in self.hosts.items():
             # A reward may give a finite number to anything, so what is not finite never counts.
             scored = np.where(local_rows(pending.finite), host.collect(), np.nan)
-            reward[..., i] = scored.reshape(reward.shape[:2])
-        reward[~np.isfinite(pending.text).all((1, 2))] = np.nan
+            scores[i] = of_all_processes(pending.here, scored.reshape(len(pending.here), -1))
+        samples, text = jax.tree.map(np.asarray, (pending.samples, pending.text))
+        reward = np.array(samples.reward)
+        for i, scored in scores.items():
+            reward[..., i] = scored
+        reward[~np.isfinite(text).all((1, 2))] = np.nan
         samples = dataclasses.replace(samples, reward=reward)
-        samples, text = of_all_processes(pending.here, (samples, pending.text))
         trained = samples.reward[..., self._trained]
         self._failed = 0 if np.isfinite(trained).all(-1).any() else self._failed + 1
         if self._failed >= self.config.max_failed_rounds:
@@ -214,13 +222,12 @@ def local_rows(x: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def of_all_processes(here: np.ndarray, rows: T) -> T:
-    """All rows of a tree of arrays in order, of which each process has those that `here` numbers.
+def of_all_processes(here: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """All rows in order, of which each process has those that `here` numbers; the devices are not asked.
 
     Of a row that several have, the first one's counts, so that all have the same.
     """
-    if jax.process_count() == 1:
-        return rows
-    numbers, everyone = jax.tree.map(np.asarray, multihost_utils.process_allgather((here, rows), tiled=True))
-    _, first = np.unique(numbers, return_index=True)
-    return jax.tree.map(lambda x: x[first], everyone)
+    found = gather(np.column_stack([here, rows]).astype(np.float64).tobytes())
+    table = np.concatenate([np.frombuffer(part).reshape(-1, 1 + rows.shape[1]) for part in found])
+    _, first = np.unique(table[:, 0], return_index=True)
+    return table[first, 1:]

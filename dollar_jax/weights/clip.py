@@ -1,7 +1,5 @@
 """transformers' `CLIPModel`, and OpenCLIP's names for the same, ↔ `CLIP`."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re

@@ -1,7 +1,5 @@
 """diffusers' `CogVideoXTransformer3DModel` ↔ `CogVideoXTransformer`."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from dollar_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer

@@ -1,7 +1,5 @@
 """diffusers' `AutoencoderKLCogVideoX` ↔ `CogVideoXVAE`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, cast
 

@@ -3,8 +3,6 @@
 Another family is one more record in FAMILIES, beside its networks in `models` and their tables.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import html

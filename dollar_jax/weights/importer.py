@@ -1,7 +1,5 @@
 """`dollar import`: a diffusers pipeline folder, or one from the hub, to Orbax, tensor by tensor."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One kind of network in a pipeline folder: its config.json as our configuration and back, and its weights' table."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """A text-to-video pipeline folder in diffusers layout ↔ networks, parameters and schedule."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Reads and writes a component folder of diffusers or transformers: config.json and safetensors."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """diffusers' scheduler_config.json ↔ `Schedule`: flow matching, and the DDPM schedulers of CogVideoX."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ source only, is the position on the parameter's leading axis. The first row whos
 parameter is its row.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

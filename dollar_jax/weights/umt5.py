@@ -1,7 +1,5 @@
 """transformers' `UMT5EncoderModel` and `T5EncoderModel` ↔ `UMT5Encoder`."""
 
-from __future__ import annotations
-
 from dollar_jax.models.umt5 import UMT5Config, UMT5Encoder
 from dollar_jax.weights.kind import Kind
 from dollar_jax.weights.table import TRANSPOSE, Row

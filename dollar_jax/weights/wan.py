@@ -1,7 +1,5 @@
 """diffusers' `WanTransformer3DModel` ↔ `WanTransformer`."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from dollar_jax.models.wan import WanConfig, WanTransformer

@@ -1,7 +1,5 @@
 """diffusers' `AutoencoderKLWan` ↔ `WanVAE`."""
 
-from __future__ import annotations
-
 from flax.traverse_util import flatten_dict
 
 from dollar_jax.models.wan_vae import WanVAE, WanVAEConfig

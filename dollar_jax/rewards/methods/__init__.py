@@ -1,7 +1,5 @@
 """How rewards reach the student: one file and one class per `config.reward.method`."""
 
-from __future__ import annotations
-
 from dollar_jax.config import DistillConfig
 from dollar_jax.rewards.methods.base import RewardMethod
 from dollar_jax.rewards.methods.ddpo import DDPO

@@ -1,0 +1,71 @@
+"""Makes what tests/real_geometry.sh starts from: a tiny Wan as from the hub, a tiny CLIP, clips with captions.
+
+python tests/real_geometry.py FOLDER HEIGHT WIDTH FRAMES
+"""
+
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+from dollar_jax.data import shapes
+from dollar_jax.data.vocabulary import build_tokenizer
+from dollar_jax.video import write_video
+
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def wan(folder: Path) -> None:
+    """The published VAE's strides, so that latents have their real shape; everything else is tiny."""
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+    )
+    vae = diffusers.AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    sizes = {"vocab_size": 24, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    text = transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes, feed_forward_proj="gated-gelu"))
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    tokenizer = build_tokenizer(shapes.VOCABULARY)
+    diffusers.WanPipeline(tokenizer, text, vae, scheduler, transformer).save_pretrained(folder)
+
+
+def clip(folder: Path) -> None:
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
+    words = [*letters, "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16).save_pretrained(folder)
+    end = len(words) - 1
+    ends = {"eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
+    text = {**TOWER, **ends, "vocab_size": len(words), "max_position_embeddings": 16}
+    vision = {**TOWER, "image_size": 28, "patch_size": 7}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    transformers.CLIPModel(config).save_pretrained(folder)
+
+
+def videos(folder: Path, height: int, width: int, frames: int) -> None:
+    rng = np.random.default_rng(0)
+    for i, caption in enumerate(shapes.covering_captions()[:8]):
+        start, step = rng.integers(0, 100, 3), rng.integers(-8, 8, 3)
+        grey = start + step * np.arange(frames)[:, None] % 256
+        clip = np.broadcast_to(grey[:, None, None], (frames, height, width, 3)).astype(np.uint8)
+        write_video(folder / f"{i}.mp4", clip, 16)
+        (folder / f"{i}.txt").write_text(f"{caption}\n")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    root, size = Path(sys.argv[1]), [int(word) for word in sys.argv[2:5]]
+    wan(root / "hub")
+    clip(root / "clip")
+    videos(root / "clips", *size)
