@@ -55,6 +55,7 @@ EXIT_CODES = {
     4: "there are checkpoints, but none is whole",
     5: "another run is using the workdir",
     6: "training stopped by itself before its last step",
+    7: "another process of the run died",
     130: "Ctrl-C, in training after the step under way was saved",
     143: "SIGTERM, in training after the step under way was saved",
 }
