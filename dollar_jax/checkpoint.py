@@ -2,9 +2,8 @@
 
     checkpoints/120/student, ema, fake_score, reward_head, optimisers, progress, data, ..., SHA256SUMS
 
-Items are restored by name, so that sampling reads the student alone. A step's folder appears under its
-name only when it is whole, with the checksums of all its files: a killed save leaves nothing that looks like
-a checkpoint, and what is not as it was written is not restored.
+Items are restored by name, so that sampling reads the student alone. A step's folder appears under its name only when
+it is whole, with the checksums of all its files, and what is not as it was written is not restored.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from dollar_jax.files import CHECKSUMS, find_damage, sync, write_checksums
 
 TRIES = 3  # of a save before the run ends
 _DRAFT = ".orbax-checkpoint-tmp"
-
 
 # A save that fails is told by SaveFailed; Orbax logs its traceback as well.
 logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
@@ -88,26 +86,20 @@ class Checkpoints:
         Goes on in the background, unless it is to `wait` or an earlier save has failed: then it is tried TRIES times.
         Raises SaveFailed.
         """
-        args = {
-            # Every process is at the same position, so that one file serves any number of processes.
-            name: ocp.args.JsonSave(item.get_state())  # type: ignore[call-arg]
-            if isinstance(item, grain.DatasetIterator)
-            else ocp.args.StandardSave(item)  # type: ignore[call-arg]
-            for name, item in items.items()
-        }
-        wait = wait or self.failed()
-        path, composite = _Folder(self.folder / str(step)), ocp.args.Composite(**args)
+        # Every process is at the same position, so that one file serves any number of processes.
+        args = _by_kind(items, lambda data: ocp.args.JsonSave(data.get_state()), ocp.args.StandardSave)
+        wait, path = wait or self.failed(), _Folder(self.folder / str(step))
         for attempt in range(TRIES if jax.process_count() == 1 else 1):  # several are not where this one is
             try:
-                self._checkpointer.save(path, args=composite, force=True, custom_metadata={"checksums": CHECKSUMS})
+                self._checkpointer.save(path, args=args, force=True, custom_metadata={"checksums": CHECKSUMS})
                 if wait:
                     self._checkpointer.wait_until_finished()
                 self._failure = None
                 return
             except Exception as error:  # of the file system, through Orbax and TensorStore
                 wait, self._failure = True, error
-                told = f"saving step {step} failed, try {attempt + 1} of {TRIES}"
-                print(f"\n{told}: {_first_line(error)}", file=sys.stderr)
+                told = f"saving step {step} failed, try {attempt + 1} of {TRIES}: {_first_line(error)}"
+                print(f"\n{told}", file=sys.stderr)
                 time.sleep(attempt)
         self._give_up(f"step {step}")
 
@@ -122,11 +114,9 @@ class Checkpoints:
 
     def _give_up(self, what: str) -> None:
         failure, self._failure, good = self._failure, None, self.latest()
-        raise SaveFailed(
-            f"{what} could not be saved ({_first_line(failure)}); "
-            + (f"the last good checkpoint is {self.folder / str(good)}" if good else "there is no checkpoint yet")
-            + ": make room, or make the folder writable, and run it again"
-        ) from failure
+        left = f"the last good checkpoint is {self.folder / str(good)}" if good else "there is no checkpoint yet"
+        mend = "make room, or make the folder writable, and run it again"
+        raise SaveFailed(f"{what} could not be saved ({_first_line(failure)}); {left}: {mend}") from failure
 
     def _commit(self, draft: Path, final: Path) -> None:
         """Ends a save, in process 0: the draft gets its checksums and its name, and what is not kept goes."""
@@ -141,11 +131,9 @@ class Checkpoints:
     def restore(self, like: Mapping[str, Any]) -> dict[str, Any]:
         """The named items of the newest step in which they are whole; what is wrong with newer ones goes to stderr.
 
-        `like` gives each item's structure, shapes, dtypes and shardings, as arrays or
-        `jax.ShapeDtypeStruct`s; a Grain iterator is moved to the saved position.
-
-        Raises FileNotFoundError when there is no checkpoint, NothingWhole when none is whole, ValueError when it
-        holds other networks than `like`.
+        `like` gives each item's structure, shapes, dtypes and shardings, as arrays or `jax.ShapeDtypeStruct`s; a Grain
+        iterator is moved to the saved position. Raises FileNotFoundError when there is no checkpoint, NothingWhole
+        when none is whole, ValueError when it holds other networks than `like`.
         """
         faults: dict[int, str] = {}
         for step in self.steps():
@@ -171,8 +159,7 @@ class Checkpoints:
     def _fault(self, path: Path, names: Iterable[str]) -> str:
         """What is wrong with the named items of a step, as far as this process looks; empty when nothing is."""
         if (path / CHECKSUMS).exists() or not _unsummed(path):
-            share = jax.process_index(), jax.process_count()
-            return find_damage(path, names, _about(int(path.name)), share)
+            return find_damage(path, names, _about(int(path.name)), (jax.process_index(), jax.process_count()))
         missing = [name for name in names if not (path / name).is_dir()]
         if not missing and jax.process_index() == 0:
             print(f"{path} was saved by version 0.1.0, without checksums: it is not checked", file=sys.stderr)
@@ -188,13 +175,10 @@ class Checkpoints:
         return not said[:, 1].any()
 
     def _read(self, path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
-        args = {
-            name: ocp.args.JsonRestore()  # type: ignore[call-arg]
-            if isinstance(item, grain.DatasetIterator)
-            else ocp.args.StandardRestore(jax.tree.map(_abstract, item))  # type: ignore[call-arg]
-            for name, item in like.items()
-        }
-        restored = dict(self._checkpointer.restore(_Folder(path), args=ocp.args.Composite(**args)))
+        args = _by_kind(
+            like, lambda _: ocp.args.JsonRestore(), lambda item: ocp.args.StandardRestore(jax.tree.map(_abstract, item))
+        )
+        restored = dict(self._checkpointer.restore(_Folder(path), args=args))
         for name, item in like.items():
             if isinstance(item, grain.DatasetIterator):
                 item.set_state(restored[name])
@@ -241,6 +225,12 @@ class _Folder(gpath.PosixGPath):
         return (self / path for path in glob.glob(pattern, root_dir=self))
 
 
+def _by_kind(items: Mapping[str, Any], position: Callable[[Any], Any], arrays: Callable[[Any], Any]) -> Any:
+    """Orbax's arguments for items that are Grain iterators, and for those that are trees of arrays."""
+    kinds = {name: position if isinstance(item, grain.DatasetIterator) else arrays for name, item in items.items()}
+    return ocp.args.Composite(**{name: kind(items[name]) for name, kind in kinds.items()})
+
+
 def _about(step: int) -> str:
     return f"checkpoint of step {step}"
 
@@ -258,6 +248,17 @@ def _first_line(error: BaseException | None) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def abstract(shapes: Any, places: Any) -> Any:
+    """A tree of shapes with the shardings of a tree like it."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+
+def on_host(shapes: Any) -> Any:
+    """For each leaf the sharding that is this host's memory."""
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return jax.tree.map(lambda _: host, shapes)
+
+
 def _abstract(x: Any) -> Any:
     if isinstance(x, jax.Array):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
@@ -271,15 +272,10 @@ _CHUNK = 2**26  # bytes on disk that are read together: a shard of a mesh needs 
 
 
 def save_stream(folder: str | Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes the tree of (path, array) pairs, paths like "a/b/c", without holding it in memory.
-
-    The folder appears under its name only when all are in it.
-    """
-    path = _Folder(Path(folder).absolute())
-    host = jax.local_devices(backend="cpu")[0]
+    """Writes a tree as (path, array) pairs, "a/b/c", not held in memory; the folder appears when all are in it."""
+    path, host = _Folder(Path(folder).absolute()), jax.local_devices(backend="cpu")[0]
     waiting: dict[str, Any] = {}
-    size = 0
-    context = v1.Context()
+    size, context = 0, v1.Context()
     context.array.saving.storage_options.chunk_byte_size = _CHUNK
     with context:
         for name, array in arrays:
@@ -305,12 +301,7 @@ def restore_tree(folder: str | Path, shapes: Any, shardings: Any = None) -> Any:
     Without shardings they are numpy arrays on this host. Raises ValueError when the folder is damaged
     or holds another tree.
     """
-    if shardings is None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        where = jax.tree.map(lambda _: here, shapes)
-    else:
-        where = shardings
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+    like = abstract(shapes, on_host(shapes) if shardings is None else shardings)
     try:
         tree = v1.load(_Folder(Path(folder).absolute()), like)
     except (ValueError, OSError, KeyError) as error:

@@ -1,7 +1,6 @@
 """Files and folders that are there whole or not at all, and readers that nothing in a file can make hang or run out.
 
-What is written survives a kill or a crash of the machine. Whatever is read is a regular file: a pipe or a device may
-never end.
+What is written survives a kill or a crash. Whatever is read is a regular file: a pipe or a device may never end.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from typing import Any, BinaryIO
 
 MOST_TEXT = 2**28  # bytes of a text file that is read as a whole
 _DEEPEST = 64  # levels of JSON in JSON
-
 CHECKSUMS = "SHA256SUMS"  # of all files of a folder, as `sha256sum --check` reads it
 
 
@@ -149,9 +147,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-# --- checksums ------------------------------------------------------------------------------------
-
-
 def hash_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
@@ -216,7 +211,6 @@ def _names(folder: Path) -> list[str]:
     return [name for name in names if name != CHECKSUMS and not re.search(r"(^|/)\.", name)]
 
 
-def _hash_all(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    names = list(names)
+def _hash_all(folder: Path, names: list[str]) -> dict[str, str]:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: hash_file(folder / name), names), strict=True))

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from dollar_jax import sharding
-from dollar_jax.checkpoint import Checkpoints
+from dollar_jax.checkpoint import Checkpoints, abstract, on_host
 from dollar_jax.config import DistillConfig, LoraConfig, distill_config, unresumable
 from dollar_jax.files import parse_json, read_json, read_text, write_file
 from dollar_jax.generate import BoundSampler, Generator, merge_program, student_network, subset
@@ -48,10 +48,7 @@ def check_config(config: DistillConfig, workdir: Path) -> None:
 
 
 def record_config(config: DistillConfig, workdir: Path, resumed: bool = True) -> None:
-    """Writes the run's settings into its workdir, for whoever resumes or samples it.
-
-    Raises as `check_config` if the run is `resumed`.
-    """
+    """Writes the run's settings into its workdir; raises as `check_config` if the run is `resumed`."""
     if resumed:
         check_config(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -116,16 +113,14 @@ def restore_trained(
 ) -> tuple[int, Params]:
     """The newest checkpoint's step, and what was trained of its student: all parameters, or the adapters.
 
-    In its shards on `mesh`, or in this host's memory. The student's moving average if `ema`. Raises
-    FileNotFoundError when there is no checkpoint, or no whole one.
+    The moving average if `ema`, in its shards on `mesh` or in this host's memory. Raises FileNotFoundError.
     """
     shapes = student_network(transformer, config).shapes
     if config.rank:
         shapes = lora.adapters(shapes)
     name = "ema" if ema else "student"
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    where = jax.tree.map(lambda _: host, shapes) if mesh is None else sharding.shard(mesh, shapes)
-    like = {name: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, "float32", sharding=s), shapes, where)}
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), shapes)
+    like = {name: abstract(shapes, on_host(shapes) if mesh is None else sharding.shard(mesh, shapes))}
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         params = checkpoints.restore({name: like})[name][name]
         return checkpoints.restored, params

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dollar_jax import sharding
-from dollar_jax.checkpoint import Checkpoints
+from dollar_jax.checkpoint import Checkpoints, abstract
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.data.prepared import PreparedVideos
@@ -45,13 +45,12 @@ def train(
 ) -> TrainState:
     """Distils for `config.steps` steps, from the newest checkpoint in `workdir` if there is one.
 
-    Leaves checkpoints, history.jsonl, TensorBoard events and config.json. Stops early, with a checkpoint,
-    when config.reward.guard says that the reward is being hacked. Raises ValueError when the workdir
-    holds a run with other settings, FloatingPointError when too many steps in a row were not finite, Preempted
-    after SIGTERM or Ctrl-C, with a checkpoint, SaveFailed when none can be saved, InUse when another run owns
-    the workdir. Nothing is written before the first step can be taken; where no checkpoint was saved yet, a
-    run may begin anew with other settings. With `replay_batch`, a batch that such an error left, it prints what is
-    not finite in that one step, and trains nothing.
+    Leaves checkpoints, history.jsonl, TensorBoard events and config.json. Stops early, with a checkpoint, when
+    config.reward.guard says that the reward is being hacked. Raises ValueError when the workdir holds a run with other
+    settings, FloatingPointError when too many steps in a row were not finite, Preempted after SIGTERM or Ctrl-C, with a
+    checkpoint, SaveFailed when none can be saved, InUse when another run owns the workdir. Nothing is written before
+    the first step can be taken; where no checkpoint was saved yet, a run may begin anew with other settings. With
+    `replay_batch`, a batch that such an error left, it prints what is not finite in that step, and trains nothing.
     """
     method_of(config).check()
     if Checkpoints(workdir / CHECKPOINTS).latest():
@@ -165,9 +164,7 @@ def _go_on_from(workdir: Path, programs: TrainPrograms, state: TrainState) -> Tr
 
 def _abstract(programs: TrainPrograms) -> dict[str, Any]:
     """The items of a checkpoint of the state as shapes on the programs' mesh."""
-    shapes = jax.eval_shape(to_items, programs.state_shapes)
-    places = as_items(programs.state_sharding)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+    return abstract(jax.eval_shape(to_items, programs.state_shapes), as_items(programs.state_sharding))
 
 
 def _restore(
