@@ -49,10 +49,8 @@ class NothingWhole(FileNotFoundError):
 
 
 class Checkpoints:
-    """The checkpoints of a folder. Saves run in the background until `close`.
-
-    With `keep`, for the run that owns the folder, the newest `keep` stay, and one that is found damaged is moved
-    aside to `STEP.damaged` once an older one has been restored. Without, nothing there is ever removed or moved.
+    """The checkpoints of a folder. With `keep`, for the run that owns it, the newest `keep` stay, and a damaged one is
+    moved aside to `STEP.damaged` once an older one has been restored. Without, nothing there is removed or moved.
     """
 
     def __init__(self, folder: str | Path, keep: int | None = None):
@@ -81,10 +79,8 @@ class Checkpoints:
         return next(iter(self.steps()), None)
 
     def save(self, step: int, items: Mapping[str, Any], wait: bool = False) -> None:
-        """Saves the items: pytrees of arrays, or a Grain iterator, whose position is kept.
-
-        Goes on in the background, unless it is to `wait` or an earlier save has failed: then it is tried TRIES times.
-        Raises SaveFailed.
+        """Saves pytrees of arrays, and Grain iterators, whose position is kept, in the background. If it is to `wait`,
+        or an earlier save has failed, it is tried TRIES times before SaveFailed.
         """
         # Every process is at the same position, so that one file serves any number of processes.
         args = _by_kind(items, lambda data: ocp.args.JsonSave(data.get_state()), ocp.args.StandardSave)
@@ -130,10 +126,8 @@ class Checkpoints:
 
     def restore(self, like: Mapping[str, Any]) -> dict[str, Any]:
         """The named items of the newest step in which they are whole; what is wrong with newer ones goes to stderr.
-
-        `like` gives each item's structure, shapes, dtypes and shardings, as arrays or `jax.ShapeDtypeStruct`s; a Grain
-        iterator is moved to the saved position. Raises FileNotFoundError when there is no checkpoint, NothingWhole
-        when none is whole, ValueError when it holds other networks than `like`.
+        `like` has arrays or `jax.ShapeDtypeStruct`s; a Grain iterator is moved to the saved position. Raises
+        FileNotFoundError without a checkpoint, NothingWhole, or ValueError when it holds other networks than `like`.
         """
         faults: dict[int, str] = {}
         for step in self.steps():
@@ -296,10 +290,8 @@ def save_stream(folder: str | Path, arrays: Iterable[tuple[str, np.ndarray]]) ->
 
 
 def restore_tree(folder: str | Path, shapes: Any, shardings: Any = None) -> Any:
-    """The tree saved in a folder with the dtypes of `shapes`, each array straight into its sharding.
-
-    Without shardings they are numpy arrays on this host. Raises ValueError when the folder is damaged
-    or holds another tree.
+    """The tree saved in a folder with the dtypes of `shapes`, straight into `shardings`, or as numpy arrays. Raises
+    ValueError when the folder is damaged or holds another tree.
     """
     like = abstract(shapes, on_host(shapes) if shardings is None else shardings)
     try:

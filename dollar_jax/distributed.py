@@ -29,12 +29,10 @@ def joined(
     process_id: int | None,
     report: Callable[[BaseException], int],
 ) -> Iterator[None]:
-    """Within it, jax's devices are those of all processes. Enter it before the first use of a device.
-
-    With none of the three given, the environment decides: Cloud TPU VMs (whose metadata JAX asks), GKE and
-    SLURM start several processes, anything else is one. When a process of several fails, `report` shows
-    the error and gives its exit code; the process then ends at once, and the others with it: they would
-    otherwise wait for it for ever. Raises ValueError when the three do not go together.
+    """Within it, jax's devices are those of all processes; enter it before the first use of a device. With none of the
+    three given, Cloud TPU VMs, GKE and SLURM start several processes, anything else is one. When a process of several
+    fails, it ends at once with the exit code that `report` gives: the others would otherwise wait for ever. Raises
+    ValueError when the three do not go together.
     """
     several = _start(coordinator_address, num_processes, process_id)
     try:
@@ -77,11 +75,8 @@ class Interrupted(Preempted):
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[int], type[Preempted] | None]]:
-    """Gives a function of the step: what has come of SIGTERM, the cloud's notice that a machine is taken away, and
-    Ctrl-C, of which a second one ends the process at once.
-
-    Every process must ask once for every step. All of them are told at the same step, whichever of them was sent
-    the signal.
+    """Gives a function of the step: what has come of SIGTERM, the cloud's notice, and Ctrl-C, of which a second one
+    ends the process at once. Every process must ask once for every step; all are told at the same one.
     """
     several = jax.process_count() > 1  # for whom JAX listens to SIGTERM
     terminate = contextlib.nullcontext() if several else SignalFlag(signal.SIGTERM)

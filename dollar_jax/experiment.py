@@ -1,7 +1,4 @@
-"""The experiments in configs/: found by name from any folder, read, and made of one another.
-
-`get_config` of a file returns every setting as a ConfigDict, so that a command line can change each of them.
-"""
+"""The experiments in configs/: found by name from any folder, read, and made of one another."""
 
 import dataclasses
 import runpy
@@ -22,9 +19,8 @@ CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.
 
 
 def experiment(base: str | None, losses: str, changes: Mapping[str, Any]) -> ConfigDict:
-    """The settings of another experiment, or the defaults for None, with `changes` by dotted paths or groups.
-
-    `base` is a name in configs/ or a path. `losses` is one of LOSSES; the others' weights are 0.
+    """The settings of `base`, a name in configs/ or a path, or the defaults, with `changes` by dotted paths or groups.
+    `losses` is one of LOSSES; the others' weights are 0.
     """
     if losses not in LOSSES:
         raise ValueError(f"the variant :{losses} is unknown; there are {', '.join(LOSSES)}")
@@ -37,9 +33,8 @@ def experiment(base: str | None, losses: str, changes: Mapping[str, Any]) -> Con
 
 
 def load(name: str, *losses: str) -> DistillConfig:
-    """The experiment `name`: one of configs/, such as demo, or the path of a file like those.
-
-    Raises ValueError or OSError naming the file when it cannot be read, fails, or returns something else.
+    """The experiment `name`: one of configs/, such as demo, or the path of a file; raises ValueError or OSError naming
+    it.
     """
     path = find(name)
     try:

@@ -23,19 +23,16 @@ def field(
     above: float | None = None,
     resumable: bool = False,
 ) -> Any:
-    """A dataclass field that explains itself.
-
-    `low` and `high` bound a number, or each number of a tuple, inclusively, `above` exclusively. A run may be resumed
-    with another value of a `resumable` setting, or of any setting in a group that is.
+    """A dataclass field that explains itself. `low` and `high` bound a number, or each of a tuple, inclusively, `above`
+    exclusively. A run may be resumed with another value of a `resumable` setting, or of any in a group that is.
     """
     metadata = {"meaning": meaning, "low": low, "high": high, "above": above, "resumable": resumable}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def from_config(cls: type[T], config: Mapping[str, Any], where: str = "config") -> T:
-    """The dataclass `cls` of a ConfigDict or mapping; a setting that is not there has its default.
-
-    Raises ValueError naming the key that is missing, unknown, of the wrong type or out of its range.
+    """The dataclass `cls` of a ConfigDict or mapping; raises ValueError naming what is missing, unknown, mistyped or
+    out of range.
     """
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]

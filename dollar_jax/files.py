@@ -32,9 +32,8 @@ def write_file(path: str | os.PathLike[str], data: bytes | str, drafts: Path | N
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike[str], drafts: Path | None = None) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the block ends well, and is removed when it fails.
-
-    It lies in the folder of `path`, or in `drafts` on the same file system. Missing folders are made.
+    """A path in the folder of `path`, or in `drafts` on the same file system, which becomes `path` when the block ends
+    well.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,10 +50,7 @@ def new_file(path: str | os.PathLike[str], drafts: Path | None = None) -> Iterat
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, which becomes `path` when the block ends well; what a kill left of it is removed.
-
-    Raises FileExistsError when `path` is there already.
-    """
+    """An empty folder to fill, which becomes `path` when the block ends well; FileExistsError when `path` is there."""
     if path.exists():
         raise FileExistsError(f"{path} is there already: delete it, or choose another folder")
     draft = path.with_name(f".{path.name}.partial")
@@ -154,9 +150,8 @@ def hash_file(path: str | os.PathLike[str]) -> str:
 
 
 def write_checksums(folder: Path, about: str = "") -> None:
-    """Leaves the CHECKSUMS of all files of a folder in it, the first line saying what the folder is.
-
-    The last line is the checksum of those before it. When this returns, all files are on the disk.
+    """Leaves CHECKSUMS in a folder: `about` in the first line, a line per file, and the checksum of all these in the
+    last. When this returns, all files are on the disk.
     """
     folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
     lines = [f"# {about}", *(f"{value}  {name}" for name, value in _hash_all(folder, _names(folder)).items())]

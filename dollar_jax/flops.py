@@ -42,11 +42,9 @@ class Throughput:
 
 
 def count_flops(jaxpr: Any) -> float:
-    """Twice the multiplications of a jaxpr's matrix products and convolutions; a scan's body by its length.
-
-    Of the branches of a condition the dearest counts; a while loop's body counts once; what is mapped over shards
-    counts on every device. A Pallas kernel counts by its grid; of the backward ones of splash attention, the products
-    that the forward one has made already do not.
+    """Twice the multiplications of a jaxpr's matrix products and convolutions. A scan's body counts by its length, of a
+    condition the dearest branch, a while loop's body once, what is mapped over shards on every device, a Pallas kernel
+    by its grid; of splash attention's backward kernels, not the products that the forward one has made.
     """
     total = 0.0
     for eqn in jaxpr.eqns:

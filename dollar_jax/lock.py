@@ -27,12 +27,10 @@ class InUse(OSError):
 
 @contextlib.contextmanager
 def owned(workdir: Path) -> Iterator[Callable[[], None]]:
-    """Within it the folder, which is made if need be, belongs to this run, whose process 0 holds the lock.
-
-    Gives a function that raises InUse when another run has taken the folder over. What a dead owner left is taken
-    over: at once if it ran on this host, where the system has let go of its lock. Not all networks' file
-    systems pass locks on: another host's owner is dead after DEAD_AFTER seconds without a sign of life, whatever
-    the clocks say. Raises InUse naming an owner that lives.
+    """Within it the folder, which is made if need be, belongs to this run; gives a function that raises InUse when
+    another run has taken it over. What a dead owner on this host left is taken over at once; as not all networks' file
+    systems pass locks on, another host's is dead after DEAD_AFTER seconds without a sign of life. Raises InUse naming
+    an owner that lives.
     """
     if jax.process_index() > 0:
         yield lambda: None

@@ -40,10 +40,8 @@ def apply_gradient(
     good: Any = True,
     most: float | None = None,
 ) -> tuple[tuple[Params, Any], jax.Array, jax.Array]:
-    """New (parameters, optimiser state) for old ones, the norm of the gradient, and whether it was taken.
-
-    It is not, and the old ones stay, where the norm is not finite or above `most`, or not `good`. Element by element,
-    so that no second copy of them is held.
+    """New (parameters, optimiser state), the gradient's norm, and whether it was taken: the old stay where the norm is
+    not finite or above `most`, or not `good`. Element by element, so that no second copy is held.
     """
     params, state = carry
     norm = optax.tree.norm(grads)

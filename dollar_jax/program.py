@@ -1,6 +1,5 @@
-"""A function declared for the devices of a mesh: the one place where the package calls `jax.jit`.
-
-So every program of a command can be listed, and compiled for chips that are not there.
+"""A function declared for the devices of a mesh, to be listed and compiled anywhere: the one place that calls
+`jax.jit`.
 """
 
 from __future__ import annotations
@@ -21,11 +20,9 @@ _recordings: list[list[Program]] = []
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What is compiled, before it is: a pure function, and the shapes and places of its arguments.
-
-    `arguments` are trees of `jax.ShapeDtypeStruct`; a call with other shapes compiles anew. `in_shardings`,
-    one for each argument, and `out_shardings` may be prefixes of the trees they are for. The arguments that
-    `donate` numbers are gone after a call. Without a mesh it is compiled for wherever its arguments lie.
+    """A pure function, and the shapes (trees of `jax.ShapeDtypeStruct`) and places of its arguments. A call with other
+    shapes compiles anew. `in_shardings`, one per argument, and `out_shardings` may be prefixes of trees. The arguments
+    that `donate` numbers are gone after a call. Without a mesh it is compiled for wherever its arguments lie.
     """
 
     name: str

@@ -1,7 +1,5 @@
-"""Where every array of the step lives: a mesh, and one ordered table of (regex, PartitionSpec).
-
-The table serves parameters and optimiser state alike, whose paths end in the same names. The first row
-that matches a whole path wins; a path that no row matches is an error.
+"""Where every array of the step lives: a mesh, and one ordered table of (regex, PartitionSpec) for parameters and
+optimiser state alike. The first row that matches a whole path wins; a path that no row matches is an error.
 """
 
 import math
@@ -55,10 +53,7 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over AXES; of devices in several slices, `data` goes over the network between these.
-
-    Raises ValueError when the devices do not fill it exactly.
-    """
+    """The mesh over AXES, `data` over the network between slices; ValueError when the devices do not fill it exactly."""
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
     if sizes.count(-1) == 1:
@@ -105,10 +100,8 @@ def check_batch(mesh: Mesh, name: str, size: int) -> None:
 
 
 def shard(mesh: Mesh, tree: Any, strict: bool = True) -> Any:
-    """A NamedSharding for every leaf of a tree of arrays or shapes, by RULES.
-
-    Raises ValueError naming the path that no rule matches, or whose shape its spec does not divide; unless
-    `strict` a leaf of the latter kind is replicated.
+    """A NamedSharding for every leaf of a tree of arrays or shapes, by RULES. Raises ValueError naming a path that no
+    rule matches, or whose shape its spec does not divide; unless `strict` the latter is replicated.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -135,10 +128,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def in_host_memory(where: Any) -> Any:
-    """The same placement with the kernels in the memory of the devices' hosts.
-
-    The rest is small, and of some of it libtpu 0.0.42 mistakes the layout.
-    """
+    """The same with the kernels in the hosts' memory; of the small rest libtpu 0.0.42 mistakes some layouts."""
     return jax.tree_util.tree_map_with_path(
         lambda path, s: s.with_memory_kind("pinned_host") if _name(path[-1]) == "kernel" else s, where
     )
@@ -161,10 +151,8 @@ def local_rows(where: jax.sharding.Sharding, count: int) -> np.ndarray:
 
 
 def put(tree: Any, where: Any) -> Any:
-    """Host arrays, the same on every process, as global arrays; each device gets only its part.
-
-    `where` may be a prefix of the tree. What is on devices already, whole on this process's or shared over
-    those of all, is moved where it must be.
+    """Host arrays, the same on every process, as global arrays, each device getting its part. `where` may be a prefix
+    of the tree. What is on devices already, whole here or shared over all, is moved.
     """
 
     def place(x: Any, s: NamedSharding) -> jax.Array:

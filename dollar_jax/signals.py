@@ -8,10 +8,8 @@ import threading
 
 
 class SignalFlag:
-    """Whether a signal has come; listens while used as a context.
-
-    Only the main thread of Python may listen; in any other thread the flag is never set. With `once` only the
-    first signal sets it, and says so in these words; the next one does what the system does at such a signal.
+    """Whether a signal has come while used as a context, in the main thread of Python; in any other it is never set.
+    With `once` the first one sets it, and says so in these words; the next one does what the system does.
     """
 
     def __init__(self, number: signal.Signals, once: str = ""):

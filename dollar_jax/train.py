@@ -1,7 +1,6 @@
-"""`dollar train`: the host's loop around the one compiled step.
-
-While the devices run a step, host rewards score the previous step's latents. What was scored is taken in
-before a checkpoint, so that a resumed run repeats an uninterrupted one to the bit.
+"""`dollar train`: the host's loop around the one compiled step. While the devices run a step, host rewards score the
+previous step's latents; they are taken in before a checkpoint, so that a resumed run repeats an uninterrupted one to
+the bit.
 """
 
 import dataclasses

@@ -1,6 +1,5 @@
-"""The command line, `dollar <command> [--flags]`, with a file for each command.
-
-What a command needs is imported when it runs, so that help comes at once.
+"""The command line, `dollar <command> [--flags]`. What a command needs is imported when it runs, so that help comes at
+once.
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ HELP = ("-h", "--help", "-help")
 
 
 class Command(NamedTuple):
-    """`takes` says which arguments besides flags there are, and is empty where none are.
-
-    The file of its name has `define_flags`, which declares the flags of a list of arguments and may take arguments out
-    of it, and `run`, which does the work once they are parsed, with the arguments that are no flags.
+    """`takes` names the arguments besides flags, if any. The file of the command's name has `define_flags`, which
+    declares the flags of a list of arguments and may take some out, and `run`, which gets the arguments that are no
+    flags.
     """
 
     summary: str

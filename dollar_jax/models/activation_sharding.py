@@ -1,8 +1,6 @@
-"""Where activations live on a mesh, said by the models in names of its axes; without a mesh nothing happens.
-
-The mesh is the one of `jax.sharding.use_abstract_mesh`, under which whoever compiles a program traces it.
-Its axes are `data` and `fsdp`, which share the rows of a batch, `context`, which shares the tokens of a
-sequence, and `tensor`, which shares heads and channels.
+"""Where activations live on a mesh, in names of its axes; without a mesh nothing happens. The mesh is the one of
+`jax.sharding.use_abstract_mesh`: `data` and `fsdp` share the rows of a batch, `context` the tokens of a sequence,
+`tensor` heads and channels.
 """
 
 from __future__ import annotations

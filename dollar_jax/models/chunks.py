@@ -11,10 +11,8 @@ from jaxtyping import Array, Float
 
 
 class CausalCache:
-    """What the causal layers of a stack remember of a clip between two of its chunks.
-
-    Layers ask in the order in which they run: `carried` holds the last frames each of them saw in the
-    chunk before, None at the start of the clip, and `left` fills with those of this chunk.
+    """What causal layers remember between two chunks of a clip, in the order in which they run: `carried`, the last
+    frames each saw in the chunk before, None at the start; `left` fills with those of this chunk.
     """
 
     def __init__(self, carried: list[Array] | None = None):
@@ -23,10 +21,7 @@ class CausalCache:
         self._carried = iter(carried or ())
 
     def extend(self, x: Float[Array, "b t h w c"], frames: int, repeat: bool = False) -> Float[Array, "b t2 h w c"]:
-        """x after the `frames` frames before it.
-
-        At the start of the clip zeros stand for them, or with `repeat` the first frame does.
-        """
+        """x after the `frames` frames before it: at the start of the clip zeros, or with `repeat` the first frame."""
         if not self.first:
             before = next(self._carried)
         elif repeat:

@@ -1,8 +1,5 @@
-"""DOLLAR's latent reward model: a small network that predicts a pixel reward from the latent.
-
-Architecture after DOLLAR tables 8.9 to 8.11; eqs. (8.10) and (8.11) train and use it. For images and for
-text and images, every latent frame is scored alone and the scores are averaged; for videos and for text
-and videos that is one choice, and convolving over time too is the other.
+"""DOLLAR's latent reward model, which predicts a pixel reward from the latent (tables 8.9 to 8.11, eqs. 8.10 and 8.11).
+Every latent frame is scored alone and the scores are averaged, or a video is convolved over time too.
 """
 
 from __future__ import annotations
@@ -20,11 +17,9 @@ from dollar_jax.models.layers import Linear
 
 @dataclasses.dataclass(frozen=True)
 class LatentRewardConfig:
-    """`text_dim` None scores the latent alone; otherwise its agreement with text of that width.
-
-    With 12 channels and the published kernels the image model has 189,441 parameters, those of the
-    group norms (512) included, and the text-image model (text_dim 4096) 763,009, group norms not
-    included: the two tables of the paper count differently. The number of groups is not published.
+    """`text_dim` None scores the latent alone; otherwise its agreement with text of that width. With 12 channels and
+    the published kernels the image model has 189,441 parameters with the group norms' 512, the text-image model
+    (text_dim 4096) 763,009 without: so the paper counts. The number of groups is not published.
     """
 
     channels: int = 16
@@ -50,11 +45,9 @@ class LatentRewardConfig:
 
 
 class LatentRewardModel(nnx.Module):
-    """One score per video, fp32.
-
-    The paper's table averages the text before the attention: a softmax over a single key is 1
-    whatever the query, the score then ignores the latent and its gradient vanishes. Here the image
-    feature attends over the text's tokens and is added to what it finds.
+    """One fp32 score per video. The paper's table averages the text before the attention: a softmax over a single key
+    is 1, and the score ignores the latent. Here the image feature attends over the text's tokens, and their sum is
+    scored.
     """
 
     def __init__(self, config: LatentRewardConfig, rngs: nnx.Rngs) -> None:

@@ -1,7 +1,5 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) as parameters of their own beside a network's frozen ones.
-
-A network's parameters with adapters are its own nested dict with an `adapter` in each adapted dense layer;
-`combine` and `adapters` put the two together and apart, and `merge` adds the adapters to the kernels.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) as parameters beside a network's frozen ones: an `adapter` in each adapted
+dense layer of its nested dict.
 """
 
 from __future__ import annotations
@@ -21,10 +19,8 @@ NAME = "adapter"
 
 
 def adapt(network: Network, rank: int, alpha: float, targets: Sequence[str]) -> Network:
-    """The network with adapters of `rank`, scaled by alpha / rank, on the dense layers that `targets` name.
-
-    A target is a regular expression that matches all of a layer's path, such as `blocks/attn1/to_q`.
-    Raises ValueError for one that matches no dense layer.
+    """The network with adapters of `rank`, scaled by alpha / rank, on the dense layers whose whole path, such as
+    `blocks/attn1/to_q`, a regular expression of `targets` matches; ValueError for one that matches none.
     """
 
     def build(rngs: nnx.Rngs) -> nnx.Module:

@@ -13,10 +13,8 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A module as pure functions over a nested dict of arrays.
-
-    `shapes` holds the parameters' shapes and dtypes and takes no memory. `apply` calls the module;
-    `method` names one of its methods instead, such as a VAE's `decode`.
+    """A module as pure functions over a nested dict of arrays, with its `shapes` and dtypes; `apply` calls the module,
+    or its `method`.
     """
 
     graphdef: nnx.GraphDef

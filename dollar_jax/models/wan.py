@@ -1,9 +1,6 @@
-"""The text-to-video diffusion transformer of Wan 2.1, named as diffusers' `WanTransformer3DModel`.
-
-The parts that condition on an image are left out. What the reference keeps in fp32 is fp32 here
-whatever `dtype` is: norms, modulation, rotary embedding, timestep embedding and the residual sums. The
-weights it keeps in fp32 are so whatever `param_dtype` is: those of the timestep embedder, of the norms of
-the residual stream and the tables of modulation.
+"""The text-to-video transformer of Wan 2.1, named as diffusers' `WanTransformer3DModel`. As in the reference, norms,
+modulation, rotary and timestep embedding and residual sums are fp32 whatever `dtype` is, and the weights of timestep
+embedder, residual stream's norms and modulation tables whatever `param_dtype` is.
 """
 
 from __future__ import annotations
@@ -37,10 +34,7 @@ from dollar_jax.models.layers import (
 
 @dataclasses.dataclass(frozen=True)
 class WanConfig:
-    """Fields and defaults as in diffusers' `WanTransformer3DModel`; those after the blank are ours.
-
-    `out_channels` None means `in_channels`. The defaults are the 14B model.
-    """
+    """As diffusers' `WanTransformer3DModel`, with the 14B model's values; those after the blank are ours."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40

@@ -1,15 +1,10 @@
-"""The causal video VAEs of Wan 2.1 and Wan 2.2, structured and named as diffusers' `AutoencoderKLWan`.
+"""The causal video VAEs of Wan 2.1 and 2.2, structured and named as diffusers' `AutoencoderKLWan`.
 
-The first frame has a latent frame of its own, every further four frames share one, so that
-1 + 4n frames become 1 + n latent frames. Every convolution in time looks backwards only.
-
-`encode` and `decode` take the whole clip at once, or `chunk` latent frames at a time, which costs the
-memory of a chunk: every layer that looks back then gets the last frames it saw from the chunk before
-(`CausalCache`). Both are the same function. The start of the clip shows in two places, as in the reference:
-the temporal strided convolution passes the first frame through, and the temporal upsampling neither
-doubles the first frame nor sees it.
-
-With `is_residual`, as in Wan 2.2, a shortcut without parameters goes around every level of the network.
+The first frame has a latent frame of its own, every further four share one: 1 + 4n frames become 1 + n. Every
+convolution in time looks backwards only. `encode` and `decode` take the whole clip, or `chunk` latent frames at a time
+in the memory of a chunk, with the same result: layers that look back get the last frames they saw from `CausalCache`.
+The temporal strided convolution passes the first frame through, and the temporal upsampling neither doubles nor sees
+it. With `is_residual`, as in Wan 2.2, a shortcut without parameters goes around every level.
 """
 
 from __future__ import annotations
@@ -128,10 +123,8 @@ def _conv2d(x: Array, kernel: Array, stride: int = 1) -> Array:
 
 
 def _see_only_now(kernel: Array, identity: bool) -> Array:
-    """A fresh kernel that ignores the past, and with `identity` repeats its input once or twice.
-
-    An image VAE trained on single frames is then at once a video VAE of still frames, from which
-    training on clips goes on.
+    """A fresh kernel that ignores the past, and with `identity` repeats its input once or twice: an image VAE is then
+    at once a video VAE of still frames, from which training on clips goes on.
     """
     now = kernel[-1]
     if identity:
@@ -141,10 +134,8 @@ def _see_only_now(kernel: Array, identity: bool) -> Array:
 
 
 class CausalConv3d(_Conv):
-    """A 3D convolution that looks back in time: out[t] sees in[t-k+1 .. t], zeros before the clip.
-
-    Written as one 2D convolution per temporal tap: XLA's CPU backend runs that 4 to 5 times faster
-    than its 3D convolution, and accelerators see the same matrix products.
+    """A 3D convolution that looks back in time: out[t] sees in[t-k+1 .. t], zeros before the clip. One 2D convolution
+    per temporal tap, on XLA's CPU backend 4 to 5 times faster than its 3D one.
     """
 
     def __init__(
@@ -276,9 +267,8 @@ class MidBlock(nnx.Module):
 
 
 def average_down(x: Float[Array, "b t h w c"], dim: int, time: int, space: int) -> Float[Array, "b t2 h2 w2 d"]:
-    """Means of `dim` equal groups of the channels of blocks of time × space × space values.
-
-    Zeros before the first frame make its block whole.
+    """Means of `dim` equal groups of the channels of blocks of time × space × space values, zeros before the first
+    frame.
     """
     x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
     x = rearrange(x, "b (t i) (h j) (w k) c -> b t h w (c i j k)", i=time, j=space, k=space)
@@ -343,8 +333,8 @@ class Encoder(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """Residual blocks at one resolution, then, but for the last, an upsampling; with `is_residual` around them
-    `repeat_up`, and without it the upsampling halves the channels.
+    """Residual blocks, then, but for the last, an upsampling, around which goes `repeat_up`, or which halves the
+    channels.
     """
 
     def __init__(self, dim_in: int, dim_out: int, time: bool | None, c: WanVAEConfig, rngs: nnx.Rngs):
@@ -404,10 +394,7 @@ class WanVAE(nnx.Module):
     def encode(
         self, frames: Float[Array, "b t h w 3"], chunk: int | None = None
     ) -> tuple[Float[Array, "b t2 h2 w2 z"], Float[Array, "b t2 h2 w2 z"]]:
-        """Posterior mean and log-variance of the raw, unnormalised latent of frames in [-1, 1].
-
-        `chunk` is how many latent frames are made at a time; None is all of them.
-        """
+        """Mean and log-variance of the raw latent of frames in [-1, 1], `chunk` latent frames at a time, or all."""
         p = self.config.patch_size or 1
 
         def run(frames: Array, cache: CausalCache) -> Array:
@@ -422,10 +409,7 @@ class WanVAE(nnx.Module):
     def decode(
         self, latent: Float[Array, "b t h w z"], clip: bool = True, chunk: int | None = None
     ) -> Float[Array, "b t2 h2 w2 3"]:
-        """Frames in [-1, 1] of a raw latent; `clip=False` leaves the values free, for training.
-
-        `chunk` is how many latent frames are decoded at a time; None is all of them.
-        """
+        """Frames of a raw latent, `chunk` latent frames at a time, or all; in [-1, 1] with `clip`, free for training."""
         p = self.config.patch_size or 1
 
         def run(latent: Array, cache: CausalCache) -> Array:
@@ -440,9 +424,8 @@ class WanVAE(nnx.Module):
 
 
 def _sizes(frames: int, unit: int, chunk: int | None) -> tuple[int, int]:
-    """How many of 1 + n · unit frames are in the first chunk and in the others, of `chunk` units each.
-
-    The first takes the first frame and what does not divide; with None it takes all.
+    """Of 1 + n · unit frames, how many are in the first chunk, with what does not divide, and in those of `chunk`
+    units.
     """
     units = (frames - 1) // unit
     if chunk is None or units <= chunk:

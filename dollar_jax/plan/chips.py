@@ -15,8 +15,8 @@ from dollar_jax.flops import PEAK_TFLOPS
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of one device, which is a chip or half of one: memory its compiler hands out, bf16 peak, bandwidth of memory and
-    of all its links.
+    """Of one device, a chip or half of one: memory its compiler hands out, bf16 peak, bandwidths of memory and of all
+    links.
     """
 
     hbm_gib: float

@@ -1,7 +1,6 @@
-"""`dollar plan`: the very programs that will run, compiled for TPU chips that need not be there.
-
-Memory is what the compiler assigns. The time is a bound, not a forecast: the slowest of matrix products
-at the chip's peak, of memory traffic and of collectives at their bandwidths, as if all three overlapped.
+"""`dollar plan`: the very programs that will run, compiled for TPU chips that need not be there. Memory is what the
+compiler assigns. The time is a bound, not a forecast: the slowest of matrix products, memory traffic and collectives at
+the chip's peaks, as if all three overlapped.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Per device and call. What could not be compiled has no operations and no time; `error` says why it could not
-    but for want of memory.
+    """Per device and call. What could not be compiled has no operations and no time, and, but for want of memory, an
+    `error`.
     """
 
     what: str
@@ -76,9 +75,8 @@ class Plan:
 
 
 def plan(config: DistillConfig, topology: str, what: What = "train", video: tuple[int, int, int] | None = None) -> Plan:
-    """Compiles for a topology such as "v5p:2x2x2"; `video` is height, width and frames, unless the data's own.
-
-    Raises ValueError when the TPU compiler is missing or refuses, or for a topology, mesh or teacher that cannot be.
+    """Compiles for a topology such as "v5p:2x2x2"; `video` is height, width and frames, unless the data's own. Raises
+    ValueError when the TPU compiler is missing or refuses, or for a topology, mesh or teacher that cannot be.
     """
     (found,) = plans(config, topology, what, video)
     if found.error:
@@ -201,9 +199,8 @@ def _jobs(
 def search(
     config: DistillConfig, topology: str, what: What = "train", video: tuple[int, int, int] | None = None
 ) -> Iterator[Plan]:
-    """Plans of every mesh that makes sense, and of the policies of rematerialisation, as they are compiled.
-
-    Tensor parallelism is left out: rows, parameters and tokens shared out leave nothing for it to save.
+    """Plans of every mesh that makes sense, and of the policies of rematerialisation, as they are compiled. Tensor
+    parallelism would save nothing beside shared rows, parameters and tokens.
     """
     count = len(chips(topology)[0])
     rows = config.batch_size // config.accumulation

@@ -123,10 +123,9 @@ def clip_network(config: CLIPConfig) -> Network:
 def load_clip(
     folder: Path, preset: CLIPConfig, apart: str | None = None
 ) -> tuple[CLIPConfig, Network, Params, dict[str, np.ndarray]]:
-    """Configuration, network, parameters, and the tensors whose names begin with `apart`.
-
-    The folder holds safetensors under transformers' or OpenCLIP's names; its config.json, if there is
-    one, says of which size, else `preset` does. Raises FileNotFoundError or ValueError naming what is wrong.
+    """Configuration, network, parameters, and the tensors whose names begin with `apart`, of safetensors under
+    transformers' or OpenCLIP's names; of the size in config.json, else of `preset`. Raises FileNotFoundError or
+    ValueError.
     """
     config = preset
     if (folder / "config.json").is_file():

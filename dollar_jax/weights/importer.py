@@ -21,15 +21,11 @@ _DESCRIPTION = ["*.json", "*.model", "*.txt", "README.md", "LICENSE*"]
 
 
 def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", adapter: str | Path | None = None) -> None:
-    """Writes `folder`, which `load_pipeline` restores straight into a mesh's sharding.
-
-    It holds the source's tokenizer and configurations as they are, and the weights of each component
-    as Orbax: transformer and text encoder in `dtype`, the VAE in fp32. An `adapter`, see `read_changes`, is merged
-    into the transformer. Never more is in memory than one
-    parameter, with all its stacked layers, one tensor and the adapter. Everything is checked before the first tensor is
-    read, and `folder` appears when it is whole: an interrupted import has to be started again.
-
-    Raises FileNotFoundError, FileExistsError or ValueError naming what is wrong.
+    """Writes `folder`, which `load_pipeline` restores straight into a mesh's sharding: tokenizer and configurations as
+    they are, and as Orbax the weights, transformer and text encoder in `dtype`, the VAE in fp32. An `adapter`, see
+    `read_changes`, is merged. No more is in memory than one parameter with all its layers, one tensor and the adapter.
+    All is checked before the first tensor is read, and `folder` appears when it is whole. Raises FileNotFoundError,
+    FileExistsError or ValueError.
     """
     folder = Path(folder)
     if folder.exists():

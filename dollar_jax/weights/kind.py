@@ -18,13 +18,10 @@ _COUNTS = {"num_layers", "num_attention_heads", "num_heads", "num_res_blocks", "
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A class of networks of diffusers or transformers, and what of it is supported.
-
-    The fields of `config` but OURS are those of config.json, by the same names. `fixed` are further fields of
-    config.json with the only value that is supported, which a file that leaves them out means too; a function makes
-    it from the configuration, and `note` says in a refusal what is supported. `required` fields must be in the file,
-    all where it is None; the others have the defaults of `config`. `given` are fields of OURS that the kind decides,
-    `extra` fields of config.json that are written and not read.
+    """A class of networks of diffusers or transformers. The fields of `config` but OURS are those of config.json.
+    `fixed` are further ones with the only value that is supported, or a function of the configuration that makes it,
+    which a file that leaves them out means too; `note` goes into a refusal. `required` must be in the file, all where
+    it is None. `given` are fields of OURS that the kind decides, `extra` fields that are written and not read.
     """
 
     library: Literal["diffusers", "transformers"]
@@ -42,9 +39,8 @@ class Kind:
         return make_network(functools.partial(self.module, config))
 
     def read(self, fields: Mapping[str, Any], file: object = "config.json", **ours: Any) -> Any:
-        """The configuration that the fields of `file` describe, with `ours` of OURS.
-
-        Raises ValueError naming the file and the field that is missing, out of range or not supported.
+        """The configuration that the fields of `file` describe, with `ours` of OURS; ValueError naming the field that
+        is wrong.
         """
         if (found := fields.get("_class_name", self.class_name)) != self.class_name:
             raise ValueError(f"{file} is of a {found}, not of a {self.class_name}: {self.note}")
@@ -76,10 +72,7 @@ class Kind:
 
 
 def typed(value: Any, hint: Any, name: str, file: object) -> Any:
-    """A value of a JSON file as the type `hint`, lists as tuples.
-
-    Numbers are bounded, and positive but for a list's. Raises ValueError naming the file and the field.
-    """
+    """A value of a JSON file as the type `hint`, lists as tuples; numbers are bounded, and positive but for a list's."""
     where = f"{file}: {name}"
     value = convert(hint, value, where)
     most = 1000 if name in _COUNTS else 2**20

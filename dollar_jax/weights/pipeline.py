@@ -83,15 +83,11 @@ def load_pipeline(
     without_transformer: bool = False,
     **transformer_options: Any,
 ) -> Pipeline:
-    """Loads a pipeline folder of one of FAMILIES; `transformer_options` are our fields of its transformer's
-    configuration (dtype, remat, …).
-
-    `param_dtype` is what the weights of transformer and text encoder are held in; the VAE's stay fp32.
-    In a folder made by `importer.import_pipeline`, the transformer's are restored straight into the
-    shardings that `place` gives for their shapes; everything else comes as numpy arrays. `without_transformer` leaves
-    its weights where they are, and has their shapes in their place.
-
-    Raises FileNotFoundError or ValueError naming the file, tensor or field that is wrong.
+    """Loads a folder of one of FAMILIES, with `transformer_options` (dtype, remat, …). `param_dtype` is what the
+    weights of transformer and text encoder are held in; the VAE's stay fp32. An imported transformer is restored
+    straight into the shardings that `place` gives for its shapes; all else comes as numpy arrays, or
+    `without_transformer` as its shapes. Raises FileNotFoundError or ValueError naming the file, tensor or field that is
+    wrong.
     """
     folder = Path(folder)
     check_whole(folder)
@@ -108,10 +104,7 @@ def load_pipeline(
 
 
 def read_family(folder: Path) -> Family:
-    """The family of a pipeline folder, by its model_index.json.
-
-    Raises FileNotFoundError or ValueError naming the entry that is missing or not supported.
-    """
+    """The family of a folder by its model_index.json; FileNotFoundError or ValueError naming the entry that is wrong."""
     path = folder / "model_index.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json{_foreign(folder)}")
@@ -253,10 +246,7 @@ def load_component(folder: Path, part: Part, place: Callable[[Params], Any] | No
 
 
 def read_schedule(folder: Path, family: Family) -> Schedule:
-    """The path and prediction that scheduler/scheduler_config.json describes.
-
-    Raises FileNotFoundError, or ValueError naming the field that asks for something else.
-    """
+    """What scheduler/scheduler_config.json describes; FileNotFoundError or ValueError naming the field."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it says how the teacher is sampled")

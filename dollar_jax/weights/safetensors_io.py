@@ -29,13 +29,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def tensor_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a folder: the one file, or the shards its index names.
-
-    Where there are both, diffusers follows the index and transformers the file, each by its own names, and so is it
-    here. Weights that only exist in a variant, such as model.fp16.safetensors, are taken.
-
-    Raises FileNotFoundError when there are none, several variants, or a shard is missing; pickles (`.bin`, `.pt`,
-    `.ckpt`) are never opened.
+    """The safetensors files of a folder: the one file, a lone variant such as model.fp16.safetensors, or the shards of
+    an index; where there are both, diffusers follows the index and transformers the file, and so is it here. Raises
+    FileNotFoundError for none, several variants, or a missing shard; pickles are never opened.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -82,9 +78,8 @@ def _finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def list_tensors(source: str | Path) -> dict[str, Stored]:
-    """Every tensor of a folder, or of a file, by its name; reads headers only.
-
-    Raises ValueError when a file is damaged or two hold a tensor of the same name.
+    """Every tensor of a folder, or of a file, by name, from headers; ValueError for a damaged file or a name that comes
+    twice.
     """
     found: dict[str, Stored] = {}
     for path in [Path(source)] if Path(source).is_file() else tensor_files(source):
@@ -120,10 +115,8 @@ def write_component(
     dtype: str = "float32",
     shard_size: int | None = None,
 ) -> None:
-    """Writes config.json and safetensors, with floating tensors in `dtype`.
-
-    More than `shard_size` bytes become several files and an index of them, of which one at a time is
-    held in memory. Files appear under their names only when all are complete.
+    """Writes config.json and safetensors, with floating tensors in `dtype`; more than `shard_size` bytes become several
+    files and an index, one at a time in memory. Files appear under their names only when all are complete.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; weights can be written as one of {sorted(_DTYPES)}")

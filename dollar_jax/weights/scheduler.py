@@ -54,10 +54,7 @@ _DDPMS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, Any]]]] = {
 
 
 def schedule_of(fields: Mapping[str, Any], path: DiffusionPath, file: Path) -> Schedule:
-    """What the fields of a scheduler's file mean on a diffusion path.
-
-    Raises ValueError naming the field that asks for something else.
-    """
+    """What a scheduler's file means on a diffusion path; ValueError naming the field that asks for something else."""
     schedulers = _FLOWS if path == "rf" else _DDPMS
     fields = fields.get("_teacher_scheduler", fields)  # of a student that 0.1 exported
     name = str(fields.get("_class_name"))
@@ -88,9 +85,8 @@ def schedule_of(fields: Mapping[str, Any], path: DiffusionPath, file: Path) -> S
 
 
 def scheduler_json(schedule: Schedule, path: DiffusionPath) -> dict[str, Any]:
-    """The file with which diffusers follows the schedule in a pipeline whose models are of this path.
-
-    Raises ValueError where it cannot.
+    """The file with which diffusers follows the schedule in a pipeline of models of this path; ValueError where it
+    cannot.
     """
     names = {ours: theirs for theirs, ours in _PREDICTIONS.items()} if path == "ddpm" else {"velocity": ""}
     if schedule.path != path or schedule.prediction not in names:

@@ -59,10 +59,8 @@ class _Place(NamedTuple):
 
 
 def import_params(table: Sequence[Row], tensors: Mapping[str, np.ndarray] | Pairs, shapes: Params) -> Params:
-    """Parameters as numpy arrays with the shapes and dtypes of `shapes` (see `Network.shapes`).
-
-    Raises ValueError, naming the tensor, when one has no place, comes twice, is missing or has
-    another shape. Tensors are taken one at a time: with an iterator no model is held twice.
+    """Parameters as numpy arrays like `shapes` (see `Network.shapes`), from one tensor at a time. Raises ValueError
+    naming a tensor that has no place, comes twice, is missing or has another shape.
     """
     expected: dict[str, Any] = flatten_dict(shapes, sep="/")
     checked = _Checked(table, expected)
@@ -78,10 +76,8 @@ def import_params(table: Sequence[Row], tensors: Mapping[str, np.ndarray] | Pair
 def stream_params(
     table: Sequence[Row], tensors: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], shapes: Params
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, array) of one parameter after another; only one is held at a time.
-
-    `tensors` gives the names and shapes of all tensors, which are checked as in `import_params` before
-    the first is read; `read` gets one of them.
+    """(path, array) of one parameter after another, of which only one is held. The names and shapes of all `tensors`
+    are checked as in `import_params` before the first is `read`.
     """
     expected: dict[str, Any] = flatten_dict(shapes, sep="/")
     checked = _Checked(table, expected)
