@@ -53,7 +53,7 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over AXES, `data` over the network between slices; ValueError when the devices do not fill it exactly."""
+    """The mesh over AXES, `data` over the network between slices; ValueError when the devices do not fill it."""
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
     if sizes.count(-1) == 1:

@@ -409,7 +409,7 @@ class WanVAE(nnx.Module):
     def decode(
         self, latent: Float[Array, "b t h w z"], clip: bool = True, chunk: int | None = None
     ) -> Float[Array, "b t2 h2 w2 3"]:
-        """Frames of a raw latent, `chunk` latent frames at a time, or all; in [-1, 1] with `clip`, free for training."""
+        """Frames of a raw latent, `chunk` latent frames at a time, or all; in [-1, 1] with `clip`."""
         p = self.config.patch_size or 1
 
         def run(latent: Array, cache: CausalCache) -> Array:

@@ -72,7 +72,7 @@ class Kind:
 
 
 def typed(value: Any, hint: Any, name: str, file: object) -> Any:
-    """A value of a JSON file as the type `hint`, lists as tuples; numbers are bounded, and positive but for a list's."""
+    """A value of a JSON file as the type `hint`, lists as tuples; numbers bounded, and positive but for a list's."""
     where = f"{file}: {name}"
     value = convert(hint, value, where)
     most = 1000 if name in _COUNTS else 2**20

@@ -104,7 +104,7 @@ def load_pipeline(
 
 
 def read_family(folder: Path) -> Family:
-    """The family of a folder by its model_index.json; FileNotFoundError or ValueError naming the entry that is wrong."""
+    """The family of a folder by its model_index.json; FileNotFoundError or ValueError naming the wrong entry."""
     path = folder / "model_index.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json{_foreign(folder)}")
