@@ -259,8 +259,6 @@ def _abstract(x: Any) -> Any:
     return x
 
 
-# --- a tree of arrays by itself, such as a frozen network's weights ---------------------------------
-
 _AT_ONCE = 2**28  # bytes of small arrays that are written together
 _CHUNK = 2**26  # bytes on disk that are read together: a shard of a mesh needs few more than its own
 

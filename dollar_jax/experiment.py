@@ -33,9 +33,7 @@ def experiment(base: str | None, losses: str, changes: Mapping[str, Any]) -> Con
 
 
 def load(name: str, *losses: str) -> DistillConfig:
-    """The experiment `name`: one of configs/, such as demo, or the path of a file; raises ValueError or OSError naming
-    it.
-    """
+    """The experiment `name`, of configs/ or the path of a file; raises ValueError or OSError naming the file."""
     path = find(name)
     try:
         module = runpy.run_path(str(path))

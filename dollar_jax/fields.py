@@ -31,9 +31,7 @@ def field(
 
 
 def from_config(cls: type[T], config: Mapping[str, Any], where: str = "config") -> T:
-    """The dataclass `cls` of a ConfigDict or mapping; raises ValueError naming what is missing, unknown, mistyped or
-    out of range.
-    """
+    """The dataclass `cls` of a ConfigDict or mapping; ValueError naming what is missing, unknown or wrong."""
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in config:

@@ -32,9 +32,7 @@ def write_file(path: str | os.PathLike[str], data: bytes | str, drafts: Path | N
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike[str], drafts: Path | None = None) -> Iterator[Path]:
-    """A path in the folder of `path`, or in `drafts` on the same file system, which becomes `path` when the block ends
-    well.
-    """
+    """A path in the folder of `path`, or in `drafts`, which becomes `path` when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A short name of its own: `path`'s may be as long as names can be, and hosts may share the folder.
@@ -162,10 +160,9 @@ def write_checksums(folder: Path, about: str = "") -> None:
 
 
 def find_damage(folder: Path, parts: Iterable[str] = (), about: str = "", share: tuple[int, int] = (0, 1)) -> str:
-    """What is wrong with a folder that has CHECKSUMS, in words that go on from its name; empty when it is whole.
-
-    Only its own files and those of `parts`, folders in it, are looked at if any are given, and each must have some;
-    of those only share (i, n), every n-th file from the i-th, is read. `about` is what the folder must be.
+    """What is wrong with a folder that has CHECKSUMS, in words that go on from its name; empty when it is whole. Only
+    its own files and those of `parts`, folders that must be in it, are looked at if any are given, and of those only
+    share (i, n), every n-th file from the i-th, is read. `about` is what the folder must be.
     """
     try:
         text = (folder / CHECKSUMS).read_text()

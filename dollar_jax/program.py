@@ -1,6 +1,4 @@
-"""A function declared for the devices of a mesh, to be listed and compiled anywhere: the one place that calls
-`jax.jit`.
-"""
+"""A function declared for the devices of a mesh, to be listed and compiled: the one place that calls `jax.jit`."""
 
 from __future__ import annotations
 

@@ -111,9 +111,8 @@ def choose_student(
 def restore_trained(
     workdir: Path, transformer: Network, config: LoraConfig, ema: bool, mesh: Mesh | None = None
 ) -> tuple[int, Params]:
-    """The newest checkpoint's step, and what was trained of its student: all parameters, or the adapters.
-
-    The moving average if `ema`, in its shards on `mesh` or in this host's memory. Raises FileNotFoundError.
+    """The newest checkpoint's step, and of its student (the average if `ema`) all parameters or the adapters, on `mesh`
+    or in this host's memory. Raises FileNotFoundError.
     """
     shapes = student_network(transformer, config).shapes
     if config.rank:

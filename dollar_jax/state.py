@@ -27,9 +27,8 @@ class RewardStatistics:
         return jnp.sqrt(jnp.maximum(self.variance, 1e-12))
 
     def updated(self, reward: Float[Array, "*b k"], weight: Float[Array, "*b"], decay: float) -> RewardStatistics:
-        """With more rewards [..., k], those that are not finite left out, the old ones' weight decayed once; unchanged
-        when all of `weight` is 0. Chan et al.'s update of centred moments: a large mean costs the variance no
-        precision.
+        """With more rewards [..., k], those not finite left out, the old ones' weight decayed once; unchanged when all
+        of `weight` is 0. Chan et al.'s centred moments: a large mean costs the variance no precision.
         """
         weight = jnp.where(jnp.isfinite(reward).all(-1), weight, 0.0)[..., None]
         reward = jnp.where(weight > 0, reward, 0.0)
@@ -73,9 +72,7 @@ class Optimisers:
 
 
 def init_state(key: Key, start: Params, latent_reward: Params, optimisers: Optimisers, rewards: int) -> TrainState:
-    """Student, average and fake score start as fp32 copies of `start`, the teacher or new adapters; `rewards` are
-    trained on.
-    """
+    """Student, average and fake score start as fp32 copies of `start`, the teacher or new adapters."""
     master = jax.tree.map(lambda x: x.astype(jnp.float32), start)
     none = jnp.zeros(max(rewards, 1))  # Orbax saves nothing that is empty
     return TrainState(

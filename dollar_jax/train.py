@@ -1,6 +1,5 @@
-"""`dollar train`: the host's loop around the one compiled step. While the devices run a step, host rewards score the
-previous step's latents; they are taken in before a checkpoint, so that a resumed run repeats an uninterrupted one to
-the bit.
+"""`dollar train`: the host's loop around the one compiled step. While it runs, host rewards score the last step's
+latents; they are taken in before a checkpoint, so that a resumed run repeats an uninterrupted one to the bit.
 """
 
 import dataclasses
@@ -42,14 +41,15 @@ def train(
     data: EncodedVideos | PreparedVideos,
     replay_batch: Path | None = None,
 ) -> TrainState:
-    """Distils for `config.steps` steps, from the newest checkpoint in `workdir` if there is one.
+    """Distils up to step `config.steps`, from the newest checkpoint in `workdir`, and leaves checkpoints,
+    history.jsonl, TensorBoard events and config.json, nothing before the first step can be taken. Stops early, with a
+    checkpoint, when config.reward.guard says that the reward is being hacked. Where no checkpoint was saved yet, a run
+    may begin anew with other settings. With `replay_batch`, a batch that a step that was not finite left, it prints
+    what is not, and trains nothing.
 
-    Leaves checkpoints, history.jsonl, TensorBoard events and config.json. Stops early, with a checkpoint, when
-    config.reward.guard says that the reward is being hacked. Raises ValueError when the workdir holds a run with other
-    settings, FloatingPointError when too many steps in a row were not finite, Preempted after SIGTERM or Ctrl-C, with a
-    checkpoint, SaveFailed when none can be saved, InUse when another run owns the workdir. Nothing is written before
-    the first step can be taken; where no checkpoint was saved yet, a run may begin anew with other settings. With
-    `replay_batch`, a batch that such an error left, it prints what is not finite in that step, and trains nothing.
+    Raises ValueError for a run with other settings, FloatingPointError for too many steps in a row that were not
+    finite, Preempted after SIGTERM or Ctrl-C, with a checkpoint, SaveFailed when none can be saved, InUse for another's
+    workdir.
     """
     method_of(config).check()
     if Checkpoints(workdir / CHECKPOINTS).latest():

@@ -1,6 +1,4 @@
-"""The command line, `dollar <command> [--flags]`. What a command needs is imported when it runs, so that help comes at
-once.
-"""
+"""The command line, `dollar <command> [--flags]`. Commands import what they need when they run: help comes at once."""
 
 from __future__ import annotations
 
@@ -20,9 +18,8 @@ HELP = ("-h", "--help", "-help")
 
 
 class Command(NamedTuple):
-    """`takes` names the arguments besides flags, if any. The file of the command's name has `define_flags`, which
-    declares the flags of a list of arguments and may take some out, and `run`, which gets the arguments that are no
-    flags.
+    """`takes` names the arguments besides flags, if any. The command's file has `define_flags`, which declares the
+    flags of a list of arguments and may take some out, and `run`, which gets the arguments that are no flags.
     """
 
     summary: str

@@ -1,6 +1,5 @@
-"""Where activations live on a mesh, in names of its axes; without a mesh nothing happens. The mesh is the one of
-`jax.sharding.use_abstract_mesh`: `data` and `fsdp` share the rows of a batch, `context` the tokens of a sequence,
-`tensor` heads and channels.
+"""Where activations live on the mesh of `jax.sharding.use_abstract_mesh`; without one nothing happens. Axes: `data` and
+`fsdp` share the rows of a batch, `context` the tokens of a sequence, `tensor` heads and channels.
 """
 
 from __future__ import annotations

@@ -17,9 +17,8 @@ from dollar_jax.models.layers import Linear
 
 @dataclasses.dataclass(frozen=True)
 class LatentRewardConfig:
-    """`text_dim` None scores the latent alone; otherwise its agreement with text of that width. With 12 channels and
-    the published kernels the image model has 189,441 parameters with the group norms' 512, the text-image model
-    (text_dim 4096) 763,009 without: so the paper counts. The number of groups is not published.
+    """`text_dim` None scores the latent alone, else its agreement with text of that width. With 12 channels and the
+    published kernels the image model has 189,441 parameters, the text-image model 763,009 without group norms.
     """
 
     channels: int = 16
@@ -45,9 +44,8 @@ class LatentRewardConfig:
 
 
 class LatentRewardModel(nnx.Module):
-    """One fp32 score per video. The paper's table averages the text before the attention: a softmax over a single key
-    is 1, and the score ignores the latent. Here the image feature attends over the text's tokens, and their sum is
-    scored.
+    """One fp32 score per video. The paper averages the text before the attention, but a softmax over a single key is 1,
+    and the score ignores the latent; here the feature attends over the text's tokens, and their sum is scored.
     """
 
     def __init__(self, config: LatentRewardConfig, rngs: nnx.Rngs) -> None:

@@ -1,6 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) as parameters beside a network's frozen ones: an `adapter` in each adapted
-dense layer of its nested dict.
-"""
+"""Low-rank adapters (LoRA, arXiv 2106.09685): an `adapter` in each adapted dense layer of a network's nested dict."""
 
 from __future__ import annotations
 

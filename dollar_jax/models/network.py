@@ -13,9 +13,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A module as pure functions over a nested dict of arrays, with its `shapes` and dtypes; `apply` calls the module,
-    or its `method`.
-    """
+    """A module as pure functions over a nested dict of arrays; `apply` calls the module, or its `method`."""
 
     graphdef: nnx.GraphDef
     build: Callable[[nnx.Rngs], nnx.Module]

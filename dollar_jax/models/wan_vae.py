@@ -267,9 +267,7 @@ class MidBlock(nnx.Module):
 
 
 def average_down(x: Float[Array, "b t h w c"], dim: int, time: int, space: int) -> Float[Array, "b t2 h2 w2 d"]:
-    """Means of `dim` equal groups of the channels of blocks of time × space × space values, zeros before the first
-    frame.
-    """
+    """Means of `dim` groups of the channels of time × space × space blocks, zeros before the first frame."""
     x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
     x = rearrange(x, "b (t i) (h j) (w k) c -> b t h w (c i j k)", i=time, j=space, k=space)
     return x.reshape(*x.shape[:-1], dim, -1).mean(-1)
@@ -333,9 +331,7 @@ class Encoder(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """Residual blocks, then, but for the last, an upsampling, around which goes `repeat_up`, or which halves the
-    channels.
-    """
+    """Residual blocks and, but for the last, an upsampling: around it `repeat_up`, or it halves the channels."""
 
     def __init__(self, dim_in: int, dim_out: int, time: bool | None, c: WanVAEConfig, rngs: nnx.Rngs):
         dims = [dim_in] + [dim_out] * c.num_res_blocks
@@ -424,9 +420,7 @@ class WanVAE(nnx.Module):
 
 
 def _sizes(frames: int, unit: int, chunk: int | None) -> tuple[int, int]:
-    """Of 1 + n · unit frames, how many are in the first chunk, with what does not divide, and in those of `chunk`
-    units.
-    """
+    """Of 1 + n · unit frames, how many are in the first chunk, with the remainder, and in those of `chunk` units."""
     units = (frames - 1) // unit
     if chunk is None or units <= chunk:
         return frames, unit

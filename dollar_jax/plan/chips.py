@@ -15,9 +15,7 @@ from dollar_jax.flops import PEAK_TFLOPS
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of one device, a chip or half of one: memory its compiler hands out, bf16 peak, bandwidths of memory and of all
-    links.
-    """
+    """Of one device, a chip or half of one: memory its compiler hands out, bf16 peak, memory and link bandwidth."""
 
     hbm_gib: float
     tflops: float

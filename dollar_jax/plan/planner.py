@@ -1,6 +1,5 @@
-"""`dollar plan`: the very programs that will run, compiled for TPU chips that need not be there. Memory is what the
-compiler assigns. The time is a bound, not a forecast: the slowest of matrix products, memory traffic and collectives at
-the chip's peaks, as if all three overlapped.
+"""`dollar plan`: the very programs that will run, compiled for TPU chips that need not be there. The time is a bound:
+the slowest of matrix products, memory traffic and collectives at the chip's peaks, as if all three overlapped.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from dollar_jax import sharding
-from dollar_jax.config import DistillConfig, MeshConfig
+from dollar_jax.config import DistillConfig, changed
 from dollar_jax.data.clip import MOVING_SHAPES, clip_size
 from dollar_jax.data.latents import load_programs
 from dollar_jax.flops import count_flops
@@ -43,9 +42,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Per device and call. What could not be compiled has no operations and no time, and, but for want of memory, an
-    `error`.
-    """
+    """Per device and call. What could not be compiled has no time and, but for want of memory, an `error`."""
 
     what: str
     program: str
@@ -75,9 +72,7 @@ class Plan:
 
 
 def plan(config: DistillConfig, topology: str, what: What = "train", video: tuple[int, int, int] | None = None) -> Plan:
-    """Compiles for a topology such as "v5p:2x2x2"; `video` is height, width and frames, unless the data's own. Raises
-    ValueError when the TPU compiler is missing or refuses, or for a topology, mesh or teacher that cannot be.
-    """
+    """Compiles for a topology such as "v5p:2x2x2"; `video` is height, width and frames. Raises ValueError."""
     (found,) = plans(config, topology, what, video)
     if found.error:
         raise ValueError(f"the compiler refuses this program: {found.error}")
@@ -199,23 +194,13 @@ def _jobs(
 def search(
     config: DistillConfig, topology: str, what: What = "train", video: tuple[int, int, int] | None = None
 ) -> Iterator[Plan]:
-    """Plans of every mesh that makes sense, and of the policies of rematerialisation, as they are compiled. Tensor
-    parallelism would save nothing beside shared rows, parameters and tokens.
-    """
+    """Plans of every mesh that makes sense and of the remat policies; tensor parallelism would save nothing beside."""
     count = len(chips(topology)[0])
     rows = config.batch_size // config.accumulation
     for context in (c for c in (1, 2, 4, 8, 16) if count % c == 0 and rows % (count // c) == 0):
         for remat in ("attention", "full") if what == "train" else (config.compute.remat,):
-            yield plan(
-                dataclasses.replace(
-                    config,
-                    mesh=MeshConfig(1, count // context, context, 1),
-                    compute=dataclasses.replace(config.compute, remat=remat),
-                ),
-                topology,
-                what,
-                video,
-            )
+            mesh = {"data": 1, "fsdp": count // context, "context": context, "tensor": 1}
+            yield plan(changed(config, {"mesh": mesh, "compute.remat": remat}), topology, what, video)
 
 
 def rank(plans: Sequence[Plan]) -> list[Plan]:
@@ -267,9 +252,6 @@ def table(plans: Sequence[Plan]) -> str:
     return "\n".join([*lines, *notes])
 
 
-# --- what is compiled -----------------------------------------------------------------------------
-
-
 def _clip(config: DistillConfig, video: tuple[int, int, int] | None) -> tuple[int, int, int]:
     """Frames, height, width; the data's own unless given."""
     if video is not None:
@@ -314,9 +296,6 @@ def programs_of(
     raise ValueError(f"--what={what} is none of {', '.join((*get_args(What), *get_args(Whole)))}")
 
 
-# --- what comes out -------------------------------------------------------------------------------
-
-
 def _roofline(used: Cost, chip: Chip) -> tuple[float, str]:
     """Seconds of the slowest of the three, and which it is."""
     times = {
@@ -326,12 +305,6 @@ def _roofline(used: Cost, chip: Chip) -> tuple[float, str]:
     }
     bound = max(times, key=lambda name: times[name])
     return times[bound], bound
-
-
-def _local_bytes(leaf: Any, where: Any) -> int:
-    # A key's type has no size of its own.
-    size = leaf.dtype.itemsize if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 8
-    return math.prod(where.shard_shape(leaf.shape)) * size
 
 
 def _kept(what: What | Whole, program: Program, programs: Sequence[Program]) -> float:
@@ -346,8 +319,13 @@ def _kept(what: What | Whole, program: Program, programs: Sequence[Program]) -> 
 
 def _held(arguments: Any, places: Any) -> float:
     """GiB of a device's memory that arguments take."""
-    pairs = zip(jax.tree.leaves(arguments), jax.tree.leaves(jax.tree.broadcast(places, arguments)), strict=True)
-    return sum(_local_bytes(x, where) for x, where in pairs if where.memory_kind != "pinned_host") / GIB
+    total = 0
+    leaves = jax.tree.leaves(arguments)
+    for leaf, where in zip(leaves, jax.tree.leaves(jax.tree.broadcast(places, arguments)), strict=True):
+        if where.memory_kind != "pinned_host":  # a key's type has no size of its own
+            size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+            total += math.prod(where.shard_shape(leaf.shape)) * size
+    return total / GIB
 
 
 def _failed(config: DistillConfig, failure: str, held: float, common: dict[str, Any]) -> Plan:

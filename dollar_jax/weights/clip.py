@@ -124,8 +124,7 @@ def load_clip(
     folder: Path, preset: CLIPConfig, apart: str | None = None
 ) -> tuple[CLIPConfig, Network, Params, dict[str, np.ndarray]]:
     """Configuration, network, parameters, and the tensors whose names begin with `apart`, of safetensors under
-    transformers' or OpenCLIP's names; of the size in config.json, else of `preset`. Raises FileNotFoundError or
-    ValueError.
+    transformers' or OpenCLIP's names, of the size in config.json, else of `preset`.
     """
     config = preset
     if (folder / "config.json").is_file():

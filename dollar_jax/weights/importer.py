@@ -22,10 +22,9 @@ _DESCRIPTION = ["*.json", "*.model", "*.txt", "README.md", "LICENSE*"]
 
 def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", adapter: str | Path | None = None) -> None:
     """Writes `folder`, which `load_pipeline` restores straight into a mesh's sharding: tokenizer and configurations as
-    they are, and as Orbax the weights, transformer and text encoder in `dtype`, the VAE in fp32. An `adapter`, see
-    `read_changes`, is merged. No more is in memory than one parameter with all its layers, one tensor and the adapter.
-    All is checked before the first tensor is read, and `folder` appears when it is whole. Raises FileNotFoundError,
-    FileExistsError or ValueError.
+    they are, transformer and text encoder as Orbax in `dtype`, the VAE in fp32, an `adapter` (see `read_changes`)
+    merged. In memory are one parameter with all its layers, one tensor and the adapter. All is checked before the first
+    tensor is read, and `folder` appears when it is whole. Raises FileNotFoundError, FileExistsError or ValueError.
     """
     folder = Path(folder)
     if folder.exists():

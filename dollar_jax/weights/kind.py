@@ -39,9 +39,7 @@ class Kind:
         return make_network(functools.partial(self.module, config))
 
     def read(self, fields: Mapping[str, Any], file: object = "config.json", **ours: Any) -> Any:
-        """The configuration that the fields of `file` describe, with `ours` of OURS; ValueError naming the field that
-        is wrong.
-        """
+        """The configuration that the fields of `file` describe, with `ours` of OURS; ValueError naming the field."""
         if (found := fields.get("_class_name", self.class_name)) != self.class_name:
             raise ValueError(f"{file} is of a {found}, not of a {self.class_name}: {self.note}")
         for name, value in self.fixed.items():

@@ -83,11 +83,10 @@ def load_pipeline(
     without_transformer: bool = False,
     **transformer_options: Any,
 ) -> Pipeline:
-    """Loads a folder of one of FAMILIES, with `transformer_options` (dtype, remat, …). `param_dtype` is what the
-    weights of transformer and text encoder are held in; the VAE's stay fp32. An imported transformer is restored
-    straight into the shardings that `place` gives for its shapes; all else comes as numpy arrays, or
-    `without_transformer` as its shapes. Raises FileNotFoundError or ValueError naming the file, tensor or field that is
-    wrong.
+    """Loads a folder of one of FAMILIES, with `transformer_options` (dtype, remat, …). `param_dtype` is what
+    transformer and text encoder are held in; the VAE stays fp32. An imported transformer is restored into the shardings
+    that `place` gives for its shapes; all else comes as numpy arrays, or `without_transformer` as its shapes. Raises
+    FileNotFoundError or ValueError naming the file, tensor or field that is wrong.
     """
     folder = Path(folder)
     check_whole(folder)

@@ -78,9 +78,7 @@ def _finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def list_tensors(source: str | Path) -> dict[str, Stored]:
-    """Every tensor of a folder, or of a file, by name, from headers; ValueError for a damaged file or a name that comes
-    twice.
-    """
+    """Every tensor of a folder, or of a file, by name, from headers; ValueError when one is damaged or comes twice."""
     found: dict[str, Stored] = {}
     for path in [Path(source)] if Path(source).is_file() else tensor_files(source):
         with _opened(path) as file:

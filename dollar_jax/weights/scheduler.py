@@ -85,9 +85,7 @@ def schedule_of(fields: Mapping[str, Any], path: DiffusionPath, file: Path) -> S
 
 
 def scheduler_json(schedule: Schedule, path: DiffusionPath) -> dict[str, Any]:
-    """The file with which diffusers follows the schedule in a pipeline of models of this path; ValueError where it
-    cannot.
-    """
+    """The file with which diffusers follows the schedule with models of this path; ValueError where it cannot."""
     names = {ours: theirs for theirs, ours in _PREDICTIONS.items()} if path == "ddpm" else {"velocity": ""}
     if schedule.path != path or schedule.prediction not in names:
         raise ValueError(
