@@ -51,35 +51,22 @@ def load_teacher(name: str, compute: ComputeConfig | None = None, mesh: Mesh | N
 
     With a mesh the transformer of an imported folder is restored into its shards there.
     """
-    folder = teacher_folder(name)
     if compute is None:
-        return load_pipeline(folder)
-    return load_pipeline(
-        folder,
-        compute.teacher_dtype,
-        None if mesh is None else functools.partial(sharding.shard, mesh),
-        **transformer_options(compute),
-    )
+        return load_pipeline(teacher_folder(name))
+    place = None if mesh is None else functools.partial(sharding.shard, mesh)
+    return load_pipeline(teacher_folder(name), compute.teacher_dtype, place, **transformer_options(compute))
 
 
 def student_network(transformer: Network, config: LoraConfig) -> Network:
     """The transformer as student and fake score are: with adapters if there are to be some."""
-    if not config.rank:
-        return transformer
-    return lora.adapt(transformer, config.rank, config.alpha, config.targets)
+    return lora.adapt(transformer, config.rank, config.alpha, config.targets) if config.rank else transformer
 
 
 def merge_program(config: LoraConfig, mesh: Mesh, teacher: Params, adapters: Params) -> Program:
     """(teacher, adapters) → parameters that compute the same without adapters; both are given by their shapes."""
-    where = sharding.shard(mesh, teacher)
-    return Program(
-        "merge_adapters",
-        functools.partial(lora.merge, scale=config.scale),
-        (teacher, adapters),
-        mesh,
-        (where, sharding.shard(mesh, adapters)),
-        where,
-    )
+    places = sharding.shard(mesh, teacher), sharding.shard(mesh, adapters)
+    merge = functools.partial(lora.merge, scale=config.scale)
+    return Program("merge_adapters", merge, (teacher, adapters), mesh, places, places[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,7 +125,7 @@ class Generator:
     sampling: SamplingConfig
     clip: tuple[int, int, int]  # frames, height, width
     vae_chunk: int | None = None  # latent frames of one video encoded or decoded at a time; None is a whole batch
-    mesh: Mesh = dataclasses.field(default_factory=lambda: _single_device())
+    mesh: Mesh = dataclasses.field(default_factory=lambda: sampling_mesh(MeshConfig(), jax.local_devices()[:1]))
 
     @functools.cached_property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -151,7 +138,6 @@ class Generator:
 
     @functools.cached_property
     def own_mesh(self) -> Mesh:
-        """The mesh of what each process does by itself."""
         return self.mesh if sharding.host_count(self.mesh) == 1 else sharding.host_mesh(self.mesh)
 
     @functools.cache  # noqa: B019 (a generator lives as long as its programs)
@@ -160,14 +146,12 @@ class Generator:
         network = self.pipeline.text_encoder.network
         tokens = jax.ShapeDtypeStruct((count, self.max_text_length), jnp.int32)
         rows = sharding.row_sharding(mesh, count)
-        return Program(
-            "text_encoder",
-            lambda params, ids, mask: zero_padding(network.apply(params, ids, mask), mask),
-            (network.shapes, tokens, tokens),
-            mesh,
-            (sharding.shard(mesh, network.shapes, strict=False), rows, rows),
-            rows,
-        )
+        places = sharding.shard(mesh, network.shapes, strict=False), rows, rows
+
+        def encode(params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+            return zero_padding(network.apply(params, ids, mask), mask)
+
+        return Program("text_encoder", encode, (network.shapes, tokens, tokens), mesh, places, rows)
 
     def text(self, prompts: Sequence[str]) -> np.ndarray:
         """States [n, l, d] of the prompts as the transformer expects them: Wan's has padding zeroed."""
@@ -250,11 +234,11 @@ class Generator:
         program = self._vae_program("show_samples", show, jax.ShapeDtypeStruct(shape, jnp.float32), self.mesh)
         return dataclasses.replace(program, out_shardings=sharding.replicated(self.mesh))
 
-    def samples_at_once(self, total: int) -> int:
-        """How many of `total` videos are drawn together: one for each device's row, or as many as are small."""
+    def samples_at_once(self, total: int, most: int | None = None) -> int:
+        """How many of `total` videos are drawn together: as many as are small, or `most`, filled up for the mesh."""
+        most = most or max(1, PIXELS_AT_ONCE // math.prod(self.clip))
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        size = max(shards, PIXELS_AT_ONCE // math.prod(self.clip))
-        return -(-min(size, total) // shards) * shards
+        return -(-min(most, total) // shards) * shards
 
     def shrink(self, videos: int) -> int:
         """How many times smaller so many videos are shown, for a frame of all of them to have few pixels."""
@@ -269,9 +253,8 @@ class Generator:
         return jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
 
     def _denoiser(self, params: Params, text: jax.Array, *guidance: Any) -> sampling.Denoiser:
-        return sampling.Denoiser(
-            self.pipeline.transformer.network.apply, params, self.pipeline.schedule, text, *guidance
-        )
+        apply, schedule = self.pipeline.transformer.network.apply, self.pipeline.schedule
+        return sampling.Denoiser(apply, params, schedule, text, *guidance)
 
     @functools.cache  # noqa: B019
     def teacher_sampler(self, num_steps: int, guidance_weight: float) -> Sampler:
@@ -296,35 +279,21 @@ class Generator:
         return Sampler("student_sampler", draw, self, guided=False)
 
 
-def _single_device(device: Any = None) -> Mesh:
-    """The mesh of this device, or of the process's first."""
-    return sharding.make_mesh(MeshConfig(1, 1, 1, 1), [device or jax.local_devices()[0]])
-
-
-def make_generator(
-    config: DistillConfig, clip: tuple[int, int, int] | None = None, mesh: Mesh | None = None
-) -> Generator:
+def make_generator(c: DistillConfig, clip: tuple[int, int, int] | None = None, mesh: Mesh | None = None) -> Generator:
     """The teacher of a configuration, ready to sample clips of the size of its data's, or of another.
 
     It samples on `mesh`, on all devices of this process if none is given; an imported teacher is restored into
     its shards there.
     """
-    mesh = sampling_mesh(config.mesh) if mesh is None else mesh
-    return Generator(
-        load_teacher(config.teacher, config.compute, mesh),
-        config.data.max_text_length,
-        config.sampling,
-        clip or clip_size(config.data),
-        config.compute.vae_chunk,
-        mesh,
-    )
+    mesh, clip = sampling_mesh(c.mesh) if mesh is None else mesh, clip or clip_size(c.data)
+    teacher = load_teacher(c.teacher, c.compute, mesh)
+    return Generator(teacher, c.data.max_text_length, c.sampling, clip, c.compute.vae_chunk, mesh)
 
 
 def subset(timesteps: Sequence[float], count: int) -> tuple[float, ...]:
     """`count` timesteps for the student, from the noisiest: 4 → 2 is the 1st and the 3rd it knows.
 
-    More than it knows lie evenly between those, the last ones on the way to the clean end at 0.
-    Raises ValueError when `count` is not positive.
+    More than it knows lie evenly between those, and on the way to the clean end at 0. ValueError for a count below 1.
     """
     if count < 1:
         raise ValueError(f"the student takes at least 1 step, not {count}")
@@ -362,7 +331,7 @@ def draw_videos(
 
     The last batch is filled up for the devices, and cut. Batches do not change the videos beyond rounding.
     """
-    batch = _filled(generator.mesh, min(batch_size, len(prompts)))
+    batch = generator.samples_at_once(len(prompts), batch_size)
     params = sharding.put(params, sharding.shard(generator.mesh, params))
     for start in range(0, len(prompts), batch):
         index = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
@@ -381,7 +350,7 @@ def draw_beside(
 
     Without a batch size at most 16 are drawn at a time, and as many as have `PIXELS_AT_ONCE` pixels.
     """
-    size = batch_size or _at_once(generator.clip)
+    size = batch_size or generator.samples_at_once(16)
     # The keys anew for each sampler: they share their noise, which JAX takes for a mistake.
     drawn = [draw_videos(generator, draw, params, prompts, keys(), size) for draw, params in samplers]
     with tqdm(total=len(prompts), desc="sampling", unit="video", disable=jax.process_index() > 0) as bar:
@@ -393,7 +362,7 @@ def draw_beside(
 
 def draw_programs(generator: Generator, config: DistillConfig, total: int, steps: Sequence[int]) -> list[Program]:
     """What `draw_beside` executes for so many videos of the teacher and of the student in `steps` steps each."""
-    count, sampling = _filled(generator.mesh, min(_at_once(generator.clip), total)), config.sampling
+    count, sampling = generator.samples_at_once(min(16, total)), config.sampling
     samplers = [generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight)]
     samplers += [generator.student_sampler(subset(config.student.timesteps, n)) for n in steps]
     transformer = generator.pipeline.transformer.network
@@ -403,14 +372,3 @@ def draw_programs(generator: Generator, config: DistillConfig, total: int, steps
         adapters = lora.adapters(student_network(transformer, config.lora).shapes)
         found.append(merge_program(config.lora, generator.mesh, transformer.shapes, adapters))
     return found
-
-
-def _at_once(clip: tuple[int, int, int]) -> int:
-    """Videos drawn together: few where they are large."""
-    return min(16, max(1, PIXELS_AT_ONCE // math.prod(clip)))
-
-
-def _filled(mesh: Mesh, count: int) -> int:
-    """So many videos, and those that fill the batch up for the mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-count // shards) * shards

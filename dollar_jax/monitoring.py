@@ -1,12 +1,10 @@
-"""What a training run shows of itself: samples beside the teacher's, signs of collapse, its log, a profile.
-
-Losses of distillation say little about quality; these do. Nothing here changes the training.
-"""
+"""What a training run shows of itself: samples beside the teacher's, signs of collapse, its log, a profile."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -54,8 +52,9 @@ GROUPS = {
 PROFILE_AFTER = 2  # steps: the first compiles
 
 
-# Of a set of samples: the Vendi score of their pixels within the prompts, and their latents' statistics.
 class SampleStats(NamedTuple):
+    """Of a set of samples: the Vendi score of their pixels within the prompts, and their latents' statistics."""
+
     vendi: float
     mean: float
     std: float
@@ -141,13 +140,8 @@ class SampleLogger:
         write_video(self.folder / f"step_{step:06d}.mp4", video, self._fps, max(1, 96 // ours.frames.shape[2]))
         for warning in warnings:
             tqdm.write(f"warning: step {step}: {warning}: the student may be collapsing", file=sys.stderr)
-        scalars = {
-            "sample_vendi": a.vendi,
-            "sample_vendi_teacher": b.vendi,
-            "sample_mean_drift": a.mean - b.mean,
-            "sample_std_ratio": a.std / max(b.std, 1e-9),
-            "collapse": float(len(warnings)),
-        }
+        scalars = {"sample_vendi": a.vendi, "sample_vendi_teacher": b.vendi, "sample_mean_drift": a.mean - b.mean}
+        scalars |= {"sample_std_ratio": a.std / max(b.std, 1e-9), "collapse": float(len(warnings))}
         # Each prompt's first pair at a few times: a row per prompt.
         times = np.linspace(0, pairs.shape[1] - 1, SHEET_TIMES).round().astype(int)
         tiles = pairs[:: self.config.videos, times]
@@ -190,15 +184,10 @@ def make_sample_logger(
         return parts
 
     made = [config.teacher, prompts, c.videos, c.seed, dataclasses.asdict(sampling), generator.clip, shrink]
-    return SampleLogger(
-        c,
-        workdir,
-        lambda params: draw(generator.student_sampler(config.student.timesteps), params),
-        lambda: draw(generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight), teacher),
-        len(prompts),
-        json.dumps(made),
-        clip_fps(config.data, generator.pipeline.family.fps),
-    )
+    student = functools.partial(draw, generator.student_sampler(config.student.timesteps))
+    own = generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight)
+    fps = clip_fps(config.data, generator.pipeline.family.fps)
+    return SampleLogger(c, workdir, student, lambda: draw(own, teacher), len(prompts), json.dumps(made), fps)
 
 
 class Log:
@@ -218,9 +207,8 @@ class Log:
         fake = config.fake_score
         self.optimisers = {"student": (config.student.optimiser, 1), "fake_score": (fake.optimiser, fake.updates)}
         if self.main:
-            self.path = workdir / HISTORY
             truncate_history(workdir, first)
-            self.file = self.path.open("a")
+            self.file = (workdir / HISTORY).open("a")
             self.events = event_writer(workdir / EVENTS, first)
             self.wandb = start_wandb(config, workdir)
             text = json.dumps(dataclasses.asdict(config), indent=4, default=str)
@@ -265,7 +253,6 @@ class Log:
     def step(
         self, step: int, metrics: Mapping[str, jax.Array], host: dict[str, float], now: bool, samples: Looked = None
     ) -> None:
-        """Of a step, what the devices and the host have measured, and its samples if there are any."""
         self.bar.update()
         if self._begun and self.main:
             loss, seconds = float(metrics["student_loss"]), time.perf_counter() - self._clock[1]
@@ -350,9 +337,7 @@ def start_wandb(config: DistillConfig, workdir: Path) -> Any:
 
 
 class Profile:
-    """XProf traces of this process in `workdir/profile`: of `steps` steps once the first ones have run, and of
-    `ON_SIGNAL` steps whenever the signal USR1 asks for them.
-    """
+    """XProf traces in `workdir/profile`: of `steps` steps after the first ones, and of `ON_SIGNAL` at each USR1."""
 
     ON_SIGNAL = 3
 
@@ -371,15 +356,12 @@ class Profile:
         self.close()
 
     def before(self, step: int) -> None:
-        count = self.steps if step == self.start else 0
-        if self._asked.take():
-            count = self.ON_SIGNAL
+        count = self.ON_SIGNAL if self._asked.take() else self.steps if step == self.start else 0
         if count and self._stop is None:
             jax.profiler.start_trace(str(self.folder))
             self._stop = step + count
 
     def after(self, step: int, result: Any) -> None:
-        """`step` has been dispatched, and `result` is what it gives."""
         if self._stop is not None and step + 1 >= self._stop:
             jax.block_until_ready(result)
             self.close()
@@ -402,9 +384,8 @@ def make_throughput(config: DistillConfig, mesh: Mesh, flops: Callable[[], float
 def readable(metrics: Mapping[str, float]) -> dict[str, float]:
     """The step's metrics as they are looked at.
 
-    `fake_score_bin_k` is the mean loss at each quarter of the timesteps from clean to noise, in place of the
-    sums and counts it is made of; a quarter without a sample is left out. `latent_mean_drift` and
-    `latent_std_ratio` set the generated latents against the data's.
+    `fake_score_bin_k` is the mean loss at each quarter of the timesteps from clean to noise, left out without a
+    sample; `latent_mean_drift` and `latent_std_ratio` set the generated latents against the data's.
     """
     values = dict(metrics)
     for k in range(SCORE_BINS):

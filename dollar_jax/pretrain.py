@@ -297,9 +297,8 @@ def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
     everything = shapes.all_captions()
     draw = generator.teacher_sampler(config.num_steps, config.guidance_weight)
     prompts, keys = [str(caption) for caption in everything], video_keys(config.seed, len(everything))
-    with tqdm(total=len(everything), desc="sampling", unit="video") as bar:
-        parts = list(draw_videos(generator, draw, pipeline.transformer.params, prompts, keys, 48, bar))
-    drawn = unit_range(np.concatenate(parts))
+    parts = draw_videos(generator, draw, pipeline.transformer.params, prompts, keys, 48)
+    drawn = unit_range(np.concatenate(list(tqdm(parts, "sampling", -(-len(everything) // 48), unit="batch"))))
     held = np.array([caption.held_out for caption in everything])
     for name, chosen in {"all_captions": held | True, "trained": ~held, "held_out": held}.items():
         names = [caption for caption, keep in zip(everything, chosen, strict=True) if keep]

@@ -1,8 +1,4 @@
-"""Samplers over a `Denoiser`: the teacher's ODE, the student's few steps.
-
-All are pure; each loop is one `lax.scan`, so the network is compiled once whatever the number of steps.
-Latents are fp32; a network casts inside.
-"""
+"""Samplers over a `Denoiser`: the teacher's ODE, the student's few steps; pure, on fp32 latents, a `lax.scan` each."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,19 +10,7 @@ from jax import lax
 
 from dollar_jax import schedule as schedules
 from dollar_jax.schedule import Schedule
-from dollar_jax.types import (
-    Apply,
-    Keys,
-    Latent,
-    LatentSteps,
-    NullText,
-    Params,
-    StepIndex,
-    TextStates,
-    Time,
-    TimeSteps,
-    Weight,
-)
+from dollar_jax.types import Apply, Keys, Latent, LatentSteps, NullText, Params, TextStates, Time, TimeSteps, Weight
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +45,6 @@ class Denoiser:
         return schedules.guide(both[:, 0], both[:, 1], weight)
 
     def x0(self, x_t: Latent, t: Time) -> Latent:
-        """The clean prediction."""
         return schedules.to_x0(self.schedule, self.prediction(x_t, t), x_t, t)
 
 
@@ -70,10 +53,7 @@ def ode_solve(denoiser: Denoiser, x_t: Latent, times: TimeSteps, eta: float = 0.
 
     `times` is [steps + 1, b], descending, and may differ between samples: with m + 1 rows this is
     the Denoise^m of the consistency loss (DOLLAR eq. (8.5)). `key` is one for the batch, or [b]: each
-    sample's noise then does not depend on its neighbours.
-
-    Raises:
-        ValueError: eta > 0 without a key.
+    sample's noise then does not depend on its neighbours. Raises ValueError for eta > 0 without one.
     """
     if eta != 0 and key is None:
         raise ValueError(f"sampling with eta={eta!r} needs a key; pass one, or use eta=0.")
@@ -127,10 +107,7 @@ def few_step_sample(denoiser: Denoiser, timesteps: Sequence[float], noise: Laten
 
     `timesteps` is static and descending, (999, 749, 499, 249) in the paper; `noise` is taken to be
     the state at the first. `key` is one for the batch, or [b]: each sample's noise then does not depend
-    on its neighbours.
-
-    Raises:
-        ValueError: timesteps are not strictly descending or out of range.
+    on its neighbours. Raises ValueError for timesteps that do not descend or are out of range.
     """
     times = _student_times(denoiser.schedule, timesteps)
     keys = _split(key, len(timesteps))
@@ -144,19 +121,13 @@ def few_step_sample(denoiser: Denoiser, timesteps: Sequence[float], noise: Laten
 
 
 def simulate_backward(
-    denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, k: StepIndex, key: Keys
+    denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, k: int | jax.Array, key: Keys
 ) -> tuple[Latent, Time, LatentSteps]:
     """The student's own input at its k-th timestep, without gradient (backward simulation, DMD2).
 
-    `k` counts from 0 (pure noise at timesteps[0]); it may be traced, one for the batch or [b].
-    Given the same key the states are those of `few_step_sample`.
-
-    Returns:
-        x_t [b t h w c] at t = timesteps[k], that t [b], and the states [n b t h w c] at every
-        timestep; a sample's state stays at x_t after its k-th, and no network runs past max(k).
-
-    Raises:
-        ValueError: timesteps are not strictly descending or out of range.
+    `k`, one for the batch or [b], counts from 0 (pure noise at timesteps[0]). Gives x_t [b t h w c] at t =
+    timesteps[k], that t [b], and the states [n b t h w c] at every timestep, those of `few_step_sample` with this key;
+    a sample's stays at x_t after its k-th, and no network runs past max(k). Raises as `few_step_sample`.
     """
     times = _student_times(denoiser.schedule, timesteps)
     last = len(timesteps) - 1
@@ -202,8 +173,7 @@ def _split(key: Keys, count: int) -> jax.Array:
     """[count] keys, or [count, b] of one key per sample."""
     if key.ndim == 0:
         return jax.random.split(key, count)
-    each = jax.vmap(jax.random.fold_in, (0, None))
-    return jax.vmap(each, (None, 0))(key, jnp.arange(count))
+    return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))(key, jnp.arange(count))
 
 
 def _noise(key: Keys, x: Latent) -> Latent:

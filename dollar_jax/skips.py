@@ -71,7 +71,7 @@ class Skips:
 
 
 def explain(programs: TrainPrograms, state: TrainState, frozen: Frozen, path: Path) -> list[str]:
-    """Runs the step of a saved batch; sentences that say which metrics, and which rows of the batch, are not finite.
+    """Sentences that say which metrics, and which rows of a saved batch, are not finite in its step, run again.
 
     Raises ValueError for a file that holds no batch of this run.
     """

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import jaxtyping
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 Latent = Float[Array, "b t h w c"]
 LatentSteps = Float[Array, "n b t h w c"]
@@ -16,7 +16,6 @@ TimeSteps = Float[Array, "n b"]
 PerSample = Float[Array, " b"]
 # One number for the batch, or one per sample.
 Weight = int | float | Float[Array, "..."]
-StepIndex = int | Int[Array, "..."]
 Key = PRNGKeyArray
 # One key for the batch, or one per sample.
 Keys = PRNGKeyArray | jaxtyping.Key[Array, " b"]
