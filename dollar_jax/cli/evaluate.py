@@ -1,7 +1,5 @@
 """`dollar evaluate`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dollar_jax.cli.base import FLAGS, define, prepare_jax
@@ -17,13 +15,8 @@ def define_flags(_: list[str]) -> None:
     define("bool", "dimensions", False, "With --videos: some of VBench's dimensions, into *_vbench.json beside --out.")
     define("string", "clip", None, "With --dimensions: a folder of CLIP ViT-B/32, for both consistencies.")
     define("string", "aesthetic", None, "With --dimensions: folder of LAION's aesthetic predictor.")
-    define(
-        "string",
-        "features",
-        None,
-        "Folder with AlexNet's weights (safetensors, torchvision's names; LPIPS's heads lin0 "
-        "to lin4 if you have them) for diversity and Fréchet distance; by default the VAE of the run's teacher.",
-    )
+    features = "AlexNet's safetensors by torchvision's names, with LPIPS's heads lin0 to lin4 if you have them"
+    define("string", "features", None, f"For diversity and Fréchet distance: folder with {features}; else the VAE.")
     define("string", "out", None, "The JSON of measures, and the name of page and videos; metrics.json by default.")
     define("bool", "allow_code", False, "Run the rewards that are code named by the run (path.py:function).")
     define("bool", "quick", False, "Fewer videos.")
@@ -76,9 +69,8 @@ def run() -> None:
             measures["manifest"] = made
         rows = measures.pop("dimensions", {})
         if rows:
-            write_metrics(
-                out.with_name(f"{out.stem}_vbench.json"), {k: v for k, v in rows.items() if not k.endswith("_ours")}
-            )
+            published = {name: row for name, row in rows.items() if not name.endswith("_ours")}
+            write_metrics(out.with_name(f"{out.stem}_vbench.json"), published)
             measures |= {name: mean for name, (mean, _) in rows.items()}
             measures["ours"] = OURS
         write_metrics(out, measures)
@@ -98,13 +90,10 @@ def _vbench_videos() -> None:
     if not FLAGS.workdir or not FLAGS.prompts_file:
         raise ValueError("--vbench needs --workdir and --prompts_file, VBench's own list of prompts")
     workdir, folder, listed = Path(FLAGS.workdir), Path(FLAGS.vbench), Path(FLAGS.prompts_file)
-    config = read_config(workdir)
-    names = Path(FLAGS.names) if FLAGS.names else None
+    config, names = read_config(workdir), Path(FLAGS.names) if FLAGS.names else None
     prompts = None if names is None else pair_names(listed, names)
-    if prompts is None or FLAGS.names.endswith(".json"):
-        counts = read_vbench_prompts(names or listed, FLAGS.num)
-    else:
-        counts = {name: FLAGS.num for name in prompts}
+    plain = prompts is not None and not FLAGS.names.endswith(".json")
+    counts = dict.fromkeys(prompts, FLAGS.num) if plain else read_vbench_prompts(names or listed, FLAGS.num)
     check_names(counts)
     generator = make_generator(config)
     fps = FLAGS.fps or generator.pipeline.family.fps

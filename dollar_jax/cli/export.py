@@ -26,14 +26,8 @@ def run(*names: str) -> None:
         raise ValueError(f"--shard_size={FLAGS.shard_size} must be a size such as 500MB or 5GB")
     if FLAGS.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", FLAGS.push_to_hub):
         raise ValueError(f"--push_to_hub={FLAGS.push_to_hub} must be OWNER/NAME")
-    export_run(
-        Path(FLAGS.workdir),
-        Path(names[0]),
-        ema=FLAGS.ema,
-        dtype=FLAGS.dtype,
-        shard_size=int(size[1]) * units[size[2]],
-        adapter=FLAGS.adapter,
-    )
+    options = {"ema": FLAGS.ema, "dtype": FLAGS.dtype, "shard_size": int(size[1]) * units[size[2]]}
+    export_run(Path(FLAGS.workdir), Path(names[0]), **options, adapter=FLAGS.adapter)
     print(f"The student is in {names[0]}; its README.md says how diffusers samples it.")
     if FLAGS.push_to_hub:
         print(f"It is at {push(Path(names[0]), FLAGS.push_to_hub)}.")

@@ -1,7 +1,5 @@
 """`dollar import`."""
 
-from __future__ import annotations
-
 from dollar_jax.cli.base import FLAGS, define
 
 
@@ -15,6 +13,5 @@ def run(*names: str) -> None:
 
     if len(names) != 2:
         raise ValueError("give two names: the diffusers folder, or OWNER/NAME on the hub, and the new folder")
-    source, folder = names
-    import_pipeline(source, folder, FLAGS.dtype, FLAGS.lora)
-    print(f"The teacher is in {folder}; train with --config.teacher={folder}.")
+    import_pipeline(*names, FLAGS.dtype, FLAGS.lora)
+    print(f"The teacher is in {names[1]}; train with --config.teacher={names[1]}.")

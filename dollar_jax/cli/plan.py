@@ -16,14 +16,10 @@ def define_flags(arguments: list[str]) -> None:
     require("topology")
     define("string", "mesh", None, "Such as fsdp=16,context=4; config.mesh unless given.")
     define("string", "video", None, "HEIGHTxWIDTHxFRAMES; the data's own unless given.")
-    define(
-        "enum",
-        "what",
-        "train",
-        ["train", "sample", "decode", "text", "import", *COMMANDS],
-        "The program; or all that a command executes, one after another: that of dollar train (run), prepare, "
-        "sample (sample-command) or evaluate. The exit status is then 2 if one does not compile or fit.",
+    about = (
+        "The program; or all of dollar train (run), prepare, sample (sample-command) or evaluate: exit 2 if one fails."
     )
+    define("enum", "what", "train", ["train", "sample", "decode", "text", "import", *COMMANDS], about)
     define("bool", "search", False, "Try meshes and remat policies, and rank them.")
     define("string", "json", None, "File for the figures as JSON.")
 
@@ -55,7 +51,6 @@ def run() -> None:
         listed = FLAGS.search or FLAGS.what in COMMANDS
         Path(FLAGS.json).write_text(json.dumps(fields if listed else fields[0], indent=2) + "\n")
     if FLAGS.what in COMMANDS:
-        bad = [p.program for p in found if p.error or not p.fits]
-        if bad:
+        if bad := [p.program for p in found if p.error or not p.fits]:
             raise ValueError(f"{len(bad)} of {len(found)} programs do not compile or fit: {', '.join(bad)}")
         print(f"All {len(found)} programs compile and fit.")

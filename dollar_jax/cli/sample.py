@@ -24,13 +24,9 @@ def define_flags(_: list[str]) -> None:
         define("integer", name, None, f"{what}, instead of the run's own.", 1)
     define("float", "fps", None, "Frames per second of the files; those of the run's data by default.", 0.1)
     define("integer", "scale", None, "Enlargement of every pixel; by default what makes small videos 256 wide.", 1)
-    define(
-        "string",
-        "out",
-        "samples.mp4",
-        "The .mp4 or .gif, a row per prompt; or a folder, for a file per video, written as it is drawn: a second start "
-        "draws what is missing. How they were made is left beside it in NAME.manifest.json.",
-    )
+    about = "The .mp4 or .gif, a row per prompt; or a folder, for a file per video, of which a second start draws the "
+    about += "missing. How they were made is left beside it in NAME.manifest.json."
+    define("string", "out", "samples.mp4", about)
 
 
 def run() -> None:
@@ -95,7 +91,7 @@ def run() -> None:
         drawn = draw_missing(out, rows, keys, generator, drawers, FLAGS.batch_size, fps, scale)
         print(f"{out}: {drawn} videos drawn, {len(rows) - drawn} were there")
         return
-    each = [i for *_, i in rows]
-    clips = draw_beside(generator, drawers, [p for _, p, _ in rows], lambda: keys()[np.array(each)], FLAGS.batch_size)
+    _, each, index = zip(*rows, strict=True)
+    clips = draw_beside(generator, drawers, each, lambda: keys()[np.array(index)], FLAGS.batch_size)
     write_video(out, grid(np.stack(list(clips)), columns, gap=6 if len(samplers) > 1 else 2), fps, scale)
     print(out)

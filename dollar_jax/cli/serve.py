@@ -1,7 +1,5 @@
 """`dollar serve`."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import tempfile

@@ -1,5 +1,6 @@
 """Prompt lists in, video files out."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -19,46 +20,35 @@ _LONGEST_NAME = 255  # bytes, on every usual file system
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not blank, each once.
-
-    Raises FileNotFoundError, or ValueError when there are none.
-    """
+    """The lines of a text file that are not blank, each once; FileNotFoundError, or ValueError without any."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it must hold a prompt per line")
-    lines = read_text(path).splitlines()
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
+    if not (prompts := dict.fromkeys(filter(None, map(str.strip, read_text(path).splitlines())))):
         raise ValueError(f"{path} holds no prompt; write one per line")
-    return prompts
+    return list(prompts)
 
 
 def video_name(prompt: str, index: int, suffix: str = ".mp4") -> str:
     """`{prompt}-{index}.mp4`, by which VBench finds its videos; ValueError where no file can be named so."""
     name = f"{prompt}-{index}{suffix}"
     if "/" in name or "\0" in name or len(name.encode()) > _LONGEST_NAME:
-        raise ValueError(
-            f"no file can be named by the prompt {prompt[:60]!r}: take out slashes, or shorten it to "
-            f"{_LONGEST_NAME - 10} bytes"
-        )
+        mend = f"take out slashes, or shorten it to {_LONGEST_NAME - 10} bytes"
+        raise ValueError(f"no file can be named by the prompt {prompt[:60]!r}: {mend}")
     return name
 
 
 def file_name(prompt: str, index: int) -> str:
     """`video_name`; where no file can be named so, a shortened one with a hash of the prompt."""
-    try:
+    with contextlib.suppress(ValueError):
         if not prompt.startswith("."):  # hidden
             return video_name(prompt, index)
-    except ValueError:
-        pass
     start = re.sub(r"^\.|[/\0]", "_", prompt).encode()[:200].decode(errors="ignore")
     return video_name(f"{start}~{hashlib.sha256(prompt.encode()).hexdigest()[:8]}", index)
 
 
 def find_videos(folder: Path) -> dict[str, list[Path]]:
     """The .mp4 and .gif files of a folder by prompt: as its manifest says, or by `{prompt}-{index}.mp4`; others are
-    their own prompt.
-
-    Raises FileNotFoundError when there is no folder or no video in it.
+    their own prompt. Raises FileNotFoundError when there is no folder or no video in it.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")

@@ -42,11 +42,8 @@ def hash_params(params: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    return {
-        "dollar_jax": __version__,
-        **{name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")},
-        "python": platform.python_version(),
-    }
+    libraries = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")}
+    return {"dollar_jax": __version__, **libraries, "python": platform.python_version()}
 
 
 def made_of(prompts: Sequence[str], seeds: Sequence[int], num: int, files: Mapping[str, str]) -> dict[str, Any]:
@@ -79,10 +76,7 @@ def manifest_path(folder: Path) -> Path:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], free: Sequence[str] = ("versions",)) -> None:
-    """Writes the manifest of a folder of videos; ValueError when the folder holds videos made otherwise.
-
-    The entries in `free` may differ.
-    """
+    """Writes a folder's manifest; ValueError when it holds videos made otherwise, but for the entries in `free`."""
     path = manifest_path(folder)
     if path.is_file() and folder.is_dir():
         before, manifest = read_json(path), json.loads(json.dumps(manifest))  # a tuple is read back as a list
@@ -107,24 +101,18 @@ def find_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def check_alike(a: Path, b: Path) -> dict[str, tuple[Any, Any]]:
-    """What two sets were made with, where it differs: weights, sampler, steps and versions may.
-
-    Raises ValueError when one has no manifest, or when they differ in what a measure depends on besides the model.
-    """
+    """What two sets were made with, where it differs; ValueError without a manifest, or where PROTOCOL differs."""
     found = []
     for path in (a, b):
         if (manifest := find_manifest(path)) is None:
             raise ValueError(f"{path} cannot be compared: there is no {NAME} in it or beside it to say how it was made")
         found.append(manifest)
     ours, theirs = found
-    different = {
-        name: (ours.get(name), theirs.get(name)) for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)
-    }
-    if unlike := [name for name in PROTOCOL if name in different]:
-        shown = "; ".join(
-            f"{name} is {different[name][0]!r} in {a} and {different[name][1]!r} in {b}" for name in unlike
-        )
-        raise ValueError(f"these do not compare: {shown}")
+    pairs = {name: (ours.get(name), theirs.get(name)) for name in {**ours, **theirs}}
+    different = {name: (x, y) for name, (x, y) in pairs.items() if x != y}
+    unlike = [f"{k} is {different[k][0]!r} in {a} and {different[k][1]!r} in {b}" for k in PROTOCOL if k in different]
+    if unlike:
+        raise ValueError(f"these do not compare: {'; '.join(unlike)}")
     return different
 
 

@@ -58,7 +58,6 @@ class SamplePlan:
         return [str(caption) for caption in (*self.captions, *repeated)]
 
     def spread(self, count: int) -> np.ndarray:
-        """The places of `count` captions, spread over all of them."""
         return np.linspace(0, len(self.captions) - 1, count).round().astype(int)
 
 
@@ -81,14 +80,10 @@ def measure(
     """
     batches = -(-len(plan.prompts) // plan.batch)
     drawn, seconds = draw_in_turns(generator, rows, plan.prompts, plan.batch, plan.seed, -(-TIMED // batches))
-    metrics = {
-        name: {
-            **quality(drawn[name], plan, reward, network),
-            "nfe": row.nfe,
-            **{f"{stage}_seconds": statistics.median(times) for stage, times in seconds[name].items()},
-        }
-        for name, row in rows.items()
-    }
+    metrics = {}
+    for name, row in rows.items():
+        medians = {f"{stage}_seconds": statistics.median(times) for stage, times in seconds[name].items()}
+        metrics[name] = {**quality(drawn[name], plan, reward, network), "nfe": row.nfe, **medians}
     return metrics, {name: to_uint8(frames) for name, frames in drawn.items()}
 
 
@@ -170,12 +165,8 @@ def _timed(times: list[float], function: Callable[..., Any], *arguments: Any) ->
 
 def speedups(metrics: dict[str, dict[str, float]], teacher: str) -> dict[str, float]:
     """`speedup_n` in diffusion time of each student against the teacher, by DOLLAR table 8.4."""
-    base = metrics[teacher]["diffusion_seconds"]
-    return {
-        name.replace("student", "speedup"): base / row["diffusion_seconds"]
-        for name, row in metrics.items()
-        if name.startswith("student")
-    }
+    base, students = metrics[teacher]["diffusion_seconds"], [name for name in metrics if name.startswith("student")]
+    return {name.replace("student", "speedup"): base / metrics[name]["diffusion_seconds"] for name in students}
 
 
 def percentages(metrics: dict[str, dict[str, float]], teacher: str) -> None:

@@ -33,9 +33,7 @@ def evaluate(
 
     `timings` are the seconds of what came before, by name. With a network's `features` also the diversity and the
     Fréchet distance they tell of. A run's rewards that are code of its own are left out, and named, unless
-    `allow_code`: a run folder may come from anybody.
-
-    Raises ValueError when `out` does not end in .json.
+    `allow_code`: a run folder may come from anybody. Raises ValueError when `out` does not end in .json.
     """
     begun = time.perf_counter()
     page, folder = outputs(out)
@@ -57,9 +55,9 @@ def evaluate(
         **speedups(table, teacher),
         "seconds": sum(timings.values()),
         "timings": timings,
-        **({} if features is None else {"features": features.name}),
-        "config": dataclasses.asdict(config),
     }
+    metrics |= {} if features is None else {"features": features.name}
+    metrics |= {"config": dataclasses.asdict(config)}
     write_metrics(out, metrics)
 
     chosen = plan.spread(SHOWN)
@@ -68,16 +66,9 @@ def evaluate(
     for i, prompt in enumerate(prompts):
         pair = [shown[name][i] for name in (teacher, "student_4") if name in shown]
         write_video(folder / f"{prompt.replace(' ', '_')}.mp4", side_by_side(pair), scale=8)
-    write_report(
-        page,
-        metrics=metrics,
-        prompts=prompts,
-        videos=shown,
-        history=read_history(workdir),
-        timings=timings,
-        config_text=json.dumps(metrics["config"], indent=2),
-        notes=[] if reward is None else [f"The reward is {rewards}: {reward.meaning}."],
-    )
+    notes = [] if reward is None else [f"The reward is {rewards}: {reward.meaning}."]
+    text, made = json.dumps(metrics["config"], indent=2), {"metrics": metrics, "timings": timings, "notes": notes}
+    write_report(page, prompts=prompts, videos=shown, history=read_history(workdir), config_text=text, **made)
     return metrics
 
 
