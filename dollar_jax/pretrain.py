@@ -169,15 +169,10 @@ def train_vae(config: PretrainConfig, folder: Path) -> Component:
             start = rng.integers(len(video) - frames + 1)
             return video[start : start + frames]
 
-        params = fit(
-            f"VAE, clips of {phase.frames}",
-            folder / f"phase_{number}",
-            functools.partial(vae_loss, network, phase.kl_weight),
-            params,
-            endless(videos, phase.batch_size, config.seed + number, cut),
-            phase,
-            dataclasses.replace(config, seed=config.seed + number),
-        )
+        seeded = dataclasses.replace(config, seed=config.seed + number)
+        loss = functools.partial(vae_loss, network, phase.kl_weight)
+        batches = endless(videos, phase.batch_size, seeded.seed, cut)
+        params = fit(f"VAE, clips of {phase.frames}", folder / f"phase_{number}", loss, params, batches, phase, seeded)
     return Component(vae, network, params)
 
 
@@ -220,13 +215,9 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     stored = read_arrays(cache)
     mean, std, captions = stored["mean"], stored["std"], stored["captions"].tolist()
     axes = (0, 1, 2, 3)
-    vae_config = WanVAEConfig(
-        **{
-            **config.vae,
-            "latents_mean": tuple(mean.mean(axes).tolist()),
-            "latents_std": tuple(np.sqrt(mean.var(axes) + (std**2).mean(axes)).tolist()),
-        }
-    )
+    deviation = np.sqrt(mean.var(axes) + (std**2).mean(axes))
+    moments = {"latents_mean": tuple(mean.mean(axes).tolist()), "latents_std": tuple(deviation.tolist())}
+    vae_config = WanVAEConfig(**{**config.vae, **moments})
     latents = np.asarray(normalise(jnp.asarray(mean), vae_config))
     ids, mask = tokenize(tokenizer, captions, config.max_text_length)
     null_ids, null_mask = tokenize(tokenizer, [""], config.max_text_length)
@@ -250,7 +241,7 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     text_key, dit_key, *bias_keys = jax.random.split(jax.random.key(config.seed), 4)
     if config.init:
         start = load_pipeline(config.init)
-        params = {name: getattr(start, name).params for name in ("text_encoder", "transformer")}
+        params = {"text_encoder": start.text_encoder.params, "transformer": start.transformer.params}
         params = jax.tree.map(jnp.asarray, params)
     else:
         params = {"text_encoder": text.init(text_key), "transformer": dit.init(dit_key)}
@@ -260,16 +251,8 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
             layer = params["transformer"]["blocks"]["attn1"][name]
             layer["bias"] = 1.5 * jax.random.normal(key, layer["bias"].shape)
     records = [{"latent": z, "ids": i, "mask": m} for z, i, m in zip(latents, ids, mask, strict=True)]
-    params = fit(
-        "teacher",
-        folder / "checkpoints",
-        loss,
-        params,
-        endless(records, c.batch_size, config.seed),
-        c,
-        config,
-        c.ema_decay,
-    )
+    batches = endless(records, c.batch_size, config.seed)
+    params = fit("teacher", folder / "checkpoints", loss, params, batches, c, config, c.ema_decay)
     return Pipeline(
         WAN,
         Component(dit_config, dit, params["transformer"]),
@@ -289,9 +272,8 @@ def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
     clip = (shapes.FRAMES, shapes.SIZE, shapes.SIZE)
     generator = Generator(pipeline, config.max_text_length, sampling, clip)
     videos, captions = rendered(config.seed, "validation", 256)
-    rebuilt = np.concatenate(
-        [generator.decode(generator.encode(videos[i : i + 64])) for i in range(0, len(videos), 64)]
-    )
+    parts = np.split(videos, range(64, len(videos), 64))
+    rebuilt = np.concatenate([generator.decode(generator.encode(part)) for part in parts])
     report: dict[str, Any] = {"vae": {"psnr": psnr(rebuilt, videos / 255), **shapes.alignment(rebuilt, captions)}}
 
     everything = shapes.all_captions()

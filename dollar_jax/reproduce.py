@@ -5,6 +5,7 @@ finished cells are read back, and the one under way resumes its training.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -19,14 +20,7 @@ from dollar_jax.config import DistillConfig, changed, distill_config
 from dollar_jax.data import shapes
 from dollar_jax.data.latents import load_data
 from dollar_jax.evaluate.features import vae_features
-from dollar_jax.evaluate.measure import (
-    NetworkMeasures,
-    default_plan,
-    draw_in_turns,
-    measure,
-    network_measures,
-    samplers,
-)
+from dollar_jax.evaluate.measure import default_plan, draw_in_turns, measure, network_measures, samplers
 from dollar_jax.evaluate.metrics import write_metrics
 from dollar_jax.files import read_arrays, read_json
 from dollar_jax.generate import Generator, make_generator
@@ -80,31 +74,26 @@ def reproduce(
         "checkpoint_every": max(base.checkpoint_every, 1),
         "visibility.samples_every": 0,
     }
-    methods = {
-        method.key: (method, changed(experiment(method.losses), {**common, **method.changes})) for method in METHODS
-    }
     base = changed(base, common)
-    cells = [(key, seed) for seed in range(count) for key in ("teacher", *methods)]
+    configs = {method.key: changed(experiment(method.losses), {**common, **method.changes}) for method in METHODS}
+    configs = {"teacher": base, **configs}
+    cells = [(key, seed) for seed in range(count) for key in configs]
     for key, seed in cells:  # before hours of work
-        _read_cell(workdir, key, seed, base if key == "teacher" else methods[key][1], quick)
+        _read_cell(workdir, key, seed, configs[key], quick)
 
-    generator = make_generator(base)
-    lab = Lab(workdir, generator, base, quick)
-    results = {}
+    lab = Lab(workdir, make_generator(base), base, quick)
+    results = []
     for key, seed in tqdm(cells, "ablation", unit="cell"):
-        config = base if key == "teacher" else methods[key][1]
-        results[key, seed] = _read_cell(workdir, key, seed, config, quick) or lab.run(key, seed, config)
-    speed = _read_cell(workdir, SPEED, 0, base, quick) or lab.time(next(iter(methods)), base)
-    labels = {"teacher": "Teacher", **{key: method.label for key, (method, _) in methods.items()}}
-    commands = [_command(method, common, seed) for method, _ in methods.values() for seed in range(count)]
+        rows = _read_cell(workdir, key, seed, configs[key], quick) or lab.run(key, seed, configs[key])
+        results.append(Result(key, seed, rows))
     return write_ablation(
         workdir,
-        [Result(key, seed, rows) for (key, seed), rows in results.items()],
-        labels,
-        speed,
-        videos={key: _videos(workdir, key) for key in labels},
+        results,
+        labels={"teacher": "Teacher", **{method.key: method.label for method in METHODS}},
+        speed=_read_cell(workdir, SPEED, 0, base, quick) or lab.time(METHODS[0].key, base),
+        videos={key: read_arrays(workdir / "cells" / f"{key}.npz") for key in configs},
         prompts=lab.shown(0),
-        commands=commands,
+        commands=[_command(method, common, seed) for method in METHODS for seed in range(count)],
         config_text=json.dumps(dataclasses.asdict(base), indent=2),
         seconds=time.perf_counter() - start,
     )
@@ -116,7 +105,7 @@ class Lab:
     def __init__(self, workdir: Path, generator: Generator, base: DistillConfig, quick: bool):
         self.workdir, self.generator, self.base, self.quick = workdir, generator, base, quick
         self.reward = weighted_sum(base.reward.rewards, load_rewards(base.reward.rewards))
-        self._network: NetworkMeasures | None = None
+        self.network = functools.cache(functools.partial(network_measures, vae_features(generator), quick))
 
     def shown(self, seed: int) -> list[str]:
         """The prompts whose videos are kept."""
@@ -134,10 +123,8 @@ class Lab:
         drawn = samplers(self.generator, student, config.student.timesteps)
         wanted = "teacher" if key == "teacher" else "student"
         drawn = {name: row for name, row in drawn.items() if name.startswith(wanted)}
-        if self._network is None:
-            self._network = network_measures(vae_features(self.generator), self.quick)
         plan = default_plan(seed, self.quick)
-        rows, videos = measure(self.generator, drawn, plan, self.reward, self._network)
+        rows, videos = measure(self.generator, drawn, plan, self.reward, self.network())
         for row in rows.values():
             # Taken hours apart from the others': `time` takes them side by side.
             del row["diffusion_seconds"], row["total_seconds"]
@@ -185,10 +172,6 @@ def _read_cell(workdir: Path, key: str, seed: int, config: DistillConfig, quick:
     if _settings(before, cell["settings"]["quick"]) != _settings(dataclasses.replace(config, seed=seed), quick):
         raise ValueError(f"{path} is of other settings than these: choose another workdir, or remove it")
     return cell["rows"]
-
-
-def _videos(workdir: Path, key: str) -> dict[str, np.ndarray]:
-    return read_arrays(workdir / "cells" / f"{key}.npz")
 
 
 def _command(method: Method, common: Mapping[str, Any], seed: int) -> str:

@@ -1,23 +1,18 @@
 """`dollar prepare`."""
 
+import dataclasses
 import functools
 import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from dollar_jax.cli.base import FLAGS, define, prepare_jax, require
 
 
 def define_flags(_: list[str]) -> None:
-    define(
-        "string",
-        "source",
-        None,
-        "Videos with captions: a folder (each caption in a .txt beside its video, or a metadata.csv or .jsonl), a "
-        ".csv, .jsonl or .json manifest with video and caption, WebDataset .tar or parquet files or a folder of them, "
-        "hf:NAME of a data set on the Hugging Face hub, or tfds:NAME.",
-    )
+    define("string", "source", None, "Videos with captions: a folder, manifest, .tar, .parquet, hf:NAME or tfds:NAME.")
     define("string", "prompts", None, "Prompts without videos instead: a .txt, one a line, a .csv or a .jsonl.")
     define("string", "out", None, "Folder of the data set.")
     require("out")
@@ -43,14 +38,7 @@ def define_flags(_: list[str]) -> None:
     define("string", "split", "train", "Split of a tfds: source.")
     define("integer", "process_index", None, "Which of the hosts this is, by default as jax counts them.", 0)
     define("integer", "process_count", None, "How many hosts share the work, all writing to --out.", 1)
-    define(
-        "string",
-        "beam",
-        None,
-        "Share the work through Apache Beam (pip install -e '.[beam]'), with these options of its pipeline, such "
-        "as '--runner=FlinkRunner --parallelism=64', or '' for this machine. All workers must see --source, "
-        "--teacher and --out under the same paths.",
-    )
+    define("string", "beam", None, "Share the work through Apache Beam with these options, or '' for this machine.")
 
 
 def run() -> None:
@@ -66,10 +54,9 @@ def run() -> None:
     from dollar_jax.weights.pipeline import read_family
 
     prepare_jax()
-    sizes = {"frames": shapes.FRAMES, "height": shapes.SIZE, "width": shapes.SIZE, "max_text_length": 12}
-    if FLAGS.teacher not in SHIPPED_TEACHERS:
-        sizes = {"frames": None, "height": None, "width": None, "max_text_length": 512}
-    sizes = {name: FLAGS[name].value or value for name, value in sizes.items()}
+    shipped = FLAGS.teacher in SHIPPED_TEACHERS
+    sizes = {"frames": shapes.FRAMES, "height": shapes.SIZE, "width": shapes.SIZE}
+    sizes = {name: FLAGS[name].value or (size if shipped else None) for name, size in sizes.items()}
     if FLAGS.buckets:
         if FLAGS.height or FLAGS.width:
             raise ValueError("give either --height and --width or --buckets")
@@ -78,33 +65,19 @@ def run() -> None:
         if value is None:
             raise ValueError(f"--{name} must be given for a teacher of your own")
     fps, chunk, dtype = FLAGS.fps, FLAGS.vae_chunk, "float32"
-    if FLAGS.teacher not in SHIPPED_TEACHERS:
+    if not shipped:
         family = read_family(Path(FLAGS.teacher))
         chunk, dtype = chunk or family.vae_chunk, "bfloat16"
         if fps is None and not (FLAGS.source or "").startswith(TFDS):
             fps = family.fps
-    settings = PrepareSettings(
-        source=_absolute(FLAGS.source),
-        split=FLAGS.split,
-        prompts=FLAGS.prompts,
-        teacher=FLAGS.teacher,
-        frames=sizes["frames"],
-        buckets=tuple(map(_size, FLAGS.buckets)) if FLAGS.buckets else ((sizes["height"], sizes["width"]),),
-        fps=fps or None,
-        crop=FLAGS.crop,
-        clips=FLAGS.clips,
-        sample=FLAGS.sample,
-        dtype=FLAGS.dtype,
-        max_text_length=sizes["max_text_length"],
-        seed=FLAGS.seed,
-        shard_size=FLAGS.shard_size,
-        batch_size=FLAGS.batch_size,
-        caption=FLAGS.caption,
-        language=FLAGS.language,
-        keep_cuts=FLAGS.keep_cuts,
-        vae_chunk=chunk,
-        teacher_dtype=dtype,
-    )
+    names = [field.name for field in dataclasses.fields(PrepareSettings) if field.name in FLAGS]
+    given: dict[str, Any] = {name: FLAGS[name].value for name in names}
+    if FLAGS.source and os.path.exists(FLAGS.source):  # a path, from wherever the job is resumed
+        given["source"] = os.path.abspath(FLAGS.source)
+    given |= {"frames": sizes["frames"], "fps": fps or None, "vae_chunk": chunk, "teacher_dtype": dtype}
+    given["buckets"] = tuple(map(_size, FLAGS.buckets or ())) or ((sizes["height"], sizes["width"]),)
+    given["max_text_length"] = FLAGS.max_text_length or (12 if shipped else 512)
+    settings = PrepareSettings(**given)
     Loader(settings).items()  # what cannot be read is refused before the teacher is loaded
     index = jax.process_index() if FLAGS.process_index is None else FLAGS.process_index
     count = jax.process_count() if FLAGS.process_count is None else FLAGS.process_count
@@ -126,11 +99,6 @@ def run() -> None:
         print(f"{summary.waiting} shards are still with other hosts; host 0 finishes {out}.")
     else:
         print(f"Train on them with dollar train --config=… --config.data.name={out}")
-
-
-def _absolute(source: str | None) -> str | None:
-    """A source that is a path, from wherever the job is resumed; names stay as they are."""
-    return os.path.abspath(source) if source and os.path.exists(source) else source
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -59,12 +59,11 @@ class EncodedVideos:
     def batches(
         self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None
     ) -> grain.DatasetIterator:
-        """Shuffled batches without end, of each only `rows` if given; the position can be checkpointed.
+        """Shuffled batches without end, of each only `rows` if given; ValueError for fewer videos than a batch.
 
-        It counts whole batches, so that a run may go on with another number of processes. Each batch is a
-        mapping of `latent`, `text` and `index`, the videos' places in `captions`; with the shardings of the
-        step's batch its arrays also come as "on_device", placed ahead of time. Raises ValueError when there
-        are fewer videos than a batch needs.
+        The position that is checkpointed counts whole batches, so that a run may go on with other processes. A batch
+        maps to `latent`, `text` and `index`, the places in `captions`; with the shardings of the step's batch its
+        arrays also come as "on_device", placed ahead of time.
         """
         if len(self) < config.batch_size:
             raise ValueError(f"there are {len(self)} training videos, fewer than config.batch_size {config.batch_size}")
@@ -103,18 +102,13 @@ def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> Enc
     if jax.process_index() > 0:
         wait_for(cache, "the encoded videos")
     elif not cache.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         records = load_moving_shapes(folder, "train", {"train": count})
         latents, captions = [], []
         for start in tqdm(range(0, len(records), _AT_ONCE), "encoding", unit_scale=_AT_ONCE, unit="video"):
             part = [records[i] for i in range(start, min(start + _AT_ONCE, len(records)))]
             latents.append(generator.encode(np.stack([record["video"] for record in part])))
-            captions += [_decoded(record["caption"]) for record in part]
+            captions += [record["caption"].decode() for record in part]
         with new_file(cache) as draft, draft.open("wb") as file:
             np.savez(file, latent=np.concatenate(latents), text=generator.text(captions), captions=captions)
     stored = read_arrays(cache)
     return EncodedVideos(stored["latent"], stored["text"], stored["captions"].tolist())
-
-
-def _decoded(text: Any) -> str:
-    return text.decode() if isinstance(text, bytes) else str(text)

@@ -22,9 +22,7 @@ def prefetch(
         return batches
 
     def place(batch: dict[str, Any]) -> dict[str, Any]:
-        arrays = {
-            name: make_global_rows(batch[name], rows, sharding[name], config.batch_size) for name in ("latent", "text")
-        }
+        arrays = {n: make_global_rows(batch[n], rows, sharding[n], config.batch_size) for n in ("latent", "text")}
         return {**batch, "on_device": arrays}
 
     return grain.experimental.ThreadPrefetchIterDataset(batches.map(place), prefetch_buffer_size=config.data.prefetch)

@@ -157,35 +157,25 @@ class PreparedVideos:
         for name in self.buckets.keys() - whole.keys():
             tqdm.write(f"bucket {name} is left out: {len(self.buckets[name])} clips are fewer than a batch")
         if not whole:
-            most = max(len(part) for part in self.buckets.values())
-            raise ValueError(
-                f"there are {most} training videos of one size in {self.folder}, fewer than config.batch_size "
-                f"{config.batch_size}"
-            )
+            most, least = max(map(len, self.buckets.values())), f"config.batch_size {config.batch_size}"
+            raise ValueError(f"there are {most} training videos of one size in {self.folder}, fewer than {least}")
         rows = np.arange(config.batch_size) if rows is None else rows
-        datasets = [
-            _endless(part, config, number, rows, functools.partial(self._row, shape=shape))
-            for number, (name, part) in enumerate(whole.items())
-            for shape in [self.about["latent_shapes"][name]]
-        ]
-        mixed = datasets[0]
-        if len(datasets) > 1:
-            mixed = grain.IterDataset.mix(datasets, [len(part) for part in whole.values()])
+        datasets = []
+        for number, (name, part) in enumerate(whole.items()):
+            row = functools.partial(self._row, shape=self.about["latent_shapes"][name])
+            datasets.append(_endless(part, config, number, rows, row))
+        weights = list(map(len, whole.values()))
+        mixed = grain.IterDataset.mix(datasets, weights) if len(datasets) > 1 else datasets[0]
         return iter(prefetch(mixed, config, rows, sharding))
 
     def _row(self, record: dict[str, Any], rng: np.random.Generator, shape: Sequence[int]) -> dict[str, Any]:
         """A record as a batch's row: a fresh sample of the posterior, padded text; zeros for prompts alone."""
-        if self.has_latents:
-            latent = record["latent"].astype(np.float32)
-            if "latent_std" in record:
-                noise = rng.standard_normal(latent.shape, np.float32)
-                latent = latent + record["latent_std"].astype(np.float32) * noise
-        else:
-            latent = np.zeros(shape, np.float32)
+        latent = record["latent"].astype(np.float32) if self.has_latents else np.zeros(shape, np.float32)
+        if "latent_std" in record:
+            latent += record["latent_std"].astype(np.float32) * rng.standard_normal(latent.shape, np.float32)
         text = np.zeros((self.config.max_text_length, record["text"].shape[-1]), np.float32)
         text[: len(record["text"])] = record["text"]
-        names = {name: record[name].decode() for name in ("caption", "name")}
-        return {"latent": latent, "text": text, **names}
+        return {"latent": latent, "text": text, "caption": record["caption"].decode(), "name": record["name"].decode()}
 
 
 def _endless(records: Records, config: DistillConfig, number: int, rows: np.ndarray, row: Any) -> grain.IterDataset:
@@ -207,17 +197,13 @@ def _endless(records: Records, config: DistillConfig, number: int, rows: np.ndar
 
 def fingerprint_programs(generator: Generator) -> list[Program]:
     """What `fingerprint` executes."""
-    space = generator.pipeline.vae.config.scale_factor_spatial
-    mesh = generator.own_mesh
-    return [generator.encode_program((1, 1, 2 * space, 2 * space, 3), mesh), generator.text_program(1, mesh)]
+    side, mesh = 2 * generator.pipeline.vae.config.scale_factor_spatial, generator.own_mesh
+    return [generator.encode_program((1, 1, side, side, 3), mesh), generator.text_program(1, mesh)]
 
 
 def fingerprint(generator: Generator) -> dict[str, list[float]]:
     """16 numbers of the latent of a fixed picture and of the empty prompt's states: they tell teachers apart."""
-    space = generator.pipeline.vae.config.scale_factor_spatial
-    ramp = np.indices((2 * space, 2 * space, 3)).sum(0)[None, None] * 7 % 256
-    latent = generator.encode(ramp.astype(np.uint8))
-    return {
-        name: [round(float(x), 5) for x in values.ravel()[:16]]
-        for name, values in (("vae", latent), ("text_encoder", generator.null_text))
-    }
+    side = 2 * generator.pipeline.vae.config.scale_factor_spatial
+    ramp = np.indices((side, side, 3)).sum(0)[None, None] * 7 % 256
+    values = {"vae": generator.encode(ramp.astype(np.uint8)), "text_encoder": generator.null_text}
+    return {name: [round(float(x), 5) for x in value.ravel()[:16]] for name, value in values.items()}

@@ -75,11 +75,9 @@ def all_captions() -> list[Caption]:
 def covering_captions() -> list[Caption]:
     """72 captions: every (colour, shape, direction) once, with the four (size, speed) pairs in balance."""
     captions = []
-    for (c, colour), (s, shape), (d, direction) in itertools.product(
-        enumerate(COLOURS), enumerate(SHAPES), enumerate(DIRECTIONS)
-    ):
+    for c, s, d in np.ndindex(len(COLOURS), len(SHAPES), len(DIRECTIONS)):
         size, speed = divmod((c + s + d) % 4, 2)
-        captions.append(Caption(SIZES[size], colour, shape, direction, SPEEDS[speed]))
+        captions.append(Caption(SIZES[size], COLOURS[c], SHAPES[s], DIRECTIONS[d], SPEEDS[speed]))
     return captions
 
 
@@ -200,14 +198,10 @@ def verify(video: np.ndarray) -> Reading:
     fits = [_fit(shape, mask) for shape in SHAPES]
     overlaps = np.stack([fit[3] for fit in fits])  # [shapes, t]
     shape = overlaps.argmax(0)
-    x, y, radius, overlap = (
-        np.take_along_axis(np.stack(column), shape[None], 0)[0] for column in zip(*fits, strict=True)
-    )
-
-    hue = np.degrees(
-        np.arctan2(np.sqrt(3) * (colour[:, 1] - colour[:, 2]), 2 * colour[:, 0] - colour[:, 1] - colour[:, 2])
-    )
-    # A window as long at the ends as in the middle: two frames alone place an object too roughly.
+    x, y, radius, overlap = (np.choose(shape, column) for column in zip(*fits, strict=True))
+    red, green, blue = colour.T
+    hue = np.degrees(np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue))
+    # As long a window at the ends as in the middle: two frames alone place an object too roughly.
     before = np.clip(np.arange(len(frames)) - 2, 0, max(len(frames) - 5, 0))
     after = np.minimum(before + 4, len(frames) - 1)
     dx, dy = ((a[after] - a[before]) / np.maximum(after - before, 1) for a in (x, y))
@@ -217,17 +211,12 @@ def verify(video: np.ndarray) -> Reading:
 
     present = (strength > MINIMUM_CHROMA) & (overlap > MINIMUM_OVERLAP)
     moving = present & (pace > MINIMUM_PACE)
-    return Reading(
-        size=np.where(present, radius > RADIUS_THRESHOLD, -1),
-        colour=np.where(present, np.round(hue / 60).astype(int) % 6, -1),
-        shape=np.where(present, shape, -1),
-        direction=np.where(moving, direction, -1),
-        speed=np.where(moving, pace > PACE_THRESHOLD, -1),
-        x=x,
-        y=y,
-        radius=radius,
-        overlap=overlap,
-    )
+    size = np.where(present, radius > RADIUS_THRESHOLD, -1)
+    colour = np.where(present, np.round(hue / 60).astype(int) % 6, -1)
+    shape = np.where(present, shape, -1)
+    direction = np.where(moving, direction, -1)
+    speed = np.where(moving, pace > PACE_THRESHOLD, -1)
+    return Reading(size, colour, shape, direction, speed, x, y, radius, overlap)
 
 
 def _fit(shape: str, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -253,19 +242,12 @@ def _fit(shape: str, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def alignment(videos: np.ndarray, captions: list[Caption]) -> dict[str, float]:
-    """Mean per-frame attribute accuracy of videos [n, t, 32, 32, 3] against their captions.
-
-    Returns `alignment` (over frames and attributes), `alignment_strict` (frames in which all five
-    are right) and one accuracy per attribute.
-    """
+    """Mean accuracy of videos [n, t, 32, 32, 3] against their captions: `alignment` over frames and attributes,
+    `alignment_strict` (frames in which all five are right) and one for each attribute."""
     return accuracies(np.stack([verify(v).correct(c) for v, c in zip(videos, captions, strict=True)]))
 
 
 def accuracies(correct: np.ndarray) -> dict[str, float]:
     """The measures of `alignment` from what `Reading.correct` says of every video, bool [n, t, 5]."""
-    means = dict(zip(ATTRIBUTES, correct.mean((0, 1)).tolist(), strict=True))
-    return {
-        "alignment": float(correct.mean()),
-        "alignment_strict": float(correct.all(-1).mean()),
-        **{f"alignment_{name}": value for name, value in means.items()},
-    }
+    each = {f"alignment_{name}": float(correct[..., i].mean()) for i, name in enumerate(ATTRIBUTES)}
+    return {"alignment": float(correct.mean()), "alignment_strict": float(correct.all(-1).mean()), **each}

@@ -85,35 +85,26 @@ def _clip(folder: Path) -> Callable[[np.ndarray, str], tuple[np.ndarray, np.ndar
 
 
 def background_consistency(images: np.ndarray) -> float:
-    """Mean over frames of the cosines with the first frame and the one before, negative ones as 0.
-
-    Args:
-        images: unit features [t >= 2, d].
-    """
+    """Mean over frames, unit features [t >= 2, d], of the cosines with the first and the one before, at least 0."""
     first, before = images[1:] @ images[0], (images[1:] * images[:-1]).sum(-1)
     return float((np.maximum(first, 0) + np.maximum(before, 0)).mean() / 2)
 
 
 def motion_smoothness(frames: np.ndarray) -> float:
-    """1 - how far every other frame is from the mean of its neighbours, of uint8 [t >= 3 h w 3].
-
-    VBench's formula; its interpolation is AMT's.
-    """
+    """1 - how far every other frame is from the mean of its neighbours, of uint8 [t >= 3 h w 3]: VBench's formula."""
     if len(frames) < 3:
         raise ValueError(f"motion smoothness needs videos of at least 3 frames, not {len(frames)}")
     kept, left_out = frames[::2].astype(np.int16), frames[1::2].astype(np.int16)
     between = (kept[:-1] + kept[1:]) // 2
-    left_out = left_out[: len(between)]
-    return 1 - float(np.abs(between - left_out).mean(dtype=np.float64)) / 255
+    return 1 - float(np.abs(between - left_out[: len(between)]).mean(dtype=np.float64)) / 255
 
 
 def dynamic_degree(frames: np.ndarray, fps: float) -> bool:
     """Whether a video uint8 [t h w 3] moves: in a quarter of the pairs of frames at 8 fps, the fastest 5 % of the
     pixels move by more than 6 pixels in 256. VBench's formula; its flow is RAFT's."""
     frames = frames[:: max(1, round(fps / 8))]
-    scale = _SHORT / min(frames.shape[1:3])
-    size = tuple(round(edge * scale) for edge in frames.shape[1:3])
-    flow = _flow(size)
+    height, width = (round(edge * (_SHORT / min(frames.shape[1:3]))) for edge in frames.shape[1:3])
+    flow = _flow((height, width))
     moving = 0
     for pair in zip(frames[:-1], frames[1:], strict=True):
         length = np.sort(np.ravel(flow(unit_range(np.stack(pair)))))

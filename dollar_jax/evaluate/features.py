@@ -5,6 +5,7 @@ gives (torchvision's names), with LPIPS's heads (Zhang et al., arXiv 1801.03924)
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,13 @@ def vae_features(generator: Generator) -> Features:
 
 def _moments(x: np.ndarray) -> np.ndarray:
     """[n t h w c] → [n 3c]."""
-    change = np.abs(np.diff(x, axis=1)) if x.shape[1] > 1 else np.zeros_like(x)
     axes = (1, 2, 3)
-    return np.concatenate([x.mean(axes), x.std(axes), change.mean(axes)], -1)
+    return np.concatenate([x.mean(axes), x.std(axes), _change(x).mean(axes)], -1)
+
+
+def _change(x: np.ndarray) -> np.ndarray:
+    """How much neighbours along the second axis, time, differ; 0 for a single frame."""
+    return np.abs(np.diff(x, axis=1)) if x.shape[1] > 1 else np.zeros_like(x)
 
 
 # AlexNet's convolutions: their number in torchvision's `features`, stride and padding. The first two are
@@ -54,6 +59,7 @@ def _moments(x: np.ndarray) -> np.ndarray:
 _CONVOLUTIONS = ((0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1))
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIDE = 224
+_convolve = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "OIHW", "NHWC"), precision="highest")
 
 
 def alexnet_features(folder: Path) -> Features:
@@ -77,12 +83,8 @@ def alexnet_features(folder: Path) -> Features:
     program = Program("alexnet", pooled)
 
     def vectors(videos: Videos) -> np.ndarray:
-        found = []
-        for video in videos:
-            x = np.asarray(program(unit_range(video)))
-            change = np.abs(np.diff(x, axis=0)) if len(x) > 1 else np.zeros_like(x)
-            found.append(np.concatenate([x.mean(0), change.mean(0)]))
-        return np.stack(found)
+        x = np.stack([program(unit_range(video)) for video in videos])
+        return np.concatenate([x.mean(1), _change(x).mean(1)], -1)
 
     distance = Program("lpips", lambda a, b: lpips(weights, heads, a, b).mean())
 
@@ -99,16 +101,8 @@ def alexnet(weights: Mapping[str, Any], frames: jax.Array) -> list[jax.Array]:
     for place, (index, stride, padding) in enumerate(_CONVOLUTIONS):
         if place in (1, 2):
             x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
-        kernel = jnp.transpose(weights[f"features.{index}.weight"], (2, 3, 1, 0))
-        x = lax.conv_general_dilated(
-            x,
-            kernel,
-            (stride, stride),
-            [(padding, padding)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision="highest",
-        )
-        x = jax.nn.relu(x + weights[f"features.{index}.bias"])
+        kernel, bias = (weights[f"features.{index}.{part}"] for part in ("weight", "bias"))
+        x = jax.nn.relu(_convolve(x, kernel, (stride, stride), [(padding, padding)] * 2) + bias)
         found.append(x)
     return found
 

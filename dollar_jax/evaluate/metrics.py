@@ -10,14 +10,8 @@ from dollar_jax.files import write_file
 
 
 def write_metrics(path: str | os.PathLike[str], metrics: Mapping[str, Any]) -> None:
-    """Writes metrics as JSON, whole or not at all.
-
-    Values are mappings, sequences, strings, numbers (NumPy and JAX scalars too), booleans, None.
-
-    Raises:
-        ValueError: a number is NaN or infinite, or a value is of another type; names it. Nothing is
-            written, and what `path` held is left as it was.
-    """
+    """Writes metrics as JSON, whole or not at all: mappings, sequences, strings, booleans, None and numbers (NumPy and
+    JAX scalars too). Raises ValueError naming a value of another type, or a number that is NaN or infinite."""
     write_file(path, json.dumps(_plain(metrics, "metrics"), indent=2, ensure_ascii=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Measures of a video by itself, without captions and without networks."""
+"""Measures of a video by itself, uint8 or floating point in [0, 1], without captions and without networks."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,17 +8,10 @@ from dollar_jax.video import unit_range
 
 
 def temporal_flicker(videos: np.ndarray) -> np.ndarray:
-    """VBench's temporal flickering of each video: (255 - mean |f_{t+1} - f_t|) / 255.
+    """VBench's temporal flickering of videos [..., t >= 2, h, w, c]: (255 - mean |f_{t+1} - f_t|) / 255, [...].
 
-    1 is a frozen video: the score rewards stillness, so read it against the teacher's and not as
-    the higher the better. VBench's own number is the mean over videos of static scenes, which it
-    picks beforehand, and is measured on 8-bit frames.
-
-    Args:
-        videos: [..., t, h, w, c], uint8 or floating point in [0, 1], at least two frames.
-
-    Returns:
-        [...], in [0, 1].
+    1 is a frozen video: the score rewards stillness, so read it against the teacher's and not as the higher the
+    better. VBench's own number is the mean over videos of static scenes, which it picks, and of 8-bit frames.
     """
     videos = np.asarray(videos)
     if videos.ndim < 4 or videos.shape[-4] < 2:
@@ -29,14 +22,8 @@ def temporal_flicker(videos: np.ndarray) -> np.ndarray:
 def net_change(videos: np.ndarray) -> np.ndarray:
     """How much further apart frames half a video away are than neighbours, as mean absolute difference.
 
-    What moves leaves its place ever more; what only flickers differs from its neighbour as much as from
-    any other frame. 0 for a frozen video and for independent noise.
-
-    Args:
-        videos: [..., t, h, w, c], uint8 or floating point in [0, 1], at least three frames.
-
-    Returns:
-        [...], at most 1.
+    What moves leaves its place ever more; what only flickers differs from its neighbour as much as from any other
+    frame. 0 for a frozen video and for independent noise; videos [..., t >= 3, h, w, c] give [...], at most 1.
     """
     videos = np.asarray(videos)
     if videos.ndim < 4 or videos.shape[-4] < 3:
@@ -49,11 +36,7 @@ def net_change(videos: np.ndarray) -> np.ndarray:
 
 
 def diversity(videos: np.ndarray) -> float:
-    """Mean over the pairs of n videos of their root mean squared difference, in [0, 1].
-
-    Args:
-        videos: [n >= 2, t, h, w, c] of one prompt, uint8 or floating point in [0, 1].
-    """
+    """Mean over the pairs of videos [n >= 2, t, h, w, c] of their root mean squared difference, in [0, 1]."""
     videos = np.asarray(videos)
     if videos.ndim != 5 or len(videos) < 2:
         raise ValueError(f"diversity needs videos [n >= 2, t, h, w, c], not shape {videos.shape}")

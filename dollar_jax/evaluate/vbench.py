@@ -20,16 +20,11 @@ QUALITY = {
     "background_consistency": (0.2615, 1.0),
     "temporal_flickering": (0.6293, 1.0),
     "motion_smoothness": (0.706, 0.9975),
-    "dynamic_degree": (0.0, 1.0),
-    "aesthetic_quality": (0.0, 1.0),
-    "imaging_quality": (0.0, 1.0),
+    **dict.fromkeys(("dynamic_degree", "aesthetic_quality", "imaging_quality"), (0.0, 1.0)),
 }
+_OBJECTS = ("object_class", "multiple_objects", "human_action", "color", "spatial_relationship")
 SEMANTIC = {
-    "object_class": (0.0, 1.0),
-    "multiple_objects": (0.0, 1.0),
-    "human_action": (0.0, 1.0),
-    "color": (0.0, 1.0),
-    "spatial_relationship": (0.0, 1.0),
+    **dict.fromkeys(_OBJECTS, (0.0, 1.0)),
     "scene": (0.0, 0.8222),
     "appearance_style": (0.0009, 0.2855),
     "temporal_style": (0.0, 0.364),
@@ -53,12 +48,9 @@ class VBenchScore:
 
 
 def aggregate(scores: Mapping[str, float], allow_missing: bool = False) -> VBenchScore:
-    """Quality, Semantic and Total of shares in [0, 1] by dimension name.
+    """Quality, Semantic and Total of shares in [0, 1] by dimension name; ValueError naming dimensions that are missing.
 
-    With `allow_missing` the averages are over the dimensions that are there, and do not compare with
-    published ones.
-
-    Raises ValueError naming the dimensions that are missing.
+    With `allow_missing` the averages are over the dimensions that are there, and do not compare with published ones.
     """
     missing = [name for name in DIMENSIONS if name not in scores]
     if missing and not allow_missing:
@@ -68,12 +60,9 @@ def aggregate(scores: Mapping[str, float], allow_missing: bool = False) -> VBenc
         )
 
     def mean(ranges: Mapping[str, tuple[float, float]]) -> float | None:
-        rows = [
-            (0.5 if name == _HALF else 1.0, (scores[name] - low) / (high - low))
-            for name, (low, high) in ranges.items()
-            if name in scores
-        ]
-        return 100 * sum(w * x for w, x in rows) / sum(w for w, _ in rows) if rows else None
+        shares = {k: (scores[k] - low) / (high - low) for k, (low, high) in ranges.items() if k in scores}
+        weights = {k: 0.5 if k == _HALF else 1.0 for k in shares}
+        return 100 * sum(weights[k] * x for k, x in shares.items()) / sum(weights.values()) if shares else None
 
     quality, semantic, total = mean(QUALITY), mean(SEMANTIC), None
     if quality is not None and semantic is not None:
@@ -91,14 +80,12 @@ def read_results(paths: Iterable[Path]) -> dict[str, float]:
 
     Raises FileNotFoundError, or ValueError naming the file and what is wrong in it.
     """
-    found: dict[str, float] = {}
-    origin: dict[str, Path] = {}
+    found: dict[str, tuple[float, Path]] = {}
     for path in paths:
         for name, score in _shares(path, _read(path)).items():
-            if found.setdefault(name, score) != score:
-                raise ValueError(f"{origin[name]} and {path} disagree on {name}: leave one of them out")
-            origin.setdefault(name, path)
-    return found
+            if found.setdefault(name, (score, path))[0] != score:
+                raise ValueError(f"{found[name][1]} and {path} disagree on {name}: leave one of them out")
+    return {name: score for name, (score, _) in found.items()}
 
 
 def read_intervals(paths: Iterable[Path]) -> dict[str, list[float]]:
@@ -162,8 +149,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _shares(path: Path, values: Mapping[str, Any]) -> dict[str, float]:
     scores = {name: _score(path, name, value) for name, value in values.items()}
     if max(scores.values()) > 1:
-        small = [name for name, score in scores.items() if 0 < score <= 1]
-        if small:
+        if small := [name for name, score in scores.items() if 0 < score <= 1]:
             raise ValueError(
                 f"{path} mixes percent with shares of 1: {max(scores.values()):g} cannot stand beside "
                 f"{small[0]} = {scores[small[0]]:g}; write all of them as shares"
@@ -175,9 +161,6 @@ def _shares(path: Path, values: Mapping[str, Any]) -> dict[str, float]:
 def _score(path: Path, key: str, value: Any) -> float:
     first = value[0] if isinstance(value, list) and value else value
     if isinstance(first, bool) or not isinstance(first, int | float) or not 0 <= first <= 100:
-        shown = json.dumps(first)
-        raise ValueError(
-            f"{path}: the score of {key} must be a number from 0 to 1, or in percent, not "
-            f"{shown if len(shown) < 40 else type(first).__name__}"
-        )
+        shown = json.dumps(first) if len(json.dumps(first)) < 40 else type(first).__name__
+        raise ValueError(f"{path}: the score of {key} must be a number from 0 to 1, or in percent, not {shown}")
     return float(first)

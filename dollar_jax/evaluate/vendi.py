@@ -6,14 +6,10 @@ from dollar_jax.video import unit_range
 
 
 def vendi_score(features: np.ndarray) -> float:
-    """exp of the von Neumann entropy of K / n, where K is the samples' cosine similarity.
+    """exp of the von Neumann entropy of K / n, where K is the cosine similarity of finite features [n >= 1, d].
 
-    1 when all samples are the same, n when all are orthogonal. Samples whose features are all zero
-    have no direction: they count as equal to one another and orthogonal to all others, so that an
-    output collapsed to zero scores 1.
-
-    Args:
-        features: [n, d], finite, n >= 1.
+    1 when all samples are the same, n when all are orthogonal. Samples whose features are all zero have no direction:
+    they count as equal to one another and orthogonal to all others, so that an output collapsed to zero scores 1.
     """
     x = np.asarray(features, np.float64)
     if x.ndim != 2 or not x.size:
@@ -29,17 +25,13 @@ def vendi_score(features: np.ndarray) -> float:
     n, d = x.shape
     # x xᵀ and xᵀ x have the same eigenvalues but for zeros: take the smaller.
     gram = x @ x.T if n <= d else x.T @ x
-    eigenvalues = np.linalg.eigvalsh(gram / n)
-    p = eigenvalues[eigenvalues > 0]
+    p = np.linalg.eigvalsh(gram / n)
+    p = p[p > 0]
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
 def vendi_per_prompt(features: np.ndarray) -> tuple[float, float]:
-    """Mean and population standard deviation over prompts of the Vendi score within each.
-
-    Args:
-        features: [prompts, samples, d].
-    """
+    """Mean and population standard deviation over prompts of the Vendi score of features [prompts, samples, d]."""
     features = np.asarray(features)
     if features.ndim != 3 or not len(features):
         raise ValueError(f"features must be [prompts, samples, d], not of shape {features.shape}")
@@ -50,10 +42,8 @@ def vendi_per_prompt(features: np.ndarray) -> tuple[float, float]:
 def pixel_features(videos: np.ndarray, centred: bool = True) -> np.ndarray:
     """Pixels as Vendi features: [..., t, h, w, c], uint8 or floats in [0, 1], to [..., t h w c].
 
-    Mid-grey, 0.5, is subtracted if `centred`. Raw pixels are never negative, so the cosine of any
-    two videos is near 1 (0.75 for independent uniform noise), and the score hardly leaves 1
-    whatever they show; about mid-grey, unrelated videos are near orthogonal. Scores with and
-    without it do not compare.
+    Mid-grey, 0.5, is subtracted if `centred`. Raw pixels are never negative, so the cosine of any two videos is near 1
+    (0.75 for independent uniform noise), and so the score; about mid-grey, unrelated videos are near orthogonal.
     """
     x = unit_range(videos)
     if x.ndim < 4:

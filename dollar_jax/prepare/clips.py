@@ -73,12 +73,10 @@ class Loader:
             return str(reason)
         except Exception as error:  # whatever is wrong with one video, the job goes on
             return f"cannot be read: {type(error).__name__}: {error}"
-        names = [item["name"]] if settings.clips == 1 else [f"{item['name']}#{i}" for i in range(len(clips))]
         found: list[Clip | Rejected] = []
         for i, frames in enumerate(clips):
+            name = item["name"] if settings.clips == 1 else f"{item['name']}#{i}"
             cut = None if self.settings.keep_cuts else hard_cut(frames)
-            if cut is None:
-                found.append(Clip(index, i, names[i], caption, frames))
-            else:
-                found.append(Rejected(index, names[i], f"crosses a hard cut before its frame {cut}"))
+            clip = Clip(index, i, name, caption, frames)
+            found.append(clip if cut is None else Rejected(index, name, f"crosses a hard cut before its frame {cut}"))
         return found

@@ -78,7 +78,7 @@ def prepare(
     total = _write_index(parts / "index.jsonl", loader.items())
     units = -(-total // settings.shard_size)
     mine = range(process_index, units, process_count)
-    todo = [unit for unit in mine if not report_path(parts, unit).exists()]
+    todo = _missing(parts, mine)
     sizes = [min(settings.shard_size, total - unit * settings.shard_size) for unit in range(units)]
     expected = sum(sizes[unit] for unit in mine)
     done = expected - sum(sizes[unit] for unit in todo)
@@ -90,12 +90,12 @@ def prepare(
                 handed, missing = pool.submit(hand_out, todo), todo
                 while not handed.done():
                     wait([handed], timeout=1)
-                    missing = [unit for unit in missing if not report_path(parts, unit).exists()]
+                    missing = _missing(parts, missing)
                     bar.update(expected - sum(sizes[unit] for unit in missing) - bar.n)
                 handed.result()
     if process_index:
         try:
-            waiting = sum(not report_path(parts, unit).exists() for unit in range(units))
+            waiting = len(_missing(parts, range(units)))
             summary = dataclasses.replace(_tally(parts, units), waiting=waiting)
         except FileNotFoundError:  # host 0 finishes as soon as it sees the last unit
             return _finished(out)
@@ -135,6 +135,10 @@ def _load_ahead(
             yield index, item, future.result()
 
 
+def _missing(parts: Path, units: Iterable[int]) -> list[int]:
+    return [unit for unit in units if not report_path(parts, unit).exists()]
+
+
 def _reports(parts: Path, units: int) -> Iterator[dict[str, Any]]:
     for unit in range(units):
         if report_path(parts, unit).exists():
@@ -152,13 +156,12 @@ def _tally(parts: Path, units: int) -> Summary:
 
 def _wait(parts: Path, units: int) -> None:
     """Returns when the other hosts have finished their units."""
-    missing = [unit for unit in range(units) if not report_path(parts, unit).exists()]
-    if not missing:
+    if not (missing := _missing(parts, range(units))):
         return
     with tqdm(total=len(missing), desc="waiting for the other hosts", unit="shard") as bar:
         while missing:
             time.sleep(1)
-            missing = [unit for unit in missing if not report_path(parts, unit).exists()]
+            missing = _missing(parts, missing)
             bar.update(bar.total - len(missing) - bar.n)
 
 
@@ -183,43 +186,33 @@ def _finish(settings: PrepareSettings, encoder: Encoder, out: Path, units: int) 
             part.replace(out / name)
     for sheet in sorted(parts.glob("[0-9]*.jpg"))[:1]:
         write_file(out / PREVIEW, sheet.read_bytes(), drafts=parts)
+    lengths, size = [shard["clips"] for _, shard in shards], sum(shard["bytes"] for _, shard in shards)
+    vae = encoder.generator.pipeline.vae.config
     tfds.folder_dataset.write_metadata(
         data_dir=out,
         features=encoder.features,
-        split_infos=[
-            tfds.core.SplitInfo(
-                name=SPLIT,
-                shard_lengths=[shard["clips"] for _, shard in shards],
-                num_bytes=sum(shard["bytes"] for _, shard in shards),
-            )
-        ],
+        split_infos=[tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=size)],
         filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         check_data=False,
         description="Latents and text states of captioned videos, made by dollar prepare.",
         metadata=tfds.core.MetadataDict(
             settings=dataclasses.asdict(settings),
             shards=[shard["bucket"] for _, shard in shards],
-            latent_shapes={
-                bucket_name(size): encoder.generator.pipeline.vae.config.latent_shape(settings.frames, *size)
-                for size in settings.buckets
-            },
+            latent_shapes={bucket_name(b): vae.latent_shape(settings.frames, *b) for b in settings.buckets},
             fingerprint=fingerprint(encoder.generator),
             videos=summary.videos,
             rejected=summary.rejected,
         ),
     )
     # Renamed first: a parts/ that is half deleted would look like an unfinished job.
-    gone = out / f".{PARTS}"
-    parts.rename(gone)
-    shutil.rmtree(gone)
+    shutil.rmtree(parts.rename(out / f".{PARTS}"))
     return summary
 
 
 def _finished(out: Path) -> Summary:
     shutil.rmtree(out / f".{PARTS}", ignore_errors=True)
-    info = tfds.builder_from_directory(out).info
-    about: Any = info.metadata
-    return Summary(info.splits[SPLIT].num_examples, about["videos"], about["rejected"], 0)
+    info: Any = tfds.builder_from_directory(out).info
+    return Summary(info.splits[SPLIT].num_examples, info.metadata["videos"], info.metadata["rejected"], 0)
 
 
 def _write_index(path: Path, items: Iterator[Item]) -> int:

@@ -1,6 +1,7 @@
 """Clips as the records of a data set: encoded by the teacher's networks, written to one shard for each size."""
 
 import dataclasses
+import functools
 import io
 import json
 from collections.abc import Iterator
@@ -31,10 +32,10 @@ _SHOWN, _MOMENTS, _THUMBNAIL = 8, 6, 96  # of a preview: clips, frames of each, 
 
 def load_generator(settings: PrepareSettings) -> Generator:
     """The teacher that the settings name, of which only VAE and text encoder are used."""
-    clip = settings.frames, *settings.buckets[0]
-    sampling = SamplingConfig(50, 1.0, 0.0)  # nothing is sampled
     pipeline = load_pipeline(teacher_folder(settings.teacher), settings.teacher_dtype, without_transformer=True)
-    return Generator(pipeline, settings.max_text_length, sampling, clip, settings.vae_chunk)
+    unused = SamplingConfig(50, 1.0, 0.0)
+    clip = settings.frames, *settings.buckets[0]
+    return Generator(pipeline, settings.max_text_length, unused, clip, settings.vae_chunk)
 
 
 def prepare_programs(generator: Generator, clip: tuple[int, int, int], batch: int) -> list[Program]:
@@ -50,18 +51,11 @@ def latents_features(settings: PrepareSettings, channels: int, text_dim: int, ti
     Latents have `time` frames and are [t, h, w, channels] with one latent pixel for `space` × `space` pixels. Text
     states are [tokens, text_dim] without padding.
     """
-    dtype = np.dtype(settings.dtype)
-    heights, widths = ({size[i] // space for size in settings.buckets} for i in range(2))
-    latent = tfds.features.Tensor(
-        shape=(time, *(next(iter(s)) if len(s) == 1 else None for s in (heights, widths)), channels),
-        dtype=dtype,
-        encoding="bytes",
-    )
-    features: dict[str, Any] = {
-        "name": tfds.features.Text(),
-        "caption": tfds.features.Text(),
-        "text": tfds.features.Tensor(shape=(None, text_dim), dtype=dtype, encoding="bytes"),
-    }
+    tensor = functools.partial(tfds.features.Tensor, dtype=np.dtype(settings.dtype), encoding="bytes")
+    sides = [{side // space for side in sides} for sides in zip(*settings.buckets, strict=True)]
+    latent = tensor(shape=(time, *(next(iter(s)) if len(s) == 1 else None for s in sides), channels))
+    features: dict[str, Any] = {"name": tfds.features.Text(), "caption": tfds.features.Text()}
+    features["text"] = tensor(shape=(None, text_dim))
     if settings.prompts is None:
         features["latent"] = latent
         if not settings.sample:
@@ -163,7 +157,8 @@ class Unit:
                 continue
             if bucket not in self.writers:
                 # One record to a group: training reads them in random order.
-                self.writers[bucket] = ArrayRecordWriter(str(self._shard(bucket)), "group_size:1")
+                path = self.parts / f"{self.unit:05d}-{bucket}.shard"
+                self.writers[bucket] = ArrayRecordWriter(str(path), "group_size:1")
                 self.shards[bucket] = {"bucket": bucket, "clips": 0, "bytes": 0}
             self.writers[bucket].write(record)
             self.shards[bucket]["clips"] += 1
@@ -187,9 +182,6 @@ class Unit:
             "rejected": [{"name": name, "reason": reason} for _, name, reason in sorted(self.rejected)],
         }
         write_file(report_path(self.parts, self.unit), json.dumps(report))
-
-    def _shard(self, bucket: str) -> Path:
-        return self.parts / f"{self.unit:05d}-{bucket}.shard"
 
 
 def report_path(parts: Path, unit: int) -> Path:

@@ -11,6 +11,7 @@ what was wrong with it already.
 """
 
 import csv
+import functools
 import io
 import itertools
 import json
@@ -114,15 +115,15 @@ def list_manifest(path: Path, prompts: bool = False) -> Iterator[Item]:
     line, whose caption is on the same line of prompts.txt. With `prompts` the caption alone, and a .txt has one on
     each line. Raises ValueError for a file of another kind, or a CSV without such columns.
     """
-    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_list}
+    needed = [CAPTION_KEYS] if prompts else [VIDEO_KEYS, CAPTION_KEYS]
+    readers: dict[str, Any] = {".jsonl": _json_rows, ".json": _json_list}
+    readers[".csv"] = functools.partial(_csv_rows, needed=needed)  # which reads the header at once
     if prompts or path.name in MANIFESTS:
         readers[".txt"] = _text_rows if prompts else _paired_rows
     if path.suffix not in readers:
         raise ValueError(f"{path} must be a {', '.join(readers)}" + ("" if prompts else ", .tar, .parquet or a folder"))
     open_regular(path).close()  # a pipe would be waited for
-    # Read at once up to the first row, so that a file of the wrong kind is refused here.
-    rows = readers[path.suffix](path, (() if prompts else (VIDEO_KEYS,)) + (CAPTION_KEYS,))
-    return (_manifest_item(path, number, row, prompts) for number, row in rows)
+    return (_manifest_item(path, number, row, prompts) for number, row in readers[path.suffix](path))
 
 
 def _manifest_item(path: Path, number: int, row: Any, prompts: bool) -> Item:
@@ -146,15 +147,14 @@ def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
     return next((row[key] for key in keys if row.get(key) is not None), None)
 
 
-def _csv_rows(path: Path, needed: tuple[tuple[str, ...], ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, needed: list[tuple[str, ...]]) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         try:
             header = next(csv.reader(file), [])
         except csv.Error as error:
             raise ValueError(f"{path} begins with no header of a CSV: {error}") from error
     for keys in needed:
-        if not set(keys) & set(header):
-            raise ValueError(f"{path} has no column {' or '.join(keys)}; its columns are {', '.join(header)}")
+        _column(path, header, keys)
     if twice := [name for name in header if header.count(name) > 1]:
         raise ValueError(f"{path} has two columns {twice[0]!r}: leave one of them")
 
@@ -187,8 +187,7 @@ def _csv_rows(path: Path, needed: tuple[tuple[str, ...], ...]) -> Iterator[tuple
     return rows()
 
 
-def _json_rows(path: Path, needed: Any) -> Iterator[tuple[int, Any]]:
-    del needed  # every line names its own fields
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -198,8 +197,7 @@ def _json_rows(path: Path, needed: Any) -> Iterator[tuple[int, Any]]:
                     yield number, None
 
 
-def _json_list(path: Path, needed: Any) -> Iterator[tuple[int, Any]]:
-    del needed
+def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -209,14 +207,14 @@ def _json_list(path: Path, needed: Any) -> Iterator[tuple[int, Any]]:
     return iter(enumerate(rows, 1))
 
 
-def _text_rows(path: Path, needed: Any = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _text_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, {"caption": line.strip()}
 
 
-def _paired_rows(path: Path, needed: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _paired_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     captions = path.with_name(path.name.replace("video", "prompt"))
     if not captions.is_file():
         raise ValueError(f"{path} names videos, but there is no {captions.name} with their captions beside it")
@@ -271,15 +269,14 @@ def _list_parquet(path: Path) -> Iterator[Item]:
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(path)
-    video, caption = (_parquet_column(path, file, keys) for keys in (VIDEO_KEYS, CAPTION_KEYS))
+    video, caption = (_column(path, file.schema_arrow.names, keys) for keys in (VIDEO_KEYS, CAPTION_KEYS))
     rows = (row for batch in file.iter_batches(columns=[caption]) for row in batch.column(0).to_pylist())
     for number, text in enumerate(rows):
         place = {"path": str(path), "row": number, "column": video}
         yield {"name": f"{path.name}:{number}", "video": place, "caption": text}
 
 
-def _parquet_column(path: Path, file: Any, keys: tuple[str, ...]) -> str:
-    names = file.schema_arrow.names
+def _column(path: Path, names: list[str], keys: tuple[str, ...]) -> str:
     if not (found := [name for name in keys if name in names]):
         raise ValueError(f"{path} has no column {' or '.join(keys)}; its columns are {', '.join(names)}")
     return found[0]
@@ -340,10 +337,8 @@ def open_video(item: Item) -> Any:
         if not video["size"]:
             raise Unusable("is empty")
         return io.BytesIO(_read(video))
-    if not path.exists():
-        raise Unusable("does not exist")
     if not path.is_file():
-        raise Unusable("is no file")
+        raise Unusable("is no file" if path.exists() else "does not exist")
     if not path.stat().st_size:
         raise Unusable("is empty")
     return str(path)
@@ -423,11 +418,10 @@ class Dataset:
     def read(self, index: int) -> tuple[np.ndarray, str]:
         """A record's video, uint8 [t, h, w, 3], and caption; a label is its name."""
         record = self.records[index]
-        caption = record[self.caption]
-        if hasattr(self.features[self.caption], "int2str"):
-            text = self.features[self.caption].int2str(int(caption)).replace("_", " ")
-        else:
-            text = caption.decode(errors="replace") if isinstance(caption, bytes) else str(caption)
+        text, feature = record[self.caption], self.features[self.caption]
+        if hasattr(feature, "int2str"):
+            text = feature.int2str(int(text)).replace("_", " ")
+        text = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
         if not text.strip():
             raise Unusable("has no caption")
         return np.asarray(record[self.video], np.uint8), text.strip()

@@ -183,15 +183,9 @@ class View:
         # Players take untagged large pictures for BT.709 and small ones for BT.601.
         large = frame.width >= 1280 or frame.height > 576
         guess = Colorspace.BT2020 if hdr else Colorspace.ITU709 if large else Colorspace.ITU601
-        stored = covering[::-1] if turn[0] else covering
-        return View(
-            stored,  # type: ignore[arg-type]
-            (corner[0], corner[1]),
-            size,
-            turn,
-            guess if untagged else None,
-            (transfer, primaries) if hdr or primaries in TO_BT709 else None,
-        )
+        stored: Any = covering[::-1] if turn[0] else covering
+        light = (transfer, primaries) if hdr or primaries in TO_BT709 else None
+        return View(stored, (corner[0], corner[1]), size, turn, guess if untagged else None, light)
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         """uint8 [h, w, 3]; raises Unusable when the frame is damaged."""
@@ -200,13 +194,8 @@ class View:
         grey_tv = len(frame.format.components) == 1 and frame.color_range == ColorRange.MPEG
         if any(c.is_alpha for c in frame.format.components) or frame.format.has_palette:
             frame = _over_black(frame, self.colorspace)
-        scaled = frame.reformat(
-            width=self.stored[1],
-            height=self.stored[0],
-            format="rgb48le" if self.light else "rgb24",
-            src_colorspace=self.colorspace,
-            interpolation=_QUALITY,
-        )
+        (stored_height, stored_width), kind = self.stored, "rgb48le" if self.light else "rgb24"
+        scaled = frame.reformat(stored_width, stored_height, kind, self.colorspace, interpolation=_QUALITY)
         image = scaled.to_ndarray()
         if self.light:
             image = to_bt709(image, *self.light)
@@ -262,18 +251,15 @@ def _container_crop(file: Any, index: int) -> Crop:
 
 def _decode(container: Any, stream: Any) -> Iterator[Timed]:
     """Frames in the order they are shown."""
-    decoder = _alpha_decoder(stream)
-    if decoder:
+    decoded = container.decode(stream)
+    if decoder := _alpha_decoder(stream):
         decoded = (frame for packet in container.demux(stream) for frame in decoder.decode(packet))
-    else:
-        decoded = container.decode(stream)
     rate = stream.average_rate or stream.guessed_rate or Fraction(25)
     last = None
     for frame in decoded:
         duration = frame.duration * frame.time_base if frame.duration else 1 / rate
-        if frame.pts is None:
-            time = Fraction(0) if last is None else last + 1 / rate
-        else:
+        time = Fraction(0) if last is None else last + 1 / rate
+        if frame.pts is not None:
             time = frame.pts * frame.time_base
         if last is None or time > last:  # a time that runs backwards is a muxer's error
             yield time, duration, frame
@@ -298,9 +284,8 @@ def shown_stream(streams: Any) -> Any:
     streams = [s for s in streams if not s.disposition & _NEVER_SHOWN]
     if not streams:
         raise Unusable("holds no video")
-    if all(s.codec_context is None for s in streams):
+    if not (streams := [s for s in streams if s.codec_context is not None]):
         raise Unusable("has a codec that this FFmpeg cannot decode")
-    streams = [s for s in streams if s.codec_context is not None]
     return max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
 
 

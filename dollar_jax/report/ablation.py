@@ -58,8 +58,8 @@ class Claim:
     @property
     def spread(self) -> str:
         """Mean ± deviation over the seeds."""
-        deviation = float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
-        return f"{self.show(float(np.mean(self.values)))} ± {figure(deviation, self.digits)}"
+        mean, deviation = mean_and_deviation(self.values)
+        return f"{self.show(mean)} ± {figure(deviation, self.digits)}"
 
     @property
     def verdict(self) -> str:
@@ -88,11 +88,10 @@ def write_ablation(
     means = summary(results, labels)
     claims = paper_claims(results, speed)
     tables = {"claims": _claims_table(claims), "measures": _measures_table(means, labels), "speed": _speed_table(speed)}
-    write_file(workdir / "reproduction.csv", _csv(results))
-    write_file(
-        workdir / "reproduction.md", "\n".join(tables[name].markdown() for name in ("measures", "speed", "claims"))
-    )
     path = workdir / "reproduction.html"
+    write_file(path.with_suffix(".csv"), _csv(results))
+    markdown = "\n".join(tables[name].markdown() for name in ("measures", "speed", "claims"))
+    write_file(path.with_suffix(".md"), markdown)
     count = len({result.seed for result in results})
     held = sum(claim.verdict == "yes" for claim in claims)
     write_page(
@@ -107,11 +106,15 @@ def write_ablation(
         ],
         **tables,
         plots={f"Students in {steps(n)}": plots for n in (4, 1) if (plots := _plots(means, labels, n))},
-        videos=_videos(prompts, videos, labels, 4),
+        videos=_videos(prompts, videos, labels),
         commands="\n".join(commands),
         settings=config_text,
     )
     return path
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 Means = dict[tuple[str, str], dict[str, tuple[float, float]]]
@@ -126,10 +129,8 @@ def summary(results: Sequence[Result], labels: Mapping[str, str]) -> Means:
         for sampler in dict.fromkeys(name for rows in cells for name in rows):
             measures = means.setdefault((method, sampler), {})
             for measure in COLUMNS:
-                values = [rows[sampler][measure] for rows in cells if measure in rows.get(sampler, {})]
-                if values:
-                    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-                    measures[measure] = float(np.mean(values)), spread
+                if values := [rows[sampler][measure] for rows in cells if measure in rows.get(sampler, {})]:
+                    measures[measure] = mean_and_deviation(values)
     return means
 
 
@@ -167,39 +168,27 @@ def paper_claims(results: Sequence[Result], speed: Speed) -> list[Claim]:
     return [claim for claim in claims if claim.values]
 
 
-def name_of(method: str, sampler: str, labels: Mapping[str, str]) -> str:
-    return f"{labels[method]}, {steps(_steps(sampler))}"
-
-
 def _steps(sampler: str) -> int:
     return int(sampler.rpartition("_")[2])
 
 
 def _claims_table(claims: Sequence[Claim]) -> Table:
     kinds = {"yes": "best", "no": "worst"}
-    rows = [
-        [
-            Cell(claim.sentence),
-            Cell(mark=claim.verdict, kind=kinds.get(claim.verdict, "soft")),
-            *cells(claim.spread, ", ".join(map(claim.show, claim.values))),
-        ]
-        for claim in claims
-    ]
+    rows = []
+    for claim in claims:
+        verdict = Cell(mark=claim.verdict, kind=kinds.get(claim.verdict, "soft"))
+        rows.append([Cell(claim.sentence), verdict, *cells(claim.spread, ", ".join(map(claim.show, claim.values)))])
     return Table(cells("Claim", "Holds", "Mean ± deviation", "One by one"), rows)
 
 
 def _measures_table(means: Means, labels: Mapping[str, str]) -> Table:
-    head = cells("Sampler", *(MEASURES[name].heading for name in COLUMNS))
-    return Table(head, [[Cell(name_of(*key, labels)), *_mean_cells(found)] for key, found in means.items()])
-
-
-def _mean_cells(found: Mapping[str, tuple[float, float]]) -> list[Cell]:
     """Mean ± deviation of every measure, a dash where there is none."""
-    texts = []
-    for name in COLUMNS:
-        shown = [MEASURES[name].show(value) for value in found.get(name, ())]
-        texts.append(" ± ".join(shown[:1] if name == "nfe" else shown) or "–")
-    return cells(*texts)
+    rows = []
+    for (method, sampler), found in means.items():
+        shown = {name: list(map(MEASURES[name].show, found.get(name, ()))) for name in COLUMNS}
+        texts = [" ± ".join(values[:1] if name == "nfe" else values) or "–" for name, values in shown.items()]
+        rows.append(cells(f"{labels[method]}, {steps(_steps(sampler))}", *texts))
+    return Table(cells("Sampler", *(MEASURES[name].heading for name in COLUMNS)), rows)
 
 
 def _speed_table(speed: Speed) -> Table:
@@ -232,12 +221,10 @@ def _plots(means: Means, labels: Mapping[str, str], count: int) -> list[dict[str
     return figures
 
 
-def _videos(
-    prompts: Sequence[str], videos: Mapping[str, Mapping[str, np.ndarray]], labels: Mapping[str, str], count: int
-) -> Clips:
+def _videos(prompts: Sequence[str], videos: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> Clips:
     shown = {}
     for method, samplers in videos.items():
-        key = max(samplers, key=_steps) if method == "teacher" else f"student_{count}"
+        key = max(samplers, key=_steps) if method == "teacher" else "student_4"
         if key in samplers:
             shown[method] = samplers[key]
     return embed(prompts, shown, labels)
@@ -245,11 +232,8 @@ def _videos(
 
 def _csv(results: Sequence[Result]) -> str:
     """A row per method, seed and sampler, with every measure there is."""
-    rows = [
-        {"method": result.method, "seed": result.seed, "sampler": sampler, **measures}
-        for result in results
-        for sampler, measures in result.rows.items()
-    ]
+    cells = [(result, *row) for result in results for row in result.rows.items()]
+    rows = [{"method": cell.method, "seed": cell.seed, "sampler": name, **values} for cell, name, values in cells]
     buffer = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(buffer, names, lineterminator="\n")

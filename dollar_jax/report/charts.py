@@ -29,11 +29,9 @@ def line_chart(x: np.ndarray, y: np.ndarray, logarithmic: bool) -> dict[str, Any
     def points(values: np.ndarray) -> str:
         return " ".join(f"{a},{d}" for a, d in zip(across(x).tolist(), down(values).tolist(), strict=True))
 
-    lines = []
+    lines = [("mean", points(height))] if len(x) > 1 else []
     if len(x) >= 12:
         lines = [("raw", points(height)), ("mean", points(_smoothed(height)))]
-    elif len(x) > 1:
-        lines = [("mean", points(height))]
     ticks = _log_ticks(low, high) if logarithmic else _ticks(low, high)
     return {
         "width": WIDTH,
@@ -77,11 +75,8 @@ def _padded(low: float, high: float) -> tuple[float, float]:
 
 def _smoothed(y: np.ndarray) -> np.ndarray:
     """Centred moving average over a tenth of the points, cut off at the ends."""
-    reach = max(1, len(y) // 20)
-    total = np.concatenate([[0.0], np.cumsum(y)])
-    index = np.arange(len(y))
-    first, last = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(y))
-    return (total[last] - total[first]) / (last - first)
+    window = np.ones(2 * max(1, len(y) // 20) + 1)
+    return np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
 
 
 def _ticks(low: float, high: float) -> list[float]:

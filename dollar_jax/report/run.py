@@ -89,17 +89,11 @@ def write_report(
     """Writes one HTML file, under 6 MB, that needs no network: tables, videos, curves, settings.
 
     Args:
-        metrics: as in metrics.json; a mapping with "alignment" is a sampler's, `speedup_<steps>` and `seconds`
-            are shown at the top.
-        videos: for each sampler uint8 [prompts, t, h, w, 3], one video per prompt. Small ones are kept without
-            loss; larger ones are shrunk, and at last left out with a note, to fit.
+        metrics: as in metrics.json; a mapping with "alignment" is a sampler's.
+        videos: for each sampler uint8 [prompts, t, h, w, 3], else ValueError; `clips.embed` makes them fit.
         history: one mapping per logged step, `step` and whatever was measured; what is not finite is left out.
         timings: seconds by name.
-        config_text: the settings, shown as they are.
         notes: paragraphs below the table.
-
-    Raises:
-        ValueError: videos that are not uint8 [prompts, t, h, w, 3].
     """
     for key, clips in videos.items():
         if clips.dtype != np.uint8 or clips.ndim != 5 or len(clips) != len(prompts):
@@ -136,22 +130,18 @@ def _reference(rows: Sequence[SamplerRow]) -> str | None:
     return rows[0].key if rows and _kind_and_steps(rows[0].key)[0] == "teacher" else None
 
 
-def _tiles(
-    metrics: Mapping[str, Any], samplers: Mapping[str, Any], rows: Sequence[SamplerRow]
-) -> list[tuple[str, str]]:
+def _tiles(metrics: Mapping[str, Any], samplers: Mapping[str, Any], rows: Sequence[SamplerRow]) -> list[Any]:
+    """(figure, what it is of)."""
     tiles = []
     for key, value in metrics.items():
         kind, count = _kind_and_steps(key)
-        speedup = number(value)
-        if kind == "speedup" and speedup is not None:
+        if kind == "speedup" and (speedup := number(value)) is not None:
             tiles.append((times(speedup), f"faster diffusion, {steps(count)} against the teacher"))
     student = next((row.key for row in rows if _kind_and_steps(row.key)[0] == "student"), None)
     ours, theirs = (number(samplers[key]["alignment"]) if key else None for key in (student, _reference(rows)))
     if ours is not None and theirs is not None:
-        label = f"alignment with the prompt, against the teacher’s {figure(theirs, 3)}"
-        tiles.append((figure(ours, 3), label))
-    seconds = number(metrics.get("seconds"))
-    if seconds is not None:
+        tiles.append((figure(ours, 3), f"alignment with the prompt, against the teacher’s {figure(theirs, 3)}"))
+    if (seconds := number(metrics.get("seconds"))) is not None:
         tiles.append((duration(seconds), "for the whole run"))
     return tiles
 
@@ -176,13 +166,9 @@ def _cell(name: str, values: Mapping[str, float | None], key: str, reference: st
     base = values[reference] if reference and reference != key else None
     small = measure.compare(value, base) if measure.compare and base is not None else ""
     known = [other for other in values.values() if other is not None]
-    mark, kind = "", "soft"
-    if measure.ranked and min(known) < max(known):
-        if value == max(known):
-            mark, kind = "▲ best", "best"
-        elif value == min(known):
-            mark, kind = "▼ worst", "worst"
-    return Cell(measure.show(value), small, mark, kind)
+    marks = {min(known): ("▼ worst", "worst"), max(known): ("▲ best", "best")}
+    ranked = measure.ranked and min(known) < max(known)
+    return Cell(measure.show(value), small, *(marks.get(value, ()) if ranked else ()))
 
 
 def _more_measures(samplers: Mapping[str, Mapping[str, Any]], rows: Sequence[SamplerRow]) -> Table | None:
@@ -205,32 +191,29 @@ def _words(name: str) -> str:
     return name.replace("_", " ").replace("/", ", ").capitalize()
 
 
-def _place(name: str) -> tuple[str, int, str]:
-    """The group of a training metric, its place there and its heading."""
-    for group, patterns in CURVES.items():
-        for place, (pattern, heading) in enumerate(patterns.items()):
-            if match := re.fullmatch(pattern, name):
-                return group, place, heading.format(*match.groups())
-    return "More curves", len(CURVES["More curves"]), _words(name)
+def _place(name: str) -> tuple[int, str, str]:
+    """The place of a training metric among all curves, its group and its heading."""
+    rows = [(group, *row) for group, patterns in CURVES.items() for row in patterns.items()]
+    for place, (group, pattern, heading) in enumerate(rows):
+        if match := re.fullmatch(pattern, name):
+            return place, group, heading.format(*match.groups())
+    return len(rows), "More curves", _words(name)
 
 
 def _curves(history: Sequence[Mapping[str, float]]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[tuple[int, dict[str, Any]]]] = {group: [] for group in CURVES}
-    for name in dict.fromkeys(name for entry in history for name in entry if name != "step"):
+    groups: dict[str, list[dict[str, Any]]] = {}
+    names = dict.fromkeys(name for entry in history for name in entry if name != "step")
+    for _, group, heading, name in sorted(((*_place(name), name) for name in names), key=lambda row: row[0]):
         numbers = [(number(entry.get("step", i)), number(entry.get(name))) for i, entry in enumerate(history)]
         points = [(step, value) for step, value in numbers if step is not None and value is not None]
         if not points:
             continue
-        group, place, heading = _place(name)
         x, y = np.array(points, np.float64).T
         logarithmic = group == "Losses" and y.min() > 0 and y.max() / y.min() > 8
         note = "log scale" if logarithmic else ""
-        groups[group].append((place, {"name": heading, "note": note, "chart": line_chart(x, y, logarithmic)}))
-    return {
-        group: [figure for _, figure in sorted(figures, key=lambda item: item[0])]
-        for group, figures in groups.items()
-        if figures
-    }
+        curve = {"name": heading, "note": note, "chart": line_chart(x, y, logarithmic)}
+        groups.setdefault(group, []).append(curve)
+    return groups
 
 
 def _timings(timings: Mapping[str, float]) -> Table | None:
@@ -238,8 +221,5 @@ def _timings(timings: Mapping[str, float]) -> Table | None:
     if not known:
         return None
     longest = max(known.values()) or 1.0
-    rows = [
-        [Cell(_words(name)), Cell(duration(seconds)), Cell(bar=max(100 * seconds / longest, 0.5))]
-        for name, seconds in known.items()
-    ]
-    return Table(cells("Part", "Time", ""), rows)
+    bars = {name: Cell(bar=max(100 * seconds / longest, 0.5)) for name, seconds in known.items()}
+    return Table(cells("Part", "Time", ""), [[*cells(_words(n), duration(known[n])), bar] for n, bar in bars.items()])
