@@ -15,23 +15,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 # Matrix products of a splash attention kernel, each of 2 · heads · queries · keys · channels operations.
 KERNELS = {"fwd": 2, "dq": 3, "dkv": 4}
 # They name or pass on what others have made.
-_FREE = (
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "while",
-    "conditional",
-    "call",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "opt-barrier",
-    "copy-start",
-    "copy-done",
-    "iota",
-)
+_FREE = {"parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
+_FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "copy-start", "copy-done"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +97,7 @@ class _Module:
         """Bytes of a result, of one that is written into a larger array in place those of the slice."""
         if i.opcode == "dynamic-update-slice":
             return _bytes(self.instructions[i.operands[1]].shape)
-        called = re.search(r"calls=%?([\w.\-]+)", i.rest) if i.opcode == "fusion" else None
-        if called:
+        if i.opcode == "fusion" and (called := re.search(r"calls=%?([\w.\-]+)", i.rest)):
             return self._written(self.computations[called[1]][-1])
         if i.opcode in ("bitcast", "tuple"):  # the last of a fusion
             return sum(self._written(self.instructions[o]) for o in i.operands)
@@ -169,32 +153,20 @@ class _Module:
         size = max((_bytes(part) for part in _parts(i.shape)), default=0)
         if i.opcode in ("all-reduce", "all-to-all"):
             size = _bytes(i.shape)
+        group = 0
         if found := re.search(r"replica_groups=\[\d+,(\d+)\]", i.rest):
             group = int(found[1])
         elif found := re.search(r"replica_groups=\{\{([\d,]+)\}", i.rest):
             group = found[1].count(",") + 1
-        else:
-            group = 0
         share = (group - 1) / group if group else 1.0
-        return (
-            size
-            * {
-                "all-gather": share,
-                "all-reduce": 2 * share,
-                "all-to-all": share,
-                "collective-permute": 1.0,
-                # The largest part of an asynchronous one is its operand, otherwise the shape is the result's.
-                "reduce-scatter": group - 1 if i.opcode == kind else share,
-            }[kind]
-        )
+        # The largest part of an asynchronous reduce-scatter is its operand, otherwise the shape is the result's.
+        scattered = {"reduce-scatter": group - 1 if i.opcode == kind else share}
+        return size * {"all-reduce": 2 * share, "collective-permute": 1.0, **scattered}.get(kind, share)
 
 
 def _window_share(attributes: str) -> float:
-    """The share of a convolution's window that meets data.
-
-    A product with batch axes may come as a convolution over them, so far dilated or padded that of the
-    whole window only one place ever meets data.
-    """
+    """The share of a convolution's window that meets data: of an axis dilated or padded by the whole window one place,
+    as where a product with batch axes has become a convolution over them."""
     found = re.search(r"window=\{(.*?)\}", attributes)
     fields = dict(field.split("=") for field in found[1].split()) if found else {}
     sizes = fields.pop("size", "").split("x")
@@ -243,6 +215,6 @@ def _bytes(shape: str) -> int:
     total = 0
     for part in _parts(shape):
         kind = part.partition("[")[0]
-        bits = 8 if kind in ("pred",) or kind.startswith("f8") else int(re.sub(r"\D", "", kind) or 0)
+        bits = 8 if kind == "pred" or kind.startswith("f8") else int(re.sub(r"\D", "", kind) or 0)
         total += bits * math.prod(_dims(part)) // 8
     return total

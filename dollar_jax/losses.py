@@ -53,13 +53,10 @@ def vsd_gradient(
         x: the generated latent, before it was noised.
         x0_real: the guided teacher's clean prediction at the noised x.
         x0_fake: the fake-score network's, without guidance.
-        normalisation: "dmd" divides by each sample's mean |x - x0_real|, "batch" by one such mean
-            over the whole batch, "none" by 1. The paper does not say; DMD's is usual.
+        normalisation: "dmd" divides by each sample's mean |x - x0_real|, "batch" by one such mean over the whole
+            batch, "none" by 1; ValueError for another. The paper does not say; DMD's is usual.
         floor: smallest divisor.
         nan_to_zero: elements that are not finite become 0 instead of poisoning the step.
-
-    Raises:
-        ValueError: the normalisation is unknown.
     """
     x, x0_real, x0_fake = (jax.lax.stop_gradient(_fp32(v)) for v in (x, x0_real, x0_fake))
     distance = jnp.abs(x - x0_real)
@@ -82,8 +79,7 @@ def consistency(student: Latent, target: Latent, distance: Distance = "mse", hub
     `distance`, elementwise with d = student - target: "mse" d^2; "huber" d^2 / 2 up to |d| = c and
     c (|d| - c / 2) beyond; "pseudo_huber" sqrt(d^2 + c^2) - c. The paper does not say which.
 
-    Raises:
-        ValueError: the distance is unknown, or huber_c is not positive.
+    Raises ValueError for another distance, or a huber_c that is not positive.
     """
     if not 0 < huber_c < math.inf:
         raise ValueError(f"huber_c must be positive and finite, not {huber_c!r}.")
@@ -107,10 +103,7 @@ def boundary_scalings(
     """(c_skip, c_out) of f(x, t) = c_skip x + c_out x0_hat(x, t), [b] each (DOLLAR eq. (8.5)).
 
     "lcm", with s = timestep_scaling * t and t in timesteps: sigma_data^2 / (s^2 + sigma_data^2) and
-    s / sqrt(s^2 + sigma_data^2), so f is the identity at t <= 0. "none": 0 and 1.
-
-    Raises:
-        ValueError: the kind is unknown.
+    s / sqrt(s^2 + sigma_data^2), so f is the identity at t <= 0. "none": 0 and 1. ValueError for another kind.
     """
     t = _fp32(t)
     if kind == "none":
@@ -138,8 +131,7 @@ def policy_gradient(
 ) -> PerSample:
     """REINFORCE of a Gaussian step, -A log N(x_next; mean, deviation^2) (DOLLAR eq. (8.24)-(8.26)).
 
-    Up to a constant, and per element. Only `mean` carries a gradient. A row whose advantage is not
-    finite has value 0 and gradient 0.
+    Up to a constant, and per element. Only `mean` carries a gradient; none does where the advantage is not finite.
     """
     difference = (jax.lax.stop_gradient(_fp32(x_next)) - _fp32(mean)) / _fp32(deviation)
     advantage = jax.lax.stop_gradient(_fp32(advantage))

@@ -24,9 +24,7 @@ Path = Literal["ddpm", "rf"]
 Prediction = Literal["v", "eps", "x0", "velocity", "conjugate_velocity"]
 BetaSchedule = Literal["linear", "scaled_linear"]
 
-CLEAN = -1.0
-"""The time of a clean sample, valid on every path."""
-
+CLEAN = -1.0  # the time of a clean sample, valid on every path
 _FLOOR = 1e-6
 
 
@@ -37,11 +35,8 @@ class Schedule:
     Predictions: `v` = a eps - b x0 (CogVideoX), `eps`, `x0`, `velocity` = eps - x0 (Wan),
     `conjugate_velocity` = x0 - eps (DOLLAR eq. (8.13)). `shift` bends the rectified-flow time,
     u -> shift u / (1 + (shift - 1) u). The `beta` fields, `snr_shift_scale` (CogVideoX divides the
-    signal-to-noise ratio by it) and `rescale_zero_snr` (pure noise at the last index; applied
-    after the shift) shape the DDPM path only. DOLLAR does not publish its betas.
-
-    Raises:
-        ValueError: a field is out of range, or belongs to the other path.
+    signal-to-noise ratio by it) and `rescale_zero_snr` (pure noise at the last index; applied after the shift) shape
+    the DDPM path only. DOLLAR does not publish its betas. ValueError for a field out of range, or of the other path.
     """
 
     path: Path
@@ -60,27 +55,21 @@ class Schedule:
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}.")
-        count = self.num_train_timesteps
-        if not (isinstance(count, int) and count > 1):
-            raise ValueError(f"num_train_timesteps must be an integer above 1, not {count!r}.")
+        if not (isinstance(self.num_train_timesteps, int) and self.num_train_timesteps > 1):
+            raise ValueError(f"num_train_timesteps must be an integer above 1, not {self.num_train_timesteps!r}.")
         for name in ("shift", "snr_shift_scale"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
+            if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, not {value!r}.")
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
-                f"beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, "
-                f"not {self.beta_start!r} and {self.beta_end!r}."
-            )
+            given = f"{self.beta_start!r} and {self.beta_end!r}"
+            raise ValueError(f"beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, not {given}.")
         if self.path == "ddpm" and self.shift != 1:
             raise ValueError(f"shift={self.shift!r} needs path='rf'; leave it at 1 for 'ddpm'.")
         if self.path == "rf" and (self.rescale_zero_snr or self.snr_shift_scale != 1):
             raise ValueError("rescale_zero_snr and snr_shift_scale need path='ddpm', not 'rf'.")
         if self.rescale_zero_snr and self.prediction == "eps":
-            raise ValueError(
-                "prediction='eps' cannot be used with rescale_zero_snr: the noise says nothing "
-                "about x0 at zero signal; use 'v'."
-            )
+            why = "the noise says nothing about x0 at zero signal"
+            raise ValueError(f"prediction='eps' cannot be used with rescale_zero_snr: {why}; use 'v'.")
 
 
 def coefficients(schedule: Schedule, t: Time) -> tuple[Time, Time]:
@@ -119,8 +108,7 @@ def to_x0(schedule: Schedule, prediction: Latent, x_t: Latent, t: Time) -> Laten
 def guide(cond: Latent, uncond: Latent, weight: Weight) -> Latent:
     """Classifier-free guidance, v_c + w (v_c - v_0) (DOLLAR eq. (8.6)).
 
-    `weight` is the paper's w, a number or [b]: diffusers' `guidance_scale` is w + 1, and w = 0 is
-    no guidance.
+    `weight` is the paper's w, a number or [b]: diffusers' `guidance_scale` is w + 1, and w = 0 is no guidance.
     """
     cond, uncond = _at_least_fp32(cond), _at_least_fp32(uncond)
     return cond + _like(jnp.asarray(weight, jnp.float32), cond) * (cond - uncond)
@@ -139,9 +127,7 @@ def ddim_step(
 
     eta = 0 is deterministic DDIM, which on the rectified-flow path is exactly the Euler step
     x + (sigma_next - sigma) velocity; eta = 1 draws from the posterior q(x_next | x_t, x0_hat).
-
-    Raises:
-        ValueError: eta > 0 without noise.
+    Raises ValueError for eta > 0 without noise.
     """
     mean, sigma = posterior(schedule, x_t, x0_hat, t, t_next, eta)
     if eta == 0:
@@ -173,11 +159,8 @@ def posterior(
 def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
     """[num_steps + 1] descending fp32 times: the inputs of each step, then the clean end.
 
-    DDPM: "trailing" spacing, 999, 979, ..., 19, -1 for 50 steps, as in DOLLAR. Rectified flow:
-    `shift` applied to an even grid from 1 to 0, as in Wan.
-
-    Raises:
-        ValueError: num_steps is not in 1..num_train_timesteps.
+    DDPM: "trailing" spacing, 999, 979, ..., 19, -1 for 50 steps, as in DOLLAR. Rectified flow: `shift` applied to an
+    even grid from 1 to 0, as in Wan. ValueError for num_steps outside 1..num_train_timesteps.
     """
     total = schedule.num_train_timesteps
     if not 1 <= num_steps <= total:
@@ -192,11 +175,9 @@ def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
 def unipc_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     """fp32 network times [num_steps] and noise levels sigma [num_steps + 1], from almost 1 to 0.
 
-    As diffusers' `UniPCMultistepScheduler` with `use_flow_sigmas` makes them, which Wan is published
-    with: the grid ends one training step short of the clean end, and the network gets whole times.
-
-    Raises:
-        ValueError: the path is not rectified flow, or num_steps is not in 1..num_train_timesteps.
+    As diffusers' `UniPCMultistepScheduler` with `use_flow_sigmas` makes them, which Wan is published with: the grid
+    ends one training step short of the clean end, and the network gets whole times. ValueError for another path than
+    rectified flow, or num_steps outside 1..num_train_timesteps.
     """
     total = schedule.num_train_timesteps
     if schedule.path != "rf" or not 1 <= num_steps <= total:
@@ -276,13 +257,8 @@ def _ddpm_table(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
 def _mix(schedule: Schedule, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(m, n) with prediction = m x0 + n eps."""
     zero, one = jnp.zeros_like(a), jnp.ones_like(a)
-    return {
-        "v": (-b, a),
-        "eps": (zero, one),
-        "x0": (one, zero),
-        "velocity": (-one, one),
-        "conjugate_velocity": (one, -one),
-    }[schedule.prediction]
+    flows = {"velocity": (-one, one), "conjugate_velocity": (one, -one)}
+    return {"v": (-b, a), "eps": (zero, one), "x0": (one, zero), **flows}[schedule.prediction]
 
 
 def _shift(schedule: Schedule, u):

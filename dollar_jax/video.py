@@ -44,18 +44,13 @@ def unit_range(videos: np.ndarray) -> np.ndarray:
 def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float = 8, scale: int = 1) -> None:
     """Writes frames uint8 [t, h, w, 3] to `path`: H.264 for .mp4, an endless loop for .gif.
 
-    Args:
-        fps: frames per second; a .gif rounds the time of a frame to 10 ms.
-        scale: how many pixels wide and high each pixel becomes (nearest neighbour). H.264 keeps
-            colour at half the resolution: use at least 2 for small videos, or their colours bleed.
-
-    Raises:
-        ValueError: another suffix, frames of another kind.
+    `scale` is how many pixels wide and high each pixel becomes (nearest neighbour). H.264 keeps colour at half the
+    resolution: use at least 2 for small videos, or their colours bleed. A .gif rounds the time of a frame to 10 ms.
+    Raises ValueError for another suffix or frames of another kind.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        kinds = " or ".join(SUFFIXES)
-        raise ValueError(f"cannot write {str(path)!r}: a video's name must end in {kinds}")
+        raise ValueError(f"cannot write {str(path)!r}: a video's name must end in {' or '.join(SUFFIXES)}")
     if scale < 1:
         raise ValueError(f"scale must be a whole number of at least 1, not {scale}")
     frames = _checked(frames).repeat(scale, 1).repeat(scale, 2)
@@ -66,8 +61,7 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float = 8
 def encode_mp4(frames: np.ndarray, fps: float = 8, crf: int = 18) -> bytes:
     """frames uint8 [t, h, w, 3] as an H.264 .mp4, yuv420p and BT.709, which every player knows.
 
-    Odd sizes are padded to even ones by repeating the last row or column. `crf` is x264's quality:
-    18 looks lossless, 51 is worst.
+    Odd sizes are padded by repeating the last row or column. `crf` is x264's quality: 18 looks lossless, 51 is worst.
     """
     frames = _checked(frames)
     _, height, width, _ = frames.shape
@@ -79,16 +73,13 @@ def encode_mp4(frames: np.ndarray, fps: float = 8, crf: int = 18) -> bytes:
         stream.pix_fmt = "yuv420p"
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         # Untagged, players guess the colours by the size of the picture.
-        stream.codec_context.colorspace = _BT709
-        stream.codec_context.color_range = _LIMITED
-        stream.codec_context.color_primaries = _BT709
-        stream.codec_context.color_trc = _BT709
+        codec = stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
+        codec.color_range = _LIMITED
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture = picture.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-            )
-            container.mux(stream.encode(picture))
+            colours = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
+            container.mux(stream.encode(picture.reformat(format="yuv420p", **colours)))
         container.mux(stream.encode())
     return buffer.getvalue()
 
@@ -123,16 +114,12 @@ def _encode_images(frames: np.ndarray, fps: float, kind: str, **options: object)
 
 
 def grid(videos: np.ndarray, columns: int, gap: int = 2, background: int = 255) -> np.ndarray:
-    """Videos uint8 [n, t, h, w, 3] as one, [t, H, W, 3], row by row.
-
-    `gap` pixels of grey value `background` lie between them.
-    """
+    """Videos uint8 [n, t, h, w, 3] as one, [t, H, W, 3], row by row, `gap` pixels of grey `background` between them."""
     videos = np.asarray(videos)
     if videos.ndim != 5 or not len(videos) or columns < 1:
         raise ValueError(f"a grid needs videos [n, t, h, w, 3] and columns >= 1, not {videos.shape}, {columns}")
     n, t, h, w, c = videos.shape
-    height = -(-n // columns) * (h + gap) - gap
-    width = columns * (w + gap) - gap
+    height, width = -(-n // columns) * (h + gap) - gap, columns * (w + gap) - gap
     out = np.full((t, height, width, c), background, videos.dtype)
     for i, video in enumerate(videos):
         y, x = i // columns * (h + gap), i % columns * (w + gap)

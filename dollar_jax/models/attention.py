@@ -23,6 +23,8 @@ Kernel = Literal["splash", "cudnn", "xla"]
 ContextParallel = Literal["gather", "ulysses"]
 # A rematerialisation policy may keep this, the dearest value to recompute.
 NAME = "attention"
+_Q_BLOCKS = ("block_q", "block_q_dkv", "block_q_dq")
+_KV_BLOCKS = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
 
 
 def attention(
@@ -79,11 +81,9 @@ def attention(
 
 def _choose(q: Array, masked: bool) -> Kernel:
     platform = activation_sharding.platform()
-    if masked:
-        return "xla"
-    if platform == "tpu":
+    if platform == "tpu" and not masked:
         return "splash"
-    return "cudnn" if platform in ("cuda", "gpu") and q.dtype.itemsize == 2 else "xla"
+    return "cudnn" if not masked and platform in ("cuda", "gpu") and q.dtype.itemsize == 2 else "xla"
 
 
 def _check(q: Array, k: Array, context: ContextParallel) -> None:
@@ -121,9 +121,8 @@ def _local(q: Array, k: Array, v: Array, *, kind: Kernel, scale: float, length: 
     """Attention on one device, of all keys to some queries or heads."""
     if kind == "splash":
         return _splash(q, k, v, scale, k.shape[1] if length is None else length)
-    out = jax.nn.dot_product_attention(
-        q, k, v, scale=scale, key_value_seq_lengths=_lengths(k, length), implementation=kind
-    )
+    lengths = _lengths(k, length)
+    out = jax.nn.dot_product_attention(q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation=kind)
     return checkpoint_name(out, NAME)
 
 
@@ -144,16 +143,7 @@ def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
     queries, keys = q.shape[2], k.shape[2]
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.FullMask((queries, keys))] * q.shape[1]),
-        block_sizes=splash.BlockSizes(
-            block_q=block_q,
-            block_kv=block_k,
-            block_kv_compute=block_k,
-            block_q_dkv=block_q,
-            block_kv_dkv=block_k,
-            block_kv_dkv_compute=block_k,
-            block_q_dq=block_q,
-            block_kv_dq=block_k,
-        ),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(_Q_BLOCKS, block_q), **dict.fromkeys(_KV_BLOCKS, block_k)),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=NAME,
@@ -161,9 +151,8 @@ def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
     )
     segments = None
     if length < keys:
-        segments = splash.SegmentIds(
-            q=jnp.zeros(queries, jnp.int32), kv=jnp.asarray(np.arange(keys) >= length, jnp.int32)
-        )
+        padding = jnp.asarray(np.arange(keys) >= length, jnp.int32)
+        segments = splash.SegmentIds(q=jnp.zeros(queries, jnp.int32), kv=padding)
     out: Array = jax.vmap(kernel, (0, 0, 0, None))(q, k, v, segments)  # pyright: ignore[reportAssignmentType]
     return out[:, :, :n].swapaxes(1, 2)
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dollar_jax.models.attention import attention
+from dollar_jax.models.embeddings import patchify
 from dollar_jax.models.layers import LayerNorm, Linear, Remat, run_blocks, stack_blocks
 
 Activation = Literal["gelu", "quick_gelu"]
@@ -69,8 +70,7 @@ class CLIPBlock(nnx.Module):
     def __init__(self, c: CLIPConfig, tower: TowerConfig, rngs: nnx.Rngs) -> None:
         dim, eps = tower.hidden_size, tower.layer_norm_eps
         self.layer_norm1 = LayerNorm(dim, eps, param_dtype=c.param_dtype)
-        self.q_proj, self.k_proj = _dense(c, dim, dim, rngs), _dense(c, dim, dim, rngs)
-        self.v_proj, self.out_proj = _dense(c, dim, dim, rngs), _dense(c, dim, dim, rngs)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (_dense(c, dim, dim, rngs) for _ in range(4))
         self.layer_norm2 = LayerNorm(dim, eps, param_dtype=c.param_dtype)
         self.fc1 = _dense(c, dim, tower.intermediate_size, rngs)
         self.fc2 = _dense(c, tower.intermediate_size, dim, rngs)
@@ -103,15 +103,12 @@ class VisionTower(nnx.Module):
         self.config = c
 
     def __call__(self, pixels: Float[Array, "b s s 3"]) -> Float[Array, "b d"]:
-        c, p = self.config, self.config.patch_size
-        grid = c.image_size // p
-        x = pixels.reshape(-1, grid, p, grid, p, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = self.patch_embedding(x.reshape(-1, grid * grid, p * p * 3))
+        c = self.config
+        x = self.patch_embedding(patchify(pixels[:, None], (1, c.patch_size, c.patch_size)))
         first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([first, x], 1) + self.position_embedding[...].astype(x.dtype)
         x = self.pre_layrnorm(x).astype(c.dtype)
-        length = c.vision.num_hidden_layers
-        x = run_blocks(self.blocks, x, None, length=length, remat=c.remat)
+        x = run_blocks(self.blocks, x, None, length=c.vision.num_hidden_layers, remat=c.remat)
         return self.post_layernorm(x[:, 0])
 
 
@@ -186,6 +183,5 @@ def preprocess(frames: Float[Array, "b h w 3"], size: int = 224, fit: Fit = "cro
     if fit == "crop":
         x = x[:, top : top + size, left : left + size]
     else:
-        below, right = size - height - top, size - width - left
-        x = jnp.pad(x, ((0, 0), (top, below), (left, right), (0, 0)))
+        x = jnp.pad(x, ((0, 0), (top, size - height - top), (left, size - width - left), (0, 0)))
     return (x - jnp.array(MEAN)) / jnp.array(STD)

@@ -15,21 +15,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dollar_jax.models import activation_sharding
+from dollar_jax.models import activation_sharding, embeddings
 from dollar_jax.models.attention import ContextParallel, Implementation, attention
-from dollar_jax.models.embeddings import (
-    Rotary,
-    axis_angles,
-    over_grid,
-    patchify,
-    rotary_tables,
-    rotate,
-    timestep_embedding,
-    unpatchify,
-)
+from dollar_jax.models.embeddings import Rotary, rotate
 from dollar_jax.models.layers import MLP, FeedForward, LayerNorm, Linear, Remat, check_compute, run_blocks, stack_blocks
 
 _zeros = nnx.initializers.zeros
+Tokens, Time, IsText = Float[Array, "b n d"], Float[Array, "b e"], Bool[Array, "n 1"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +59,7 @@ class CogVideoXConfig:
     context_parallel: ContextParallel = "gather"
 
     def __post_init__(self) -> None:
-        check_compute(self.remat, self.attention, self.context_parallel)
+        check_compute(self)
         # A quarter of the channels is for time, three eighths each for height and width, all in pairs.
         rotary = self.use_rotary_positional_embeddings
         name, dim = ("attention_head_dim", self.attention_head_dim) if rotary else ("the width", self.dim)
@@ -93,15 +85,12 @@ class Modulation(nnx.Module):
 
     def __init__(self, c: CogVideoXConfig, rngs: nnx.Rngs) -> None:
         # The highest precision keeps fp32 products exact on accelerators; the layer sees one row per sample.
-        self.linear = Linear(
-            c.time_embed_dim, 6 * c.dim, kernel_init=_zeros, rngs=rngs, param_dtype=c.param_dtype, precision="highest"
-        )
+        exact = {"rngs": rngs, "param_dtype": c.param_dtype, "precision": "highest"}
+        self.linear = Linear(c.time_embed_dim, 6 * c.dim, kernel_init=_zeros, **exact)
         self.norm = LayerNorm(c.dim, c.norm_eps, param_dtype=c.param_dtype)
         self.dtype = c.dtype
 
-    def __call__(
-        self, x: Float[Array, "b n d"], time: Float[Array, "b e"], is_text: Bool[Array, "n 1"]
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"]]:
+    def __call__(self, x: Tokens, time: Time, is_text: IsText) -> tuple[Tokens, Tokens]:
         video, text = jnp.split(self.linear(jax.nn.silu(time))[:, None], 2, axis=-1)
         parts = zip(jnp.split(text, 3, axis=-1), jnp.split(video, 3, axis=-1), strict=True)
         shift, scale, gate = (jnp.where(is_text, of_text, of_video) for of_text, of_video in parts)
@@ -113,33 +102,21 @@ class Attention(nnx.Module):
 
     def __init__(self, c: CogVideoXConfig, rngs: nnx.Rngs) -> None:
         dense = {"rngs": rngs, "dtype": c.dtype, "param_dtype": c.param_dtype}
-        self.to_q = Linear(c.dim, c.dim, bias=c.attention_bias, **dense)
-        self.to_k = Linear(c.dim, c.dim, bias=c.attention_bias, **dense)
-        self.to_v = Linear(c.dim, c.dim, bias=c.attention_bias, **dense)
+        self.to_q, self.to_k, self.to_v = (Linear(c.dim, c.dim, bias=c.attention_bias, **dense) for _ in range(3))
         self.to_out = Linear(c.dim, c.dim, **dense)
         self.norm_q = LayerNorm(c.attention_head_dim, 1e-6, param_dtype=c.param_dtype)
         self.norm_k = LayerNorm(c.attention_head_dim, 1e-6, param_dtype=c.param_dtype)
-        self.heads, self.dtype = c.num_attention_heads, c.dtype
-        self.implementation: Implementation = c.attention
-        self.context_parallel: ContextParallel = c.context_parallel
+        self.config = c
 
-    def __call__(self, x: Float[Array, "b n d"], rotary: Rotary | None, length: int) -> Float[Array, "b n d"]:
+    def __call__(self, x: Tokens, rotary: Rotary | None, length: int) -> Tokens:
         """Tokens from `length` on are padding."""
-
-        def split(y: Array) -> Array:
-            return y.reshape(*y.shape[:2], self.heads, -1)
-
-        q, k = self.norm_q(split(self.to_q(x))), self.norm_k(split(self.to_k(x)))
+        c = self.config
+        q, k, v = (f(x).reshape(*x.shape[:2], c.num_attention_heads, -1) for f in (self.to_q, self.to_k, self.to_v))
+        q, k = self.norm_q(q), self.norm_k(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        out = attention(
-            q.astype(self.dtype),
-            k.astype(self.dtype),
-            split(self.to_v(x)),
-            length=length,
-            implementation=self.implementation,
-            context=self.context_parallel,
-        )
+        q, k = q.astype(c.dtype), k.astype(c.dtype)
+        out = attention(q, k, v, length=length, implementation=c.attention, context=c.context_parallel)
         return self.to_out(out.reshape(x.shape))
 
 
@@ -151,14 +128,7 @@ class CogVideoXBlock(nnx.Module):
         self.ff = FeedForward(c.dim, 4 * c.dim, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype)
         self.dtype = c.dtype
 
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        time: Float[Array, "b e"],
-        is_text: Bool[Array, "n 1"],
-        rotary: Rotary | None,
-        length: int,
-    ) -> Float[Array, "b n d"]:
+    def __call__(self, x: Tokens, time: Time, is_text: IsText, rotary: Rotary | None, length: int) -> Tokens:
         y, gate = self.norm1(x, time, is_text)
         x = (x + gate * self.attn1(y, rotary, length)).astype(self.dtype)
         y, gate = self.norm2(x, time, is_text)
@@ -172,7 +142,7 @@ class OutputNorm(nnx.Module):
         self.linear = Linear(c.time_embed_dim, 2 * c.dim, rngs=rngs, param_dtype=c.param_dtype, precision="highest")
         self.norm = LayerNorm(c.dim, c.norm_eps, param_dtype=c.param_dtype)
 
-    def __call__(self, x: Float[Array, "b n d"], time: Float[Array, "b e"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Tokens, time: Time) -> Tokens:
         shift, scale = jnp.split(self.linear(jax.nn.silu(time))[:, None], 2, axis=-1)
         return self.norm(x) * (1 + scale) + shift
 
@@ -199,12 +169,12 @@ class CogVideoXTransformer(nnx.Module):
         c = self.config
         grid, patch = self._grid(x.shape[1:]), c.patch
         # Whole rows, as in Wan.
-        time = activation_sharding.constrain(self.time_embedding(timestep_embedding(t, c.dim)), None)
-        video = self.patch_embedding(patchify(x, patch))
+        time = activation_sharding.constrain(self.time_embedding(embeddings.timestep_embedding(t, c.dim)), None)
+        video = self.patch_embedding(embeddings.patchify(x, patch))
         length = text.shape[1]
         rotary = None
         if c.use_rotary_positional_embeddings:
-            cos, sin = rotary_tables(positions(grid, c), _axes(c.attention_head_dim))
+            cos, sin = embeddings.rotary_tables(positions(grid, c), _axes(c.attention_head_dim))
             before = ((length, 0), (0, 0))  # the text is turned by nothing
             rotary = jnp.pad(cos, before, constant_values=1.0), jnp.pad(sin, before)
         else:
@@ -215,11 +185,10 @@ class CogVideoXTransformer(nnx.Module):
         y = activation_sharding.pad_tokens(y, axis=1)
         rotary = jax.tree.map(lambda table: activation_sharding.pad_tokens(table, axis=0), rotary)
         is_text = jnp.arange(y.shape[1])[:, None] < length
-        y = run_blocks(
-            self.blocks, y, time, is_text, rotary, tokens, length=c.num_layers, remat=c.remat, scan=c.scan_layers
-        )
+        compute = {"length": c.num_layers, "remat": c.remat, "scan": c.scan_layers}
+        y = run_blocks(self.blocks, y, time, is_text, rotary, tokens, **compute)
         y = self.norm_out(self.norm_final(y[:, length:tokens]), time)
-        return unpatchify(self.proj_out(y), grid, patch)
+        return embeddings.unpatchify(self.proj_out(y), grid, patch)
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         c, (t, h, w, channels) = self.config, shape
@@ -239,9 +208,9 @@ def sinusoids(grid: tuple[int, int, int], c: CogVideoXConfig) -> Float[Array, "n
     rows = [np.arange(size, dtype=np.float32) / np.float32(s) for size, s in zip(grid, scales, strict=True)]
     parts = []
     for axis in (0, 2, 1):
-        angles = axis_angles(rows[axis], axis, _axes(c.dim)[axis])
+        angles = embeddings.axis_angles(rows[axis], axis, _axes(c.dim)[axis])
         parts += [np.sin(angles), np.cos(angles)]
-    return over_grid(parts, grid)
+    return embeddings.over_grid(parts, grid)
 
 
 def positions(grid: tuple[int, int, int], c: CogVideoXConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ the frames that are left over, and its first frame stands alone in time.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float
 from dollar_jax.models.chunks import CausalCache, in_chunks
 from dollar_jax.models.layers import Linear
 
+Video = Float[Array, "b t h w c"]
 # What is encoded and decoded at a time; a part of the model.
 FRAME_CHUNK, LATENT_CHUNK = 8, 2
 
@@ -53,12 +55,10 @@ class CogVideoXVAEConfig:
                 f"block_out_channels {self.block_out_channels} do not divide into {self.norm_num_groups=} groups"
             )
         # Downsamplers halve time in the first levels; there is none after the last level.
-        most = 2 ** (len(self.block_out_channels) - 1)
-        if self.temporal_compression_ratio not in (2**i for i in range(int(math.log2(most)) + 1)):
-            raise ValueError(
-                f"temporal_compression_ratio is {self.temporal_compression_ratio}; with "
-                f"{len(self.block_out_channels)} levels it must be a power of 2 up to {most}"
-            )
+        ratio, possible = self.temporal_compression_ratio, [2**i for i in range(len(self.block_out_channels))]
+        if ratio not in possible:
+            levels = f"with {len(possible)} levels it must be a power of 2 up to {possible[-1]}"
+            raise ValueError(f"temporal_compression_ratio is {ratio}; {levels}")
 
     @property
     def latents_mean(self) -> tuple[float, ...]:
@@ -96,33 +96,16 @@ class CausalConv3d(nnx.Module):
     """A 3×3×3 convolution of which out[t] sees in[t-2 .. t]."""
 
     def __init__(self, dim_in: int, dim_out: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
-        self.conv = nnx.Conv(
-            dim_in,
-            dim_out,
-            (3, 3, 3),
-            padding=((0, 0), (1, 1), (1, 1)),
-            dtype=jnp.dtype(c.dtype),
-            param_dtype=jnp.dtype(c.param_dtype),
-            rngs=rngs,
-        )
+        self.conv = _conv((dim_in, dim_out, (3, 3, 3)), ((0, 0), (1, 1), (1, 1)), c, rngs)
 
-    def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t h w d"]:
+    def __call__(self, x: Video, cache: CausalCache) -> Float[Array, "b t h w d"]:
         return self.conv(cache.extend(x, 2, repeat=True))
 
 
-def _conv2d(dim: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs, stride: int = 1) -> nnx.Conv:
-    """A 3×3 convolution of every frame. Stride 2 pads below and to the right only."""
-    pad = (1, 1) if stride == 1 else (0, 1)
-    return nnx.Conv(
-        dim,
-        dim,
-        (3, 3),
-        stride,
-        padding=(pad, pad),
-        dtype=jnp.dtype(c.dtype),
-        param_dtype=jnp.dtype(c.param_dtype),
-        rngs=rngs,
-    )
+def _conv(sizes: tuple[Any, ...], padding: Any, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> nnx.Conv:
+    """`sizes` are channels in and out, the kernel and the stride."""
+    dtypes = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+    return nnx.Conv(*sizes, padding=padding, rngs=rngs, **dtypes)
 
 
 def _pointwise(dim_in: int, dim_out: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> Linear:
@@ -137,7 +120,7 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((dim,), c.param_dtype))
         self.groups, self.eps = c.norm_num_groups, eps
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
+    def __call__(self, x: Video) -> Video:
         y = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
         centred = y - y.mean((1, 2, 3, 5), keepdims=True)
         variance = jnp.square(centred).mean((1, 2, 3, 5), keepdims=True)
@@ -153,7 +136,7 @@ class SpatialNorm(nnx.Module):
         self.conv_y = _pointwise(c.latent_channels, dim, c, rngs)
         self.conv_b = _pointwise(c.latent_channels, dim, c, rngs)
 
-    def __call__(self, x: Float[Array, "b t h w c"], latent: Float[Array, "b t2 h2 w2 z"]) -> Float[Array, "b t h w c"]:
+    def __call__(self, x: Video, latent: Float[Array, "b t2 h2 w2 z"]) -> Video:
         # What is computed per latent pixel is enlarged afterwards; the reference does it the dear way round.
         scale, shift = (_enlarge(conv(latent), x.shape) for conv in (self.conv_y, self.conv_b))
         return self.norm_layer(x) * scale + shift
@@ -182,9 +165,7 @@ class ResnetBlock(nnx.Module):
         self.conv_shortcut = None if dim_in == dim_out else _pointwise(dim_in, dim_out, c, rngs)
         self.spatial = spatial
 
-    def __call__(
-        self, x: Float[Array, "b t h w c"], cache: CausalCache, latent: Array | None
-    ) -> Float[Array, "b t h w d"]:
+    def __call__(self, x: Video, cache: CausalCache, latent: Array | None) -> Float[Array, "b t h w d"]:
         condition: tuple[Any, ...] = (latent,) if self.spatial else ()
         y = self.conv1(jax.nn.silu(self.norm1(x, *condition)), cache)
         y = self.conv2(jax.nn.silu(self.norm2(y, *condition)), cache)
@@ -195,9 +176,9 @@ class Downsample(nnx.Module):
     """Halves height and width, and with `time` first averages frames in pairs, a first odd one left alone."""
 
     def __init__(self, dim: int, time: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
-        self.conv, self.time = _conv2d(dim, c, rngs, stride=2), time
+        self.conv, self.time = _conv((dim, dim, (3, 3), 2), ((0, 1), (0, 1)), c, rngs), time
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 c"]:
+    def __call__(self, x: Video) -> Float[Array, "b t2 h2 w2 c"]:
         if self.time:
             single = x.shape[1] % 2
             pairs = rearrange(x[:, single:], "b (t two) h w c -> b t two h w c", two=2).mean(2)
@@ -209,36 +190,25 @@ class Upsample(nnx.Module):
     """Doubles height and width, and with `time` the frames, but for a first odd one."""
 
     def __init__(self, dim: int, time: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
-        self.conv, self.time = _conv2d(dim, c, rngs), time
+        self.conv, self.time = _conv((dim, dim, (3, 3)), ((1, 1), (1, 1)), c, rngs), time
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 c"]:
+    def __call__(self, x: Video) -> Float[Array, "b t2 h2 w2 c"]:
         b, t, h, w, c = x.shape
         frames = 2 * t - t % 2 if self.time else t
         return self.conv(_enlarge(x, (b, frames, 2 * h, 2 * w, c)))
 
 
 class Block(nnx.Module):
-    """The residual blocks of one resolution, then its change of resolution if it has one."""
+    """The residual blocks of one resolution; then its change, in time too or not, if there is one."""
 
     def __init__(
-        self,
-        dims: tuple[int, ...],
-        spatial: bool,
-        c: CogVideoXVAEConfig,
-        rngs: nnx.Rngs,
-        down: bool | None = None,
-        up: bool | None = None,
+        self, dims: tuple[int, ...], spatial: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs, time: bool | None = None
     ) -> None:
-        """`down` or `up`, where given, says whether time is resampled too."""
-        self.resnets = nnx.List(
-            [ResnetBlock(one, two, spatial, c, rngs) for one, two in zip(dims[:-1], dims[1:], strict=True)]
-        )
-        self.downsamplers = nnx.List([] if down is None else [Downsample(dims[-1], down, c, rngs)])
-        self.upsamplers = nnx.List([] if up is None else [Upsample(dims[-1], up, c, rngs)])
+        self.resnets = nnx.List([ResnetBlock(*pair, spatial, c, rngs) for pair in itertools.pairwise(dims)])
+        self.downsamplers = nnx.List([] if spatial or time is None else [Downsample(dims[-1], time, c, rngs)])
+        self.upsamplers = nnx.List([Upsample(dims[-1], time, c, rngs)] if spatial and time is not None else [])
 
-    def __call__(
-        self, x: Float[Array, "b t h w c"], cache: CausalCache, latent: Array | None = None
-    ) -> Float[Array, "b t2 h2 w2 d"]:
+    def __call__(self, x: Video, cache: CausalCache, latent: Array | None = None) -> Float[Array, "b t2 h2 w2 d"]:
         for block in self.resnets:
             x = block(x, cache, latent)
         for resample in (*self.downsamplers, *self.upsamplers):
@@ -246,29 +216,26 @@ class Block(nnx.Module):
         return x
 
 
+def _levels(dims: tuple[int, ...], layers: int, spatial: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> nnx.List:
+    """A block for each resolution: the encoder's halve it, the decoder's, which are `spatial`, double it."""
+    times = [*(i < c.levels_in_time for i in range(len(dims) - 1)), None]
+    before = (dims[0], *dims)
+    levels = zip(before[:-1], dims, times, strict=True)
+    return nnx.List([Block((dim_in, *[dim] * layers), spatial, c, rngs, time) for dim_in, dim, time in levels])
+
+
 class Encoder(nnx.Module):
     """Video to the moments of its latent."""
 
     def __init__(self, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
-        dims, last = c.block_out_channels, len(c.block_out_channels) - 1
+        dims = c.block_out_channels
         self.conv_in = CausalConv3d(c.in_channels, dims[0], c, rngs)
-        self.down_blocks = nnx.List(
-            [
-                Block(
-                    (dims[max(i - 1, 0)], *[dim] * c.layers_per_block),
-                    False,
-                    c,
-                    rngs,
-                    down=None if i == last else i < c.levels_in_time,
-                )
-                for i, dim in enumerate(dims)
-            ]
-        )
+        self.down_blocks = _levels(dims, c.layers_per_block, False, c, rngs)
         self.mid_block = Block((dims[-1],) * 3, False, c, rngs)
         self.norm_out = GroupNorm(dims[-1], 1e-6, c)
         self.conv_out = CausalConv3d(dims[-1], 2 * c.latent_channels, c, rngs)
 
-    def __call__(self, x: Float[Array, "b t h w c"], cache: CausalCache) -> Float[Array, "b t2 h2 w2 z"]:
+    def __call__(self, x: Video, cache: CausalCache) -> Float[Array, "b t2 h2 w2 z"]:
         x = self.conv_in(x, cache)
         for block in (*self.down_blocks, self.mid_block):
             x = block(x, cache)
@@ -279,21 +246,10 @@ class Decoder(nnx.Module):
     """Latent to video; every norm on the way reads the latent again."""
 
     def __init__(self, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
-        dims, last = c.block_out_channels[::-1], len(c.block_out_channels) - 1
+        dims = c.block_out_channels[::-1]
         self.conv_in = CausalConv3d(c.latent_channels, dims[0], c, rngs)
         self.mid_block = Block((dims[0],) * 3, True, c, rngs)
-        self.up_blocks = nnx.List(
-            [
-                Block(
-                    (dims[max(i - 1, 0)], *[dim] * (c.layers_per_block + 1)),
-                    True,
-                    c,
-                    rngs,
-                    up=None if i == last else i < c.levels_in_time,
-                )
-                for i, dim in enumerate(dims)
-            ]
-        )
+        self.up_blocks = _levels(dims, c.layers_per_block + 1, True, c, rngs)
         self.norm_out = SpatialNorm(dims[-1], c, rngs)
         self.conv_out = CausalConv3d(dims[-1], c.out_channels, c, rngs)
 
@@ -315,10 +271,7 @@ class CogVideoXVAE(nnx.Module):
     def encode(
         self, frames: Float[Array, "b t h w 3"], chunk: int | None = None
     ) -> tuple[Float[Array, "b t2 h2 w2 z"], Float[Array, "b t2 h2 w2 z"]]:
-        """Posterior mean and log-variance of the raw, unscaled latent of frames in [-1, 1].
-
-        `chunk`, in latent frames, can only be what the model has.
-        """
+        """Posterior mean and log-variance of the raw, unscaled latent; `chunk` can only be the model's own."""
         _check(chunk)
         moments = in_chunks(self.encoder, frames, *_sizes(frames.shape[1], FRAME_CHUNK))
         mean, log_variance = jnp.split(moments, 2, -1)
@@ -329,8 +282,7 @@ class CogVideoXVAE(nnx.Module):
     ) -> Float[Array, "b t2 h2 w2 3"]:
         """Frames in [-1, 1] of a raw latent; `clip=False` leaves the values free.
 
-        An odd number of latent frames begins with one that stands for a single frame; an even number
-        does not. `chunk`, in latent frames, can only be what the model has.
+        An odd number of latent frames begins with one that stands for a single frame. `chunk` is as of `encode`.
         """
         _check(chunk)
         x = in_chunks(self.decoder, latent, *_sizes(latent.shape[1], LATENT_CHUNK))
@@ -347,7 +299,5 @@ def _sizes(frames: int, size: int) -> tuple[int, int]:
 
 def _check(chunk: int | None) -> None:
     if chunk not in (None, LATENT_CHUNK):
-        raise ValueError(
-            f"CogVideoX's VAE takes {LATENT_CHUNK} latent frames at a time, not {chunk}: its norms run over "
-            f"a chunk, so that the length is part of the model"
-        )
+        why = "its norms run over a chunk, so that the length is part of the model"
+        raise ValueError(f"CogVideoX's VAE takes {LATENT_CHUNK} latent frames at a time, not {chunk}: {why}")

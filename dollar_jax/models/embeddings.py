@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float
 
 Rotary = tuple[Float[Array, "n half"], Float[Array, "n half"]]
@@ -14,10 +15,8 @@ Rotary = tuple[Float[Array, "n half"], Float[Array, "n half"]]
 
 def patchify(x: Float[Array, "b t h w c"], patch: tuple[int, int, int]) -> Float[Array, "b n p"]:
     """One row per patch, in the order t, h, w; inside it pt, ph, pw, c."""
-    b, t, h, w, c = x.shape
     pt, ph, pw = patch
-    x = x.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c)
-    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
+    return rearrange(x, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
 
 
 def unpatchify(
@@ -36,10 +35,7 @@ def timestep_embedding(t: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]
 
 
 def axis_angles(position: np.ndarray, axis: int, dim: int) -> np.ndarray:
-    """Angles of one axis, fp64: position × frequency, shaped to broadcast over a grid of t, h, w.
-
-    The dim/2 frequencies fall from 1 to almost 1/10,000.
-    """
+    """fp64 angles position × frequency, dim/2 of them from 1 to almost 1/10,000, to broadcast over a grid t, h, w."""
     shape = [1, 1, 1, dim // 2]
     shape[axis] = len(position)
     return np.outer(position, 10_000.0 ** -(np.arange(0, dim, 2) / dim)).reshape(shape)
@@ -48,8 +44,7 @@ def axis_angles(position: np.ndarray, axis: int, dim: int) -> np.ndarray:
 def over_grid(parts: Sequence[np.ndarray], grid: tuple[int, int, int]) -> Float[Array, "n d"]:
     """Tables of single axes side by side for every token of the grid; fp32.
 
-    The host makes the small tables only: one of all tokens would be a constant of many megabytes in the
-    compiled program.
+    The host makes the small tables only: one of all tokens would be a constant of many megabytes in the program.
     """
     full = [jnp.broadcast_to(p.astype(np.float32), (*grid, p.shape[-1])) for p in parts]
     return jnp.concatenate(full, axis=-1).reshape(-1, sum(p.shape[-1] for p in parts))
@@ -60,7 +55,7 @@ def rotary_tables(positions: tuple[np.ndarray, np.ndarray, np.ndarray], dims: tu
 
     `positions` are those of the rows of each axis, `dims` the head's channels that each axis turns.
     """
-    grid = (len(positions[0]), len(positions[1]), len(positions[2]))
+    grid = len(positions[0]), len(positions[1]), len(positions[2])
     angles = [axis_angles(p, i, d) for i, (p, d) in enumerate(zip(positions, dims, strict=True))]
     return over_grid([np.cos(a) for a in angles], grid), over_grid([np.sin(a) for a in angles], grid)
 

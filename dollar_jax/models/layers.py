@@ -32,8 +32,7 @@ class Adapter(nnx.Module):
         self, layers: tuple[int, ...], dim_in: int, dim_out: int, rank: int, scale: float, rngs: nnx.Rngs
     ) -> None:
         bound = dim_in**-0.5
-        down = jax.random.uniform(rngs.params(), (*layers, dim_in, rank), minval=-bound, maxval=bound)
-        self.down = nnx.Param(down)
+        self.down = nnx.Param(jax.random.uniform(rngs.params(), (*layers, dim_in, rank), float, -bound, bound))
         self.up = nnx.Param(jnp.zeros((*layers, rank, dim_out)))
         self.scale = scale
 
@@ -125,16 +124,11 @@ class FeedForward(nnx.Module):
         return self.proj_out(jax.nn.gelu(self.proj_in(x)))
 
 
-def check_compute(remat: str, implementation: str, context_parallel: str) -> None:
+def check_compute(config: Any) -> None:
     """Raises ValueError naming the one of these settings of a transformer that is no choice."""
-    choices = {
-        "remat": (remat, Remat),
-        "attention": (implementation, Implementation),
-        "context_parallel": (context_parallel, ContextParallel),
-    }
-    for name, (value, kind) in choices.items():
-        if value not in get_args(kind):
-            raise ValueError(f"{name} is {value!r}; it can be one of {get_args(kind)}")
+    for name, kind in {"remat": Remat, "attention": Implementation, "context_parallel": ContextParallel}.items():
+        if getattr(config, name) not in get_args(kind):
+            raise ValueError(f"{name} is {getattr(config, name)!r}; it can be one of {get_args(kind)}")
 
 
 def stack_blocks(build: Callable[[nnx.Rngs], Block], length: int, rngs: nnx.Rngs) -> Block:
@@ -161,7 +155,6 @@ def run_blocks(
         return activation_sharding.constrain(x, activation_sharding.CONTEXT, None)
 
     x = place(x)
-
     if remat != "none":
         policy = {
             "full": None,

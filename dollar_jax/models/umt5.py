@@ -18,6 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 from dollar_jax.models.attention import attention
 from dollar_jax.models.layers import Linear, RMSNorm, run_blocks, stack_blocks
 
+States = Float[Array, "b l d"]
+Mask = Bool[Array, "b 1 1 l"]  # of the keys
+Buckets, Bias = Int[Array, "l l"], Float[Array, "1 heads l l"]  # of distances, by query and key
+
 
 @dataclasses.dataclass(frozen=True)
 class UMT5Config:
@@ -61,7 +65,7 @@ class PositionBias(nnx.Module):
         shape = (c.relative_attention_num_buckets, c.num_heads)
         self.embedding = nnx.Param(init(rngs.params(), shape, jnp.dtype(c.param_dtype)))
 
-    def __call__(self, buckets: Int[Array, "l l"]) -> Float[Array, "1 heads l l"]:
+    def __call__(self, buckets: Buckets) -> Bias:
         return self.embedding[...][buckets].transpose(2, 0, 1)[None].astype(jnp.float32)
 
 
@@ -76,13 +80,7 @@ class UMT5Attention(nnx.Module):
         self.relative_attention_bias = None if c.shared_position_bias else PositionBias(c, rngs)
         self.heads = c.num_heads
 
-    def __call__(
-        self,
-        x: Float[Array, "b l d"],
-        mask: Bool[Array, "b 1 1 l"],
-        buckets: Int[Array, "l l"],
-        shared_bias: Float[Array, "1 heads l l"] | None,
-    ) -> Float[Array, "b l d"]:
+    def __call__(self, x: States, mask: Mask, buckets: Buckets, shared_bias: Bias | None) -> States:
         q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
         own = self.relative_attention_bias
         bias = shared_bias if own is None else own(buckets)
@@ -99,13 +97,7 @@ class UMT5Block(nnx.Module):
         self.wi_1 = _dense(c, rngs, c.d_model, c.d_ff, c.d_model**-0.5)
         self.wo = _dense(c, rngs, c.d_ff, c.d_model, c.d_ff**-0.5)
 
-    def __call__(
-        self,
-        x: Float[Array, "b l d"],
-        mask: Bool[Array, "b 1 1 l"],
-        buckets: Int[Array, "l l"],
-        shared_bias: Float[Array, "1 heads l l"] | None,
-    ) -> Float[Array, "b l d"]:
+    def __call__(self, x: States, mask: Mask, buckets: Buckets, shared_bias: Bias | None) -> States:
         x = x + self.attention(self.attention_norm(x), mask, buckets, shared_bias)
         y = self.ffn_norm(x)
         return x + self.wo(jax.nn.gelu(self.wi_0(y)) * self.wi_1(y))
@@ -114,23 +106,14 @@ class UMT5Block(nnx.Module):
 class UMT5Encoder(nnx.Module):
     def __init__(self, config: UMT5Config, rngs: nnx.Rngs) -> None:
         c = self.config = config
-        self.shared = nnx.Embed(
-            c.vocab_size,
-            c.d_model,
-            embedding_init=nnx.initializers.normal(1.0),
-            param_dtype=jnp.dtype(c.param_dtype),
-            rngs=rngs,
-        )
+        init, dtype = nnx.initializers.normal(1.0), jnp.dtype(c.param_dtype)
+        self.shared = nnx.Embed(c.vocab_size, c.d_model, embedding_init=init, param_dtype=dtype, rngs=rngs)
         self.blocks = stack_blocks(lambda rngs: UMT5Block(c, rngs), c.num_layers, rngs)
         self.final_layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, param_dtype=c.param_dtype)
         self.relative_attention_bias = PositionBias(c, rngs) if c.shared_position_bias else None
 
-    def __call__(self, ids: Int[Array, "b l"], mask: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        """States in `dtype`; `mask` is 1 at tokens and 0 at padding.
-
-        Padding is never attended to, but its own rows hold numbers that mean nothing: see
-        `zero_padding`.
-        """
+    def __call__(self, ids: Int[Array, "b l"], mask: Int[Array, "b l"]) -> States:
+        """States in `dtype`; `mask` is 1 at tokens, 0 at padding, whose own rows mean nothing: see `zero_padding`."""
         c = self.config
         buckets = jnp.asarray(position_buckets(ids.shape[1], c))
         keys = mask.astype(bool)[:, None, None, :]
@@ -140,7 +123,7 @@ class UMT5Encoder(nnx.Module):
         return self.final_layer_norm(x).astype(c.dtype)
 
 
-def zero_padding(states: Float[Array, "b l d"], mask: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+def zero_padding(states: States, mask: Int[Array, "b l"]) -> States:
     """Rows of padding set to 0, as Wan's transformer, which attends to every row, expects them."""
     return jnp.where(mask[..., None] > 0, states, 0)
 
@@ -148,9 +131,8 @@ def zero_padding(states: Float[Array, "b l d"], mask: Int[Array, "b l"]) -> Floa
 def position_buckets(length: int, c: UMT5Config) -> np.ndarray:
     """int32 [query, key]: the bucket of the distance key - query (Raffel et al., arXiv 1910.10683).
 
-    Half of the buckets are for keys after the query. In each half, the near half of the buckets
-    stand for one distance each; the others widen logarithmically up to
-    `relative_attention_max_distance`, beyond which all share the last.
+    Half of the buckets are for keys after the query. In each half, the near half stand for one distance each; the
+    others widen logarithmically up to `relative_attention_max_distance`, beyond which all share the last.
     """
     half = c.relative_attention_num_buckets // 2
     near = half // 2

@@ -60,7 +60,7 @@ class WanConfig:
     def __post_init__(self) -> None:
         if self.qk_norm != "rms_norm_across_heads":
             raise ValueError(f"qk_norm is {self.qk_norm!r}; Wan has only 'rms_norm_across_heads'")
-        check_compute(self.remat, self.attention, self.context_parallel)
+        check_compute(self)
         if self.attention_head_dim % 2 or self.freq_dim % 2:
             raise ValueError(
                 f"attention_head_dim {self.attention_head_dim} and freq_dim {self.freq_dim} "
