@@ -28,6 +28,8 @@ from dollar_jax.config import DistillConfig, distill_config
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_debug_key_reuse", True)
+# Half of the time is compilation, and half of that its optimisations; `whole_compilation` brings them back.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Not where registered dataclasses are: `jax.tree.map` may put anything into the fields of those.
 CHECKED = ["losses", "models", "sampling", "schedule"]
@@ -84,11 +86,11 @@ def make_config(get_config: Callable[..., ConfigDict]) -> Callable[..., DistillC
 
 
 @pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Halves the compile time of the whole step; its few runs are slower."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def whole_compilation() -> Iterator[None]:
+    """For tests that look at what the compiler makes of a program, or need its speed."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def shown_events(workdir: Path) -> list[tuple[int, str, float | None]]:

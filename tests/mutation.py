@@ -540,7 +540,7 @@ def run_tests(names: list[str], folder: Path) -> tuple[int, str]:
             try:
                 import pytest
 
-                code = int(pytest.main(["-q", "-x", "--tb=short", *QUIET, *names]))
+                code = int(pytest.main(["-q", "-x", "-n0", "--tb=short", *QUIET, *names]))
             except BaseException:
                 traceback.print_exc()
             finally:

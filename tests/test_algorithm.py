@@ -23,8 +23,6 @@ from dollar_jax.schedule import Schedule
 from dollar_jax.state import Optimisers, RewardStatistics, init_state
 from dollar_jax.step import make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LATENT, TEXT, ROWS = (3, 2, 2, 4), (3, 5), 8
 TIMES = (1000.0, 820.0, 510.0, 240.0)
 SHIFT, DECODER = 3.0, 0.7

@@ -36,7 +36,7 @@ def dollar(*arguments):
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, quick_compilation):
+def workdir(tmp_path_factory):
     """A run that `dollar train` has left, from a configuration in a file of the user's own."""
     folder = tmp_path_factory.mktemp("run")
     own = folder / "own.py"
@@ -140,7 +140,7 @@ def test_prompts_are_prepared(tmp_path):
 
 
 @pytest.mark.slow
-def test_videos_of_ones_own_are_prepared_trained_on_and_measured(tmp_path, quick_compilation):
+def test_videos_of_ones_own_are_prepared_trained_on_and_measured(tmp_path):
     """Clips of several kinds, made by FFmpeg: upright, sideways, short, damaged."""
     source = tmp_path / "clips"
     for i, (height, width, frames) in enumerate([(48, 64, 40), (64, 48, 40), (36, 36, 60), (48, 64, 3)]):
@@ -167,7 +167,7 @@ def test_videos_of_ones_own_are_prepared_trained_on_and_measured(tmp_path, quick
 
 
 @pytest.mark.slow
-def test_demo_leaves_metrics_a_page_and_videos(tmp_path, few_captions, quick_compilation, monkeypatch):
+def test_demo_leaves_metrics_a_page_and_videos(tmp_path, few_captions, monkeypatch):
     from dollar_jax import config, experiment
 
     load = experiment.load

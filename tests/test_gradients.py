@@ -22,8 +22,6 @@ from dollar_jax.schedule import Schedule
 from dollar_jax.state import Optimisers, RewardStatistics, init_state
 from dollar_jax.step import make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROWS, LATENT, TEXT = 4, (2, 3, 2, 3), (2, 5)
 STUDENT, EMA, TEACHER, FAKE = ({"b": b, "c": c} for b, c in ((0.5, -0.3), (0.2, 0.6), (-0.4, 0.9), (0.3, 0.1)))
 NULL = 0.7  # the mean of the text of no prompt

@@ -16,8 +16,6 @@ from dollar_jax.rewards.methods import lrm
 from dollar_jax.rewards.methods.lrm import ScoredLatents
 from dollar_jax.schedule import Schedule
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RF = Schedule("rf", "velocity", shift=3.0)
 DDPM = Schedule("ddpm", "v")
 SHAPE = (2, 3, 2, 5)

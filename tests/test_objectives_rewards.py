@@ -19,8 +19,6 @@ from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import RewardStatistics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SCHEDULES = [Schedule("rf", "velocity", shift=3.0), Schedule("ddpm", "v")]
 SHAPE, BATCH = (3, 2, 2, 3), 4
 STATISTICS = RewardStatistics(jnp.array([0.3, -1.0]), jnp.array([0.25, 4.0]), jnp.float32(9.0))

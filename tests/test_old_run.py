@@ -82,7 +82,6 @@ def test_it_is_measured(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_it_goes_on(run, wan_folder):
     settings = {**SETTINGS, "steps": 3, "teacher": wan_folder}
     dollar(

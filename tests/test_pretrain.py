@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 @pytest.mark.slow
-def test_pretrain_leaves_a_teacher_and_goes_on_after_a_kill(tmp_path, monkeypatch, quick_compilation):
+def test_pretrain_leaves_a_teacher_and_goes_on_after_a_kill(tmp_path, monkeypatch):
     own = tmp_path / "own.py"
     own.write_text(
         textwrap.dedent(f"""

@@ -204,7 +204,6 @@ def test_claims_hold_with_every_seed_on_average_or_not():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_two_methods_are_trained_and_measured(toy_generator, make_config, monkeypatch, tmp_path):
     """The whole way with a toy pipeline: two trainings, their samples, the page."""
     captions = [f"{'a' * (1 + i % 5)} {'b' * (1 + i % 7)}" for i in range(24)]

@@ -135,7 +135,7 @@ def host(tree):
 
 
 @pytest.fixture(scope="module")
-def runner(make_config, quick_compilation):
+def runner(make_config):
     return functools.cache(lambda *changes: Runner(make_config({**BASE, **dict(changes)})))
 
 
@@ -446,7 +446,7 @@ def pixel_batch(seed, kept=None):
     return dataclasses.replace(make_batch(seed), tokens=tokens, reward=kept)
 
 
-def test_jax_rewards_are_learned_from_in_the_same_step(make_config, quick_compilation):
+def test_jax_rewards_are_learned_from_in_the_same_step(make_config):
     changes = {"mesh.data": 4, "reward.head.use_text": False, "reward.latent_frames": 1}
     runner = pixel_runner(make_config, **changes)
     scored = jax.tree.map(np.zeros_like, make_batch(0).reward)
@@ -471,7 +471,7 @@ def test_jax_rewards_are_learned_from_in_the_same_step(make_config, quick_compil
     assert metrics["reward_regression"] > 0.1
 
 
-def test_rollouts_of_a_step_are_reinforced_in_a_later_one(make_config, quick_compilation):
+def test_rollouts_of_a_step_are_reinforced_in_a_later_one(make_config):
     runner = pixel_runner(make_config, **{"reward.method": "ddpo"})
     shapes = (4, 3, *LATENT), (4, *TEXT), (4, 1)
     nothing = Rollouts(
@@ -488,7 +488,7 @@ def test_rollouts_of_a_step_are_reinforced_in_a_later_one(make_config, quick_com
     np.testing.assert_allclose(metrics["reward_mean"], kept.reward.mean(), rtol=1e-5)
 
 
-def test_direct_rewards_move_the_student_and_leave_the_head(make_config, quick_compilation):
+def test_direct_rewards_move_the_student_and_leave_the_head(make_config):
     runner = pixel_runner(make_config, **{"reward.method": "direct", "accumulation": 1})
     initial = host(to_items(runner.program.init(jax.random.key(0), runner.frozen.teacher)))
     state, metrics, samples = runner.step(runner.start(initial), pixel_batch(0))

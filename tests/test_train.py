@@ -49,7 +49,7 @@ def data(generator):
 
 
 @pytest.fixture(scope="module")
-def config(make_config, quick_compilation):
+def config(make_config):
     return make_config(
         {
             "seed": 3,

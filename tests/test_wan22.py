@@ -144,7 +144,7 @@ def train(teacher, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(train, quick_compilation):
+def run(train):
     return train({})
 
 

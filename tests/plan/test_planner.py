@@ -41,7 +41,7 @@ def forward_flops(c, tokens, text):
     return 2 * (embed + c.num_layers * (attention + 2 * tokens * d * c.ffn_dim) + tokens * d * patch)
 
 
-def test_a_plan_counts_what_a_chip_holds_and_does(virtual, make_config, quick_compilation):
+def test_a_plan_counts_what_a_chip_holds_and_does(virtual, make_config):
     config = make_config(TINY)
     found = planner.plan(config, "v5e:2x4", "sample")
     architecture = architecture_of(config)
@@ -58,7 +58,7 @@ def test_a_plan_counts_what_a_chip_holds_and_does(virtual, make_config, quick_co
     assert "fsdp=4,context=2" in shown and "all-gather, GiB" in shown and found.bound in shown
 
 
-def test_a_plan_of_an_import_holds_the_teacher_and_leaves_the_state(virtual, make_config, quick_compilation):
+def test_a_plan_of_an_import_holds_the_teacher_and_leaves_the_state(virtual, make_config):
     found = planner.plan(config := make_config(TINY), "v5e:2x4", "import")
     architecture = architecture_of(config)
     sizes = [s.size for s in jax.tree.leaves(WAN_TRANSFORMER.network(architecture.transformer).shapes)]

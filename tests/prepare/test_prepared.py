@@ -26,7 +26,7 @@ SHAPES = {(2, 2, 4, 4), (2, 4, 2, 4)}
 
 
 @pytest.fixture(scope="module")
-def config(make_config, whole, teacher, quick_compilation):
+def config(make_config, whole, teacher):
     return make_config(
         {
             "data.name": str(whole[0]),

@@ -177,7 +177,7 @@ def test_an_imported_folder_holds_the_same_pipeline(folder, generator, tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["2b"], indirect=True)
-def test_two_steps_of_distillation_then_a_sample(generator, make_config, quick_compilation, tmp_path):
+def test_two_steps_of_distillation_then_a_sample(generator, make_config, tmp_path):
     config = make_config(
         {
             "steps": 2,
