@@ -204,6 +204,7 @@ class Log:
         self._held: tuple[int, Mapping[str, jax.Array], dict[str, float], Looked, float] | None = None
         self._start, self._begun = time.perf_counter(), True
         self._clock = (first, self._start)
+        self.waited = 0.0  # seconds that the devices stood idle for want of a batch
         fake = config.fake_score
         self.optimisers = {"student": (config.student.optimiser, 1), "fake_score": (fake.optimiser, fake.updates)}
         if self.main:

@@ -99,6 +99,29 @@ def test_sample_refuses_a_picture_that_no_player_shows(workdir, tmp_path, capsys
     assert "would be a picture of 1024 × 10240" in capsys.readouterr().err
 
 
+def test_evaluate_takes_any_prompts_and_goes_on(workdir, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\na small blue/green square\n")
+    out = tmp_path / "own.json"
+    flags = [f"--workdir={workdir}", f"--prompts_file={tmp_path / 'prompts.txt'}", f"--out={out}", "--num=2"]
+    dollar("evaluate", *flags, "--reward=motion")
+    metrics = json.loads(out.read_text())
+    for name in ("teacher_2", "student_4", "student_2", "student_1"):
+        row = metrics[name]
+        assert {"reward", "motion", "vendi", "flicker", "net_change", "diffusion_seconds", "nfe"} <= row.keys()
+        assert len(list((tmp_path / "own_videos" / name).glob("*.mp4"))) == 4
+        made = json.loads((tmp_path / "own_videos" / f"{name}.manifest.json").read_text())
+        assert set(made["files"].values()) == {PROMPT, "a small blue/green square"}
+    assert metrics["student_1"]["nfe"] == 1 and metrics["speedup_1"] > 0 and metrics["manifest"]["num"] == 2
+    assert out.with_suffix(".html").is_file() and "student_4" in capsys.readouterr().out
+    # The measures of a folder are of its files, and a second start draws none of those anew.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "own_videos").rglob("*.mp4")}
+    one = sorted(before)[0]
+    one.unlink()
+    dollar("evaluate", *flags, "--reward=motion")
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "own_videos").rglob("*.mp4")}
+    assert {path for path in before if before[path] != after[path]} == {one}
+
+
 @pytest.mark.slow
 def test_evaluate_measures_a_run(workdir, few_captions, capsys):
     out = workdir.parent / "measured.json"

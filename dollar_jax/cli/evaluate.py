@@ -1,6 +1,7 @@
 """`dollar evaluate`."""
 
 from pathlib import Path
+from typing import Any
 
 from dollar_jax.cli.base import FLAGS, define, prepare_jax
 from dollar_jax.files import read_json
@@ -10,7 +11,7 @@ def define_flags(_: list[str]) -> None:
     define("string", "workdir", None, "Folder of the run whose student is measured.")
     define("string", "videos", None, "Measure this folder of {prompt}-{index}.mp4 instead of drawing any.")
     define("string", "reference", None, "With --videos: a folder of real videos.")
-    define("string", "reward", None, "With --videos: a reward by its name; clip is the fit to the prompts.")
+    define("string", "reward", None, "One more reward by its name; clip is the fit to the prompts.")
     define("string", "reward_folder", None, "The weights of a reward that has some.")
     define("bool", "dimensions", False, "With --videos: some of VBench's dimensions, into *_vbench.json beside --out.")
     define("string", "clip", None, "With --dimensions: a folder of CLIP ViT-B/32, for both consistencies.")
@@ -21,17 +22,18 @@ def define_flags(_: list[str]) -> None:
     define("bool", "allow_code", False, "Run the rewards that are code named by the run (path.py:function).")
     define("bool", "quick", False, "Fewer videos.")
     define("string", "vbench", None, "Write the videos VBench asks for into this folder, and measure nothing.")
-    define("string", "prompts_file", None, "With --vbench: its VBench_full_info.json, or a prompt per line.")
+    define("string", "prompts_file", None, "A prompt per line; with --vbench also its VBench_full_info.json.")
     define("string", "names", None, "With --vbench and rewritten prompts: VBench's own, line by line, to name files.")
     define("float", "fps", None, "With --vbench: frames per second of the files; the teacher's by default.", 0.1)
-    define("integer", "num", 5, "With --vbench: videos per prompt.", 1)
+    define("integer", "num", 5, "Videos per prompt.", 1)
     define("integer", "steps", 4, "With --vbench: sampling steps.", 1)
-    define("integer", "seed", 0, "With --vbench: seed of the noise.")
-    define("integer", "batch_size", None, "With --vbench: videos drawn at a time.", 1)
+    define("integer", "seed", 0, "Seed of the noise.")
+    define("integer", "batch_size", None, "Videos drawn at a time; by default as many as their size allows.", 1)
     define("bool", "teacher", False, "With --vbench: the teacher's videos.")
 
 
 def run() -> None:
+    from dollar_jax.data.clip import MOVING_SHAPES
     from dollar_jax.evaluate.features import alexnet_features, vae_features
     from dollar_jax.evaluate.run import evaluate
     from dollar_jax.generate import make_generator
@@ -45,11 +47,18 @@ def run() -> None:
         return
     features = alexnet_features(Path(FLAGS.features)) if FLAGS.features else None
     if FLAGS.workdir:
-        generator = make_generator(read_config(Path(FLAGS.workdir)))
-        features = features or vae_features(generator)
+        config = read_config(Path(FLAGS.workdir))
+        generator = make_generator(config)
+        shapes = MOVING_SHAPES in (config.teacher, config.data.name)  # a domain with prompts and measures of its own
+        features = features or (vae_features(generator) if shapes else None)
         if not FLAGS.videos:
             out = Path(FLAGS.out or Path(FLAGS.workdir) / "metrics.json")
-            evaluate(Path(FLAGS.workdir), generator, out, FLAGS.quick, features=features, allow_code=FLAGS.allow_code)
+            if shapes and not FLAGS.prompts_file:
+                evaluate(
+                    Path(FLAGS.workdir), generator, out, FLAGS.quick, features=features, allow_code=FLAGS.allow_code
+                )
+            else:
+                _evaluate_prompts(Path(FLAGS.workdir), config, generator, out, features)
             print_table(out)
     if FLAGS.videos:
         from dollar_jax.evaluate.dimensions import OURS, load_dimensions
@@ -64,7 +73,7 @@ def run() -> None:
         weights = [Path(name) if name else None for name in (FLAGS.clip, FLAGS.aesthetic)]
         dimensions = load_dimensions(*weights) if FLAGS.dimensions else None
         out = Path(FLAGS.out or folder / "metrics.json")
-        measures = measure_folder(folder, features, reference, reward, dimensions)
+        measures = measure_folder(folder, features, reference, reward and {"reward": reward}, dimensions)
         if (made := find_manifest(folder)) is not None:
             measures["manifest"] = made
         rows = measures.pop("dimensions", {})
@@ -76,6 +85,24 @@ def run() -> None:
         write_metrics(out, measures)
         for name, value in measures.items():
             print(f"{name:26}{value:.6g}" if isinstance(value, float) else f"{name:26}{value}")
+
+
+def _evaluate_prompts(workdir: Path, config: Any, generator: Any, out: Path, features: Any) -> None:
+    from dollar_jax.data.prepared import PreparedVideos
+    from dollar_jax.evaluate.files import read_prompts
+    from dollar_jax.evaluate.run import evaluate_prompts
+    from dollar_jax.rewards import get_reward
+
+    rewards = {}
+    if FLAGS.reward:
+        name = "alignment" if FLAGS.reward == "clip" else FLAGS.reward.rpartition(":")[2]
+        rewards[name] = get_reward(FLAGS.reward, FLAGS.reward_folder)
+    if FLAGS.prompts_file:
+        prompts = read_prompts(Path(FLAGS.prompts_file))
+    else:
+        prompts = PreparedVideos(config.data).some_captions(4 if FLAGS.quick else 16)
+    more = rewards, features, FLAGS.batch_size, FLAGS.allow_code
+    evaluate_prompts(workdir, generator, out, prompts, 2 if FLAGS.quick else FLAGS.num, FLAGS.seed, *more)
 
 
 def _vbench_videos() -> None:
@@ -126,7 +153,7 @@ def print_table(path: Path) -> None:
     columns = ("alignment", "reward", "vendi", "flicker", "nfe", "diffusion_seconds")
     print("\n" + f"{'':16}" + "".join(f"{name:>18}" for name in columns))
     for name, row in metrics.items():
-        if isinstance(row, dict) and "alignment" in row:
+        if isinstance(row, dict) and "nfe" in row:
             cells = (f"{row[c]:>18.4g}" if c in row else f"{'–':>18}" for c in columns)
             print(f"{name:16}" + "".join(cells))
     faster = [f"{k[8:]} steps ×{v:.1f}" for k, v in metrics.items() if k.startswith("speedup_")]

@@ -1,7 +1,7 @@
 """Measures of videos in a folder, whoever made them; only one prompt's videos are in memory at a time."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,10 @@ def measure_folder(
     folder: Path,
     features: Features | None = None,
     reference: Path | None = None,
-    reward: AnyReward | None = None,
+    rewards: Mapping[str, AnyReward] | None = None,
     dimensions: Dimensions | None = None,
 ) -> dict[str, Any]:
-    """Flicker and net change over all videos; diversity, Vendi and LPIPS within the prompts that have several.
+    """Flicker and net change over all videos; diversity, Vendi and LPIPS within prompts with several; `rewards`' means.
 
     With `reference`, a folder of other videos, the Fréchet distance to them. The alignment where every
     prompt is a caption of the default domain and the videos are its 32 × 32 pixels, enlarged or not.
@@ -80,9 +80,8 @@ def measure_folder(
                 for name, value in dimensions(video, prompt, read_fps(path)).items():
                     row = {"video_path": path.name, "video_results": value}
                     measured.setdefault(name, []).append(row)
-        if reward is not None:
-            names = [prompt] * len(videos)
-            single.setdefault("reward", []).extend(reward(unit_range(videos), names))
+        for name, reward in (rewards or {}).items():
+            single.setdefault(name, []).extend(reward(unit_range(videos), [prompt] * len(videos)))
         if features is not None:
             vectors.append(features.vectors(videos))
         if len(videos) > 1:

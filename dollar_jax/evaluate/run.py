@@ -1,21 +1,40 @@
 """Measures a run: its student and its teacher, as numbers, as a page and as videos."""
 
 import dataclasses
+import functools
+import itertools
 import json
+import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dollar_jax.config import DistillConfig, RewardTerm
+from dollar_jax.data.clip import clip_fps
 from dollar_jax.evaluate.features import Features
-from dollar_jax.evaluate.measure import default_plan, measure, network_measures, percentages, samplers, speedups
+from dollar_jax.evaluate.files import draw_missing, file_name
+from dollar_jax.evaluate.folder import measure_folder
+from dollar_jax.evaluate.manifest import describe, made_of, write_manifest
+from dollar_jax.evaluate.measure import (
+    TIMED,
+    default_plan,
+    draw_in_turns,
+    measure,
+    network_measures,
+    percentages,
+    samplers,
+    speedups,
+)
 from dollar_jax.evaluate.metrics import write_metrics
-from dollar_jax.generate import Generator
+from dollar_jax.generate import Generator, video_keys
 from dollar_jax.report.run import write_report
-from dollar_jax.rewards import LOADERS, REWARDS, load_rewards, weighted_sum
+from dollar_jax.rewards import LOADERS, REWARDS, AnyReward, load_rewards, weighted_sum
 from dollar_jax.run import read_config, read_history, restore_student
-from dollar_jax.video import side_by_side, write_video
+from dollar_jax.video import read_video, side_by_side, write_video
 
 SHOWN = 8  # prompts whose videos are on the page
 
@@ -36,40 +55,96 @@ def evaluate(
     `allow_code`: a run folder may come from anybody. Raises ValueError when `out` does not end in .json.
     """
     begun = time.perf_counter()
-    page, folder = outputs(out)
+    _, folder = outputs(out)
     config = read_config(workdir)
     plan = default_plan(config.seed, quick)
-    terms = [term for term in config.reward.rewards if allow_code or term.name in {*REWARDS, *LOADERS}]
-    for term in set(config.reward.rewards).difference(terms):
-        print(f"{workdir} names code as a reward, which is not run without --allow_code: {term.name}", file=sys.stderr)
-    reward = weighted_sum(terms, load_rewards(terms))
+    terms, reward = _reward(workdir, config, allow_code)
     rewards = ", ".join(term.label for term in terms if term.weight)
     rows = samplers(generator, restore_student(workdir, generator), config.student.timesteps)
     network = None if features is None else network_measures(features, quick)
     table, videos = measure(generator, rows, plan, reward, network)
-    teacher = f"teacher_{config.sampling.num_steps}"
-    percentages(table, teacher)
-    timings = {**(timings or {}), "sample and measure": time.perf_counter() - begun}
-    metrics: dict[str, Any] = {
-        **table,
-        **speedups(table, teacher),
-        "seconds": sum(timings.values()),
-        "timings": timings,
-    }
-    metrics |= {} if features is None else {"features": features.name}
-    metrics |= {"config": dataclasses.asdict(config)}
-    write_metrics(out, metrics)
-
-    chosen = plan.spread(SHOWN)
+    teacher, chosen = f"teacher_{config.sampling.num_steps}", plan.spread(SHOWN)
     shown = {name: clips[chosen] for name, clips in videos.items()}
     prompts = [str(plan.captions[i]) for i in chosen]
     for i, prompt in enumerate(prompts):
         pair = [shown[name][i] for name in (teacher, "student_4") if name in shown]
         write_video(folder / f"{prompt.replace(' ', '_')}.mp4", side_by_side(pair), scale=8)
+    timings = {**(timings or {}), "sample and measure": time.perf_counter() - begun}
     notes = [] if reward is None else [f"The reward is {rewards}: {reward.meaning}."]
-    text, made = json.dumps(metrics["config"], indent=2), {"metrics": metrics, "timings": timings, "notes": notes}
-    write_report(page, prompts=prompts, videos=shown, history=read_history(workdir), config_text=text, **made)
+    more = {} if features is None else {"features": features.name}
+    return _write(workdir, out, table, timings, more, prompts=prompts, videos=shown, notes=notes)
+
+
+def _reward(workdir: Path, config: DistillConfig, allow_code: bool) -> tuple[list[RewardTerm], AnyReward | None]:
+    """The run's rewards that may be run, and their weighted sum."""
+    terms = [term for term in config.reward.rewards if allow_code or term.name in {*REWARDS, *LOADERS}]
+    for term in set(config.reward.rewards).difference(terms):
+        print(f"{workdir} names code as a reward, which is not run without --allow_code: {term.name}", file=sys.stderr)
+    return terms, weighted_sum(terms, load_rewards(terms))
+
+
+def _write(workdir: Path, out: Path, table: Any, timings: Mapping[str, float], more: Any, **shown: Any) -> Any:
+    """The JSON and the page of the samplers in `table`; what the JSON holds. `shown` is the page's."""
+    config = read_config(workdir)
+    teacher = f"teacher_{config.sampling.num_steps}"
+    percentages(table, teacher)
+    metrics = {**table, **speedups(table, teacher), "seconds": sum(timings.values()), "timings": timings, **more}
+    metrics["config"] = dataclasses.asdict(config)
+    write_metrics(out, metrics)
+    text, history = json.dumps(metrics["config"], indent=2), read_history(workdir)
+    write_report(outputs(out)[0], metrics=metrics, history=history, timings=timings, config_text=text, **shown)
     return metrics
+
+
+def evaluate_prompts(
+    workdir: Path,
+    generator: Generator,
+    out: Path,
+    prompts: Sequence[str],
+    num: int,
+    seed: int,
+    rewards: Mapping[str, AnyReward],
+    features: Features | None = None,
+    batch_size: int | None = None,
+    allow_code: bool = False,
+) -> dict[str, Any]:
+    """As `evaluate` with `num` videos of any prompts, for a teacher of any domain: what a folder's videos can tell.
+
+    Teacher and student each get a folder of videos beside `out`, so that a second start draws what is missing.
+    """
+    begun = time.perf_counter()
+    _, folder = outputs(out)
+    config = read_config(workdir)
+    _, reward = _reward(workdir, config, allow_code)
+    rewards = {**rewards, **({} if reward is None else {"reward": reward})}
+    teacher = f"teacher_{config.sampling.num_steps}"
+    ways = samplers(generator, restore_student(workdir, generator), config.student.timesteps)
+    ways = {name: way for name, way in ways.items() if name == teacher or name.startswith("student")}
+    fps = clip_fps(config.data, generator.pipeline.family.fps)
+    files = [(file_name(prompt, i), prompt, i) for prompt in prompts for i in range(num)]
+    batch = generator.samples_at_once(len(prompts))
+    few = list(itertools.islice(itertools.cycle(prompts), batch))
+    _, seconds = draw_in_turns(generator, ways, few, batch, seed, TIMED)
+    table, shown, made = {}, {}, made_of(prompts, [seed], num, {name: prompt for name, prompt, _ in files})
+    width = generator.clip[2]
+    scale = max(1, 256 // width)  # small videos lose their colours in H.264
+    stride = scale * max(1, width // 256)
+    for name, way in ways.items():
+        described = {"sampler": name, "nfe": way.nfe}
+        write_manifest(folder / name, made | describe(config, generator, fps, [way._replace(description=described)]))
+        keys = functools.partial(video_keys, seed, num)
+        draw_missing(folder / name, files, keys, generator, [(way.draw, way.params)], batch_size, fps, scale)
+        measured = measure_folder(folder / name, features, rewards=rewards)
+        table[name] = {k: v for k, v in measured.items() if isinstance(v, float)} | {
+            "nfe": way.nfe,
+            **{f"{stage}_seconds": statistics.median(times) for stage, times in seconds[name].items()},
+        }
+        first = [read_video(folder / name / file_name(prompt, 0)) for prompt in prompts[:SHOWN]]
+        shown[name] = np.stack(first)[:, :, ::stride, ::stride]
+    timings = {"sample and measure": time.perf_counter() - begun}
+    more = {"manifest": made, **({} if features is None else {"features": features.name})}
+    notes = [f"{name.capitalize()}: {reward.meaning}." for name, reward in rewards.items()]
+    return _write(workdir, out, table, timings, more, prompts=prompts[:SHOWN], videos=shown, notes=notes)
 
 
 def outputs(out: Path) -> tuple[Path, Path]:

@@ -89,7 +89,7 @@ def write_report(
     """Writes one HTML file, under 6 MB, that needs no network: tables, videos, curves, settings.
 
     Args:
-        metrics: as in metrics.json; a mapping with "alignment" is a sampler's.
+        metrics: as in metrics.json; a mapping with "nfe" is a sampler's.
         videos: for each sampler uint8 [prompts, t, h, w, 3], else ValueError; `clips.embed` makes them fit.
         history: one mapping per logged step, `step` and whatever was measured; what is not finite is left out.
         timings: seconds by name.
@@ -101,7 +101,7 @@ def write_report(
                 f"the videos of {key} must be uint8 [{len(prompts)} prompts, t, h, w, 3], "
                 f"not {clips.dtype} of shape {clips.shape}"
             )
-    samplers = {key: value for key, value in metrics.items() if isinstance(value, Mapping) and "alignment" in value}
+    samplers = {key: value for key, value in metrics.items() if isinstance(value, Mapping) and "nfe" in value}
     rows = sampler_rows([*samplers, *videos])
     measured = [row for row in rows if row.key in samplers]
     write_page(
@@ -138,7 +138,7 @@ def _tiles(metrics: Mapping[str, Any], samplers: Mapping[str, Any], rows: Sequen
         if kind == "speedup" and (speedup := number(value)) is not None:
             tiles.append((times(speedup), f"faster diffusion, {steps(count)} against the teacher"))
     student = next((row.key for row in rows if _kind_and_steps(row.key)[0] == "student"), None)
-    ours, theirs = (number(samplers[key]["alignment"]) if key else None for key in (student, _reference(rows)))
+    ours, theirs = (number(samplers[key].get("alignment")) if key else None for key in (student, _reference(rows)))
     if ours is not None and theirs is not None:
         tiles.append((figure(ours, 3), f"alignment with the prompt, against the teacher’s {figure(theirs, 3)}"))
     if (seconds := number(metrics.get("seconds"))) is not None:

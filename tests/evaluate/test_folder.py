@@ -50,7 +50,7 @@ def test_videos_are_found_by_prompt_and_number(tmp_path):
 
 
 def test_real_clips_are_read_as_their_captions_say(folder):
-    result = measure_folder(folder, reward=get_reward("vivid"))
+    result = measure_folder(folder, rewards={"reward": get_reward("vivid")})
     assert (result["videos"], result["prompts"]) == (6, 2)
     assert result["alignment"] > 0.97
     assert 0.9 < result["flicker"] < 1 and 0 < result["net_change"] < 0.5
