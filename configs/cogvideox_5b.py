@@ -1,4 +1,4 @@
-"""CogVideoX-5B distilled to 4 steps by VSD + CD + LRM: 49 frames of 480×720 at 8 frames per second.
+"""CogVideoX-5B distilled to 4 steps by VSD + CD: 49 frames of 480×720 at 8 frames per second.
 
     dollar import THUDM/CogVideoX-5b teachers/cogvideox_5b
     dollar prepare --source=videos --teacher=teachers/cogvideox_5b --frames=49 --height=480 --width=720
@@ -14,6 +14,6 @@ from ml_collections import ConfigDict
 from dollar_jax.experiment import experiment
 
 
-def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
+def get_config(losses: str = "vsd+cd") -> ConfigDict:
     changes = {"teacher": "teachers/cogvideox_5b", "data.name": "data/cogvideox_5b", "compute.remat": "full"}
     return experiment("cogvideox_2b", losses, changes)

@@ -1,4 +1,4 @@
-"""Wan 2.2 TI2V 5B from text at 704 × 1280 × 121, 24 frames per second, distilled to 4 steps by VSD + CD + LRM.
+"""Wan 2.2 TI2V 5B from text, 704 × 1280 × 121, 24 frames per second, distilled to 4 steps by VSD + CD.
 
     dollar import Wan-AI/Wan2.2-TI2V-5B-Diffusers teachers/wan22_5b --dtype=bfloat16
     dollar prepare --source=videos --teacher=teachers/wan22_5b --frames=121 --height=704 --width=1280 --fps=24
@@ -16,5 +16,5 @@ from ml_collections import ConfigDict
 from dollar_jax.experiment import experiment
 
 
-def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
+def get_config(losses: str = "vsd+cd") -> ConfigDict:
     return experiment("wan_14b", losses, {"teacher": "teachers/wan22_5b", "data.name": "data/wan22_704p"})

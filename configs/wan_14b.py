@@ -1,4 +1,4 @@
-"""Wan 2.1 T2V 14B at 480 × 832 × 81, distilled to 4 steps by VSD + CD + LRM.
+"""Wan 2.1 T2V 14B at 480 × 832 × 81, distilled to 4 steps by VSD + CD, and LRM once a reward is named.
 
     dollar import Wan-AI/Wan2.1-T2V-14B-Diffusers teachers/wan_14b --dtype=bfloat16
     dollar train --config=configs/wan_14b.py --workdir=runs/wan_14b --config.data.name=data/wan_480p
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dollar_jax.experiment import experiment
 
 
-def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
+def get_config(losses: str = "vsd+cd") -> ConfigDict:
     changes = {
         "teacher": "teachers/wan_14b",
         "compute.remat": "full",

@@ -97,6 +97,9 @@ class StudentConfig:
         (1000.0, 750.0, 500.0, 250.0), "Descending, on the teacher's schedule.", above=0, high=1000
     )
     input: Literal["forward", "backward"] = field("backward", "Real latents noised, or its own way from noise.")
+    timestep_per: Literal["sample", "micro_batch"] = field(
+        "sample", "What draws one of n; backward input then costs n - 1 forwards, or (n - 1) / 2."
+    )
     ema_decay: float = field(0.99, "Decay of the average that is CD's target and sampled from.", low=0, high=1)
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The student's optimiser.")
 
@@ -136,6 +139,7 @@ class ConsistencyConfig:
     )
     num_steps: int = field(50, "Steps of the teacher's grid.", low=1)
     skip: int = field(5, "m, the teacher's steps between input and target.", low=1)
+    every: int = field(1, "Steps from one with L_CD, 2 m + 4 forwards, to the next; it counts as often as much.", low=1)
     guidance_weight: float = field(7.5, "The paper's w of the teacher's steps; diffusers' guidance scale is w + 1.")
     distance: Literal["mse", "huber", "pseudo_huber"] = field("pseudo_huber", "Distance to the target.")
     huber_c: float = field(1e-3, "Where the Huber distances turn from quadratic to linear.", above=0)
@@ -150,9 +154,12 @@ class ConsistencyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FakeScoreConfig:
-    """The fake-score network, which learns the student's score by denoising its samples."""
+    """The fake-score network, which learns the student's score by denoising its samples; not without L_VSD."""
 
-    updates: int = field(5, "Updates per update of the student.", low=1)
+    updates: int = field(5, "Updates per update of the student, 3 forwards each.", low=1)
+    samples: Literal["fresh", "rollout", "student"] = field(
+        "fresh", "New ones for each update, one rollout for all (n forwards), or those of the student's loss (none)."
+    )
     loss: Literal["prediction", "x0"] = field("prediction", "Towards the network's target, eq. (8.13), or x0.")
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The fake score's optimiser.")
 
@@ -162,7 +169,9 @@ class LatentRewardSettings:
     """The latent reward model; see `models.latent_reward`."""
 
     width: int = field(128, "Channels.", low=1)
-    use_text: bool = field(False, "Score the agreement with the text, rather than the latent alone.")
+    use_text: bool | None = field(
+        None, "Score the agreement with the text, rather than the latent alone; None where a reward reads prompts."
+    )
     stem_kernel: int = field(4, "Kernel of the first convolution.", low=1)
     stem_stride: int = field(4, "Stride of the first convolution.", low=1)
     stem_padding: int = field(1, "Padding of the first convolution.", low=0)
@@ -242,6 +251,12 @@ class RewardConfig:
         return tuple(i for i, term in enumerate(self.rewards) if term.weight)
 
     @property
+    def use_text(self) -> bool:
+        """Whether the latent reward model reads the text: as asked, or where a reward may; one's own is taken to."""
+        reads = (t.weight and (":" in t.name or t.name in ("clip", "hpsv2", "pickscore")) for t in self.rewards)
+        return any(reads) if self.head.use_text is None else self.head.use_text
+
+    @property
     def held_out(self) -> tuple[int, ...]:
         """Positions in `rewards` of those that are only measured."""
         return tuple(i for i, term in enumerate(self.rewards) if not term.weight)
@@ -282,6 +297,7 @@ class SamplingConfig:
     guidance_weight: float = field(7.5, "The paper's w in v_c + w (v_c - v_∅); diffusers' guidance scale is w + 1.")
     eta: float = field(0.0, "Share of fresh noise in DDIM's steps; 0 is deterministic.", low=0, high=1)
     solver: Literal["ddim", "unipc"] = field("ddim", "The paper's (Euler on a flow), or Wan's.")
+    negative_prompt: str = field("", "The prompt of guidance's other half, in distillation too; empty for no text.")
 
     def __post_init__(self) -> None:
         if self.solver == "unipc" and self.eta:
@@ -353,6 +369,7 @@ class VisibilityConfig:
     device_hour_price: float | None = field(
         None, "Price of a device's hour in any currency, to show what a run costs; None for no costs.", above=0
     )
+    most_saturation: float = field(2.5, "Share of vivid pixels, by the teacher's, that is warned of.", above=0)
 
     def __post_init__(self) -> None:
         if self.samples_every and self.videos < 2:
@@ -407,6 +424,8 @@ class DistillConfig:
             raise ValueError(
                 f"config.batch_size {self.batch_size} does not divide into {self.accumulation} micro-batches"
             )
+        if self.fake_score.samples == "rollout" and self.student.input == "forward":
+            raise ValueError("config.fake_score.samples 'rollout' needs config.student.input 'backward'")
         rows = self.batch_size // self.accumulation
         if self.reward.rewards and rows % self.reward.samples:
             raise ValueError(f"config.reward.samples {self.reward.samples} does not divide a micro-batch of {rows}")

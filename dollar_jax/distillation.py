@@ -114,14 +114,17 @@ class References:
 
 @dataclasses.dataclass(frozen=True)
 class StudentPass:
-    """One forward pass of the student, x_t at `t`, its `index`-th timestep, to the `generated` clean latent."""
+    """One forward pass of the student from x_t at `t` to the `generated` clean latent.
+
+    `segments` are the times of L_CD's teacher from x_t on, where that loss shares the pass.
+    """
 
     params: Params
     references: References
     batch: Batch
     x_t: Latent
     t: Time
-    index: Int[Array, " b"]
+    segments: Float[Array, "m b"] | None
     generated: Latent
 
 
@@ -144,6 +147,5 @@ class Term:
     curve: str
     weight: Callable[[DistillConfig], float]
     loss: Callable[[Distillation, StudentPass, Key], tuple[PerSample, dict[str, Array]]] | None
-    enabled: Callable[[DistillConfig], bool]
     scale: Callable[[DistillConfig, Array], float | Float[Array, ""]] = _constant
     sign: int = 1

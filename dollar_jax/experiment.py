@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from dollar_jax.config import DistillConfig, distill_config
+from dollar_jax.data.clip import MOVING_SHAPES
 from dollar_jax.fields import merged, unwrapped
 
 LOSSES = ("vsd", "cd", "vsd+cd", "vsd+cd+lrm")
@@ -18,15 +19,27 @@ _PACKAGE = Path(__file__).parent
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
-def experiment(base: str | None, losses: str, changes: Mapping[str, Any]) -> ConfigDict:
+def experiment(base: str | None, variant: str, changes: Mapping[str, Any]) -> ConfigDict:
     """The settings of `base`, a name in configs/ or a path, or the defaults, with `changes` by dotted paths or groups.
-    `losses` is one of LOSSES; the others' weights are 0.
+
+    `variant` is one of LOSSES; the others' weights are 0. The rewards of lrm may follow it, as in
+    vsd+cd+lrm,hpsv2=FOLDER,vivid; only the shipped teacher has one of its own.
     """
+    losses, *rewards = variant.split(",")
     if losses not in LOSSES:
         raise ValueError(f"the variant :{losses} is unknown; there are {', '.join(LOSSES)}")
-    fields = merged({} if base is None else dataclasses.asdict(load(base, losses)), changes)
+    fields = merged({} if base is None else dataclasses.asdict(load(base, variant)), changes)
     terms = losses.split("+")
-    without = {"vsd": {"vsd.weight": 0.0}, "cd": {"consistency.weight": 0.0}, "lrm": {"reward.rewards": ()}}
+    if "lrm" in terms and not rewards and fields["teacher"] != MOVING_SHAPES:
+        raise ValueError(f"the variant :{losses} lacks a reward: name one, as in :{losses},hpsv2=FOLDER")
+    if rewards and "lrm" not in terms:
+        raise ValueError(f"the variant :{variant} names a reward, which only lrm learns: write :{losses}+lrm,…")
+    if rewards:
+        pairs = (reward.partition("=") for reward in rewards)
+        fields = merged(fields, {"reward.rewards": tuple({"name": n, "folder": f or None} for n, _, f in pairs)})
+    # By itself L_CD has nothing to do in the steps between.
+    no_vsd = {"vsd.weight": 0.0, "consistency.every": 1}
+    without = {"vsd": no_vsd, "cd": {"consistency.weight": 0.0}, "lrm": {"reward.rewards": ()}}
     for term, off in without.items():
         fields = fields if term in terms else merged(fields, off)
     return as_config_dict(distill_config(fields))
@@ -64,9 +77,9 @@ def as_config_dict(config: Any) -> ConfigDict:
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             value = as_config_dict(value)
-        elif value is None and unwrapped(hint) in (int, float, str):
+        elif value is None and unwrapped(hint) in (int, float, str, bool):
             value = config_dict.placeholder(unwrapped(hint))
         elif isinstance(value, tuple):
-            value = tuple(vars(v) if dataclasses.is_dataclass(v) else v for v in value)
+            value = tuple(as_config_dict(v) if dataclasses.is_dataclass(v) else v for v in value)
         fields[name] = value
     return ConfigDict(fields)

@@ -165,8 +165,8 @@ class Generator:
 
     @functools.cached_property
     def null_text(self) -> np.ndarray:
-        """States [1, l, d] of the empty prompt, the unconditional half of guidance."""
-        return self.text([""])
+        """States [1, l, d] of the negative prompt, the other half of guidance."""
+        return self.text([self.sampling.negative_prompt])
 
     @functools.cache  # noqa: B019
     def encode_program(self, shape: tuple[int, ...], mesh: Mesh) -> Program:

@@ -33,10 +33,11 @@ from dollar_jax.flops import PEAK_TFLOPS, Throughput
 from dollar_jax.generate import DATA_PROMPTS, Generator, video_keys
 from dollar_jax.objectives import SCORE_BINS
 from dollar_jax.optim import learning_rate
+from dollar_jax.rewards.builtin import vivid
 from dollar_jax.run import EVENTS, HISTORY, PROFILE, SAMPLES, truncate_history
 from dollar_jax.signals import SignalFlag
 from dollar_jax.types import Params
-from dollar_jax.video import grid, side_by_side, write_video
+from dollar_jax.video import grid, side_by_side, unit_range, write_video
 
 TEACHER = "teacher.npz"  # its samples, in the folder of samples
 SHEET_TIMES = 4  # of a video on a picture of samples
@@ -58,6 +59,7 @@ class SampleStats(NamedTuple):
     vendi: float
     mean: float
     std: float
+    saturation: float = 0.0
 
 
 class Shown(NamedTuple):
@@ -71,7 +73,8 @@ class Shown(NamedTuple):
         groups = self.frames.reshape(prompts, -1, *self.frames.shape[1:])
         vendi, _ = vendi_per_prompt(pixel_features(groups))
         mean, square = (float(np.mean(x, dtype=np.float64)) for x in (self.mean, self.square))
-        return SampleStats(vendi, mean, math.sqrt(max(square - mean**2, 0)) if np.isfinite(square) else math.nan)
+        std = math.sqrt(max(square - mean**2, 0)) if np.isfinite(square) else math.nan
+        return SampleStats(vendi, mean, std, float(vivid(unit_range(self.frames), ()).mean()))
 
 
 Draw = Callable[..., Sequence[Shown]]
@@ -91,6 +94,8 @@ def collapse(config: VisibilityConfig, student: SampleStats, teacher: SampleStat
     ratio, (low, high) = student.std / max(teacher.std, 1e-9), config.std_range
     if not low <= ratio <= high:
         found.append(f"the latents' deviation is {student.std:.3g}, the teacher's {teacher.std:.3g}")
+    if student.saturation > config.most_saturation * max(teacher.saturation, 0.05):
+        found.append(f"{student.saturation:.0%} of coloured pixels are vivid, the teacher's {teacher.saturation:.0%}")
     if abs(student.mean - teacher.mean) > config.most_drift * teacher.std:
         found.append(f"the latents' mean is {student.mean:.3g}, the teacher's {teacher.mean:.3g}")
     return found
@@ -142,6 +147,7 @@ class SampleLogger:
             tqdm.write(f"warning: step {step}: {warning}: the student may be collapsing", file=sys.stderr)
         scalars = {"sample_vendi": a.vendi, "sample_vendi_teacher": b.vendi, "sample_mean_drift": a.mean - b.mean}
         scalars |= {"sample_std_ratio": a.std / max(b.std, 1e-9), "collapse": float(len(warnings))}
+        scalars |= {"sample_saturation": a.saturation, "sample_saturation_teacher": b.saturation}
         # Each prompt's first pair at a few times: a row per prompt.
         times = np.linspace(0, pairs.shape[1] - 1, SHEET_TIMES).round().astype(int)
         tiles = pairs[:: self.config.videos, times]

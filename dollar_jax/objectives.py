@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dollar_jax import losses, sampling
@@ -17,19 +18,21 @@ from dollar_jax.config import ConsistencyConfig, DistillConfig, VSDConfig
 from dollar_jax.distillation import Batch, Distillation, Generated, Metrics, References, StudentPass, Term
 from dollar_jax.rewards.methods import METHODS, method_of
 from dollar_jax.schedule import Schedule
-from dollar_jax.types import Key, Latent, Params, PerSample, TextStates, Time
+from dollar_jax.types import Key, Latent, LatentSteps, Params, PerSample, TextStates, Time
 
 SCORE_BINS = 4
 
 
 def student_input(d: Distillation, params: Params, batch: Batch, key: Key) -> tuple[Latent, Time, Int[Array, " b"]]:
-    """x_t at one of the student's own timesteps per sample, that time, and its index.
+    """x_t at one of the student's own timesteps for each row or all of them, that time, and its index.
 
     "forward": the real latent, noised. "backward": where the student itself gets to from noise.
     """
     times, x0 = d.config.student.timesteps, batch.latent
     keys = jax.random.split(key, 3)
-    index = jax.random.randint(keys[0], (x0.shape[0],), 0, len(times))
+    rows = x0.shape[:1]
+    drawn = rows if d.config.student.timestep_per == "sample" else ()
+    index = jnp.broadcast_to(jax.random.randint(keys[0], drawn, 0, len(times)), rows)
     noise = jax.random.normal(keys[1], x0.shape)
     if d.config.student.input == "forward":
         t = jnp.asarray(times, jnp.float32)[index]
@@ -43,15 +46,20 @@ def student_rows(
 ) -> tuple[Latent, list[tuple[Term, PerSample, dict[str, Array]]]]:
     """The generated latents, and the rows of each term of the student's loss with what was found on the way.
 
-    One forward of the student serves all terms where consistency is asked at the student's own,
-    forward-noised timesteps.
+    One forward serves all terms; L_CD too at the student's own, forward-noised timesteps, or by itself.
     """
-    rows = terms(d.config)
+    c, rows = d.config, terms(d.config)
     keys = jax.random.split(key, 1 + len(rows))
-    x_t, t, index = student_input(d, params, batch, keys[0])
+    if c.vsd.weight or c.reward.rewards:
+        x_t, t, index = student_input(d, params, batch, keys[0])
+        shared = c.consistency.times == "student" and c.student.input == "forward"
+        segments = student_segments(c, d.schedule)[:, index] if shared else None
+    else:
+        x_t, segments = consistency_input(d, batch.latent, keys[0])
+        t = segments[0]
     generated = d.denoiser(params, batch.text).x0(x_t, t)
-    forward = StudentPass(params, references, batch, x_t, t, index, generated)
-    used = [(term, k) for term, k in zip(rows, keys[1:], strict=True) if term and term.loss and term.enabled(d.config)]
+    forward = StudentPass(params, references, batch, x_t, t, segments, generated)
+    used = [(term, k) for term, k in zip(rows, keys[1:], strict=True) if term and term.loss]
     return generated, [(term, *term.loss(d, forward, k)) for term, k in used if term.loss]
 
 
@@ -74,7 +82,7 @@ def student(
         "data_mean": batch.latent.mean(),
         "data_std": batch.latent.std(),
     }
-    return total, (metrics, Generated(jax.lax.stop_gradient(generated), **found))
+    return total, (metrics, Generated(lax.stop_gradient(generated), **found))
 
 
 def score_times(config: VSDConfig, schedule: Schedule, key: Key, batch: int) -> Time:
@@ -89,11 +97,11 @@ def vsd(d: Distillation, references: References, generated: Latent, text: TextSt
     """L_VSD of generated latents, DOLLAR eq. (8.7-8.9): guided teacher against fake score."""
     c, frozen = d.config.vsd, references.frozen
     keys = jax.random.split(key)
-    x = jax.lax.stop_gradient(generated)
+    x = lax.stop_gradient(generated)
     t = score_times(c, d.schedule, keys[0], len(x))
     x_t = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), t)
     real = d.denoiser(frozen.teacher, text, frozen.null_text, c.guidance_weight).x0(x_t, t)
-    fake = d.denoiser(jax.lax.stop_gradient(references.fake_score), text).x0(x_t, t)
+    fake = d.denoiser(lax.stop_gradient(references.fake_score), text).x0(x_t, t)
     return losses.vsd(generated, real, fake, c.normalisation, c.floor, nan_to_zero=c.nan_to_zero)
 
 
@@ -137,7 +145,7 @@ def consistency(
         return skip[:, None, None, None, None] * x + out[:, None, None, None, None] * x0
 
     teacher = d.denoiser(frozen.teacher, text, frozen.null_text, c.guidance_weight)
-    earlier = sampling.ode_solve(teacher, jax.lax.stop_gradient(x_t), times)
+    earlier = sampling.ode_solve(teacher, lax.stop_gradient(x_t), times)
     end = times[-1]
     target = d.denoiser(references.ema, text).x0(earlier, end)
     # At the clean end f is the identity whatever the boundary scalings.
@@ -146,36 +154,60 @@ def consistency(
     return losses.consistency(f(x_t, times[0], prediction), target, c.distance, c.huber_c)
 
 
-def consistency_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict[str, Array]]:
-    """`consistency` at the student's own input if that lies at a start of the segments, else at another one."""
-    c, x0, text = d.config.consistency, p.batch.latent, p.batch.text
-    if c.times == "student" and d.config.student.input == "forward":
-        times = student_segments(d.config, d.schedule)[:, p.index]
-        return consistency(d, p.references, p.generated, p.x_t, times, text), {}
+def consistency_input(d: Distillation, x0: Latent, key: Key) -> tuple[Latent, Float[Array, "m b"]]:
+    """Real latents noised to times[0], and `times`: those of the teacher's steps from there."""
+    c = d.config.consistency
     noise_key, index_key = jax.random.split(key)
     if c.times == "grid":
         times = grid_segments(c, d.schedule, index_key, len(x0))
     else:
-        index = jax.random.randint(index_key, p.t.shape, 0, len(d.config.student.timesteps))
+        index = jax.random.randint(index_key, x0.shape[:1], 0, len(d.config.student.timesteps))
         times = student_segments(d.config, d.schedule)[:, index]
-    x_t = schedules.add_noise(d.schedule, x0, jax.random.normal(noise_key, x0.shape), times[0])
-    prediction = d.denoiser(p.params, text).x0(x_t, times[0])
-    return consistency(d, p.references, prediction, x_t, times, text), {}
+    return schedules.add_noise(d.schedule, x0, jax.random.normal(noise_key, x0.shape), times[0]), times
+
+
+def consistency_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict[str, Array]]:
+    """`consistency` from the student's own pass where it can, else from another; 0 in steps that are not its turn."""
+    text, every = p.batch.text, d.config.consistency.every
+
+    def loss() -> PerSample:
+        if p.segments is not None:
+            return consistency(d, p.references, p.generated, p.x_t, p.segments, text)
+        x_t, times = consistency_input(d, p.batch.latent, key)
+        prediction = d.denoiser(p.params, text).x0(x_t, times[0])
+        return consistency(d, p.references, prediction, x_t, times, text)
+
+    if every == 1:
+        return loss(), {}
+    return lax.cond((p.references.step + 1) % every == 0, loss, lambda: jnp.zeros(len(text))), {}
+
+
+def rollout(d: Distillation, student_params: Params, batch: Batch, key: Key) -> LatentSteps:
+    """The student's predictions at all its timesteps, on its own way from noise; without gradient."""
+    noise_key, key = jax.random.split(key)
+    denoiser = d.denoiser(lax.stop_gradient(student_params), batch.text)
+    noise = jax.random.normal(noise_key, batch.latent.shape)
+    return sampling.few_step_predictions(denoiser, d.config.student.timesteps, noise, key)
 
 
 def fake_score(
-    d: Distillation, params: Params, student_params: Params, batch: Batch, key: Key
+    d: Distillation, params: Params, student_params: Params, batch: Batch, key: Key, samples: LatentSteps | None = None
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The denoising loss (8.13) of the fake-score network on new samples of the student.
+    """The denoising loss (8.13) of the fake-score network on samples of the student: new ones, or one of n per row.
 
     The metrics hold its sum and count in each of SCORE_BINS equal parts of the timesteps too: an average
     hides a network that has lost track at one end.
     """
     c, schedule, text = d.config, d.schedule, batch.text
     keys = jax.random.split(key, 3)
-    student_params = jax.lax.stop_gradient(student_params)
-    x_t, t, _ = student_input(d, student_params, batch, keys[0])
-    generated = d.denoiser(student_params, text).x0(x_t, t)
+    if samples is None:
+        student_params = lax.stop_gradient(student_params)
+        x_t, t, _ = student_input(d, student_params, batch, keys[0])
+        generated = d.denoiser(student_params, text).x0(x_t, t)
+    else:
+        chosen = jax.random.randint(keys[0], text.shape[:1], 0, len(samples)) == jnp.arange(len(samples))[:, None]
+        # Not by an index, which would gather a sharded batch.
+        generated = jnp.where(chosen[..., None, None, None, None], samples, 0.0).sum(0)
     t = score_times(c.vsd, schedule, keys[1], len(generated))
     eps = jax.random.normal(keys[2], generated.shape)
     x_t = schedules.add_noise(schedule, generated, eps, t)
@@ -194,7 +226,7 @@ def fake_score(
             f"fake_score_sum_{k}": jnp.where(inside, each, 0.0).sum(),
             f"fake_score_count_{k}": inside.sum().astype(jnp.float32),
         }
-    return each.mean(), jax.lax.stop_gradient(aux)
+    return each.mean(), lax.stop_gradient(aux)
 
 
 # --- the terms of the student's loss --------------------------------------------------------------
@@ -205,7 +237,6 @@ VSD = Term(
     label="variational score distillation (VSD)",
     curve="VSD loss",
     weight=lambda config: config.vsd.weight,
-    enabled=lambda config: bool(config.vsd.weight),
     loss=vsd_term,
 )
 CONSISTENCY = Term(
@@ -214,14 +245,15 @@ CONSISTENCY = Term(
     label="consistency distillation (CD)",
     curve="Consistency loss",
     weight=lambda config: config.consistency.weight,
-    enabled=lambda config: bool(config.consistency.weight),
+    scale=lambda config, step: config.consistency.every,
     loss=consistency_term,
 )
 
 
 def terms(config: DistillConfig) -> tuple[Term | None, ...]:
     """Rows of the table for a run. A term draws from the key of its place, so that new ones go to the end."""
-    return VSD, CONSISTENCY, method_of(config).term
+    vsd, cd = VSD if config.vsd.weight else None, CONSISTENCY if config.consistency.weight else None
+    return vsd, cd, method_of(config).term
 
 
 TERMS = (VSD, CONSISTENCY, *(method.term for method in METHODS.values() if method.term is not None))

@@ -238,8 +238,9 @@ def _check_transformer(mesh: Mesh, transformer: Network, latent: tuple[int, ...]
 def latent_reward_network(config: DistillConfig, channels: int, text_dim: int) -> Network:
     """The latent reward model for latents of so many channels and text states of that width."""
     fields = dataclasses.asdict(config.reward.head)
-    use_text = fields.pop("use_text")
-    head = LatentRewardConfig(channels=channels, text_dim=text_dim if use_text else None, **fields)
+    fields["text_dim"] = text_dim if config.reward.use_text else None
+    del fields["use_text"]
+    head = LatentRewardConfig(channels=channels, **fields)
     return make_network(functools.partial(LatentRewardModel, head))
 
 
@@ -255,7 +256,7 @@ def _networks(
     config: DistillConfig, transformer: Network, adapted: Network, head: Network, pixel_rewards: PixelRewards | None
 ) -> Networks:
     """Of the transformer and the same with adapters; each is told by the structure of its parameters."""
-    structure, use_text = jax.tree.structure(adapted.shapes), config.reward.head.use_text
+    structure, use_text = jax.tree.structure(adapted.shapes), config.reward.use_text
 
     def denoiser(params: Params, *args: Any) -> jax.Array:
         network = adapted if jax.tree.structure(params) == structure else transformer

@@ -103,7 +103,12 @@ def unipc_sample(denoiser: Denoiser, noise: Latent, num_steps: int) -> Latent:
 
 
 def few_step_sample(denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, key: Keys) -> Latent:
-    """The student's sample: predict x0, re-noise to the next timestep, repeat.
+    """The student's sample: predict x0, re-noise to the next timestep, repeat; raises as `few_step_predictions`."""
+    return few_step_predictions(denoiser, timesteps, noise, key)[-1]
+
+
+def few_step_predictions(denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, key: Keys) -> LatentSteps:
+    """The student's clean predictions [n b t h w c] on the way of its sample, which is the last.
 
     `timesteps` is static and descending, (999, 749, 499, 249) in the paper; `noise` is taken to be
     the state at the first. `key` is one for the batch, or [b]: each sample's noise then does not depend
@@ -113,11 +118,9 @@ def few_step_sample(denoiser: Denoiser, timesteps: Sequence[float], noise: Laten
     keys = _split(key, len(timesteps))
 
     def step(x: Latent, inputs):
-        t, t_next, step_key = inputs
-        return _student_step(denoiser, x, t, t_next, step_key), None
+        return _student_step(denoiser, x, *inputs)
 
-    # The step to the clean end re-noises with b = 0, so the last state is the last prediction.
-    return lax.scan(step, noise.astype(jnp.float32), (times[:-1], times[1:], keys))[0]
+    return lax.scan(step, noise.astype(jnp.float32), (times[:-1], times[1:], keys))[1]
 
 
 def simulate_backward(
@@ -142,7 +145,7 @@ def simulate_backward(
         running = (index < k).reshape(-1, *(1,) * (x.ndim - 1))
 
         def advance(x: Latent) -> Latent:
-            x_next = _student_step(denoiser, x, t, t_next, step_key)
+            x_next, _ = _student_step(denoiser, x, t, t_next, step_key)
             return jnp.where(running, x_next, x)
 
         return lax.cond(index < jnp.max(k), advance, lambda x: x, x), x
@@ -164,9 +167,11 @@ def _student_times(schedule: Schedule, timesteps: Sequence[float]) -> jax.Array:
     return jnp.asarray([*steps, schedules.CLEAN], jnp.float32)
 
 
-def _student_step(denoiser: Denoiser, x: Latent, t: jax.Array, t_next: jax.Array, key: Keys) -> Latent:
+def _student_step(denoiser: Denoiser, x: Latent, t: jax.Array, t_next: jax.Array, key: Keys) -> tuple[Latent, Latent]:
+    """The next state, and the prediction that it was made of."""
     t, t_next = (jnp.full(x.shape[:1], time, jnp.float32) for time in (t, t_next))
-    return schedules.add_noise(denoiser.schedule, denoiser.x0(x, t), _noise(key, x), t_next)
+    x0 = denoiser.x0(x, t)
+    return schedules.add_noise(denoiser.schedule, x0, _noise(key, x), t_next), x0
 
 
 def _split(key: Keys, count: int) -> jax.Array:

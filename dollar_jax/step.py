@@ -31,7 +31,7 @@ from dollar_jax.distillation import Batch, Distillation, Frozen, Metrics, Refere
 from dollar_jax.models import lora
 from dollar_jax.optim import apply_gradient, select
 from dollar_jax.rewards.methods import method_of
-from dollar_jax.rewards.methods.base import scored_rows
+from dollar_jax.rewards.methods.base import Scored, scored_rows
 from dollar_jax.state import Optimisers, TrainState
 from dollar_jax.types import Key, Params
 
@@ -71,26 +71,34 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
         average = optax.incremental_update(student, ema, 1 - config.student.ema_decay)
         metrics, average = metrics | aux | {"student_gradient": norm}, select(good, average, ema)
 
-        # The fake score, on samples of the new student
-        def fake_loss(params: Params, rows: Batch, key: Key) -> tuple[jax.Array, Any]:
-            return objectives.fake_score(d, full(params), full(student), rows, key)
+        # The fake score, where L_VSD asks for it: on new samples of the new student, or on those there are
+        shared = generated.latent[:, None] if config.fake_score.samples == "student" else None
+        if config.fake_score.samples == "rollout":
+            fake_key, key = jax.random.split(fake_key)
+            inputs = micro, jax.random.split(key, config.accumulation)
+            shared = lax.map(lambda x: objectives.rollout(d, full(student), *x), inputs)
+        updates = config.fake_score.updates if config.vsd.weight else 0
+
+        def fake_loss(params: Params, inputs: tuple[Batch, Any], key: Key) -> tuple[jax.Array, Any]:
+            return objectives.fake_score(d, full(params), full(student), inputs[0], key, inputs[1])
 
         def fake_update(carry: tuple[Any, jax.Array], key: Key) -> tuple[tuple[Any, jax.Array], Metrics]:
             fake, good = carry
-            grads, aux = _accumulated(fake_loss, fake[0], micro, key)
+            grads, aux = _accumulated(fake_loss, fake[0], (micro, shared), key)
             fake, norm, good = apply_gradient(optimisers.fake_score, grads, fake, good & _finite(aux))
             return (fake, good), aux | {"fake_score_gradient": norm}
 
         start = (state.fake_score, fetch("fake_score_optimiser", after=norm)), good
-        (fake, good), aux = lax.scan(fake_update, start, jax.random.split(fake_key, config.fake_score.updates))
-        metrics |= {name: value.mean() for name, value in aux.items()}
+        (fake, good), aux = lax.scan(fake_update, start, jax.random.split(fake_key, updates))
+        metrics |= {name: value.mean() for name, value in aux.items()} if updates else {}
 
         # What is to be scored, and the latent reward model
         samples = None
         if config.reward.rewards:
             rows = jax.tree.map(lambda x: scored_rows(x[-1], config.reward.samples), micro)
+            generated = jax.tree.map(lambda x: x[-1], generated)
             samples = method.samples(d, full(student), state, frozen, rows, generated, sample_key)
-            state, samples, aux = method.learn(d, optimisers, state, batch.reward, rows.text, samples)
+            state, samples, aux = method.learn(d, optimisers, state, Scored(batch.reward, rows.text, samples))
             metrics |= aux
 
         # What is small is taken only after a step that was finite throughout.
@@ -142,15 +150,16 @@ def micro_batches(batch: Batch, count: int) -> Batch:
 
 
 def _accumulated(loss: Callable[..., Any], params: Params, micro: Any, key: jax.Array) -> tuple[Params, Any]:
-    """Gradients and auxiliaries of `loss(params, rows, key)`, averaged over the micro-batches.
+    """Gradients and auxiliary numbers of `loss(params, rows, key)`, averaged over the micro-batches.
 
-    An auxiliary array of the batch's latents is the last micro-batch's.
+    Of an auxiliary array every micro-batch's is there, [count, ...].
     """
     grad = jax.grad(loss, has_aux=True)
     count = jax.tree.leaves(micro)[0].shape[0]
     keys = jax.random.split(key, count)
     if count == 1:
-        return grad(params, jax.tree.map(lambda x: x[0], micro), keys[0])
+        grads, aux = grad(params, jax.tree.map(lambda x: x[0], micro), keys[0])
+        return grads, jax.tree.map(lambda x: x[None] if x.ndim else x, aux)
 
     def body(total: Params, inputs: Any) -> tuple[Params, Any]:
         grads, aux = grad(params, *inputs)
@@ -158,4 +167,4 @@ def _accumulated(loss: Callable[..., Any], params: Params, micro: Any, key: jax.
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     total, aux = lax.scan(body, zeros, (micro, keys))
-    return jax.tree.map(lambda g: g / count, total), jax.tree.map(lambda x: x.mean(0) if x.ndim == 1 else x[-1], aux)
+    return jax.tree.map(lambda g: g / count, total), jax.tree.map(lambda x: x.mean(0) if x.ndim == 1 else x, aux)

@@ -58,13 +58,9 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         # The same noise in every step.
         ("fold_in(state.key, state.step), 3)", "fold_in(state.key, 0), 3)", [ALGORITHM]),
         # The fake score learns what the student made before its update.
-        ("full(params), full(student), rows, key)", "full(params), full(state.student), rows, key)", [GRADIENTS]),
+        ("full(params), full(student), inputs", "full(params), full(state.student), inputs", [GRADIENTS]),
         # Every fake-score update sees the same noise.
-        (
-            "jax.random.split(fake_key, config.fake_score.updates))",
-            "jnp.stack([fake_key] * config.fake_score.updates))",
-            [ALGORITHM],
-        ),
+        ("jax.random.split(fake_key, updates))", "jnp.stack([fake_key] * updates))", [ALGORITHM]),
         # A batch that is not finite reaches the average; the latent reward model.
         (
             "select(good, average, ema)",
@@ -77,7 +73,10 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
             ["tests/test_step.py::test_a_reward_whose_regression_overflows_spares_the_latent_model"],
         ),
         # One fake-score update too few.
-        ("jax.random.split(fake_key, config", "jax.random.split(fake_key, -1 + config", [ALGORITHM]),
+        ("config.fake_score.updates if", "-1 + config.fake_score.updates if", [ALGORITHM]),
+        # It is trained without VSD; its samples are those before the update.
+        ("updates if config.vsd.weight else 0", "updates", [ALGORITHM]),
+        ("objectives.rollout(d, full(student)", "objectives.rollout(d, full(state.student)", [ALGORITHM]),
         # The target of consistency is the student itself.
         (
             "            full(ema), full(state.fake_score),",
@@ -95,7 +94,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         # Micro-batches of neighbours: not the rows whose captions the host scores.
         ("x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)", "x.reshape(count, -1, *x.shape[1:])", [ALGORITHM]),
         # Metrics of the last micro-batch instead of their mean.
-        ("x.mean(0) if x.ndim == 1 else x[-1]", "x[-1]", [ALGORITHM]),
+        ("x.mean(0) if x.ndim == 1 else x", "x[-1] if x.ndim == 1 else x", [ALGORITHM]),
         # What is scored is of the first micro-batch.
         ("scored_rows(x[-1], config.reward.samples)", "scored_rows(x[0], config.reward.samples)", [ALGORITHM]),
         # The rollout is of the student before its update.
@@ -108,7 +107,13 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
     "objectives.py": [
         ('if d.config.student.input == "forward":\n        t =', "if True:\n        t =", [ALGORITHM]),
         # The student is never trained at its last timestep.
-        ("(x0.shape[0],), 0, len(times))", "(x0.shape[0],), 0, len(times) - 1)", [ALGORITHM]),
+        ("drawn, 0, len(times))", "drawn, 0, len(times) - 1)", [ALGORITHM]),
+        # A timestep for every row where one was asked for all; CD in other steps, or not counting as much.
+        ('timestep_per == "sample" else ()', 'timestep_per == "sample" else rows', [ALGORITHM]),
+        ("(p.references.step + 1) % every", "p.references.step % every", [ALGORITHM]),
+        ("config.consistency.every,", "1,", [ALGORITHM]),
+        # An update takes the first prediction of a rollout, whichever is drawn.
+        ("0, len(samples)) ==", "0, 1) ==", [ALGORITHM]),
         # A weight that is ignored, a schedule that is.
         ("total + term.weight(d.config) *", "total +", [ALGORITHM]),
         ("* term.scale(d.config, references.step) *", "*", [ALGORITHM]),
@@ -141,10 +146,14 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ),
         ("target, c.distance, c.huber_c)", 'target, "mse", c.huber_c)', [GRADIENTS]),
         # The student is differentiated through the teacher's steps' start.
-        ('if c.times == "student" and d.config.student.input == "forward":', 'if c.times == "student":', [ALGORITHM]),
         (
-            "p.generated, p.x_t, times, text), {}",
-            "jax.lax.stop_gradient(p.generated), p.x_t, times, text), {}",
+            'consistency.times == "student" and c.student.input == "forward"',
+            'consistency.times == "student"',
+            [ALGORITHM],
+        ),
+        (
+            "p.generated, p.x_t, p.segments, text)",
+            "lax.stop_gradient(p.generated), p.x_t, p.segments, text)",
             [GRADIENTS],
         ),
         # The fake score's noise is not what it was noised with.
@@ -197,8 +206,8 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
     ],
     "sampling.py": [
         (
-            "both = apply(params, interleave(x_t, x_t), interleave(t, t), interleave(text, null_text))",
-            "both = apply(params, interleave(x_t, x_t), interleave(t, t), interleave(null_text, text))",
+            "both = self.apply(self.params, interleave(x_t, x_t), interleave(t, t), interleave(text, null_text))",
+            "both = self.apply(self.params, interleave(x_t, x_t), interleave(t, t), interleave(null_text, text))",
             [SAMPLING],
         ),
         # Rows go on beyond their own timestep.
@@ -209,11 +218,15 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
             [ALGORITHM],
         ),
         # Backward simulation is differentiated through.
-        ("    params, noise, text = lax.stop_gradient((params, noise, text))\n", "", [ALGORITHM]),
+        (
+            "lax.stop_gradient((denoiser.params, denoiser.text, noise))",
+            "(denoiser.params, denoiser.text, noise)",
+            [ALGORITHM],
+        ),
         # The student re-noises to where it is.
         (
-            "schedules.add_noise(schedule, x0, _noise(key, x), t_next)",
-            "schedules.add_noise(schedule, x0, _noise(key, x), t)",
+            "schedules.add_noise(denoiser.schedule, x0, _noise(key, x), t_next)",
+            "schedules.add_noise(denoiser.schedule, x0, _noise(key, x), t)",
             [SAMPLING],
         ),
         (

@@ -101,12 +101,16 @@ def take_step(config, state, frozen, batch, host_rewards):
     """The package's step, jitted: new state, metrics and what is to be scored, in the shape of `plain_step`'s."""
     functions = dict(zip(LABELS, (red, kept, green), strict=True))
     tokenize = {"red": lambda prompts: np.array([[len(p)] for p in prompts])}
-    rewards = [
-        Reward(len, "")
-        if label in host_rewards
-        else JaxReward(function, "", np.float32(GAINS[label]), tokenize.get(label))
-        for label, function in functions.items()
-    ]
+    rewards = (
+        []
+        if not config.reward.rewards
+        else [
+            Reward(len, "")
+            if label in host_rewards
+            else JaxReward(function, "", np.float32(GAINS[label]), tokenize.get(label))
+            for label, function in functions.items()
+        ]
+    )
     pixels = pixel_rewards(config.reward, rewards, decode)
     networks = Networks(denoise, head, pixels)
     optimisers = Optimisers(
@@ -152,7 +156,8 @@ def take_step(config, state, frozen, batch, host_rewards):
         )
         state[f"{name}_optimiser"] = {"mean": adam.mu, "square": adam.nu, "count": adam.count}
     assert (jax.random.key_data(here.key) == jax.random.key_data(start.key)).all()
-    return state, dict(metrics), {name: value for name, value in vars(scored).items() if value is not None}
+    scored = vars(scored) if scored is not None else {}
+    return state, dict(metrics), {name: value for name, value in scored.items() if value is not None}
 
 
 # --- the same in NumPy ------------------------------------------------------------------------------
@@ -202,7 +207,10 @@ def shifted(shift, u):
 
 def student_input(c, p, x0, text, key):
     keys = jax.random.split(key, 3)
-    index = np.asarray(jax.random.randint(keys[0], (len(x0),), 0, len(TIMES)))
+    if c.student.timestep_per == "sample":
+        index = np.asarray(jax.random.randint(keys[0], (len(x0),), 0, len(TIMES)))
+    else:
+        index = np.full(len(x0), int(jax.random.randint(keys[0], (), 0, len(TIMES))))
     noise, times = normal(keys[1], x0.shape), np.array(TIMES)
     t = times[index]
     if c.student.input == "forward":
@@ -316,38 +324,50 @@ def some_frames(c, latent, key):
 def student_gradient(c, state, frozen, beta, x0, text, tokens, key):
     """Gradient of L_VSD + β_CD L_CD + β_FT L_FT, metrics, and the generated latents with their rewards."""
     k_input, k_vsd, k_consistency, k_cut = jax.random.split(key, 4)
-    p = state["student"]
-    x_t, t, index = student_input(c, p, x0, text, k_input)
+    p, cd = state["student"], c.consistency
+    own = np.stack([np.linspace(a, b, cd.skip + 1) for a, b in zip(TIMES, (*TIMES[1:], 0.0), strict=True)], 1)
+
+    def somewhere(key):
+        """Real latents at a time of L_CD's own."""
+        k_noise, k_index = jax.random.split(key)
+        if cd.times == "grid":
+            grid = 1000 * shifted(SHIFT, np.linspace(1, 0, cd.num_steps + 1))
+            first = np.asarray(jax.random.randint(k_index, (len(x0),), 0, cd.num_steps - cd.skip + 1))
+            times = np.stack([grid[first + i] for i in range(cd.skip + 1)])
+        else:
+            times = own[:, np.asarray(jax.random.randint(k_index, (len(x0),), 0, len(TIMES)))]
+        s = wide(times[0] / 1000)
+        return (1 - s) * x0 + s * normal(k_noise, x0.shape), times
+
+    shared = cd.times == "student" and c.student.input == "forward"
+    if c.vsd.weight or c.reward.rewards:
+        x_t, t, index = student_input(c, p, x0, text, k_input)
+        times = own[:, index]
+    else:
+        (x_t, times), shared = somewhere(k_input), True
+        t = times[0]
     x = clean(p, x_t, t, text)
     in_x, metrics, total = np.zeros_like(x), {}, 0.0
     elsewhere = jax.tree.map(np.zeros_like, p)
     if c.vsd.weight:
         metrics["vsd"], slope = vsd(c, frozen, state["fake_score"], x, text, k_vsd)
         total, in_x = total + c.vsd.weight * metrics["vsd"], in_x + c.vsd.weight * slope
-    if c.consistency.weight:
-        cd = c.consistency
-        own = np.stack([np.linspace(a, b, cd.skip + 1) for a, b in zip(TIMES, (*TIMES[1:], 0.0), strict=True)], 1)
-        start, prediction, shared = x_t, x, cd.times == "student" and c.student.input == "forward"
-        times = own[:, index]
+    if cd.weight and (state["step"] + 1) % cd.every:
+        metrics["consistency"] = 0.0
+    elif cd.weight:
+        start, prediction = x_t, x
         if not shared:
-            k_noise, k_index = jax.random.split(k_consistency)
-            if cd.times == "grid":
-                grid = 1000 * shifted(SHIFT, np.linspace(1, 0, cd.num_steps + 1))
-                first = np.asarray(jax.random.randint(k_index, (len(x0),), 0, cd.num_steps - cd.skip + 1))
-                times = np.stack([grid[first + i] for i in range(cd.skip + 1)])
-            else:
-                times = own[:, np.asarray(jax.random.randint(k_index, (len(x0),), 0, len(TIMES)))]
-            s = wide(times[0] / 1000)
-            start = (1 - s) * x0 + s * normal(k_noise, x0.shape)
+            start, times = somewhere(k_consistency)
             prediction = clean(p, start, times[0], text)
         metrics["consistency"], slope = consistency(c, frozen, state["ema"], prediction, start, times, text)
-        total += cd.weight * metrics["consistency"]
+        weight = cd.weight * cd.every
+        total += weight * metrics["consistency"]
         if shared:
-            in_x = in_x + cd.weight * slope
+            in_x = in_x + weight * slope
         else:
-            elsewhere = clean_gradient(cd.weight * slope, start, times[0], text)
+            elsewhere = clean_gradient(weight * slope, start, times[0], text)
     raw = None
-    if c.reward.method == "lrm":
+    if c.reward.rewards and c.reward.method == "lrm":
         h = state["reward_head"]
         score = head(h, x, text)
         metrics["latent_reward"] = score.mean()
@@ -385,10 +405,24 @@ def policy_gradient(c, p, states, text, advantage):
     return gradient, {"policy": total}
 
 
-def fake_score_gradient(c, p, student, x0, text, key):
+def rollout(p, shape, text, key):
+    """The student's predictions at all its timesteps."""
+    k_noise, key = jax.random.split(key)
+    x, predictions = normal(k_noise, shape), []
+    for now, then, k in zip(TIMES, (*TIMES[1:], 0.0), jax.random.split(key, len(TIMES)), strict=True):
+        predictions.append(clean(p, x, np.full(len(x), now), text))
+        x = (1 - then / 1000) * predictions[-1] + then / 1000 * normal(k, shape)
+    return np.stack(predictions)
+
+
+def fake_score_gradient(c, p, student, x0, text, samples, key):
     keys = jax.random.split(key, 3)
-    x_t, t, _ = student_input(c, student, x0, text, keys[0])
-    x = clean(student, x_t, t, text)
+    if samples is None:
+        x_t, t, _ = student_input(c, student, x0, text, keys[0])
+        x = clean(student, x_t, t, text)
+    else:
+        chosen = np.asarray(jax.random.randint(keys[0], (len(text),), 0, len(samples)))
+        x = np.stack([samples[k][row] for row, k in enumerate(chosen)])
     t = score_times(c, keys[1], len(x))
     s, noise = wide(t / 1000), normal(keys[2], x.shape)
     x_t = (1 - s) * x + s * noise
@@ -441,7 +475,7 @@ def plain_step(c, state, frozen, batch, host_rewards):
     r, count = c.reward, c.accumulation
     k_student, k_fake, k_scored = jax.random.split(jax.random.fold_in(jax.random.key(5), state["step"]), 3)
     micro = [[batch[name][i::count] for name in ("latent", "text", "tokens")] for i in range(count)]
-    beta = r.weight * min((state["step"] - r.start_step + 1) / r.ramp_steps, 1.0)
+    beta = r.weight * min((state["step"] - r.start_step + 1) / r.ramp_steps, 1.0) if r.rewards else 0.0
     new, statistics = dict(state), state["statistics"]
 
     # The student, on all its losses at once (8.12).
@@ -461,19 +495,32 @@ def plain_step(c, state, frozen, batch, host_rewards):
     )
 
     # The fake score, on the new student's samples.
-    auxiliaries = []
-    for key in jax.random.split(k_fake, c.fake_score.updates):
+    auxiliaries, samples = [], [None] * count
+    if c.fake_score.samples == "student":
+        samples = [part[2][0][None] for part in parts]
+    elif c.fake_score.samples == "rollout":
+        k_fake, key = jax.random.split(k_fake)
+        pairs = zip(micro, jax.random.split(key, count), strict=True)
+        samples = [rollout(new["student"], rows[0].shape, rows[1], key) for rows, key in pairs]
+    for key in jax.random.split(k_fake, c.fake_score.updates if c.vsd.weight else 0):
         keys = jax.random.split(key, count)
         parts = [
-            fake_score_gradient(c, new["fake_score"], new["student"], *rows[:2], k)
-            for rows, k in zip(micro, keys, strict=True)
+            fake_score_gradient(c, new["fake_score"], new["student"], *rows[:2], made, k)
+            for rows, made, k in zip(micro, samples, keys, strict=True)
         ]
         gradient, aux = average([part[0] for part in parts]), average([part[1] for part in parts])
         new["fake_score"], new["fake_score_optimiser"], aux["fake_score_gradient"] = adamw(
             c.fake_score.optimiser, 18, new["fake_score"], new["fake_score_optimiser"], gradient
         )
         auxiliaries.append(aux)
-    metrics |= average(auxiliaries)
+    metrics |= average(auxiliaries) if auxiliaries else {}
+
+    # The average.
+    d = c.student.ema_decay
+    new["ema"] = jax.tree.map(lambda old, x: d * old + (1 - d) * x, state["ema"], new["student"])
+    new["step"] = state["step"] + 1
+    if not r.rewards:
+        return new, metrics, {}
 
     # What is to be scored: rows of the last micro-batch.
     real, text, tokens = (scored_rows(x, r.samples) for x in micro[-1])
@@ -526,11 +573,7 @@ def plain_step(c, state, frozen, batch, host_rewards):
     for k, i in enumerate(TRAINED):
         metrics[f"reward_mean_{LABELS[i]}"] = statistics["mean"][k]
         metrics[f"reward_std_{LABELS[i]}"] = np.sqrt(statistics["variance"][k])
-
-    # The average.
-    d = c.student.ema_decay
-    new["ema"] = jax.tree.map(lambda old, x: d * old + (1 - d) * x, state["ema"], new["student"])
-    return new | {"step": state["step"] + 1, "statistics": statistics}, metrics, scored
+    return new | {"statistics": statistics}, metrics, scored
 
 
 # --- the comparison ---------------------------------------------------------------------------------
@@ -558,6 +601,18 @@ CASES = {
         | {"consistency.boundary": "lcm", "consistency.times": "student"},
         {},
     ),
+    "one-rollout": (
+        {"student.input": "backward", "student.timestep_per": "micro_batch", "fake_score.samples": "rollout"}
+        | {"consistency.every": 2},
+        {},
+    ),
+    "student-samples": (
+        {"student.input": "forward", "fake_score.samples": "student", "consistency.times": "student"}
+        | {"consistency.every": 2},
+        {},
+    ),
+    "cd-grid": ({"vsd.weight": 0.0, "reward.rewards": (), "consistency.times": "grid"}, {}),
+    "cd-student": ({"vsd.weight": 0.0, "reward.rewards": (), "consistency.times": "student"}, {}),
     "direct-backward": ({"reward.method": "direct", "student.input": "backward", "reward.remat": False}, {}),
 }
 

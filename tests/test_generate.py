@@ -9,6 +9,7 @@ import pytest
 
 from dollar_jax.config import MeshConfig, SamplingConfig
 from dollar_jax.data import shapes
+from dollar_jax.data.prepared import fingerprint
 from dollar_jax.generate import Generator, draw_beside, draw_videos, load_teacher, sampling_mesh, subset, video_keys
 from dollar_jax.sharding import make_mesh
 
@@ -104,3 +105,18 @@ def test_videos_one_after_another_are_those_of_the_whole_batch(toy_generator, co
     np.testing.assert_allclose(temp[None][0], temp[1][0], atol=1e-4)
     np.testing.assert_allclose(temp[None][1], temp[1][1], atol=1e-4)
     assert temp[1][2] < temp[None][2]
+
+
+def test_the_negative_prompt_is_the_other_half_of_guidance(toy_generator):
+    """In samples; and in distillation, which takes null_text from here. It tells no two text encoders apart."""
+    avoided = dataclasses.replace(toy_generator.sampling, negative_prompt="ccc aa", eta=0.0)
+    generator = dataclasses.replace(toy_generator, sampling=avoided)
+    np.testing.assert_array_equal(generator.null_text, toy_generator.text(["ccc aa"]))
+    assert fingerprint(generator) == fingerprint(toy_generator)
+    draw, params, keys = generator.teacher_sampler(2, 3.0), generator.pipeline.transformer.params, video_keys(0, 1)
+    text = generator.text(PROMPTS[:1])
+    away = np.asarray(draw(params, keys, text))
+    assert np.abs(away - np.asarray(toy_generator.teacher_sampler(2, 3.0)(params, keys, text))).max() > 1e-4
+    toward = dataclasses.replace(generator, sampling=dataclasses.replace(avoided, negative_prompt=PROMPTS[0]))
+    plain = np.asarray(toward.teacher_sampler(2, 0.0)(params, keys, text))  # both halves alike: no guidance
+    np.testing.assert_allclose(np.asarray(toward.teacher_sampler(2, 3.0)(params, keys, text)), plain, atol=1e-4)

@@ -66,6 +66,7 @@ COLLAPSED = {
     "nearly one": ({"keep": 0.2}, "diversity is down"),
     "washed out": ({"scale": 0.4}, "the latents' deviation is"),
     "saturated": ({"scale": 3.0}, "the latents' deviation is"),
+    "lurid": ({"scale": 3.0}, "54% of coloured pixels are vivid, the teacher's 12%"),
     "drifted": ({"shift": -1.0}, "the latents' mean is"),
     "broken": ({"scale": np.nan}, "not finite"),
 }

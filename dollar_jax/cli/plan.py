@@ -30,6 +30,7 @@ def run() -> None:
 
     from dollar_jax.plan import planner
     from dollar_jax.plan.chips import parse_mesh
+    from dollar_jax.plan.training import training_cost
 
     config = given_config()
     if FLAGS.mesh:
@@ -46,8 +47,12 @@ def run() -> None:
     if not found:
         raise ValueError("no mesh divides this batch over these chips: change config.batch_size")
     print(planner.table(found))
+    fields = [dataclasses.asdict(p) for p in found]
+    if FLAGS.what == "train":
+        cost, words = training_cost(config, FLAGS.topology, rest[2])
+        print(words)
+        fields = [f | {"training": cost} for f in fields]
     if FLAGS.json:
-        fields = [dataclasses.asdict(p) for p in found]
         listed = FLAGS.search or FLAGS.what in COMMANDS
         Path(FLAGS.json).write_text(json.dumps(fields if listed else fields[0], indent=2) + "\n")
     if FLAGS.what in COMMANDS:

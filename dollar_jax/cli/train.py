@@ -34,6 +34,8 @@ def run() -> None:
     with distributed.joined(
         FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, lambda error: report_error("train", error)
     ):
+        if not config.reward.rewards and jax.process_index() == 0:
+            print("No reward is named, so none is trained on; to name one: --config=NAME:vsd+cd+lrm,hpsv2=FOLDER")
         generator = make_generator(config, mesh=make_mesh(config.mesh))
         replay = None if FLAGS.replay_batch is None else Path(FLAGS.replay_batch)
         state = train(config, workdir, generator, load_data(config, generator, workdir), replay)

@@ -21,8 +21,8 @@ from dollar_jax.program import Program
 from dollar_jax.rewards.builtin import optical_flow
 from dollar_jax.rewards.clip import aesthetic
 from dollar_jax.video import unit_range
-from dollar_jax.weights.clip import load_clip
-from dollar_jax.weights.pipeline import load_tokenizer, tokenize
+from dollar_jax.weights.clip import clip_tokenizer, load_clip
+from dollar_jax.weights.pipeline import tokenize
 
 OURS = {
     "motion_smoothness_ours": "the frame between is the mean of its neighbours, where VBench has AMT",
@@ -68,7 +68,7 @@ def load_dimensions(clip: Path | None = None, beauty: Path | None = None) -> Dim
 
 def _clip(folder: Path) -> Callable[[np.ndarray, str], tuple[np.ndarray, np.ndarray]]:
     config, network, params, _ = load_clip(folder, VIT_B_32)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = clip_tokenizer(folder)
 
     def embed(params: object, frames: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         images = network.apply(params, preprocess(frames, config.image_size), method="embed_images")

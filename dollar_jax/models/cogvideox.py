@@ -160,7 +160,8 @@ class CogVideoXTransformer(nnx.Module):
         self.blocks = stack_blocks(lambda rngs: CogVideoXBlock(c, rngs), c.num_layers, rngs)
         self.norm_final = LayerNorm(c.dim, c.norm_eps, param_dtype=c.param_dtype)
         self.norm_out = OutputNorm(c, rngs)
-        self.proj_out = Linear(c.dim, c.patch_size**2 * c.out_channels, kernel_init=_zeros, **dense)
+        last = {"kernel_init": _zeros, "out_dtype": "float32"}
+        self.proj_out = Linear(c.dim, c.patch_size**2 * c.out_channels, **last, **dense)
 
     def __call__(
         self, x: Float[Array, "b t h w c"], t: Float[Array, " b"], text: Float[Array, "b l d"]

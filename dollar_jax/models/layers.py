@@ -42,7 +42,7 @@ class Adapter(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x W + b in `dtype`, with W [in, out] held in `param_dtype`; plus the adapter's output if it has one."""
+    """x W + b in `dtype`, rounded to `out_dtype` if given, with W [in, out] in `param_dtype`; plus an adapter's."""
 
     def __init__(
         self,
@@ -55,18 +55,20 @@ class Linear(nnx.Module):
         dtype: DTypeLike = "float32",
         param_dtype: DTypeLike = "float32",
         precision: jax.lax.PrecisionLike = None,
+        out_dtype: DTypeLike | None = None,
     ) -> None:
         self.kernel = nnx.Param(kernel_init(rngs.params(), (dim_in, dim_out), param_dtype))
         self.bias = nnx.Param(jnp.zeros((dim_out,), param_dtype)) if bias else None
-        self.dtype, self.precision = dtype, precision
+        self.dtype, self.precision, self.out_dtype = dtype, precision, out_dtype or dtype
         self.adapter: Adapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         x = x.astype(self.dtype)
-        out = jnp.matmul(x, self.kernel[...].astype(self.dtype), precision=self.precision)
+        kernel = self.kernel[...].astype(self.dtype)
+        out = jnp.matmul(x, kernel, precision=self.precision, preferred_element_type=self.out_dtype)
         if self.adapter is not None:
             out += self.adapter(x, self.precision)
-        return out if self.bias is None else out + self.bias[...].astype(self.dtype)
+        return out if self.bias is None else out + self.bias[...].astype(self.out_dtype)
 
 
 def layer_norm(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:

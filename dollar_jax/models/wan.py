@@ -182,9 +182,10 @@ class WanTransformer(nnx.Module):
         self.patch_embedding = Linear(patch * c.in_channels, c.dim, **dense)
         self.condition_embedder = ConditionEmbedder(c, rngs)
         self.blocks = stack_blocks(lambda rngs: WanBlock(c, rngs), c.num_layers, rngs)
-        self.proj_out = Linear(
-            c.dim, patch * (c.out_channels or c.in_channels), kernel_init=nnx.initializers.zeros, **dense
-        )
+        channels = c.out_channels or c.in_channels
+        # Guidance multiplies what rounding leaves of the difference of two predictions.
+        last = {"kernel_init": nnx.initializers.zeros, "out_dtype": "float32"}
+        self.proj_out = Linear(c.dim, patch * channels, **last, **dense)
         self.scale_shift_table = nnx.Param(_table(rngs, (2, c.dim), "float32"))
 
     def __call__(

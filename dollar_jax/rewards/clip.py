@@ -16,8 +16,8 @@ import numpy as np
 from dollar_jax.models.clip import VIT_H_14, VIT_L_14, CLIPConfig, Fit, preprocess
 from dollar_jax.rewards.reward import JaxReward
 from dollar_jax.types import Params
-from dollar_jax.weights.clip import load_clip
-from dollar_jax.weights.pipeline import load_tokenizer, tokenize
+from dollar_jax.weights.clip import clip_tokenizer, load_clip
+from dollar_jax.weights.pipeline import tokenize
 
 # The linear layers of the aesthetic head by their names in its file: no activations between them.
 AESTHETIC_LAYERS = (0, 2, 4, 6, 7)
@@ -40,7 +40,7 @@ def clip_score(folder: Path) -> JaxReward:
 
 def _agreement(folder: Path, fit: Fit, meaning: str, preset: CLIPConfig = VIT_H_14) -> JaxReward:
     config, network, params, _ = load_clip(folder, _as_reward(preset))
-    tokenizer, length = load_tokenizer(folder), config.max_position_embeddings
+    tokenizer, length = clip_tokenizer(folder), config.max_position_embeddings
 
     def cosine(params: Params, frames: jax.Array, tokens: jax.Array | None) -> jax.Array:
         pixels = preprocess(frames.reshape(-1, *frames.shape[2:]), config.image_size, fit)

@@ -12,6 +12,7 @@ import numpy as np
 from dollar_jax.models.clip import CLIP, CLIPConfig, TowerConfig
 from dollar_jax.models.network import Network, make_network
 from dollar_jax.weights import safetensors_io as files
+from dollar_jax.weights.pipeline import load_tokenizer
 from dollar_jax.weights.table import TRANSPOSE, Pairs, Params, Row, Transform, import_params
 
 _TOWER = "{tower:vision_model|text_model}"
@@ -114,6 +115,15 @@ def clip_config(fields: Mapping[str, Any], **ours: Any) -> CLIPConfig:
         eos,
         **ours,
     )
+
+
+def clip_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer; raises ValueError where it would make the same tokens of every prompt."""
+    tokenizer = load_tokenizer(folder)
+    red, fox = tokenizer(["red", "fox"])["input_ids"]
+    if red == fox:
+        raise ValueError(f"{folder} lacks CLIP's tokenizer, without which all prompts are alike: see docs/rewards.md")
+    return tokenizer
 
 
 def clip_network(config: CLIPConfig) -> Network:

@@ -52,8 +52,8 @@ def tensor_files(folder: str | Path) -> list[Path]:
     if others:
         what = f"{len(others)} safetensors files and no *.safetensors.index.json that says which belong together"
     elif pickles := sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES):
-        what = f"{pickles[0]}, a pickle, which is never opened because reading one can run any code; save the model "
-        what += "again with safe_serialization=True"
+        what = f"{pickles[0]}, a pickle, which is never opened because reading one can run any code; save its tensors "
+        what += "as safetensors, as docs/rewards.md shows"
     raise FileNotFoundError(f"{folder} holds {what}")
 
 

@@ -1,5 +1,9 @@
 """Rewards on CLIP, read from folders as they are published, against the same sums done with transformers."""
 
+import re
+import shutil
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,6 +135,57 @@ def test_a_gradient_reaches_the_frames(published):
     total = jax.jit(jax.grad(lambda x, params, tokens: reward.function(params, x, tokens).sum()))
     gradient = total(clips(), reward.params, tokens)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1e-6
+
+
+def test_a_folder_that_makes_all_prompts_alike_is_refused(published, tmp_path):
+    """transformers makes a tokenizer of a model's config.json alone, to which every word is unknown."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(published[0] / name, tmp_path)
+    with pytest.raises(ValueError, match="tokenizer"):
+        get_reward("hpsv2", str(tmp_path))
+
+
+def test_openclips_file_is_converted_as_the_documentation_says(published, tmp_path, monkeypatch):
+    """HPSv2's layout: a torch file of OpenCLIP's names under "state_dict", the tokenizer elsewhere."""
+    folder, model, tokenizer = published
+    state = {f"module.{name}": tensor for name, tensor in openclip(model).items()}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "HPS_v2.1_compressed.pt")
+    docs = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    (snippet,) = re.findall(r"```python\n(import torch\n.*?)```", docs, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.CLIPTokenizer, "from_pretrained", lambda name: tokenizer)
+        exec(snippet, {})
+    shutil.copy(folder / "config.json", "rewards/hpsv2")  # the published one is of the size that is taken by default
+    found = get_reward("hpsv2", "rewards/hpsv2")(clips(), PROMPTS)
+    np.testing.assert_allclose(found, get_reward("hpsv2", str(folder))(clips(), PROMPTS), atol=1e-5)
+
+
+def openclip(model):
+    """A CLIPModel's tensors under OpenCLIP's names, joined and transposed as it has them."""
+    state, found = model.state_dict(), {}
+    names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    for tower, prefix in (("vision_model", "visual."), ("text_model", "")):
+        for i in range(TOWER["num_hidden_layers"]):
+            theirs, ours = f"{tower}.encoder.layers.{i}.", f"{prefix}transformer.resblocks.{i}."
+            for leaf in ("weight", "bias"):
+                joined = [state[f"{theirs}self_attn.{p}_proj.{leaf}"] for p in "qkv"]
+                found[f"{ours}attn.in_proj_{leaf}"] = torch.cat(joined)
+                found[f"{ours}attn.out_proj.{leaf}"] = state[f"{theirs}self_attn.out_proj.{leaf}"]
+                found |= {f"{ours}{b}.{leaf}": state[f"{theirs}{a}.{leaf}"] for a, b in names.items()}
+    for leaf in ("weight", "bias"):
+        found[f"visual.ln_pre.{leaf}"] = state[f"vision_model.pre_layrnorm.{leaf}"]
+        found[f"visual.ln_post.{leaf}"] = state[f"vision_model.post_layernorm.{leaf}"]
+        found[f"ln_final.{leaf}"] = state[f"text_model.final_layer_norm.{leaf}"]
+    found["visual.class_embedding"] = state["vision_model.embeddings.class_embedding"]
+    found["visual.conv1.weight"] = state["vision_model.embeddings.patch_embedding.weight"]
+    found["visual.positional_embedding"] = state["vision_model.embeddings.position_embedding.weight"]
+    found["token_embedding.weight"] = state["text_model.embeddings.token_embedding.weight"]
+    found["positional_embedding"] = state["text_model.embeddings.position_embedding.weight"]
+    found["visual.proj"] = state["visual_projection.weight"].T
+    found["text_projection"] = state["text_projection.weight"].T
+    found["logit_scale"] = state["logit_scale"]
+    return found
 
 
 def test_missing_weights_are_one_sentence(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,15 @@ from dollar_jax.state import Optimisers, RewardStatistics, TrainState
 from dollar_jax.types import Key, Latent, Params, PerSample, TextStates
 
 Shape = tuple[int, ...]
+Learned = tuple[TrainState, RewardSamples, Metrics]
+
+
+class Scored(NamedTuple):
+    """What a method learns from: `Batch.reward`, and this step's samples with their text [n l d]."""
+
+    inputs: Any
+    text: TextStates
+    samples: RewardSamples
 
 
 class Memory(Protocol):
@@ -108,20 +117,12 @@ class RewardMethod:
         grouped = (x.reshape(-1, len(latents), *x.shape[1:]) for x in (latent, reward, predicted))
         return RewardSamples(*grouped, states=states)
 
-    def learn(
-        self,
-        d: Distillation,
-        optimisers: Optimisers,
-        state: TrainState,
-        inputs: Any,
-        text: TextStates,
-        samples: RewardSamples,
-    ) -> tuple[TrainState, RewardSamples, Metrics]:
+    def learn(self, d: Distillation, optimisers: Optimisers, state: TrainState, scored: Scored) -> Learned:
         """The state with new statistics and latent reward model, and the samples with the trained rewards' scale.
 
-        `text` [n l d] is that of the samples. A method that learns does so first, and then calls this.
+        A method that learns does so first, and then calls this.
         """
-        c, statistics = self.settings, state.reward_statistics
+        c, statistics, samples = self.settings, state.reward_statistics, scored.samples
         if not c.trained:
             return state, samples, {}
         scale = jnp.broadcast_to(reward_scale(c, statistics), (c.samples, len(c.trained)))
@@ -142,7 +143,6 @@ def reward_term(name: str, label: str, curve: str, loss: Any, sign: int = -1) ->
         curve=curve,
         weight=lambda config: config.reward.weight,
         scale=reward_schedule,
-        enabled=lambda config: bool(config.reward.trained),
         loss=loss,
         sign=sign,
     )

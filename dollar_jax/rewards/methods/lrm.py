@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from dollar_jax import losses, sharding
 from dollar_jax.distillation import Batch, Distillation, Metrics, Networks, RewardSamples, StudentPass
 from dollar_jax.optim import apply_gradient
-from dollar_jax.rewards.methods.base import RewardMethod, Shape, combined_reward, flat, reward_term
+from dollar_jax.rewards.methods.base import Learned, RewardMethod, Scored, Shape, combined_reward, flat, reward_term
 from dollar_jax.state import Optimisers, TrainState
 from dollar_jax.types import Key, Latent, Params, PerSample, TextStates
 
@@ -83,19 +83,11 @@ class LatentReward(RewardMethod):
     def predict(self, d: Distillation, params: Params, latent: Latent, text: TextStates) -> PerSample:
         return d.networks.latent_reward(params, latent, text)
 
-    def learn(
-        self,
-        d: Distillation,
-        optimisers: Optimisers,
-        state: TrainState,
-        inputs: ScoredLatents,
-        text: TextStates,
-        samples: RewardSamples,
-    ) -> tuple[TrainState, RewardSamples, Metrics]:
-        c, pixels = self.settings, d.networks.pixel_rewards
+    def learn(self, d: Distillation, optimisers: Optimisers, state: TrainState, scored: Scored) -> Learned:
+        c, pixels, inputs = self.settings, d.networks.pixel_rewards, scored.inputs
         if pixels is not None and set(c.trained) <= set(pixels.columns):
             # JAX rewards are known at once: every update learns from what has just been scored, too.
-            inputs = jax.tree.map(_beside, inputs, self._scored(text, samples))
+            inputs = jax.tree.map(_beside, inputs, self._scored(scored.text, scored.samples))
         statistics = state.reward_statistics.updated(inputs.reward, inputs.weight, c.statistics_decay)
         inputs = dataclasses.replace(inputs, reward=combined_reward(c, statistics, inputs.reward))
         loss = functools.partial(regression, d.networks)
@@ -111,7 +103,7 @@ class LatentReward(RewardMethod):
         state = dataclasses.replace(
             state, reward_statistics=statistics, latent_reward=params, latent_reward_optimiser=optimiser
         )
-        state, samples, known = super().learn(d, optimisers, state, inputs, text, samples)
+        state, samples, known = super().learn(d, optimisers, state, scored)
         return state, samples, {name: value.mean() for name, value in metrics.items()} | known
 
     def _scored(self, text: TextStates, samples: RewardSamples) -> ScoredLatents:

@@ -1,0 +1,65 @@
+"""What a whole training costs: forward-equivalents of the transformer by part, and chip-hours."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dollar_jax.config import DistillConfig
+from dollar_jax.data.clip import clip_size
+from dollar_jax.flops import count_flops
+from dollar_jax.plan.chips import CHIPS
+from dollar_jax.plan.teachers import architecture_of
+
+
+def forwards(config: DistillConfig) -> dict[str, float]:
+    """F per video and update of the student by part, on average: a forward is 1, its backward 2.
+
+    Not in it: what is computed again, VAE, text encoder, rewards and their latent model, optimisers.
+    """
+    n, cd, fake, reward = len(config.student.timesteps), config.consistency, config.fake_score, config.reward
+    forward, vsd = config.student.input == "forward", config.vsd
+    draws = config.batch_size // config.accumulation if config.student.timestep_per == "sample" else 1
+    # The rows of a micro-batch go on to the farthest of independent uniform draws from n timesteps.
+    way = 0.0 if forward else sum(1 - (k / n) ** draws for k in range(1, n))
+    alone = not (vsd.weight or reward.rewards)
+    parts = {"student": 3.0} if alone else {"student's input": way, "student": 3.0}
+    if vsd.weight:
+        parts["VSD"] = 2 + bool(vsd.guidance_weight)
+    if cd.weight:
+        own = 0 if alone or (forward and cd.times == "student") else 3
+        parts["CD"] = (own + cd.skip * (1 + bool(cd.guidance_weight)) + 1) / cd.every
+    if reward.trained and reward.method == "ddpo":
+        parts["policy gradient"] = reward.samples / config.batch_size * (3 * (min(n, 3) - 1) + n)
+    if vsd.weight:
+        parts["fake score"] = 3.0 * fake.updates
+        parts["its samples"] = {"fresh": fake.updates * (1 + way), "rollout": n, "student": 0.0}[fake.samples]
+    return {name: float(value) for name, value in parts.items() if value}
+
+
+def training_cost(
+    config: DistillConfig, topology: str, video: tuple[int, int, int] | None = None
+) -> tuple[dict[str, Any], str]:
+    """`forwards`, TFLOP of one, and chip-hours to the last update at 30 and 50 % of the peak; and that in words.
+
+    Of a tpu7x they are those of a device, half a chip. `video` is height, width and frames, unless the data's own;
+    raises ValueError as `planner.plan`.
+    """
+    architecture, parts = architecture_of(config), forwards(config)
+    clip = clip_size(config.data) if video is None else (video[2], *video[:2])
+    network = architecture.family.transformer.network(dataclasses.replace(architecture.transformer, attention="xla"))
+    shapes = architecture.vae.latent_shape(*clip), (), (config.data.max_text_length, architecture.text_encoder.d_model)
+    arguments = (jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in shapes)
+    tflops = count_flops(jax.make_jaxpr(network.apply)(network.shapes, *arguments).jaxpr) / 1e12
+    peak, total = CHIPS[topology.partition(":")[0]].tflops, sum(parts.values())
+    hours = {s: total * config.steps * config.batch_size * tflops / (s * peak * 3600) for s in (0.3, 0.5)}
+    words = (
+        f"forwards of a video and update: {total:.4g} = {' + '.join(f'{f:.3g} {part}' for part, f in parts.items())}"
+        f"\n{config.steps:,} updates of {config.batch_size} videos at {tflops:,.4g} TFLOP a forward: "
+        + ", ".join(f"{value:,.0f} chip-hours at {share:.0%} of the peak" for share, value in hours.items())
+    )
+    chip_hours = {f"{share:.0%}": value for share, value in hours.items()}
+    return {"forwards": parts, "forward_tflops": tflops, "chip_hours": chip_hours}, words

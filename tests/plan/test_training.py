@@ -1,0 +1,79 @@
+"""Forwards of a step counted by the calls that its program makes; costs beside the rivals' recipes."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dollar_jax.config import changed
+from dollar_jax.distillation import Batch, Distillation, Frozen, Networks
+from dollar_jax.experiment import load
+from dollar_jax.optim import make_optimiser
+from dollar_jax.plan.training import forwards, training_cost
+from dollar_jax.schedule import Schedule
+from dollar_jax.state import Optimisers, init_state
+from dollar_jax.step import make_step
+
+CASES = {
+    "everything new": {},
+    "one rollout": {"student.timestep_per": "micro_batch", "fake_score.samples": "rollout"},
+    "student's samples": {"student.input": "forward", "fake_score.samples": "student", "consistency.times": "student"},
+    "cd alone, unguided": {"vsd.weight": 0.0, "consistency.guidance_weight": 0.0, "consistency.skip": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forwards_are_the_rows_that_reach_the_network_and_come_back(case, quick_compilation):
+    """Averaged over many steps; every row that goes forward counts 1, every one whose gradient is taken 2 more."""
+    config = load("wan_1_3b", "vsd+cd")
+    fields = {"batch_size": 4, "consistency.every": 1, "student.timestep_per": "sample", "fake_score.samples": "fresh"}
+    config = changed(config, fields | CASES[case])
+    rows = collections.Counter()
+
+    @jax.custom_vjp
+    def seen(x):
+        jax.debug.callback(lambda: rows.update(forward=len(x)))
+        return x
+
+    def back(_, grad):
+        jax.debug.callback(lambda: rows.update(backward=len(grad)))
+        return (grad,)
+
+    seen.defvjp(lambda x: (seen(x), None), back)
+
+    def apply(params, x_t, t, text):
+        return seen(params["w"] * x_t)
+
+    optimiser = make_optimiser(config.student.optimiser, 10)
+    optimisers = Optimisers(optimiser, optimiser, optimiser)
+    network = Networks(apply, lambda params, latent, text: latent.mean((1, 2, 3, 4)))
+    step = jax.jit(make_step(Distillation(config, network, Schedule("rf", "velocity")), optimisers))
+    params = {"w": jnp.float32(0.5)}
+    state = init_state(jax.random.key(0), params, {"w": jnp.zeros(1)}, optimisers, 0)
+    batch = Batch(jnp.ones((4, 1, 2, 2, 1)), jnp.ones((4, 1, 1)))
+    steps = 120
+    for _ in range(steps):
+        state, _, _ = step(state, Frozen(params, jnp.zeros((1, 1, 1))), batch)
+    jax.block_until_ready(state)
+    jax.effects_barrier()
+    counted = (rows["forward"] + 2 * rows["backward"]) / steps / 4
+    assert sum(forwards(config).values()) == pytest.approx(counted, rel=0.03)
+
+
+def test_the_defaults_of_real_teachers_are_affordable():
+    config = load("wan_1_3b", "vsd+cd+lrm,vivid")
+    assert sum(forwards(config).values()) == 33.5 and config.steps == 1200
+    before = {"student.timestep_per": "sample", "fake_score.samples": "fresh", "consistency.every": 1}
+    assert sum(forwards(changed(config, before)).values()) == pytest.approx(58, abs=1e-4)
+    assert sum(forwards(load("wan_1_3b", "cd")).values()) == 14
+    assert sum(forwards(load("paper")).values()) == 40
+
+
+def test_chip_hours_follow_from_the_forwards(make_config):
+    config = dataclasses.replace(make_config(), steps=10)
+    cost, words = training_cost(config, "v5p:2x2x2")
+    expected = sum(cost["forwards"].values()) * 10 * config.batch_size * cost["forward_tflops"] / 459 / 3600
+    assert cost["chip_hours"] == pytest.approx({"30%": expected / 0.3, "50%": expected / 0.5})
+    assert f"10 updates of {config.batch_size} videos" in words and " CD + " in words
