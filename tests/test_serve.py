@@ -1,6 +1,5 @@
 """`dollar serve` as its users meet it: the command, its API over HTTP, its page in Chromium."""
 
-import functools
 import json
 import os
 import re
@@ -35,12 +34,13 @@ def url(wan_folder, make_config, tmp_path_factory):
     params = jax.tree.map(jnp.asarray, load_pipeline(wan_folder).transformer.params)
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         checkpoints.save(7, {"ema": {"ema": params}})
-    command = [sys.executable, "-m", "dollar_jax", "serve", f"--workdir={workdir}", "--port=0", "--queue=1"]
+    # A test run in the background ignores Ctrl-C, and so would what it starts.
+    code = "import signal, sys; from dollar_jax.cli import main; "
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "serve", f"--workdir={workdir}", "--port=0", "--queue=1"]
     cache = jax.config.jax_compilation_cache_dir
     env = os.environ | ({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})
-    # A test run in the background ignores Ctrl-C, and so would what it starts.
-    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, preexec_fn=heeds)
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     assert server.stdout is not None
     lines = iter(server.stdout.readline, "")
     yield next(found[0] for line in lines if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
