@@ -45,7 +45,7 @@ def url(wan_folder, make_config, tmp_path_factory):
     lines = iter(server.stdout.readline, "")
     yield next(found[0] for line in lines if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
     server.send_signal(signal.SIGINT)
-    assert server.wait(20) == 0
+    assert server.wait(60) == 0
 
 
 def post(url, body):
@@ -116,7 +116,7 @@ def test_the_page_in_a_browser(url, tmp_path):
         pages = [browser.new_page(), browser.new_page()]
         errors = []
         for page in pages:
-            page.on("pageerror", errors.append)
+            page.on("pageerror", lambda error: errors.append(error))
             page.goto(url)
             page.wait_for_function("document.forms[0].steps.value === '3'")
             page.fill("[name=prompt]", PROMPT)
