@@ -216,7 +216,7 @@ class Block(nnx.Module):
         return x
 
 
-def _levels(dims: tuple[int, ...], layers: int, spatial: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> nnx.List:
+def _levels(dims: tuple[int, ...], layers: int, spatial: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> Any:
     """A block for each resolution: the encoder's halve it, the decoder's, which are `spatial`, double it."""
     times = [*(i < c.levels_in_time for i in range(len(dims) - 1)), None]
     before = (dims[0], *dims)
