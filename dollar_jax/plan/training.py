@@ -13,6 +13,7 @@ from dollar_jax.data.clip import clip_size
 from dollar_jax.flops import count_flops
 from dollar_jax.plan.chips import CHIPS
 from dollar_jax.plan.teachers import architecture_of
+from dollar_jax.rewards.methods import method_of
 
 
 def forwards(config: DistillConfig) -> dict[str, float]:
@@ -32,8 +33,7 @@ def forwards(config: DistillConfig) -> dict[str, float]:
     if cd.weight:
         own = 0 if alone or (forward and cd.times == "student") else 3
         parts["CD"] = (own + cd.skip * (1 + bool(cd.guidance_weight)) + 1) / cd.every
-    if reward.trained and reward.method == "ddpo":
-        parts["policy gradient"] = reward.samples / config.batch_size * (3 * (min(n, 3) - 1) + n)
+    parts["rewards"] = method_of(config).forwards()
     if vsd.weight:
         parts["fake score"] = 3.0 * fake.updates
         parts["its samples"] = {"fresh": fake.updates * (1 + way), "rollout": n, "student": 0.0}[fake.samples]

@@ -64,6 +64,10 @@ class RewardMethod:
         if self.settings.guard.min_correlation is not None and not self.predicts:
             raise ValueError("config.reward.guard.min_correlation needs a latent reward model: set it to None")
 
+    def forwards(self) -> float:
+        """Forwards of the transformer per video and step that only the method makes; a backward counts 2."""
+        return 0.0
+
     def inputs(self, latent: Shape, text: Shape) -> Any:
         """Shapes of `Batch.reward` for latents [t h w c] and text [l d]."""
         return None

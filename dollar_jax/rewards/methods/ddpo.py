@@ -76,6 +76,10 @@ class DDPO(RewardMethod):
         if len(self.config.student.timesteps) < 2:
             raise ValueError("config.reward.method 'ddpo' needs at least two of config.student.timesteps")
 
+    def forwards(self) -> float:
+        n = len(self.config.student.timesteps)
+        return self.settings.samples / self.config.batch_size * (3 * (min(n, 3) - 1) + n)
+
     def inputs(self, latent: Shape, text: Shape) -> Rollouts:
         n, states = self.settings.samples, min(3, len(self.config.student.timesteps))
         shapes = (n, states, *latent), (n, *text), (n, len(self.settings.trained))
