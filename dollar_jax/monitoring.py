@@ -178,7 +178,7 @@ def make_sample_logger(
     prompts = (c.prompts or captions(DATA_PROMPTS)) if c.samples_every else ()
     total = len(prompts) * c.videos
     batch, shrink = generator.samples_at_once(total), generator.shrink(2 * total)
-    text = generator.text(prompts).repeat(c.videos, 0) if prompts else None
+    text = generator.text(prompts).repeat(c.videos, 0) if prompts else np.empty(0)
 
     def draw(sampler: Any, params: Params) -> list[Shown]:
         parts = []
@@ -290,7 +290,7 @@ class Log:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the others are busy
             for name, (optimiser, updates) in self.optimisers.items():
                 rate = learning_rate(optimiser, self.config.steps * updates)
-                values[f"learning_rate_{name}"] = float(rate((step - 1) * updates))
+                values[f"learning_rate_{name}"] = float(np.asarray(rate((step - 1) * updates)))
         if memory := jax.local_devices()[0].memory_stats():
             values["memory_gib"] = memory["peak_bytes_in_use"] / 2**30
         if samples is not None:

@@ -58,7 +58,7 @@ class Studio:
             raise BlockingIOError("too many are waiting already; try again later")
         try:
             with self._turn:
-                return self._draw(prompt, steps, seed, teacher, clip)
+                return self._draw(prompt, steps, seed, teacher, clip)  # pyright: ignore[reportArgumentType]
         finally:
             self._places.release()
 

@@ -21,7 +21,9 @@ from dollar_jax.models.embeddings import Rotary, rotate
 from dollar_jax.models.layers import MLP, FeedForward, LayerNorm, Linear, Remat, check_compute, run_blocks, stack_blocks
 
 _zeros = nnx.initializers.zeros
-Tokens, Time, IsText = Float[Array, "b n d"], Float[Array, "b e"], Bool[Array, "n 1"]
+Tokens = Float[Array, "b n d"]
+Time = Float[Array, "b e"]
+IsText = Bool[Array, "n 1"]
 
 
 @dataclasses.dataclass(frozen=True)

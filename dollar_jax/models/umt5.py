@@ -20,7 +20,8 @@ from dollar_jax.models.layers import Linear, RMSNorm, run_blocks, stack_blocks
 
 States = Float[Array, "b l d"]
 Mask = Bool[Array, "b 1 1 l"]  # of the keys
-Buckets, Bias = Int[Array, "l l"], Float[Array, "1 heads l l"]  # of distances, by query and key
+Buckets = Int[Array, "l l"]  # of distances, by query and key
+Bias = Float[Array, "1 heads l l"]
 
 
 @dataclasses.dataclass(frozen=True)

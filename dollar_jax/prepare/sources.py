@@ -115,7 +115,7 @@ def list_manifest(path: Path, prompts: bool = False) -> Iterator[Item]:
     line, whose caption is on the same line of prompts.txt. With `prompts` the caption alone, and a .txt has one on
     each line. Raises ValueError for a file of another kind, or a CSV without such columns.
     """
-    needed = [CAPTION_KEYS] if prompts else [VIDEO_KEYS, CAPTION_KEYS]
+    needed: list[tuple[str, ...]] = [CAPTION_KEYS] if prompts else [VIDEO_KEYS, CAPTION_KEYS]
     readers: dict[str, Any] = {".jsonl": _json_rows, ".json": _json_list}
     readers[".csv"] = functools.partial(_csv_rows, needed=needed)  # which reads the header at once
     if prompts or path.name in MANIFESTS:

@@ -166,9 +166,11 @@ def _cell(name: str, values: Mapping[str, float | None], key: str, reference: st
     base = values[reference] if reference and reference != key else None
     small = measure.compare(value, base) if measure.compare and base is not None else ""
     known = [other for other in values.values() if other is not None]
-    marks = {min(known): ("▼ worst", "worst"), max(known): ("▲ best", "best")}
-    ranked = measure.ranked and min(known) < max(known)
-    return Cell(measure.show(value), small, *(marks.get(value, ()) if ranked else ()))
+    mark, kind = "", "soft"
+    if measure.ranked and min(known) < max(known):
+        marks = {min(known): ("▼ worst", "worst"), max(known): ("▲ best", "best")}
+        mark, kind = marks.get(value, (mark, kind))
+    return Cell(measure.show(value), small, mark, kind)
 
 
 def _more_measures(samplers: Mapping[str, Mapping[str, Any]], rows: Sequence[SamplerRow]) -> Table | None:
