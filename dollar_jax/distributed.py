@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax._src import distributed  # its store of keys and values has no public name
@@ -138,7 +139,8 @@ def gather(value: bytes) -> list[bytes]:
     """
     if jax.process_count() == 1:
         return [value]
-    client, me, number = distributed.global_state.client, jax.process_index(), next(_gathered)
+    client: Any = distributed.global_state.client
+    me, number = jax.process_index(), next(_gathered)
     client.key_value_set_bytes(f"gather/{number}/{me}", value)
     if number > 1:  # whoever has set the last one has read all before it
         client.key_value_delete(f"gather/{number - 2}/{me}")

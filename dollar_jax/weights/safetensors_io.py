@@ -132,7 +132,7 @@ def write_component(
         shards.append(list(waiting))
         waiting.clear()
 
-    pairs: Iterable[tuple[str, np.ndarray]] = tensors.items() if isinstance(tensors, Mapping) else tensors
+    pairs: Any = tensors.items() if isinstance(tensors, Mapping) else tensors
     for name, array in pairs:
         array = _cast(array, _DTYPES[dtype])
         if shard_size is not None and waiting and size + array.nbytes > shard_size:
