@@ -116,8 +116,8 @@ def list_manifest(path: Path, prompts: bool = False) -> Iterator[Item]:
     each line. Raises ValueError for a file of another kind, or a CSV without such columns.
     """
     needed: list[tuple[str, ...]] = [CAPTION_KEYS] if prompts else [VIDEO_KEYS, CAPTION_KEYS]
-    readers: dict[str, Any] = {".jsonl": _json_rows, ".json": _json_list}
-    readers[".csv"] = functools.partial(_csv_rows, needed=needed)  # which reads the header at once
+    csv_rows = functools.partial(_csv_rows, needed=needed)  # which reads the header at once
+    readers: dict[str, Any] = {".csv": csv_rows, ".jsonl": _json_rows, ".json": _json_list}
     if prompts or path.name in MANIFESTS:
         readers[".txt"] = _text_rows if prompts else _paired_rows
     if path.suffix not in readers:
