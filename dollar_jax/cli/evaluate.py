@@ -119,8 +119,10 @@ def _vbench_videos() -> None:
     workdir, folder, listed = Path(FLAGS.workdir), Path(FLAGS.vbench), Path(FLAGS.prompts_file)
     config, names = read_config(workdir), Path(FLAGS.names) if FLAGS.names else None
     prompts = None if names is None else pair_names(listed, names)
-    plain = prompts is not None and not FLAGS.names.endswith(".json")
-    counts = dict.fromkeys(prompts, FLAGS.num) if plain else read_vbench_prompts(names or listed, FLAGS.num)
+    if prompts is not None and not FLAGS.names.endswith(".json"):
+        counts = dict.fromkeys(prompts, FLAGS.num)
+    else:
+        counts = read_vbench_prompts(names or listed, FLAGS.num)
     check_names(counts)
     generator = make_generator(config)
     fps = FLAGS.fps or generator.pipeline.family.fps
