@@ -214,10 +214,10 @@ class Log:
         fake = config.fake_score
         self.optimisers = {"student": (config.student.optimiser, 1), "fake_score": (fake.optimiser, fake.updates)}
         if self.main:
+            self.wandb = start_wandb(config, workdir)  # may refuse, before a file is open
             truncate_history(workdir, first)
             self.file = (workdir / HISTORY).open("a")
             self.events = event_writer(workdir / EVENTS, first)
-            self.wandb = start_wandb(config, workdir)
             text = json.dumps(dataclasses.asdict(config), indent=4, default=str)
             self.events.add_text("config", "    " + text.replace("\n", "\n    "), first + 1)
 
