@@ -11,7 +11,7 @@ from dollar_jax.checkpoint import NothingWhole, SaveFailed
 from dollar_jax.cli import base
 from dollar_jax.cli.base import report_error
 from dollar_jax.cli.train import EndedEarly
-from dollar_jax.distributed import Interrupted, Preempted
+from dollar_jax.distributed import Interrupted, Preempted, ProcessLost
 from dollar_jax.lock import InUse
 
 DEMO = str(Path(__file__).parents[1] / "configs" / "demo.py")
@@ -246,6 +246,6 @@ def test_the_module_is_the_command():
 
 def test_every_way_to_end_has_its_exit_code():
     codes = {SaveFailed: 3, NothingWhole: 4, InUse: 5, EndedEarly: 6, FloatingPointError: 6, ValueError: 2, OSError: 2}
-    codes |= {KeyboardInterrupt: 130, Interrupted: 130, Preempted: 143, ZeroDivisionError: 1}
+    codes |= {KeyboardInterrupt: 130, Interrupted: 130, Preempted: 143, ProcessLost: 7, ZeroDivisionError: 1}
     assert {kind: report_error("train", kind("why")) for kind in codes} == codes
     assert set(codes.values()) | {0} == cli.EXIT_CODES.keys()

@@ -101,7 +101,11 @@ def write_report(
                 f"the videos of {key} must be uint8 [{len(prompts)} prompts, t, h, w, 3], "
                 f"not {clips.dtype} of shape {clips.shape}"
             )
-    samplers = {key: value for key, value in metrics.items() if isinstance(value, Mapping) and "nfe" in value}
+    samplers = {
+        key: value
+        for key, value in metrics.items()
+        if isinstance(value, Mapping) and {"nfe", "alignment"} & value.keys()
+    }
     rows = sampler_rows([*samplers, *videos])
     measured = [row for row in rows if row.key in samplers]
     write_page(

@@ -124,7 +124,7 @@ def test_the_job_set_mounts_the_bucket_as_its_service_account(pod):
     assert pod["spec"]["terminationGracePeriodSeconds"] >= 600
 
 
-def test_the_job_set_restarts_after_every_exit_code_but_refused_input(job_set, pod):
+def test_the_job_set_restarts_but_where_the_same_would_come_again(job_set, pod):
     policy = job_set["spec"]["failurePolicy"]
     spec = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
     # A job that a rule fails has the reason PodFailurePolicy, one out of retries BackoffLimitExceeded, and what no
@@ -133,7 +133,7 @@ def test_the_job_set_restarts_after_every_exit_code_but_refused_input(job_set, p
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     assert policy["maxRestarts"] > 0 == spec["backoffLimit"]
     (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2, 4, 6]
     assert rule["onExitCodes"]["containerName"] == pod["spec"]["containers"][0]["name"]
     assert pod["spec"]["restartPolicy"] == "Never", "pod failure policies want it so"
 

@@ -180,8 +180,8 @@ def wait_for(happens):
 
 def test_a_command_that_fails_fails_the_tool(cloud):
     c = cloud()
-    done = c("run", *SLICE, "--watch", "--", "bash", "-c", "echo oh no; exit 7", code=1)
-    assert "oh no" in done.stdout and "exit code 7" in done.stderr and c.verbs().count("create") == 1
+    done = c("run", *SLICE, "--watch", "--", "bash", "-c", "echo oh no; exit 9", code=1)
+    assert "oh no" in done.stdout and "exit code 9" in done.stderr and c.verbs().count("create") == 1
 
 
 # Worker 0's command ends with the code it is given, once.
