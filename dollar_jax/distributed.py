@@ -25,17 +25,14 @@ HEARTBEAT_SECONDS = 60
 
 @contextlib.contextmanager
 def joined(
-    coordinator_address: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    report: Callable[[BaseException], int],
+    address: str | None, count: int | None, index: int | None, report: Callable[[BaseException], int]
 ) -> Iterator[None]:
     """Within it, jax's devices are those of all processes; enter it before the first use of a device. With none of the
     three given, Cloud TPU VMs, GKE and SLURM start several processes, anything else is one. When a process of several
     fails, it ends at once with the exit code that `report` gives: the others would otherwise wait for ever. Raises
     ValueError when the three do not go together.
     """
-    several = _start(coordinator_address, num_processes, process_id)
+    several = _start(address, count, index)
     try:
         yield
     except BaseException as error:
@@ -101,9 +98,8 @@ def _start(address: str | None, count: int | None, index: int | None) -> bool:
     given = (address, count, index)
     if address is None or count is None or index is None:
         if given != (None, None, None):
-            raise ValueError(
-                "--coordinator_address, --num_processes and --process_id go together: give all three or none"
-            )
+            names = "--coordinator_address, --num_processes and --process_id"
+            raise ValueError(f"{names} go together: give all three or none")
         if not in_cluster(os.environ):
             return False
     else:

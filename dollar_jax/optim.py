@@ -13,13 +13,9 @@ from dollar_jax.types import Params
 
 def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
     """AdamW for a network that is updated `steps` times; weight decay on kernels and embeddings only."""
-    rate = learning_rate(config, steps)
-    adamw = optax.adamw(
-        rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_decayed
-    )
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    c, rate = config, learning_rate(config, steps)
+    adamw = optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=_decayed)
+    return adamw if c.clip_norm is None else optax.chain(optax.clip_by_global_norm(c.clip_norm), adamw)
 
 
 def learning_rate(config: OptimiserConfig, steps: int) -> optax.Schedule:
@@ -60,7 +56,6 @@ def _decayed(params: Params) -> Any:
     """By name, for stacked layers give their biases and scales a second axis."""
 
     def decayed(path: tuple[Any, ...], _: Any) -> bool:
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        return name in ("kernel", "embedding")
+        return jax.tree_util.keystr(path[-1:], simple=True) in ("kernel", "embedding")
 
     return jax.tree_util.tree_map_with_path(decayed, params)

@@ -73,9 +73,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
                 f"not {sizes[0]}: only data goes over the network between them"
             )
         inside = (sizes[0] // len(slices), *sizes[1:])
-        array = mesh_utils.create_hybrid_device_mesh(
-            inside, (len(slices), 1, 1, 1), devices, allow_split_physical_axes=True
-        )
+        across = (len(slices), 1, 1, 1)
+        array = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     else:
         array = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, (AxisType.Auto,) * len(AXES))
@@ -105,7 +104,7 @@ def shard(mesh: Mesh, tree: Any, strict: bool = True) -> Any:
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = "/".join(_name(entry) for entry in path)
+        name = _name(path)
         spec = next((spec for rule, spec in RULES if re.fullmatch(rule, name)), None)
         if spec is None:
             raise ValueError(f"no sharding rule matches {name!r} of shape {leaf.shape}")
@@ -115,9 +114,8 @@ def shard(mesh: Mesh, tree: Any, strict: bool = True) -> Any:
             if size % shards and not strict:
                 return replicated(mesh)
             if size % shards:
-                raise ValueError(
-                    f"{name!r} of shape {leaf.shape} does not divide by mesh axes {' × '.join(axes)} = {shards}"
-                )
+                named = " × ".join(axes)
+                raise ValueError(f"{name!r} of shape {leaf.shape} does not divide by mesh axes {named} = {shards}")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, tree)
@@ -129,9 +127,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def in_host_memory(where: Any) -> Any:
     """The same with the kernels in the hosts' memory; of the small rest libtpu 0.0.42 mistakes some layouts."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, s: s.with_memory_kind("pinned_host") if _name(path[-1]) == "kernel" else s, where
-    )
+
+    def place(path: tuple[Any, ...], s: NamedSharding) -> NamedSharding:
+        return s.with_memory_kind("pinned_host") if _name(path[-1:]) == "kernel" else s
+
+    return jax.tree_util.tree_map_with_path(place, where)
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
@@ -184,8 +184,5 @@ def with_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
-def _name(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

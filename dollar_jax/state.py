@@ -40,11 +40,8 @@ class RewardStatistics:
         mean = jnp.sum(reward * weight, rows) / divisor
         variance = jnp.sum(jnp.square(reward - mean) * weight, rows) / divisor
         change = mean - self.mean
-        return RewardStatistics(
-            self.mean + share * change,
-            (1 - share) * (self.variance + share * jnp.square(change)) + share * variance,
-            count,
-        )
+        variance = (1 - share) * (self.variance + share * jnp.square(change)) + share * variance
+        return RewardStatistics(self.mean + share * change, variance, count)
 
 
 @jax.tree_util.register_dataclass

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from tqdm import tqdm
@@ -62,9 +61,8 @@ def train(
     if rewards or config.visibility.samples_every:
         decoder = sharding.put(pipeline.vae.params, sharding.replicated(programs.mesh))
     reward_params = () if pixels is None else pixels.params(decoder)
-    frozen = sharding.put(
-        Frozen(pipeline.transformer.params, generator.null_text, reward_params), programs.frozen_sharding
-    )
+    frozen = Frozen(pipeline.transformer.params, generator.null_text, reward_params)
+    frozen = sharding.put(frozen, programs.frozen_sharding)
     scorer = None
     if rewards:
         shapes = data.latent_shapes, generator.text_shape
@@ -166,9 +164,7 @@ def _abstract(programs: TrainPrograms) -> dict[str, Any]:
     return abstract(jax.eval_shape(to_items, programs.state_shapes), as_items(programs.state_sharding))
 
 
-def _restore(
-    checkpoints: Checkpoints, programs: TrainPrograms, scorer: Scorer | None, batches: grain.DatasetIterator
-) -> TrainState:
+def _restore(checkpoints: Checkpoints, programs: TrainPrograms, scorer: Scorer | None, batches: Any) -> TrainState:
     like = {**_abstract(programs), "data": batches}
     if scorer is not None:
         like["replay"] = scorer.state

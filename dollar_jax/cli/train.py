@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from dollar_jax.cli.base import FLAGS, define, define_config, define_workdir, given_config, prepare_jax, report_error
@@ -31,9 +32,8 @@ def run() -> None:
     config, workdir = given_config(), Path(FLAGS.workdir)
     if FLAGS.profile:
         config = changed(config, {"visibility.profile_steps": 3})
-    with distributed.joined(
-        FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, lambda error: report_error("train", error)
-    ):
+    processes = FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
+    with distributed.joined(*processes, functools.partial(report_error, "train")):
         if not config.reward.rewards and jax.process_index() == 0:
             print("No reward is named, so none is trained on; to name one: --config=NAME:vsd+cd+lrm,hpsv2=FOLDER")
         generator = make_generator(config, mesh=make_mesh(config.mesh))

@@ -28,9 +28,8 @@ def adapt(network: Network, rank: int, alpha: float, targets: Sequence[str]) -> 
         for target in targets:
             found = [part for path, part in dense.items() if re.fullmatch(target, path)]
             if not found:
-                raise ValueError(
-                    f"config.lora.targets: {target!r} names no dense layer; there are {', '.join(sorted(dense))}"
-                )
+                known = ", ".join(sorted(dense))
+                raise ValueError(f"config.lora.targets: {target!r} names no dense layer; there are {known}")
             for part in found:
                 *stack, dim_in, dim_out = part.kernel.shape
                 part.adapter = Adapter(tuple(stack), dim_in, dim_out, rank, alpha / rank, rngs)

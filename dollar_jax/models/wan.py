@@ -62,10 +62,8 @@ class WanConfig:
             raise ValueError(f"qk_norm is {self.qk_norm!r}; Wan has only 'rms_norm_across_heads'")
         check_compute(self)
         if self.attention_head_dim % 2 or self.freq_dim % 2:
-            raise ValueError(
-                f"attention_head_dim {self.attention_head_dim} and freq_dim {self.freq_dim} "
-                "must be even, for rotations and for sine and cosine pairs"
-            )
+            found = f"attention_head_dim {self.attention_head_dim} and freq_dim {self.freq_dim}"
+            raise ValueError(f"{found} must be even, for rotations and for sine and cosine pairs")
 
     @property
     def dim(self) -> int:
@@ -79,8 +77,7 @@ class WanConfig:
 
 class ConditionEmbedder(nnx.Module):
     def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:
-        # The highest precision keeps fp32 products exact on accelerators, whose default is lower;
-        # these layers see one row per sample.
+        # Exact fp32 products, for which accelerators' default is too low; these layers see one row per sample.
         exact = {"rngs": rngs, "param_dtype": c.param_dtype, "precision": "highest"}
         self.time_embedder = MLP(c.freq_dim, c.dim, jax.nn.silu, **{**exact, "param_dtype": "float32"})
         self.time_proj = Linear(c.dim, 6 * c.dim, **exact)
@@ -103,12 +100,8 @@ class Attention(nnx.Module):
 
     def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:
         dense = {"rngs": rngs, "dtype": c.dtype, "param_dtype": c.param_dtype}
-        self.to_q = Linear(c.dim, c.dim, **dense)
-        self.to_k = Linear(c.dim, c.dim, **dense)
-        self.to_v = Linear(c.dim, c.dim, **dense)
-        self.to_out = Linear(c.dim, c.dim, **dense)
-        self.norm_q = RMSNorm(c.dim, c.eps, param_dtype=c.param_dtype)
-        self.norm_k = RMSNorm(c.dim, c.eps, param_dtype=c.param_dtype)
+        self.to_q, self.to_k, self.to_v, self.to_out = (Linear(c.dim, c.dim, **dense) for _ in range(4))
+        self.norm_q, self.norm_k = (RMSNorm(c.dim, c.eps, param_dtype=c.param_dtype) for _ in range(2))
         self.heads, self.dtype = c.num_attention_heads, c.dtype
         self.implementation: Implementation = c.attention
         self.context_parallel: ContextParallel = c.context_parallel
@@ -125,19 +118,11 @@ class Attention(nnx.Module):
         def split(y: Array) -> Array:
             return y.reshape(*y.shape[:2], self.heads, -1)
 
-        q = split(self.norm_q(self.to_q(x)))
-        k = split(self.norm_k(self.to_k(context)))
-        v = split(self.to_v(context))
+        q, k, v = split(self.norm_q(self.to_q(x))), split(self.norm_k(self.to_k(context))), split(self.to_v(context))
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        out = attention(
-            q.astype(self.dtype),
-            k.astype(self.dtype),
-            v,
-            length=length,
-            implementation=self.implementation,
-            context=None if rotary is None else self.context_parallel,
-        )
+        q, k, parallel = q.astype(self.dtype), k.astype(self.dtype), None if rotary is None else self.context_parallel
+        out = attention(q, k, v, length=length, implementation=self.implementation, context=parallel)
         return self.to_out(out.reshape(x.shape))
 
 
@@ -147,7 +132,7 @@ class WanBlock(nnx.Module):
         self.attn2 = Attention(c, rngs)
         self.norm2 = LayerNorm(c.dim, c.eps, param_dtype="float32") if c.cross_attn_norm else None
         self.ffn = FeedForward(c.dim, c.ffn_dim, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype)
-        self.scale_shift_table = nnx.Param(_table(rngs, (6, c.dim), "float32"))
+        self.scale_shift_table = nnx.Param(_table(rngs, 6, c.dim))
         self.eps, self.dtype = c.eps, c.dtype
 
     def __call__(
@@ -182,11 +167,10 @@ class WanTransformer(nnx.Module):
         self.patch_embedding = Linear(patch * c.in_channels, c.dim, **dense)
         self.condition_embedder = ConditionEmbedder(c, rngs)
         self.blocks = stack_blocks(lambda rngs: WanBlock(c, rngs), c.num_layers, rngs)
-        channels = c.out_channels or c.in_channels
+        out = patch * (c.out_channels or c.in_channels)
         # Guidance multiplies what rounding leaves of the difference of two predictions.
-        last = {"kernel_init": nnx.initializers.zeros, "out_dtype": "float32"}
-        self.proj_out = Linear(c.dim, patch * channels, **last, **dense)
-        self.scale_shift_table = nnx.Param(_table(rngs, (2, c.dim), "float32"))
+        self.proj_out = Linear(c.dim, out, kernel_init=nnx.initializers.zeros, out_dtype="float32", **dense)
+        self.scale_shift_table = nnx.Param(_table(rngs, 2, c.dim))
 
     def __call__(
         self, x: Float[Array, "b t h w c"], t: Float[Array, " b"], text: Float[Array, "b l d"]
@@ -206,9 +190,8 @@ class WanTransformer(nnx.Module):
         rotary = jax.tree.map(lambda table: activation_sharding.pad_tokens(table, axis=0), rotary)
         text = activation_sharding.constrain(text, None, None)
         y = self.patch_embedding(activation_sharding.constrain(y, activation_sharding.CONTEXT, None))
-        y = run_blocks(
-            self.blocks, y, text, modulation, rotary, tokens, length=c.num_layers, remat=c.remat, scan=c.scan_layers
-        )
+        how = {"length": c.num_layers, "remat": c.remat, "scan": c.scan_layers}
+        y = run_blocks(self.blocks, y, text, modulation, rotary, tokens, **how)
         shift, scale = jnp.split(self.scale_shift_table[...] + time[:, None], 2, axis=1)
         y = self.proj_out(layer_norm(y, c.eps) * (1 + scale) + shift)
         y = activation_sharding.constrain(y, activation_sharding.CONTEXT, None)
@@ -226,5 +209,5 @@ class WanTransformer(nnx.Module):
         return cast(tuple[int, int, int], grid)
 
 
-def _table(rngs: nnx.Rngs, shape: tuple[int, int], dtype: str) -> Array:
-    return jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(shape[-1])
+def _table(rngs: nnx.Rngs, rows: int, dim: int) -> Array:
+    return jax.random.normal(rngs.params(), (rows, dim), "float32") / math.sqrt(dim)

@@ -46,10 +46,8 @@ class WanVAEConfig:
 
     def __post_init__(self) -> None:
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
-            raise ValueError(
-                f"temperal_downsample has {len(self.temperal_downsample)} entries and needs one "
-                f"less than dim_mult's {len(self.dim_mult)}"
-            )
+            found, levels = len(self.temperal_downsample), len(self.dim_mult)
+            raise ValueError(f"temperal_downsample has {found} entries and needs one less than dim_mult's {levels}")
         if self.attn_scales:
             raise ValueError("attn_scales must be empty: attention is in the middle blocks only")
         if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
@@ -116,9 +114,7 @@ def _conv2d(x: Array, kernel: Array, stride: int = 1) -> Array:
     edge = kernel.shape[0] // 2
     pad = (edge, edge) if stride == 1 else (0, 1)
     frames = x.reshape(-1, *x.shape[2:])
-    y = jax.lax.conv_general_dilated(
-        frames, kernel, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    y = jax.lax.conv_general_dilated(frames, kernel, (stride, stride), (pad, pad), None, None, ("NHWC", "HWIO", "NHWC"))
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
@@ -361,12 +357,10 @@ class Decoder(nnx.Module):
         times: list[bool | None] = [*c.temperal_downsample[::-1], None]
         self.conv_in = CausalConv3d(c.z_dim, dims[0], (3, 3, 3), c, rngs)
         self.mid_block = MidBlock(dims[0], c, rngs)
-        self.up_blocks = nnx.List(
-            [
-                UpBlock(dim_in if i == 0 or c.is_residual else dim_in // 2, dim_out, time, c, rngs)
-                for i, (dim_in, dim_out, time) in enumerate(zip(dims[:-1], dims[1:], times, strict=True))
-            ]
-        )
+        self.up_blocks = nnx.List([])
+        for dim_in, dim_out, time in zip(dims[:-1], dims[1:], times, strict=True):
+            halved = self.up_blocks and not c.is_residual
+            self.up_blocks.append(UpBlock(dim_in // 2 if halved else dim_in, dim_out, time, c, rngs))
         self.norm_out = RMSNorm(dims[-1], c)
         self.conv_out = CausalConv3d(dims[-1], c.out_channels, (3, 3, 3), c, rngs)
 
@@ -391,13 +385,12 @@ class WanVAE(nnx.Module):
         self, frames: Float[Array, "b t h w 3"], chunk: int | None = None
     ) -> tuple[Float[Array, "b t2 h2 w2 z"], Float[Array, "b t2 h2 w2 z"]]:
         """Mean and log-variance of the raw latent of frames in [-1, 1], `chunk` latent frames at a time, or all."""
-        p = self.config.patch_size or 1
+        p, unit = self.config.patch_size or 1, self.config.scale_factor_temporal
 
         def run(frames: Array, cache: CausalCache) -> Array:
             x = rearrange(frames, "b t (h p) (w q) c -> b t h w (c q p)", p=p, q=p)
             return self.quant_conv.inside(self.encoder(x, cache))
 
-        unit = self.config.scale_factor_temporal
         moments = in_chunks(run, frames, *_sizes(frames.shape[1], unit, chunk))
         mean, log_variance = jnp.split(moments, 2, -1)
         return mean, jnp.clip(log_variance, -30, 20)

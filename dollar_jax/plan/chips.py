@@ -36,9 +36,8 @@ def chips(topology: str) -> tuple[Sequence[Any], Chip]:
     """The devices of a topology, and what each can do."""
     kind = topology.partition(":")[0]
     if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
-        raise ValueError(
-            f"--topology={topology} is none that is known: v5e:4x4, v6e:8x8, v5p:2x2x2 and tpu7x:2x2x1 are of its kind"
-        )
+        known = "v5e:4x4, v6e:8x8, v5p:2x2x2 and tpu7x:2x2x1 are of its kind"
+        raise ValueError(f"--topology={topology} is none that is known: {known}")
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("the TPU compiler is not installed: pip install -e '.[plan]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

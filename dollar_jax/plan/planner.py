@@ -38,6 +38,7 @@ from dollar_jax.rewards.pixels import PixelRewards, pixel_rewards
 What = Literal["train", "sample", "decode", "text", "import"]
 Whole = Literal["run", "prepare", "sample-command", "evaluate"]  # a command with all that it executes
 GIB = 2**30
+Video = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Plan:
     error: str | None = None
 
 
-def plan(config: DistillConfig, topology: str, what: What = "train", video: tuple[int, int, int] | None = None) -> Plan:
+def plan(config: DistillConfig, topology: str, what: What = "train", video: Video | None = None) -> Plan:
     """Compiles for a topology such as "v5p:2x2x2"; `video` is height, width and frames. Raises ValueError."""
     (found,) = plans(config, topology, what, video)
     if found.error:
@@ -79,12 +80,9 @@ def plan(config: DistillConfig, topology: str, what: What = "train", video: tupl
     return found
 
 
-def plans(
-    config: DistillConfig, topology: str, what: What | Whole, video: tuple[int, int, int] | None = None
-) -> Iterator[Plan]:
+def plans(config: DistillConfig, topology: str, what: What | Whole, video: Video | None = None) -> Iterator[Plan]:
     """A plan of every program that is executed, as they are compiled; raises as `plan` does for what cannot be."""
-    for job in _jobs(config, topology, what, video):
-        yield job.plan()
+    return (job.plan() for job in _jobs(config, topology, what, video))
 
 
 def plans_apart(*request: Any) -> Iterator[Plan]:
@@ -163,9 +161,7 @@ class _Job:
         return _failed(self.config, failure, _held(self.program.arguments, self.program.in_shardings), self.common)
 
 
-def _jobs(
-    config: DistillConfig, topology: str, what: What | Whole, video: tuple[int, int, int] | None = None
-) -> list[_Job]:
+def _jobs(config: DistillConfig, topology: str, what: What | Whole, video: Video | None = None) -> list[_Job]:
     devices, chip = chips(topology)
     clip = _clip(config, video)
     generator = weightless_generator(config, architecture_of(config), clip, sharding.make_mesh(config.mesh, devices))
@@ -191,9 +187,7 @@ def _jobs(
     return jobs
 
 
-def search(
-    config: DistillConfig, topology: str, what: What = "train", video: tuple[int, int, int] | None = None
-) -> Iterator[Plan]:
+def search(config: DistillConfig, topology: str, what: What = "train", video: Video | None = None) -> Iterator[Plan]:
     """Plans of every mesh that makes sense and of the remat policies; tensor parallelism would save nothing beside."""
     count = len(chips(topology)[0])
     rows = config.batch_size // config.accumulation
@@ -208,7 +202,7 @@ def rank(plans: Sequence[Plan]) -> list[Plan]:
     return sorted(plans, key=lambda p: (not p.fits, p.roofline_seconds or math.inf))
 
 
-def parse_video(text: str) -> tuple[int, int, int]:
+def parse_video(text: str) -> Video:
     """ "480x832x81": height, width, frames."""
     if not re.fullmatch(r"\d+x\d+x\d+", text):
         raise ValueError(f"--video={text} is not HEIGHTxWIDTHxFRAMES")
@@ -222,21 +216,17 @@ def table(plans: Sequence[Plan]) -> str:
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
+    memories = ("host", "argument", "output", "temp", "peak", "kept", "hbm")
+    kinds = sorted({kind for p in plans for kind in p.collectives_gib or {}})
     rows = [
         ("program", [p.program + (f" × {p.videos}" if p.videos else "") for p in plans]),
         ("mesh", [",".join(f"{a}={n}" for a, n in p.mesh.items() if n > 1) or "1 chip" for p in plans]),
         ("remat", [p.remat for p in plans]),
-        *(
-            (f"{name}, GiB", [number(getattr(p, f"{name}_gib")) for p in plans])
-            for name in ("host", "argument", "output", "temp", "peak", "kept", "hbm")
-        ),
+        *((f"{name}, GiB", [number(getattr(p, f"{name}_gib")) for p in plans]) for name in memories),
         ("fits", ["yes" if p.fits else "NO" for p in plans]),
         ("model, TFLOP", [number(p.model_tflops) for p in plans]),
         ("compiled, TFLOP", [number(p.compiled_tflops) for p in plans]),
-        *(
-            (f"{kind}, GiB", [number((p.collectives_gib or {}).get(kind)) for p in plans])
-            for kind in sorted({kind for p in plans for kind in p.collectives_gib or {}})
-        ),
+        *((f"{kind}, GiB", [number((p.collectives_gib or {}).get(kind)) for p in plans]) for kind in kinds),
         ("roofline, s", [number(p.roofline_seconds) for p in plans]),
         ("bound by", [p.bound or "–" for p in plans]),
         ("compiled in, s", [number(p.compile_seconds) for p in plans]),
@@ -252,7 +242,7 @@ def table(plans: Sequence[Plan]) -> str:
     return "\n".join([*lines, *notes])
 
 
-def _clip(config: DistillConfig, video: tuple[int, int, int] | None) -> tuple[int, int, int]:
+def _clip(config: DistillConfig, video: Video | None) -> tuple[int, int, int]:
     """Frames, height, width; the data's own unless given."""
     if video is not None:
         height, width, frames = video
@@ -262,9 +252,7 @@ def _clip(config: DistillConfig, video: tuple[int, int, int] | None) -> tuple[in
     return clip_size(config.data)
 
 
-def programs_of(
-    what: What | Whole, config: DistillConfig, generator: Generator, pixels: PixelRewards | None
-) -> list[Program]:
+def programs_of(what: str, config: DistillConfig, generator: Generator, pixels: PixelRewards | None) -> list[Program]:
     """The very programs that are executed, alone in batches of config.batch_size; raises ValueError as that would."""
     mesh, batch = generator.mesh, config.batch_size
     if what in ("train", "import", "run"):

@@ -17,9 +17,8 @@ def architecture_of(config: DistillConfig) -> Architecture:
     if (folder / "model_index.json").is_file():
         return read_architecture(folder)
     if folder.name not in PUBLISHED:
-        raise ValueError(
-            f"the teacher {config.teacher} is not there; without it only these can be planned: {', '.join(PUBLISHED)}"
-        )
+        known = ", ".join(PUBLISHED)
+        raise ValueError(f"the teacher {config.teacher} is not there; without it only these can be planned: {known}")
     return PUBLISHED[folder.name]
 
 

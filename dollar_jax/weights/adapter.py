@@ -56,9 +56,8 @@ def read_changes(source: Path, native: Mapping[str, str], tensors: Mapping[str, 
         low, high = pair["A"], pair["B"]
         rank, shape = len(low), tensors[name].shape
         if high.shape[1] != rank or (len(high), *low.shape[1:]) != shape:
-            raise ValueError(
-                f"{source}: the adapter of {name!r} is {high.shape} times {low.shape}, but the tensor is {shape}"
-            )
+            product = f"{high.shape} times {low.shape}"
+            raise ValueError(f"{source}: the adapter of {name!r} is {product}, but the tensor is {shape}")
         change = (high @ low.reshape(rank, -1)).reshape(shape) * (pair.get("alpha", np.float32(rank)) / rank)
         changes[name] = changes.get(name, np.float32(0)) + change
     return changes

@@ -16,6 +16,7 @@ from dollar_jax.weights.pipeline import load_tokenizer
 from dollar_jax.weights.table import TRANSPOSE, Pairs, Params, Row, Transform, import_params
 
 _TOWER = "{tower:vision_model|text_model}"
+_QKVO = f"{_TOWER}/blocks/{{p:q_proj|k_proj|v_proj|out_proj}}"
 # The patches' convolution [out, 3, p, p] ↔ a dense layer over a patch's (row, column, colour).
 _PATCHES = Transform(
     lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
@@ -29,12 +30,8 @@ CLIP_TABLE = [
     Row("{tower}.embeddings.position_embedding.weight", f"{_TOWER}/position_embedding"),
     Row("vision_model.embeddings.position_ids", None),
     Row("text_model.embeddings.position_ids", None),
-    Row(
-        "{tower}.encoder.layers.{i}.self_attn.{p}.weight",
-        f"{_TOWER}/blocks/{{p:q_proj|k_proj|v_proj|out_proj}}/kernel",
-        TRANSPOSE,
-    ),
-    Row("{tower}.encoder.layers.{i}.self_attn.{p}.bias", f"{_TOWER}/blocks/{{p:q_proj|k_proj|v_proj|out_proj}}/bias"),
+    Row("{tower}.encoder.layers.{i}.self_attn.{p}.weight", f"{_QKVO}/kernel", TRANSPOSE),
+    Row("{tower}.encoder.layers.{i}.self_attn.{p}.bias", f"{_QKVO}/bias"),
     Row("{tower}.encoder.layers.{i}.mlp.{p}.weight", f"{_TOWER}/blocks/{{p:fc1|fc2}}/kernel", TRANSPOSE),
     Row("{tower}.encoder.layers.{i}.mlp.{p}.bias", f"{_TOWER}/blocks/{{p:fc1|fc2}}/bias"),
     Row("{tower}.encoder.layers.{i}.{p}.weight", f"{_TOWER}/blocks/{{p:layer_norm[12]}}/scale"),
@@ -57,13 +54,8 @@ _OPENCLIP = [
     (r"ln_final\.(weight|bias)", r"text_model.final_layer_norm.\1"),
 ]
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.?(weight|bias)")
-_INSIDE = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
+_INSIDE = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+_INSIDE["attn.out_proj"] = "self_attn.out_proj"
 
 
 def from_openclip(pairs: Pairs) -> Iterator[tuple[str, np.ndarray]]:
@@ -104,17 +96,8 @@ def clip_config(fields: Mapping[str, Any], **ours: Any) -> CLIPConfig:
     text, vision = c.text_config, c.vision_config
     # Files from before transformers knew better say 2, and mean the highest id.
     eos = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
-    return CLIPConfig(
-        tower(vision),
-        tower(text),
-        c.projection_dim,
-        vision.patch_size,
-        vision.image_size,
-        text.vocab_size,
-        text.max_position_embeddings,
-        eos,
-        **ours,
-    )
+    sizes = vision.patch_size, vision.image_size, text.vocab_size, text.max_position_embeddings
+    return CLIPConfig(tower(vision), tower(text), c.projection_dim, *sizes, eos, **ours)
 
 
 def clip_tokenizer(folder: Path) -> Any:

@@ -41,28 +41,19 @@ def cogvideox_table(config: CogVideoXConfig) -> list[Row]:
 
 def _patch_kernel(config: CogVideoXConfig) -> Transform:
     """Conv2d kernel [dim, c, ph, pw] ↔ the dense [(ph pw c), dim] of `patchify`."""
-    p = config.patch_size
-
-    def forward(x: np.ndarray) -> np.ndarray:
-        return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
-
-    def inverse(x: np.ndarray) -> np.ndarray:
-        return x.reshape(p, p, config.in_channels, x.shape[-1]).transpose(3, 2, 0, 1)
-
-    return Transform(forward, inverse)
+    shape = (config.patch_size, config.patch_size, config.in_channels, -1)
+    return Transform(
+        lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]), lambda x: x.reshape(shape).transpose(3, 2, 0, 1)
+    )
 
 
 def _output(config: CogVideoXConfig) -> Transform:
     """First axis (c ph pw) ↔ (ph pw c), the order of `unpatchify`."""
     p, c = config.patch_size, config.out_channels
-
-    def forward(x: np.ndarray) -> np.ndarray:
-        return np.moveaxis(x.reshape(c, p, p, *x.shape[1:]), 0, 2).reshape(x.shape)
-
-    def inverse(x: np.ndarray) -> np.ndarray:
-        return np.moveaxis(x.reshape(p, p, c, *x.shape[1:]), 2, 0).reshape(x.shape)
-
-    return Transform(forward, inverse)
+    return Transform(
+        lambda x: np.moveaxis(x.reshape(c, p, p, *x.shape[1:]), 0, 2).reshape(x.shape),
+        lambda x: np.moveaxis(x.reshape(p, p, c, *x.shape[1:]), 2, 0).reshape(x.shape),
+    )
 
 
 def _output_kernel(config: CogVideoXConfig) -> Transform:

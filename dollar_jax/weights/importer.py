@@ -1,5 +1,6 @@
 """`dollar import`: a diffusers pipeline folder, or one from the hub, to Orbax, tensor by tensor."""
 
+import functools
 import re
 import shutil
 from pathlib import Path
@@ -40,18 +41,6 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", ada
     stored = {name: files.list_tensors(found / name) for name in parts}
     pipelines.check_whole(found)
     changes = {} if adapter is None else read_changes(Path(adapter), family.native, stored["transformer"])
-    streams = {}
-    for name, part in parts.items():
-        shapes = {key: tensor.shape for key, tensor in stored[name].items()}
-        try:
-            streams[name] = stream_params(
-                part.table, shapes, lambda key, name=name: read(name, key), part.network.shapes
-            )
-        except ValueError as error:
-            raise ValueError(f"{found / name}: {error}") from error
-
-    total = sum(len(tensors) for tensors in stored.values())
-    bar = tqdm(total=total, desc="importing", unit="tensor")
 
     def read(name: str, key: str) -> np.ndarray:
         bar.update()
@@ -59,6 +48,16 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", ada
         value = stored[name][key].read()
         return value + changes[key] if name == "transformer" and key in changes else value
 
+    streams = {}
+    for name, part in parts.items():
+        shapes = {key: tensor.shape for key, tensor in stored[name].items()}
+        try:
+            streams[name] = stream_params(part.table, shapes, functools.partial(read, name), part.network.shapes)
+        except ValueError as error:
+            raise ValueError(f"{found / name}: {error}") from error
+
+    total = sum(len(tensors) for tensors in stored.values())
+    bar = tqdm(total=total, desc="importing", unit="tensor")
     with new_folder(folder) as draft, bar:
         for name in parts:
             save_stream(draft / name / pipelines.IMPORTED, streams[name])

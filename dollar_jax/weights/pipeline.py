@@ -116,9 +116,8 @@ def read_family(folder: Path) -> Family:
     if pipeline and pipeline not in pipelines:
         raise ValueError(f"{path} is of a {pipeline}; the pipelines known are {', '.join(pipelines)}")
     if found["transformer"] not in transformers:
-        raise ValueError(
-            f"{path} has the transformer {found['transformer']}; those known are {', '.join(transformers)}"
-        )
+        known = ", ".join(transformers)
+        raise ValueError(f"{path} has the transformer {found['transformer']}; those known are {known}")
     family = pipelines.get(pipeline, transformers[found["transformer"]])
     for name, why in family.unsupported.items():
         if index.get(name) not in (None, False, [None, None]):
@@ -156,16 +155,13 @@ def _read_configs(folder: Path, family: Family, options: Mapping[str, Mapping[st
     file = folder / "transformer" / "config.json"
     taken, made = transformer.in_channels, transformer.out_channels or transformer.in_channels
     if taken != made:
-        raise ValueError(
-            f"{file} has in_channels = {taken} and out_channels = {made}: the others are a condition such as an "
-            "image, and only text-to-video models are supported"
-        )
+        why = "the others are a condition such as an image, and only text-to-video models are supported"
+        raise ValueError(f"{file} has in_channels = {taken} and out_channels = {made}: {why}")
     if taken != vae.latent_channels:
         raise ValueError(f"{file} has in_channels = {taken}, but the latents of the vae have {vae.latent_channels}")
     if transformer.text_dim != text.d_model:
-        raise ValueError(
-            f"{file} is for text states of {transformer.text_dim} channels, not text_encoder's {text.d_model}"
-        )
+        width = transformer.text_dim
+        raise ValueError(f"{file} is for text states of {width} channels, not text_encoder's {text.d_model}")
     return configs
 
 
@@ -178,26 +174,22 @@ def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32"
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     kinds = {name: getattr(family, name) for name in COMPONENTS}
-    write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": family.pipeline,
-            "scheduler": ["diffusers", scheduler["_class_name"]],
-            "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
-            **{name: [kind.library, kind.class_name] for name, kind in kinds.items()},
-            **family.entries,
-        },
-    )
+    index = {
+        "_class_name": family.pipeline,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
+        **{name: [kind.library, kind.class_name] for name, kind in kinds.items()},
+        **family.entries,
+    }
+    write_json(folder / "model_index.json", index)
 
 
 def save_component(folder: Path, kind: Kind, component: Component, dtype: str, shard_size: int | None = None) -> None:
     """Writes a component's folder."""
-    table = kind.table(component.config, component.network.shapes)
-    tensors = export_stream(table, component.params)
-    file_name = {"diffusers": files.DIFFUSERS_FILE, "transformers": files.TRANSFORMERS_FILE}[kind.library]
-    files.write_component(
-        folder, kind.write(component.config), tensors, file_name=file_name, dtype=dtype, shard_size=shard_size
-    )
+    tensors = export_stream(kind.table(component.config, component.network.shapes), component.params)
+    file = files.DIFFUSERS_FILE if kind.library == "diffusers" else files.TRANSFORMERS_FILE
+    fields = kind.write(component.config)
+    files.write_component(folder, fields, tensors, file_name=file, dtype=dtype, shard_size=shard_size)
 
 
 def load_tokenizer(folder: Path) -> Any:

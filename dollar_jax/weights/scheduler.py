@@ -39,9 +39,8 @@ COGVIDEOX_NOISE: dict[str, Any] = {
     "beta_end": 0.012,
     "snr_shift_scale": 3.0,
 }
-# Per DDPM scheduler: diffusers' defaults of the noise's fields; and the fields that change what sampling
-# means, as above. CogVideoX's have a field clip_sample that they never read. How timesteps are spaced is the
-# sampler's affair: ours spaces them "trailing".
+# Per DDPM scheduler: diffusers' defaults of the noise's fields; and the fields that change what sampling means.
+# CogVideoX's never read their clip_sample. How timesteps are spaced is the sampler's affair.
 _SAME = {"trained_betas": (None, None), "set_alpha_to_one": (True, True)}
 _DDPMS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, Any]]]] = {
     "CogVideoXDDIMScheduler": (COGVIDEOX_NOISE, _SAME),
@@ -68,45 +67,32 @@ def schedule_of(fields: Mapping[str, Any], path: DiffusionPath, file: Path) -> S
     if path == "rf":
         shift = typed(fields.get(_FLOWS[name][0], 1.0), float, _FLOWS[name][0], file)
         return Schedule("rf", "velocity", num_train_timesteps=steps, shift=shift)
-    noise: dict[str, Any] = {
-        field: typed(fields.get(field, default), type(default), field, file)
-        for field, default in _DDPMS[name][0].items()
-    }
+    defaults = _DDPMS[name][0].items()
+    noise: Any = {key: typed(fields.get(key, default), type(default), key, file) for key, default in defaults}
     prediction = typed(fields.get("prediction_type", "epsilon"), str, "prediction_type", file)
     if prediction not in _PREDICTIONS:
         raise ValueError(f"{file} has prediction_type = {prediction!r}; it can be one of {', '.join(_PREDICTIONS)}")
-    return Schedule(
-        "ddpm",
-        _PREDICTIONS[prediction],
-        num_train_timesteps=steps,
-        rescale_zero_snr=typed(fields.get("rescale_betas_zero_snr", False), bool, "rescale_betas_zero_snr", file),
-        **noise,
-    )
+    rescale = typed(fields.get("rescale_betas_zero_snr", False), bool, "rescale_betas_zero_snr", file)
+    known = _PREDICTIONS[prediction]
+    return Schedule("ddpm", known, num_train_timesteps=steps, rescale_zero_snr=rescale, **noise)
 
 
 def scheduler_json(schedule: Schedule, path: DiffusionPath) -> dict[str, Any]:
     """The file with which diffusers follows the schedule with models of this path; ValueError where it cannot."""
     names = {ours: theirs for theirs, ours in _PREDICTIONS.items()} if path == "ddpm" else {"velocity": ""}
     if schedule.path != path or schedule.prediction not in names:
-        raise ValueError(
-            f"a schedule of path {schedule.path!r} and prediction {schedule.prediction!r} cannot be written for "
-            f"this family of models: it can be {path!r} with {', '.join(names)}"
-        )
+        found = f"a schedule of path {schedule.path!r} and prediction {schedule.prediction!r}"
+        mend = f"it can be {path!r} with {', '.join(names)}"
+        raise ValueError(f"{found} cannot be written for this family of models: {mend}")
+    steps = {"num_train_timesteps": schedule.num_train_timesteps}
     if path == "rf":
-        return {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": schedule.num_train_timesteps,
-            "shift": schedule.shift,
-        }
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", **steps, "shift": schedule.shift}
     return {
         "_class_name": "CogVideoXDDIMScheduler",
-        "num_train_timesteps": schedule.num_train_timesteps,
+        **steps,
         "prediction_type": names[schedule.prediction],
-        "beta_schedule": schedule.beta_schedule,
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
+        **{name: getattr(schedule, name) for name in COGVIDEOX_NOISE},
         "rescale_betas_zero_snr": schedule.rescale_zero_snr,
-        "snr_shift_scale": schedule.snr_shift_scale,
         "timestep_spacing": "trailing",
         "set_alpha_to_one": True,
         "clip_sample": False,
