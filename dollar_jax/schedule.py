@@ -125,9 +125,8 @@ def ddim_step(
 ) -> Latent:
     """One step from t to the earlier t_next (DOLLAR eq. (8.14), with its sigma scaled by eta).
 
-    eta = 0 is deterministic DDIM, which on the rectified-flow path is exactly the Euler step
-    x + (sigma_next - sigma) velocity; eta = 1 draws from the posterior q(x_next | x_t, x0_hat).
-    Raises ValueError for eta > 0 without noise.
+    eta = 0 is deterministic DDIM, which on the rectified-flow path is exactly the Euler step x + (sigma_next - sigma)
+    velocity; eta = 1 draws from the posterior q(x_next | x_t, x0_hat). Raises ValueError for eta > 0 without noise.
     """
     mean, sigma = posterior(schedule, x_t, x0_hat, t, t_next, eta)
     if eta == 0:

@@ -178,10 +178,9 @@ MINIMUM_PACE = 0.05  # pixels per frame; below it an object stands still
 def verify(video: np.ndarray) -> Reading:
     """Reads the attributes off every frame of a video [t, 32, 32, 3], uint8 or float in [0, 1].
 
-    The object is what differs in chroma from the background (which varies in luma only). Each
-    frame's soft mask is fitted with every shape over position and radius; the best overlap names the
-    shape. Direction and speed come from the fitted positions of the nearest five frames; an object
-    that stands still has neither.
+    The object is what differs in chroma from the background (which varies in luma only). Each frame's soft mask is
+    fitted with every shape over position and radius; the best overlap names the shape. Direction and speed come from
+    the fitted positions of the nearest five frames; an object that stands still has neither.
     """
     frames = unit_range(video).astype(np.float32)
     chroma = frames - frames.mean(-1, keepdims=True)

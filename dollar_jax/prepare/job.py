@@ -8,9 +8,8 @@ bucket that occurs in it. Until all units are finished, their files lie in OUT/p
     parts/00012.jpg                   a preview of the first clips of unit 12
     parts/00012.json                  the report of unit 12, written when its shards are whole: counts, rejected videos
 
-In the end the shards are moved to OUT under the names of a TFDS data set, and parts/ is deleted. A unit depends on
-the list and the settings alone, so that a job which was killed and resumed ends with the same bytes as one which
-was not.
+In the end the shards are moved to OUT under the names of a TFDS data set, and parts/ is deleted. A unit depends on the
+list and the settings alone, so that a job which was killed and resumed ends with the same bytes as one which was not.
 """
 
 import dataclasses

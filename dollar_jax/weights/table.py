@@ -2,9 +2,8 @@
 
     Row("blocks.{i}.{a}.to_q.weight", "blocks/{a:attn1|attn2}/to_q/kernel", TRANSPOSE)
 
-A field `{name:regex}` of the path is repeated as `{name}` in the source. The field `{i}`, in the
-source only, is the position on the parameter's leading axis. The first row whose path matches a
-parameter is its row.
+A field `{name:regex}` of the path is repeated as `{name}` in the source. The field `{i}`, in the source only, is the
+position on the parameter's leading axis. The first row whose path matches a parameter is its row.
 """
 
 import dataclasses

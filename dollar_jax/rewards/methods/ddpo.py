@@ -35,9 +35,8 @@ def rollout(
 ) -> tuple[Float[Array, "b s t h w c"], Latent]:
     """The student from noise by the DDPM posterior, without gradient: its last states, and the clean latent.
 
-    The states are those at the last three timesteps, or two if there are no more, so that the steps
-    between them, the last two whose outcome is random, can be reinforced: the step to the clean end has
-    variance 0.
+    The states are those at the last three timesteps, or two if there are no more, so that the steps between them, the
+    last two whose outcome is random, can be reinforced: the step to the clean end has variance 0.
     """
     params = jax.lax.stop_gradient(params)
     times = [jnp.full(len(text), t) for t in d.config.student.timesteps]
@@ -55,8 +54,7 @@ def policy(
 ) -> tuple[Float[Array, ""], Metrics]:
     """L_FT of DDPO: -A Σ log p_θ(x_next | x_t) over the steps between `states`, per element of the latent.
 
-    The rollouts are a step or two old by the time their rewards are here; no importance weight corrects
-    for that.
+    The rollouts are a step or two old by the time their rewards are here; no importance weight corrects for that.
     """
     times = [jnp.full(len(text), t) for t in d.config.student.timesteps[-states.shape[1] :]]
     total = jnp.zeros(())
