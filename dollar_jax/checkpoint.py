@@ -6,8 +6,6 @@ Items are restored by name, so that sampling reads the student alone. A step's f
 it is whole, with the checksums of all its files, and what is not as it was written is not restored.
 """
 
-from __future__ import annotations
-
 import glob
 import itertools
 import json
@@ -198,7 +196,7 @@ class Checkpoints:
         if self._failure is not None:
             self._give_up("the last checkpoint")
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:

@@ -233,9 +233,7 @@ class RewardConfig:
     latent_frames: int | None = field(None, "Latent frames scored, a random run; None for all.", low=1)
     timeout: float = field(60.0, "Seconds a host reward may take per step.", above=0, resumable=True)
     retries: int = field(1, "Further tries of a host reward that failed.", low=0, resumable=True)
-    max_failed_rounds: int = field(
-        50, "Steps in a row without one reward, after which a run stops.", low=1, resumable=True
-    )
+    max_failed_rounds: int = field(50, "Steps without any reward that end a run.", low=1, resumable=True)
     remat: bool = field(True, "direct recomputes decoder and rewards in the backward pass.", resumable=True)
     replay: int = field(128, "Scored latents kept in the host's memory and in checkpoints.", low=1)
     batch_size: int = field(64, "Scored latents to one update of the latent model.", low=1)
@@ -353,22 +351,12 @@ class VisibilityConfig:
     prompts: tuple[str, ...] = field((), "Prompts of the sample grids; without any, three captions of the data.")
     videos: int = field(8, "Videos per prompt.", low=1)
     seed: int = field(0, "Seed of their noise.", low=0, high=LARGEST_SEED)
-    least_diversity: float = field(
-        0.5, "Share of the teacher's Vendi score above 1 below which a collapse is warned of.", low=0
-    )
-    std_range: tuple[float, float] = field(
-        (0.6, 1.5), "Latents' deviation by the teacher's, outside of which a collapse is warned of.", above=0
-    )
-    most_drift: float = field(
-        0.3, "Distance of the latents' mean from the teacher's, in its deviations, that is warned of.", low=0
-    )
-    peak_tflops: float | None = field(
-        None, "Peak TFLOP/s of one device, for the MFU; None where the device is known, or for no MFU.", above=0
-    )
+    least_diversity: float = field(0.5, "Warned of: a Vendi score above 1 below this share of the teacher's.", low=0)
+    std_range: tuple[float, float] = field((0.6, 1.5), "Not warned of: latents' deviation by the teacher's.", above=0)
+    most_drift: float = field(0.3, "Warned of: latents' mean so many of the teacher's deviations off its.", low=0)
+    peak_tflops: float | None = field(None, "Peak TFLOP/s of a device, for the MFU; None if known.", above=0)
     profile_steps: int = field(0, "Steps traced for XProf; 0 for none.", low=0)
-    device_hour_price: float | None = field(
-        None, "Price of a device's hour in any currency, to show what a run costs; None for no costs.", above=0
-    )
+    device_hour_price: float | None = field(None, "Price of a device's hour, to show a run's cost.", above=0)
     most_saturation: float = field(2.5, "Share of vivid pixels, by the teacher's, that is warned of.", above=0)
 
     def __post_init__(self) -> None:
@@ -399,9 +387,7 @@ class DistillConfig:
     log_every: int = field(10, "Steps between logged metrics.", low=1, resumable=True)
     log_minutes: float = field(5.0, "Minutes after which metrics are logged anyway.", above=0, resumable=True)
     max_skipped: int = field(10, "Steps in a row that may be skipped before a run stops.", low=0, resumable=True)
-    max_gradient_norm: float | None = field(
-        None, "The student's, above which a step is skipped.", above=0, resumable=True
-    )
+    max_gradient_norm: float | None = field(None, "The student's that skips a step.", above=0, resumable=True)
     mesh: MeshConfig = field(MeshConfig(), "Devices along each mesh axis.", resumable=True)
     compute: ComputeConfig = field(ComputeConfig(), "How networks are computed.", resumable=True)
     lora: LoraConfig = field(LoraConfig(), "Low-rank adapters.")

@@ -1,7 +1,5 @@
 """`dollar export`: the student of a run as a diffusers pipeline folder or an adapter, with a model card."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

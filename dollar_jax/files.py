@@ -3,8 +3,6 @@
 What is written survives a kill or a crash. Whatever is read is a regular file: a pipe or a device may never end.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import hashlib

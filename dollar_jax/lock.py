@@ -1,7 +1,5 @@
 """One owner of a run's folder: a file that names it, which it locks, and touches for as long as it lives."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """What a training run shows of itself: samples beside the teacher's, signs of collapse, its log, a profile."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -221,7 +219,7 @@ class Log:
             text = json.dumps(dataclasses.asdict(config), indent=4, default=str)
             self.events.add_text("config", "    " + text.replace("\n", "\n    "), first + 1)
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -354,7 +352,7 @@ class Profile:
         self._stop: int | None = None  # the step before which the running trace ends
         self._asked = SignalFlag(signal.SIGUSR1)
 
-    def __enter__(self) -> Profile:
+    def __enter__(self) -> "Profile":
         self._asked.__enter__()
         return self
 

@@ -229,8 +229,6 @@ def fake_score(
     return each.mean(), lax.stop_gradient(aux)
 
 
-# --- the terms of the student's loss --------------------------------------------------------------
-
 VSD = Term(
     name="vsd",
     symbol="",

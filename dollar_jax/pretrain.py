@@ -136,9 +136,6 @@ def endless(source: Any, batch_size: int, seed: int, cut: Any = None) -> grain.D
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
-# --- the video VAE --------------------------------------------------------------------------------
-
-
 def vae_loss(
     network: Network, kl_weight: float, params: Params, video: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, Metrics]:
@@ -192,9 +189,6 @@ def encode_all(vae: Component, videos: np.ndarray, batch: int = 64) -> tuple[np.
     parts = [program(vae.params, videos[i : i + batch]) for i in tqdm(range(0, len(videos), batch), "encoding")]
     mean, std = (np.concatenate([np.asarray(p[k]) for p in parts]) for k in range(2))
     return mean, std
-
-
-# --- the text encoder and the DiT -----------------------------------------------------------------
 
 
 def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipeline:
@@ -261,9 +255,6 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
         tokenizer,
         schedule,
     )
-
-
-# --- what it has learnt ---------------------------------------------------------------------------
 
 
 def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:

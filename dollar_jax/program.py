@@ -1,7 +1,5 @@
 """A function declared for the devices of a mesh, to be listed and compiled: the one place that calls `jax.jit`."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -13,7 +11,7 @@ from jax.sharding import Mesh
 
 from dollar_jax import sharding
 
-_recordings: list[list[Program]] = []
+_recordings: "list[list[Program]]" = []
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -103,9 +103,8 @@ def train_programs(
     state_shapes = jax.eval_shape(init, jax.random.key(0), transformer.shapes)
     on_chips = sharding.shard(mesh, state_shapes)
     offload = config.compute.offload
-    state_sharding = dataclasses.replace(
-        on_chips, **{f: sharding.in_host_memory(getattr(on_chips, f)) for f in offload}
-    )
+    in_host = {f: sharding.in_host_memory(getattr(on_chips, f)) for f in offload}
+    state_sharding = dataclasses.replace(on_chips, **in_host)
     whole = sharding.replicated(mesh)
     frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
     batch_shapes = _batch_shapes(config, latent_shape, text_shape, pixel_rewards)
@@ -127,29 +126,11 @@ def train_programs(
         jax.ShapeDtypeStruct((1, *text_shape), jnp.float32),
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward),
     )
-    teacher_sharding = frozen_sharding.teacher
-    return TrainPrograms(
-        mesh,
-        distillation,
-        Program(
-            "step",
-            put_back,
-            (state_shapes, frozen_shapes, batch_shapes),
-            mesh,
-            (state_sharding, frozen_sharding, batch_sharding),
-            (state_sharding, whole, samples_sharding),
-            donate=(0,),
-        ),
-        Program(
-            "init",
-            init,
-            (jax.eval_shape(jax.random.key, 0), transformer.shapes),
-            mesh,
-            (whole, teacher_sharding),
-            state_sharding,
-        ),
-        merge_program(config.lora, mesh, transformer.shapes, state_shapes.ema) if config.lora.rank else None,
-    )
+    arguments, places = (state_shapes, frozen_shapes, batch_shapes), (state_sharding, frozen_sharding, batch_sharding)
+    begun, at = (jax.eval_shape(jax.random.key, 0), transformer.shapes), (whole, frozen_sharding.teacher)
+    merge = merge_program(config.lora, mesh, transformer.shapes, state_shapes.ema) if config.lora.rank else None
+    step = Program("step", put_back, arguments, mesh, places, (state_sharding, whole, samples_sharding), donate=(0,))
+    return TrainPrograms(mesh, distillation, step, Program("init", init, begun, mesh, at, state_sharding), merge)
 
 
 def teacher_programs(
@@ -182,9 +163,8 @@ def step_flops(
     held = dataclasses.replace(transformer.config, remat="none", attention="xla")
     network = generator.pipeline.family.transformer.network(held)
     pipeline = dataclasses.replace(generator.pipeline, transformer=dataclasses.replace(transformer, network=network))
-    plain = dataclasses.replace(
-        config, mesh=MeshConfig(1, 1, 1, 1), compute=dataclasses.replace(config.compute, offload=())
-    )
+    compute = dataclasses.replace(config.compute, offload=())
+    plain = dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, 1), compute=compute)
     pixels = pixel_rewards and dataclasses.replace(pixel_rewards, remat=False)
     device = list(generator.mesh.devices.flat)[:1]
     programs = teacher_programs(plain, dataclasses.replace(generator, pipeline=pipeline), pixels, device, score_real)

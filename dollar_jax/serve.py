@@ -5,8 +5,6 @@ GET /api says what may be asked for, with defaults; POST some of it as a JSON ob
 {"error": SENTENCE} with status 400 for what cannot be drawn and 503 when too many wait.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Signals as flags that a loop asks for when it has time for them."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading
@@ -15,7 +13,7 @@ class SignalFlag:
     def __init__(self, number: signal.Signals, once: str = ""):
         self.number, self.once, self._set = number, once, False
 
-    def __enter__(self) -> SignalFlag:
+    def __enter__(self) -> "SignalFlag":
         self._listens = threading.current_thread() is threading.main_thread()
         if self._listens:
             self._before = signal.signal(self.number, self._on_signal)

@@ -1,7 +1,5 @@
 """The train state: a plain pytree, made already sharded."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -26,7 +24,7 @@ class RewardStatistics:
     def std(self) -> Float[Array, " k"]:
         return jnp.sqrt(jnp.maximum(self.variance, 1e-12))
 
-    def updated(self, reward: Float[Array, "*b k"], weight: Float[Array, "*b"], decay: float) -> RewardStatistics:
+    def updated(self, reward: Float[Array, "*b k"], weight: Float[Array, "*b"], decay: float) -> "RewardStatistics":
         """With more rewards [..., k], those not finite left out, the old ones' weight decayed once; unchanged when all
         of `weight` is 0. Chan et al.'s centred moments: a large mean costs the variance no precision.
         """

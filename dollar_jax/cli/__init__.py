@@ -1,7 +1,5 @@
 """The command line, `dollar <command> [--flags]`. Commands import what they need when they run: help comes at once."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import keyword

@@ -1,7 +1,5 @@
 """`dollar demo`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dollar_jax.cli.base import FLAGS, define, define_workdir, prepare_jax

@@ -1,7 +1,5 @@
 """`dollar pretrain`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dollar_jax.cli.base import FLAGS, define_config, define_workdir, given_config, prepare_jax

@@ -1,7 +1,5 @@
 """`dollar train`."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What `dollar prepare` left, as endless shuffled batches: a batch holds one aspect bucket."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import threading
@@ -109,7 +107,7 @@ class PreparedVideos:
         """(t, h, w, c) of every bucket."""
         return [tuple(self.about["latent_shapes"][bucket]) for bucket in self.buckets]
 
-    def check(self, config: DistillConfig, generator: Generator) -> PreparedVideos:
+    def check(self, config: DistillConfig, generator: Generator) -> "PreparedVideos":
         """Itself; raises ValueError when the run's teacher did not encode it, or its losses need what it lacks."""
         for name, now in fingerprint(generator).items():
             before = np.array(self.about["fingerprint"][name])

@@ -5,8 +5,6 @@ a caption and is what diversity measures: position, exact radius, speed and colo
 and its tint. `verify` reads the five attributes back off every frame of a video.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 
@@ -49,7 +47,7 @@ class Caption:
         return f"a {self.size} {self.colour} {self.shape} moving {self.direction} {self.speed}"
 
     @staticmethod
-    def parse(text: str) -> Caption:
+    def parse(text: str) -> "Caption":
         """The caption a prompt spells; raises ValueError naming the first attribute it lacks."""
         words = text.lower().split()
         found = {}
@@ -144,9 +142,6 @@ def example(seed: int, split: str, index: int) -> tuple[np.ndarray, Caption]:
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     caption = captions[rng.integers(len(captions))]
     return render(caption, rng), caption
-
-
-# --- the verifier ---------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

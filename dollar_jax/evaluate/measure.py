@@ -1,7 +1,5 @@
 """Samples and measures every way of drawing a video: teacher, student, and the teacher left undistilled."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import time
@@ -72,7 +70,7 @@ def measure(
     rows: dict[str, BoundSampler],
     plan: SamplePlan,
     reward: AnyReward | None,
-    network: NetworkMeasures | None = None,
+    network: "NetworkMeasures | None" = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
     """Per row: alignment, reward, vendi, flicker, nfe, seconds per video, ...; and its videos, uint8 [n t h w 3].
 

@@ -2,8 +2,6 @@
 `fsdp` share the rows of a batch, `context` the tokens of a sequence, `tensor` heads and channels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The one place that computes attention: which kernel, and on a mesh which device computes what."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Literal

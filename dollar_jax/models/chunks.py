@@ -1,7 +1,5 @@
 """A causal network over a clip, chunk by chunk: what its layers remember, and the walk through the clip."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

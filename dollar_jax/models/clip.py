@@ -4,8 +4,6 @@ Radford et al., arXiv 2103.00020. Images come as frames in [0, 1]; `preprocess` 
 tower expects, and is traced with it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Literal
 

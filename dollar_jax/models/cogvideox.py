@@ -5,8 +5,6 @@ condition on an image are left out, and so are the patches in time of version 1.
 modulation, rotary embedding, timestep embedding and the residual sums are fp32 whatever `dtype` is.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

@@ -6,8 +6,6 @@ norm runs over the frames of its chunk, so the chunks' length is part of the mod
 the frames that are left over, and its first frame stands alone in time.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """What the video transformers share before their blocks: patches, times and positions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

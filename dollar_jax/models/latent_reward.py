@@ -2,8 +2,6 @@
 Every latent frame is scored alone and the scores are averaged, or a video is convolved over time too.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

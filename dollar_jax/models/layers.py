@@ -1,7 +1,5 @@
 """What the transformers share: dense layers, norms, and a stack of equal layers run by a scan."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 

@@ -1,7 +1,5 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): an `adapter` in each adapted dense layer of a network's nested dict."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

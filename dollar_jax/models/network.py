@@ -1,7 +1,5 @@
 """From an NNX module to pure functions: the only door between `models` and the rest."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ Named as in transformers' `UMT5EncoderModel` and `T5EncoderModel`. They differ i
 UMT5 has a relative position bias of its own, while those of T5 share one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

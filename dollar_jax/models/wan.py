@@ -3,8 +3,6 @@ modulation, rotary and timestep embedding and residual sums are fp32 whatever `d
 embedder, residual stream's norms and modulation tables whatever `param_dtype` is.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import cast

@@ -7,8 +7,6 @@ The temporal strided convolution passes the first frame through, and the tempora
 it. With `is_residual`, as in Wan 2.2, a shortcut without parameters goes around every level.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
 

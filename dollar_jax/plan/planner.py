@@ -2,8 +2,6 @@
 the slowest of matrix products, memory traffic and collectives at the chip's peaks, as if all three overlapped.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -100,7 +98,7 @@ def plans_apart(*request: Any) -> Iterator[Plan]:
             yield aborted[done - 1]
 
 
-_loaded: list[_Job] = []  # in a worker
+_loaded: "list[_Job]" = []  # in a worker
 
 
 def _load(request: Sequence[Any]) -> list[Plan]:

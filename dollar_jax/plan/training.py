@@ -1,7 +1,5 @@
 """What a whole training costs: forward-equivalents of the transformer by part, and chip-hours."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -282,9 +282,6 @@ def _column(path: Path, names: list[str], keys: tuple[str, ...]) -> str:
     return found[0]
 
 
-# --- reading what an item names -------------------------------------------------------------------
-
-
 def read_caption(item: Item, rng: np.random.Generator | None = None, language: str | None = None) -> str:
     """The caption, stripped: of a list the first, or with `rng` any; of an object by language that of `language`.
 

@@ -3,8 +3,6 @@
 A frame becomes what a good player shows on a BT.709 screen; docs/data.md has the table.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
@@ -161,7 +159,7 @@ class View:
     light: tuple[int, int] | None  # transfer characteristic and primaries, where they are not BT.709's
 
     @staticmethod
-    def of(frame: av.VideoFrame, aspect: Fraction, settings: ClipSettings, rng: np.random.Generator) -> View:
+    def of(frame: av.VideoFrame, aspect: Fraction, settings: ClipSettings, rng: np.random.Generator) -> "View":
         """The view of a video by its first frame."""
         check_showable(frame)
         turn = _turn(frame)

@@ -1,7 +1,5 @@
 """The ablation's page, its CSV and its Markdown table: means and deviations over seeds, and the paper's claims."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import io
@@ -73,7 +71,7 @@ def write_ablation(
     workdir: Path,
     results: Sequence[Result],
     labels: Mapping[str, str],
-    speed: Speed,
+    speed: "Speed",
     videos: Mapping[str, Mapping[str, np.ndarray]],
     prompts: Sequence[str],
     commands: Sequence[str],

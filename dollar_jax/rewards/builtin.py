@@ -47,8 +47,6 @@ def compressibility(frames: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     return np.array(rewards, np.float32)
 
 
-# --- in the jitted step -----------------------------------------------------------------------------
-
 SHARE = 0.03  # of a frame's pixels: about the smallest object of the default domain
 WINDOW = 5  # pixels over which a motion is taken to be the same
 _LUMA = (0.299, 0.587, 0.114)
@@ -117,8 +115,6 @@ def _central(x: Float[Array, "b t h w"], axis: int) -> Float[Array, "b t h2 w2"]
 def _window(x: Float[Array, "b t h w"]) -> Float[Array, "b t h2 w2"]:
     return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 1, WINDOW, WINDOW), (1, 1, 1, 1), "SAME")
 
-
-# --- the table --------------------------------------------------------------------------------------
 
 REWARDS: dict[str, AnyReward] = {
     "vivid": Reward(vivid, "the share of coloured pixels that are bright and saturated"),

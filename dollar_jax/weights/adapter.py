@@ -1,7 +1,5 @@
 """Low-rank adapters in files: by PEFT's names, diffusers', or those of the code that a model was published with."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What every way from rewards to the student has in common: weights, statistics, and what is scored."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol

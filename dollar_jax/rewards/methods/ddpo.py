@@ -1,7 +1,5 @@
 """DDPO, REINFORCE on the student's last two random steps (DOLLAR eq. (8.24)-(8.26)): rewards need no gradient."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -86,7 +84,7 @@ class DDPO(RewardMethod):
     def inputs_sharding(self, mesh: Mesh, samples: NamedSharding) -> NamedSharding:
         return samples
 
-    def memory(self, latent: Shape, text: Shape) -> RolloutMemory:
+    def memory(self, latent: Shape, text: Shape) -> "RolloutMemory":
         return RolloutMemory(self.inputs(latent, text))
 
     def add_gradient(

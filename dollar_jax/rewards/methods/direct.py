@@ -1,7 +1,5 @@
 """Rewards by their own gradient, through the decoder: an upper bound to compare a latent reward model with."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

@@ -1,7 +1,5 @@
 """DOLLAR's latent reward model (eq. (8.10)-(8.12)): learns the rewards of decoded latents, and is differentiated."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any
@@ -72,7 +70,7 @@ class LatentReward(RewardMethod):
         sharding.check_batch(mesh, "reward.batch_size", self.settings.batch_size)
         return sharding.batch_sharding(mesh, leading=1)
 
-    def memory(self, latent: Shape, text: Shape) -> Replay:
+    def memory(self, latent: Shape, text: Shape) -> "Replay":
         return Replay(self.settings.replay, self.inputs(latent, text), self.config.seed)
 
     def candidates(
