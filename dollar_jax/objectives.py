@@ -229,22 +229,15 @@ def fake_score(
     return each.mean(), lax.stop_gradient(aux)
 
 
-VSD = Term(
-    name="vsd",
-    symbol="",
-    label="variational score distillation (VSD)",
-    curve="VSD loss",
-    weight=lambda config: config.vsd.weight,
-    loss=vsd_term,
-)
+VSD = Term("vsd", "", "variational score distillation (VSD)", "VSD loss", lambda config: config.vsd.weight, vsd_term)
 CONSISTENCY = Term(
-    name="consistency",
-    symbol="β_CD",
-    label="consistency distillation (CD)",
-    curve="Consistency loss",
-    weight=lambda config: config.consistency.weight,
+    "consistency",
+    "β_CD",
+    "consistency distillation (CD)",
+    "Consistency loss",
+    lambda config: config.consistency.weight,
+    consistency_term,
     scale=lambda config, step: config.consistency.every,
-    loss=consistency_term,
 )
 
 

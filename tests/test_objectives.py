@@ -90,6 +90,9 @@ def test_student_loss_is_the_weighted_sum_of_its_parts(make_config, source, time
     off = {"vsd.weight": 0.0, "consistency.weight": 0.0, "reward.rewards": ()}
     on = {"vsd.weight": 1.0, "consistency.weight": 1.0, "reward.rewards": REWARD}
     alone = {name: student(make_config({**kind, **off, name: on[name]}))[0] for name in off}
+    # With neither VSD nor reward L_CD takes its own input only, and so draws others.
+    beside = make_config({**kind, "vsd.weight": 0.0, "consistency.weight": 1.0, "reward.rewards": REWARD})
+    alone["consistency.weight"] = student(beside)[1][0]["consistency"]
     assert all(abs(value) > 1e-3 for value in alone.values())
     total, (metrics, _) = student(
         make_config({**kind, "vsd.weight": 0.7, "consistency.weight": 0.5, "reward.rewards": REWARD})

@@ -25,10 +25,7 @@ def mesh(data=1, fsdp=1, context=1, tensor=1):
 
 
 def leaves(tree):
-    return {
-        "/".join(sharding._name(entry) for entry in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {sharding._name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @pytest.fixture(scope="module")

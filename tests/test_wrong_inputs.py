@@ -361,8 +361,9 @@ def test_there_are_enough_of_them():
 def test_a_reader_that_goes_away_does_not_end_a_command():
     read, write = os.pipe()
     os.close(read)
-    gone = base.Unbreakable(os.fdopen(write, "w"))
-    for _ in range(3):
-        print("x" * 100_000, file=gone, flush=True)
+    with os.fdopen(write, "w") as stream:
+        gone = base.Unbreakable(stream)
+        for _ in range(3):
+            print("x" * 100_000, file=gone, flush=True)
+        assert Path(f"/proc/self/fd/{gone.fileno()}").resolve() == Path("/dev/null")
     base.Unbreakable(None).write("nobody listens")
-    assert Path(f"/proc/self/fd/{gone.fileno()}").resolve() == Path("/dev/null")

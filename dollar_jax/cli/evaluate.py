@@ -119,6 +119,7 @@ def _vbench_videos() -> None:
     workdir, folder, listed = Path(FLAGS.workdir), Path(FLAGS.vbench), Path(FLAGS.prompts_file)
     config, names = read_config(workdir), Path(FLAGS.names) if FLAGS.names else None
     prompts = None if names is None else pair_names(listed, names)
+    counts: dict[str, int]
     if prompts is not None and not FLAGS.names.endswith(".json"):
         counts = dict.fromkeys(prompts, FLAGS.num)
     else:

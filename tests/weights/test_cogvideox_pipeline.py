@@ -255,7 +255,7 @@ def test_videos_are_prepared_with_an_imported_teacher(folder, generator, make_co
         np.testing.assert_allclose(record["latent"], mean[0], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(record["latent_std"], std[0], rtol=1e-4)
         text = generator.text([record["caption"].decode()])[0]
-        np.testing.assert_allclose(record["text"], text, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(record["text"], text, rtol=0.01, atol=0.003)  # of weights in bf16
         assert len(record["text"]) == LENGTH, "padding is part of the text"
     longer = make_config({"teacher": str(teacher), "data.name": str(out), "data.max_text_length": LENGTH + 1})
     with pytest.raises(ValueError, match="config.data.max_text_length to 12"):
@@ -331,7 +331,7 @@ def test_bad_path_cannot_be_written():
 @pytest.mark.parametrize(
     "name, class_name, message",
     [
-        ("transformer", "FluxTransformer2DModel", "FluxTransformer2DModel.*Wan.*CogVideoXTransformer3DModel"),
+        ("transformer", "FluxTransformer2DModel", "FluxTransformer2DModel; those known are .*Wan"),
         ("vae", "AutoencoderKLWan", "vae AutoencoderKLWan; a CogVideoXPipeline has a AutoencoderKLCogVideoX"),
         ("text_encoder", None, "text_encoder None; a CogVideoXPipeline has a T5EncoderModel"),
     ],
