@@ -12,6 +12,7 @@ from dollar_jax.data import shapes
 from dollar_jax.data.prepared import fingerprint
 from dollar_jax.generate import Generator, draw_beside, draw_videos, load_teacher, sampling_mesh, subset, video_keys
 from dollar_jax.sharding import make_mesh
+from dollar_jax.weights.families import clean_prompt
 
 TIMES = (1000.0, 700.0, 400.0)
 PROMPTS = ["a bb ccc", "aaaa b", "aa aa aa"]
@@ -120,3 +121,15 @@ def test_the_negative_prompt_is_the_other_half_of_guidance(toy_generator):
     toward = dataclasses.replace(generator, sampling=dataclasses.replace(avoided, negative_prompt=PROMPTS[0]))
     plain = np.asarray(toward.teacher_sampler(2, 0.0)(params, keys, text))  # both halves alike: no guidance
     np.testing.assert_allclose(np.asarray(toward.teacher_sampler(2, 3.0)(params, keys, text)), plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", ["a &#32; b", " a\tcat\n\n &amp;amp; dog ", "plain", "&lt;b&gt; caf\u00e9 \u732b"])
+def test_prompts_are_cleaned_as_diffusers_does(prompt):
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    assert clean_prompt(prompt) == prompt_clean(prompt)
+
+
+def test_the_text_states_are_of_the_cleaned_prompt(toy_generator):
+    dirty, clean = toy_generator.text(["a &#32; bb \n ccc", "a bb ccc"])
+    np.testing.assert_array_equal(dirty, clean)

@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from dollar_jax import cli
 from dollar_jax.prepare import job, shards
 from dollar_jax.prepare.job import prepare
+from dollar_jax.prepare.settings import remember_settings
 from dollar_jax.prepare.videos import ClipSettings, read_clips
 
 COUNT = 18
@@ -324,3 +325,16 @@ def test_a_list_without_one_good_video_is_a_failure(settings, generator, tmp_pat
     with pytest.raises(ValueError, match=r"none of the 1 videos could be used: .*rejected.jsonl says why"):
         prepare(replace(settings, source=str(tmp_path / "in")), generator, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "rejected.jsonl").read_text())["name"] == "a.mp4"
+
+
+def test_a_source_is_the_same_by_a_relative_path_and_an_older_job_goes_on(settings, tmp_path, monkeypatch):
+    remember_settings(settings, tmp_path / "out")
+    monkeypatch.chdir(Path(settings.source).parent)
+    relative = replace(settings, source=Path(settings.source).name)
+    remember_settings(relative, tmp_path / "out")
+    path = tmp_path / "out" / "prepare.json"
+    older = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("caption", "language", "keep_cuts")}
+    path.write_text(json.dumps(older))
+    remember_settings(settings, tmp_path / "out")
+    with pytest.raises(ValueError, match="begun with language = None, not 'en'"):
+        remember_settings(replace(settings, language="en"), tmp_path / "out")
