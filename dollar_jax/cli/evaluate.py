@@ -119,9 +119,8 @@ def _vbench_videos() -> None:
     workdir, folder, listed = Path(FLAGS.workdir), Path(FLAGS.vbench), Path(FLAGS.prompts_file)
     config, names = read_config(workdir), Path(FLAGS.names) if FLAGS.names else None
     prompts = None if names is None else pair_names(listed, names)
-    counts: dict[str, int]
     if prompts is not None and not FLAGS.names.endswith(".json"):
-        counts = dict.fromkeys(prompts, FLAGS.num)
+        counts = {name: int(FLAGS.num) for name in prompts}
     else:
         counts = read_vbench_prompts(names or listed, FLAGS.num)
     check_names(counts)
