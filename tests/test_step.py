@@ -379,6 +379,7 @@ def test_a_reward_whose_regression_overflows_spares_the_latent_model(base, initi
     jax.tree.map(np.testing.assert_array_equal, state["student"], fine["student"])
 
 
+@pytest.mark.slow
 def test_a_spike_of_the_gradient_is_skipped_where_asked_for(runner, initial, alone):
     """The student's norm of a step lies between the two bounds."""
     norm = float(alone(())[1][0]["student_gradient"])

@@ -276,6 +276,7 @@ def test_a_killed_run_resumes_to_the_bit(train, whole, generator, config, tmp_pa
     assert_same_run(tmp_path, state, whole, generator, config, check_events)
 
 
+@pytest.mark.slow
 def test_a_run_whose_state_lies_in_host_memory_resumes_to_the_bit(
     train, whole, generator, config, tmp_path, check_events
 ):
