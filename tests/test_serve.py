@@ -45,7 +45,9 @@ def url(wan_folder, make_config, tmp_path_factory):
     lines = iter(server.stdout.readline, "")
     yield next(found[0] for line in lines if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
     server.send_signal(signal.SIGINT)
-    assert server.wait(60) == 0
+    code = server.wait(60)
+    server.stdout.close()
+    assert code == 0
 
 
 def post(url, body):
@@ -105,6 +107,7 @@ def test_too_many_at_once_are_turned_away(url):
     assert sum(status == 200 for status, _ in answers) == 6 - len(turned_away) >= 2
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(url, tmp_path):
     """Two people at once type a prompt and see a video play; a prompt that is too long is a sentence."""
     browsers = filter(None, map(shutil.which, ("chromium", "google-chrome")))
