@@ -117,6 +117,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
         "consistency": {"times": "student", "skip": 3, "guidance_weight": 1.0, "distance": "mse", "boundary": "none"},
         "fake_score": {"updates": 2, "optimiser": {**adam, "learning_rate": 6e-4}},
         "reward": {
+            "rewards": ({"name": "vivid"},),
             "weight": 0.03,
             "start_step": 40,
             "samples": 4,

@@ -10,7 +10,6 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from dollar_jax.config import DistillConfig, distill_config
-from dollar_jax.data.clip import MOVING_SHAPES
 from dollar_jax.fields import merged, unwrapped
 
 LOSSES = ("vsd", "cd", "vsd+cd", "vsd+cd+lrm")
@@ -23,14 +22,14 @@ def experiment(base: str | None, variant: str, changes: Mapping[str, Any]) -> Co
     """The settings of `base`, a name in configs/ or a path, or the defaults, with `changes` by dotted paths or groups.
 
     `variant` is one of LOSSES; the others' weights are 0. The rewards of lrm may follow it, as in
-    vsd+cd+lrm,hpsv2=FOLDER,vivid; only the shipped teacher has one of its own.
+    vsd+cd+lrm,hpsv2=FOLDER,vivid, unless `base` or `changes` name some.
     """
     losses, *rewards = variant.split(",")
     if losses not in LOSSES:
         raise ValueError(f"the variant :{losses} is unknown; there are {', '.join(LOSSES)}")
     fields = merged({} if base is None else dataclasses.asdict(load(base, variant)), changes)
     terms = losses.split("+")
-    if "lrm" in terms and not rewards and fields["teacher"] != MOVING_SHAPES:
+    if "lrm" in terms and not rewards and not fields.get("reward", {}).get("rewards"):
         raise ValueError(f"the variant :{losses} lacks a reward: name one, as in :{losses},hpsv2=FOLDER")
     if rewards and "lrm" not in terms:
         raise ValueError(f"the variant :{variant} names a reward, which only lrm learns: write :{losses}+lrm,…")

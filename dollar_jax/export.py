@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dollar_jax import __version__
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.clip import clip_size
-from dollar_jax.files import hash_file, new_folder, read_json, write_checksums
+from dollar_jax.files import checksums, new_folder, read_json, write_checksums
 from dollar_jax.generate import SHIPPED_TEACHERS, teacher_folder
 from dollar_jax.models import lora
 from dollar_jax.objectives import terms
@@ -116,10 +116,11 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
         context = {"adapter": adapter, "module": module, "sample": (draft / "sample.mp4").is_file()}
         card = model_card(config, teacher, manifest, metrics, family=family, **context)
         (draft / "README.md").write_text(card)
-        pipelines.write_json(draft / "manifest.json", manifest | {"files": checksums(draft)})
+        hashes = checksums(draft)
+        pipelines.write_json(draft / "manifest.json", manifest | {"files": hashes})
         for path in draft.rglob("*"):  # safetensors makes files that only their owner may read
             path.chmod(0o755 if path.is_dir() else 0o644)
-        write_checksums(draft, f"student of step {step}")
+        write_checksums(draft, f"student of step {step}", hashes)
 
 
 def push(folder: Path, name: str) -> str:
@@ -131,11 +132,6 @@ def push(folder: Path, name: str) -> str:
     except Exception as error:  # whatever the hub or the network answers, the folder is written
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"{folder} is written, but the hub did not take it as {name}: {first}") from error
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder, by its path there."""
-    return {p.relative_to(folder).as_posix(): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def public(config: DistillConfig, teacher: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import shutil
 import stat
 import uuid
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -145,12 +145,18 @@ def hash_file(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_checksums(folder: Path, about: str = "") -> None:
+def checksums(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """SHA-256 of every file of a folder, by its path there; what is `known` already is not read again."""
+    known = known or {}
+    return {**known, **_hash_all(folder, [name for name in _names(folder) if name not in known])}
+
+
+def write_checksums(folder: Path, about: str = "", known: Mapping[str, str] | None = None) -> None:
     """Leaves CHECKSUMS in a folder: `about` in the first line, a line per file, and the checksum of all these in the
-    last. When this returns, all files are on the disk.
+    last. When this returns, all files are on the disk. `known`: as of `checksums`.
     """
     folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
-    lines = [f"# {about}", *(f"{value}  {name}" for name, value in _hash_all(folder, _names(folder)).items())]
+    lines = [f"# {about}", *(f"{value}  {name}" for name, value in sorted(checksums(folder, known).items()))]
     text = "".join(f"{line}\n" for line in lines)
     (folder / CHECKSUMS).write_text(f"{text}# {hashlib.sha256(text.encode()).hexdigest()}\n")
     for path in (folder / CHECKSUMS, *(folder / name for name in _names(folder)), *folders):

@@ -16,6 +16,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A device that waits for the others in a collective holds one of the threads that XLA takes from the number of
 # cores. With fewer threads than devices the others may have none left to come with: after 40 s XLA aborts.
 os.environ.setdefault("PJRT_NPROC", "16")
+# And beside other work a device may come late.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600".strip()
+)
 
 import jax
 import jaxtyping
@@ -207,14 +211,50 @@ def toy_generator(make_pipeline: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture(scope="session")
-def wan_folder(tmp_path_factory):
-    """A tiny Wan pipeline as from the hub: the transformer in several shards, UniPC with Wan's flow shift."""
+def save_wan() -> Callable[..., None]:
+    """Writes a Wan pipeline as the hub has them: a tiny text encoder, UniPC, and random weights in every part."""
     import diffusers
     import torch
     import transformers
 
     from dollar_jax.data import shapes
     from dollar_jax.data.vocabulary import build_tokenizer
+
+    def save(folder: Path, transformer: Any, vae: Any, flow_shift: float, **options: Any) -> None:
+        sizes = {"vocab_size": 24, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+        text = transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes, feed_forward_proj="gated-gelu"))
+        with torch.no_grad():
+            for module in (transformer, vae, text):
+                for parameter in module.parameters():
+                    parameter.copy_(torch.randn_like(parameter) * 0.3)
+        scheduler = diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
+        )
+        tokenizer = build_tokenizer(shapes.VOCABULARY)
+        diffusers.WanPipeline(tokenizer, text, vae, scheduler, transformer, **options).save_pretrained(folder)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def own_config() -> Callable[..., Path]:
+    """A configuration in a file of the user's own, which changes the demo's settings by their dotted names."""
+
+    def write(folder: Path, changes: dict[str, Any], losses: str = "vsd+cd+lrm") -> Path:
+        (folder / "own.py").write_text(
+            "from dollar_jax.experiment import experiment\n\n\n"
+            f"def get_config(losses={losses!r}):\n    return experiment('demo', losses, {changes!r})\n"
+        )
+        return folder / "own.py"
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory, save_wan):
+    """A tiny Wan pipeline as from the hub: the transformer in several shards, UniPC with Wan's flow shift."""
+    import diffusers
+    import torch
 
     torch.manual_seed(0)
     transformer = diffusers.WanTransformer3DModel(
@@ -236,26 +276,8 @@ def wan_folder(tmp_path_factory):
         latents_mean=[0.1, 0.2, 0.3, 0.4],
         latents_std=[1.0, 2.0, 3.0, 4.0],
     )
-    text = transformers.UMT5EncoderModel(
-        transformers.UMT5Config(
-            vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
-        )
-    )
-    with torch.no_grad():
-        for module in (transformer, vae, text):
-            for parameter in module.parameters():
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
-    scheduler = diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
     folder = tmp_path_factory.mktemp("wan")
-    diffusers.WanPipeline(
-        tokenizer=build_tokenizer(shapes.VOCABULARY),
-        text_encoder=text,
-        transformer=transformer,
-        vae=vae,
-        scheduler=scheduler,
-    ).save_pretrained(folder)
+    save_wan(folder, transformer, vae, flow_shift=3.0)
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     transformer.save_pretrained(folder / "transformer", max_shard_size="20KB")
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1

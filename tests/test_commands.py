@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import textwrap
 
 import numpy as np
 import pytest
@@ -36,19 +35,10 @@ def dollar(*arguments):
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(tmp_path_factory, own_config):
     """A run that `dollar train` has left, from a configuration in a file of the user's own."""
     folder = tmp_path_factory.mktemp("run")
-    own = folder / "own.py"
-    own.write_text(
-        textwrap.dedent(f"""
-            from dollar_jax.experiment import experiment
-
-            def get_config(losses="vsd+cd+lrm"):
-                return experiment("demo", losses, {TINY!r})
-        """)
-    )
-    dollar("train", f"--config={own}", f"--workdir={folder / 'run'}")
+    dollar("train", f"--config={own_config(folder, TINY)}", f"--workdir={folder / 'run'}")
     return folder / "run"
 
 

@@ -55,6 +55,7 @@ def test_its_settings_and_history_are_read(run, wan_folder, make_config):
         **SETTINGS,
         "teacher": str(wan_folder),
         "mesh.data": -1,
+        "reward.head.use_text": False,
         "student.timesteps": (1000.0, 900.0, 750.0, 500.0),
     }
     expected = make_config(changes)

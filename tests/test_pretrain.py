@@ -1,7 +1,6 @@
 """`dollar pretrain` from nothing to a teacher that `dollar import` takes, at a size that means nothing."""
 
 import json
-import textwrap
 
 import pytest
 
@@ -31,16 +30,8 @@ SETTINGS = {
 
 
 @pytest.mark.slow
-def test_pretrain_leaves_a_teacher_and_goes_on_after_a_kill(tmp_path, monkeypatch):
-    own = tmp_path / "own.py"
-    own.write_text(
-        textwrap.dedent(f"""
-            from dollar_jax.experiment import experiment
-
-            def get_config(losses="vsd+cd"):
-                return experiment("demo", losses, {{f"pretrain.{{k}}": v for k, v in {SETTINGS!r}.items()}})
-        """)
-    )
+def test_pretrain_leaves_a_teacher_and_goes_on_after_a_kill(tmp_path, monkeypatch, own_config):
+    own = own_config(tmp_path, {f"pretrain.{name}": value for name, value in SETTINGS.items()}, "vsd+cd")
     captions = shapes.all_captions()[:4]
     monkeypatch.setattr(shapes, "all_captions", lambda: captions)
     rendered = pretrain.rendered

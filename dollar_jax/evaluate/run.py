@@ -72,7 +72,7 @@ def evaluate(
     timings = {**(timings or {}), "sample and measure": time.perf_counter() - begun}
     notes = [] if reward is None else [f"The reward is {rewards}: {reward.meaning}."]
     more = {} if features is None else {"features": features.name}
-    return _write(workdir, out, table, timings, more, prompts=prompts, videos=shown, notes=notes)
+    return _write(workdir, config, out, table, timings, more, prompts=prompts, videos=shown, notes=notes)
 
 
 def _reward(workdir: Path, config: DistillConfig, allow_code: bool) -> tuple[list[RewardTerm], AnyReward | None]:
@@ -83,9 +83,10 @@ def _reward(workdir: Path, config: DistillConfig, allow_code: bool) -> tuple[lis
     return terms, weighted_sum(terms, load_rewards(terms))
 
 
-def _write(workdir: Path, out: Path, table: Any, timings: Mapping[str, float], more: Any, **shown: Any) -> Any:
+def _write(
+    workdir: Path, config: DistillConfig, out: Path, table: Any, timings: Mapping[str, float], more: Any, **shown: Any
+) -> Any:
     """The JSON and the page of the samplers in `table`; what the JSON holds. `shown` is the page's."""
-    config = read_config(workdir)
     teacher = f"teacher_{config.sampling.num_steps}"
     percentages(table, teacher)
     metrics = {**table, **speedups(table, teacher), "seconds": sum(timings.values()), "timings": timings, **more}
@@ -144,7 +145,7 @@ def evaluate_prompts(
     timings = {"sample and measure": time.perf_counter() - begun}
     more = {"manifest": made, **({} if features is None else {"features": features.name})}
     notes = [f"{name.capitalize()}: {reward.meaning}." for name, reward in rewards.items()]
-    return _write(workdir, out, table, timings, more, prompts=prompts[:SHOWN], videos=shown, notes=notes)
+    return _write(workdir, config, out, table, timings, more, prompts=prompts[:SHOWN], videos=shown, notes=notes)
 
 
 def outputs(out: Path) -> tuple[Path, Path]:

@@ -4,10 +4,10 @@ A source is listed as items, one JSON object per video, without opening a video:
 
     {"name": "cats/1.mp4", "video": {"path": …}, "caption": "a cat"}
 
-`video` is a file, a span of bytes in a tar file ({"path", "offset", "size"}), a row of a parquet file ({"path",
-"row"}) or a record of a TFDS split ({"record"}). `caption` is what the source says, whatever its type; in its place
-`captions` are the files or spans it may be in, of which the first that holds one counts. `broken` in an item says
-what was wrong with it already.
+`video` is a file ({"path"}, with "folder" as a manifest names it), a span of bytes in a tar file ({"path", "offset",
+"size"}), a row of a parquet file ({"path", "group", "row", "column"}) or a record of a TFDS split ({"record"}).
+`caption` is what the source says, whatever its type; in its place `captions` are the files or spans it may be in, of
+which the first that holds one counts. `broken` in an item says what was wrong with it already.
 """
 
 import csv
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from dollar_jax.files import open_regular
+from dollar_jax.files import open_regular, parse_json, read_text
 from dollar_jax.prepare.videos import SUFFIXES, Unusable
 
 Item = dict[str, Any]
@@ -46,11 +46,7 @@ def list_source(source: str) -> Iterator[Item]:
 
     Raises FileNotFoundError or ValueError when it is none of these.
     """
-    if source.startswith(HUB):
-        from huggingface_hub import snapshot_download
-
-        source = snapshot_download(source.removeprefix(HUB), repo_type="dataset")
-    path = Path(source)
+    path = Path(_downloaded(source.removeprefix(HUB)) if source.startswith(HUB) else source)
     if not path.exists():
         raise FileNotFoundError(f"--source={source} does not exist")
     if path.is_file():
@@ -59,6 +55,13 @@ def list_source(source: str) -> Iterator[Item]:
     if len(_manifests(path)) > 1:
         raise ValueError(f"{_several(path)}: give the one you mean as --source")
     return _list_folder(path, path, {_identity(path)})
+
+
+@functools.cache
+def _downloaded(name: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name, repo_type="dataset")
 
 
 def _manifests(folder: Path) -> list[Path]:
@@ -138,9 +141,7 @@ def _manifest_item(path: Path, number: int, row: Any, prompts: bool) -> Item:
     video = _first(row, VIDEO_KEYS)
     if not video:
         return {"name": where, "broken": f"names no video: a row needs {' or '.join(VIDEO_KEYS)}"}
-    names = dict.fromkeys((str(video), str(video).replace("\\", "/")))
-    places = [os.path.join(path.parent, inside, name) for inside in ("", "videos") for name in names]
-    return {**item, "name": readable(str(video)), "video": {"path": next(filter(os.path.exists, places), places[0])}}
+    return {**item, "name": readable(str(video)), "video": {"path": str(video), "folder": str(path.parent)}}
 
 
 def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
@@ -188,20 +189,17 @@ def _csv_rows(path: Path, needed: list[tuple[str, ...]]) -> Iterator[tuple[int, 
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError):
+                    yield number, parse_json(line, "it")
+                except ValueError:
                     yield number, None
 
 
 def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        rows = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    rows = parse_json(read_text(path), path)
     if not isinstance(rows, list):
         raise ValueError(f"{path} must be a list of objects with {VIDEO_KEYS[0]} and {CAPTION_KEYS[0]}")
     return iter(enumerate(rows, 1))
@@ -268,12 +266,12 @@ def _list_parquet(path: Path) -> Iterator[Item]:
     """The rows of a parquet file as `datasets` writes it: a video's bytes or its path, and a caption."""
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(path)
+    file, number = pyarrow.parquet.ParquetFile(path), itertools.count()
     video, caption = (_column(path, file.schema_arrow.names, keys) for keys in (VIDEO_KEYS, CAPTION_KEYS))
-    rows = (row for batch in file.iter_batches(columns=[caption]) for row in batch.column(0).to_pylist())
-    for number, text in enumerate(rows):
-        place = {"path": str(path), "row": number, "column": video}
-        yield {"name": f"{path.name}:{number}", "video": place, "caption": text}
+    for group in range(file.num_row_groups):
+        for row, text in enumerate(file.read_row_group(group, columns=[caption]).column(0).to_pylist()):
+            place = {"path": str(path), "group": group, "row": row, "column": video}
+            yield {"name": f"{path.name}:{next(number)}", "video": place, "caption": text}
 
 
 def _column(path: Path, names: list[str], keys: tuple[str, ...]) -> str:
@@ -297,13 +295,13 @@ def read_caption(item: Item, rng: np.random.Generator | None = None, language: s
             data = _read(place)
             text: Any = data.decode("utf-8-sig", errors="replace")
             if data and (place.get("json") or place["path"].endswith(".json")):
-                fields = json.loads(text)
+                fields = parse_json(text, "it")
                 text = _first(fields, CAPTION_KEYS) if isinstance(fields, dict) else None
             return _text(text, rng, language)
         except FileNotFoundError:
             if place is item["captions"][0]:
                 reason = Unusable(f"has no caption: there is no {Path(place['path']).name}")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             reason = error if isinstance(error, Unusable) else Unusable("has a caption that is no JSON")
     raise reason
 
@@ -327,13 +325,16 @@ def _text(value: Any, rng: np.random.Generator | None, language: str | None) -> 
 def open_video(item: Item) -> Any:
     """What `read_clips` opens; raises Unusable for a missing or empty file."""
     video = item["video"]
-    path = Path(video["path"])
     if "row" in video:
         return _parquet_video(video)
     if "offset" in video:
         if not video["size"]:
             raise Unusable("is empty")
         return io.BytesIO(_read(video))
+    names = dict.fromkeys((video["path"], video["path"].replace("\\", "/")))
+    folders = (video["folder"], os.path.join(video["folder"], "videos")) if "folder" in video else ("",)
+    places = [Path(folder, name) for folder in folders for name in names]
+    path = next((place for place in places if os.path.exists(place)), places[0])
     if not path.is_file():
         raise Unusable("is no file" if path.exists() else "does not exist")
     if not path.stat().st_size:
@@ -342,24 +343,21 @@ def open_video(item: Item) -> Any:
 
 
 def _parquet_video(place: dict[str, Any]) -> Any:
-    import pyarrow.parquet
-
-    file, row = pyarrow.parquet.ParquetFile(place["path"]), place["row"]
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if row < rows:
-            value = file.read_row_group(group, columns=[place["column"]]).column(0)[row].as_py()
-            break
-        row -= rows
-    else:
-        raise Unusable("does not exist")
+    value = _row_group(place["path"], place["group"], place["column"])[place["row"]].as_py()
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        return open_video({"video": {"path": os.path.join(Path(place["path"]).parent, value)}})
+        return open_video({"video": {"path": value, "folder": str(Path(place["path"]).parent)}})
     if not value:
         raise Unusable("is empty")
     return io.BytesIO(value)
+
+
+@functools.lru_cache(maxsize=2)
+def _row_group(path: str, group: int, column: str) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=[column]).column(0)
 
 
 def _read(span: dict[str, Any]) -> bytes:

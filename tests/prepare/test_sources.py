@@ -7,7 +7,9 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from dollar_jax.data.moving_shapes import MovingShapes
 from dollar_jax.prepare.sources import Dataset, list_manifest, list_source, open_video, read_caption
@@ -291,9 +293,6 @@ def test_tar_members_need_not_be_neighbours_and_pickles_stay_shut(tmp_path):
 
 
 def test_parquet_files(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     (tmp_path / "far.mp4").write_text("far")
     videos = [{"bytes": b"one", "path": "1.mp4"}, {"bytes": None, "path": "far.mp4"}, None]
     table = pyarrow.table({"video": videos, "caption": ["first", "second", "third"]})
