@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from dollar_jax.fields import REQUIRED, field, from_config, merged, plain, settings
 
 LARGEST_SEED = 2**32 - 1
+Offloaded = Literal["ema", "student_optimiser", "fake_score_optimiser"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,9 +98,7 @@ class StudentConfig:
         (1000.0, 750.0, 500.0, 250.0), "Descending, on the teacher's schedule.", above=0, high=1000
     )
     input: Literal["forward", "backward"] = field("backward", "Real latents noised, or its own way from noise.")
-    timestep_per: Literal["sample", "micro_batch"] = field(
-        "sample", "What draws one of n; backward input then costs n - 1 forwards, or (n - 1) / 2."
-    )
+    timestep_per: Literal["sample", "micro_batch"] = field("sample", "What draws its own; n - 1 or half the forwards.")
     ema_decay: float = field(0.99, "Decay of the average that is CD's target and sampled from.", low=0, high=1)
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The student's optimiser.")
 
@@ -110,10 +109,7 @@ class StudentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VSDConfig:
-    """Variational score distillation, DOLLAR eq. (8.7-8.9).
-
-    Normalisation and the range of score timesteps are unknown in the paper.
-    """
+    """Variational score distillation, DOLLAR eq. (8.7-8.9). Normalisation and score timesteps are unknown there."""
 
     weight: float = field(1.0, "Weight of L_VSD.", low=0)
     guidance_weight: float = field(3.5, "The paper's w in v_c + w (v_c - v_∅); diffusers' guidance scale is w + 1.")
@@ -133,10 +129,7 @@ class ConsistencyConfig:
     """Consistency distillation, DOLLAR eq. (8.4-8.6). Distance and boundary values are unknown in the paper."""
 
     weight: float = field(0.5, "β_CD, the weight of L_CD.", low=0)
-    times: Literal["grid", "student"] = field(
-        "grid",
-        "The paper's t_{n+m} on the teacher's grid, or the student's own timesteps, which shares VSD's forward pass.",
-    )
+    times: Literal["grid", "student"] = field("grid", "The teacher's grid, or the student's times with VSD's forward.")
     num_steps: int = field(50, "Steps of the teacher's grid.", low=1)
     skip: int = field(5, "m, the teacher's steps between input and target.", low=1)
     every: int = field(1, "Steps from one with L_CD, 2 m + 4 forwards, to the next; it counts as often as much.", low=1)
@@ -156,10 +149,8 @@ class ConsistencyConfig:
 class FakeScoreConfig:
     """The fake-score network, which learns the student's score by denoising its samples; not without L_VSD."""
 
-    updates: int = field(5, "Updates per update of the student, 3 forwards each.", low=1)
-    samples: Literal["fresh", "rollout", "student"] = field(
-        "fresh", "New ones for each update, one rollout for all (n forwards), or those of the student's loss (none)."
-    )
+    updates: int = field(5, "Updates per update of the student, 3 forwards each; a rollout costs n.", low=1)
+    samples: Literal["fresh", "rollout", "student"] = field("fresh", "New per update, one rollout's, or the student's.")
     loss: Literal["prediction", "x0"] = field("prediction", "Towards the network's target, eq. (8.13), or x0.")
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The fake score's optimiser.")
 
@@ -169,9 +160,7 @@ class LatentRewardSettings:
     """The latent reward model; see `models.latent_reward`."""
 
     width: int = field(128, "Channels.", low=1)
-    use_text: bool | None = field(
-        None, "Score the agreement with the text, rather than the latent alone; None where a reward reads prompts."
-    )
+    use_text: bool | None = field(None, "Score the agreement with the text; None where a reward reads prompts.")
     stem_kernel: int = field(4, "Kernel of the first convolution.", low=1)
     stem_stride: int = field(4, "Stride of the first convolution.", low=1)
     stem_padding: int = field(1, "Padding of the first convolution.", low=0)
@@ -199,12 +188,9 @@ class RewardTerm:
 
 @dataclasses.dataclass(frozen=True)
 class RewardGuard:
-    """When a reward counts as hacked and training stops.
+    """When a reward counts as hacked and training stops."""
 
-    Both bounds look at the last `window` generated samples, scored before anything learned from them.
-    """
-
-    window: int = field(64, "Generated samples that the bounds look at.", low=2)
+    window: int = field(64, "Last generated samples, scored before they are learned from, of both bounds.", low=2)
     min_correlation: float | None = field(None, "Least correlation of latent and true reward.", low=-1, high=1)
     max_fall: float | None = field(None, "Deepest fall of a held-out reward, in its deviations.", above=0)
 
@@ -215,14 +201,10 @@ class RewardConfig:
 
     rewards: tuple[RewardTerm, ...] = field((RewardTerm("vivid"),), "The rewards that are summed or held out.")
     method: Literal["lrm", "direct", "ddpo"] = field(
-        "lrm",
-        "lrm differentiates a latent model that learns the rewards; direct differentiates decoder and JAX rewards; "
-        "ddpo is REINFORCE on the last two student steps, DOLLAR eq. (8.24-8.26).",
+        "lrm", "Gradients of a latent reward model, or of decoder and JAX rewards; or REINFORCE on the last two steps."
     )
     normalise: bool = field(
-        True,
-        "Standardise every reward by running statistics, so that weights count standard deviations; the paper's 1.0 "
-        "goes with raw HPSv2 values, whose deviation is about 0.01.",
+        True, "Standardise rewards by running statistics; the paper's weight 1.0 is of raw HPSv2, deviation 0.01."
     )
     weight: float = field(0.01, "β_FT, the weight of L_FT.", low=0)
     start_step: int = field(1000, "Step from which L_FT counts; before it the latent model only learns.", low=0)
@@ -270,10 +252,8 @@ class RewardConfig:
             if names.count(name) > 1:
                 raise ValueError(f"config.reward.rewards names {name!r} twice; names must differ in the logs")
         if self.guard.max_fall is not None and not self.held_out:
-            raise ValueError(
-                "config.reward.guard.max_fall needs a held-out reward: add one with weight 0 to "
-                "config.reward.rewards, or set it to None"
-            )
+            mend = "add one with weight 0 to config.reward.rewards, or set it to None"
+            raise ValueError(f"config.reward.guard.max_fall needs a held-out reward: {mend}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,9 +284,8 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How networks are computed: nothing here changes what they are, but for rounding.
-
-    Norms, modulation, rotary and timestep embeddings stay fp32, as do the student's and fake score's own weights.
+    """How networks are computed, which changes no more than rounding. Norms, modulation, rotary and timestep embeddings
+    stay fp32, as do the student's and fake score's own weights.
     """
 
     dtype: Literal["float32", "bfloat16"] = field("bfloat16", "Type of the transformer's matrix products.")
@@ -316,16 +295,13 @@ class ComputeConfig:
     vae_chunk: int | None = field(1, "Latent frames the video VAE takes at a time; None is the whole clip.", low=1)
     attention: Literal["auto", "splash", "cudnn", "xla"] = field("auto", "Kernel; see models.attention.")
     context_parallel: Literal["gather", "ulysses"] = field("gather", "How keys meet over the context axis.")
-    offload: tuple[Literal["ema", "student_optimiser", "fake_score_optimiser"], ...] = field(
-        (), "Parts of the state whose kernels lie in the host's memory between their uses."
-    )
+    offload: tuple[Offloaded, ...] = field((), "State whose kernels lie in the host's memory between their uses.")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters of student and fake score on the frozen teacher (arXiv 2106.09685).
-
-    The teacher's weights are then held once for all three, and state, average and checkpoints hold only the adapters.
+    """Low-rank adapters of student and fake score on the frozen teacher (arXiv 2106.09685), whose weights are held once
+    for all three: state, average and checkpoints hold only the adapters.
     """
 
     rank: int = field(0, "Rank of the adapters; 0 trains all weights of student and fake score.", low=0)
@@ -361,10 +337,8 @@ class VisibilityConfig:
 
     def __post_init__(self) -> None:
         if self.samples_every and self.videos < 2:
-            raise ValueError(
-                "config.visibility.samples_every needs videos of at least 2 per prompt to tell diversity by; or set "
-                "it to 0"
-            )
+            mend = "needs videos of at least 2 per prompt to tell diversity by; or set it to 0"
+            raise ValueError(f"config.visibility.samples_every {mend}")
         if self.std_range[0] >= self.std_range[1]:
             raise ValueError(f"config.visibility.std_range must ascend, not {self.std_range}")
 
@@ -380,9 +354,7 @@ class DistillConfig:
     batch_size: int = field(64, "Videos to a step, over all devices.", low=1)
     accumulation: int = field(1, "Micro-batches whose gradients are summed within a step.", low=1)
     checkpoint_every: int = field(500, "Steps between checkpoints.", low=1, resumable=True)
-    checkpoint_minutes: float | None = field(
-        60.0, "Minutes after which there is one however few the steps; None for none.", above=0, resumable=True
-    )
+    checkpoint_minutes: float | None = field(60.0, "Most minutes between two, or None.", above=0, resumable=True)
     keep_checkpoints: int = field(2, "Newest checkpoints that are kept.", low=1, resumable=True)
     log_every: int = field(10, "Steps between logged metrics.", low=1, resumable=True)
     log_minutes: float = field(5.0, "Minutes after which metrics are logged anyway.", above=0, resumable=True)
@@ -403,16 +375,14 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         if self.data.name == "moving_shapes" and self.data.train_videos < self.batch_size:
-            raise ValueError(
-                f"config.data.train_videos {self.data.train_videos} are fewer than config.batch_size {self.batch_size}"
-            )
-        if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"config.batch_size {self.batch_size} does not divide into {self.accumulation} micro-batches"
-            )
+            videos = self.data.train_videos
+            raise ValueError(f"config.data.train_videos {videos} are fewer than config.batch_size {self.batch_size}")
+        rows, rest = divmod(self.batch_size, self.accumulation)
+        if rest:
+            parts = f"{self.accumulation} micro-batches"
+            raise ValueError(f"config.batch_size {self.batch_size} does not divide into {parts}")
         if self.fake_score.samples == "rollout" and self.student.input == "forward":
             raise ValueError("config.fake_score.samples 'rollout' needs config.student.input 'backward'")
-        rows = self.batch_size // self.accumulation
         if self.reward.rewards and rows % self.reward.samples:
             raise ValueError(f"config.reward.samples {self.reward.samples} does not divide a micro-batch of {rows}")
 
@@ -430,10 +400,8 @@ DROPPED: dict[str, Dropped] = {}
 
 
 def distill_config(fields: Any, past: bool = False) -> DistillConfig:
-    """The configuration of a ConfigDict or mapping.
-
-    In a run's config.json (`past`), which an earlier version may have written, a setting that was dropped since is
-    passed over where the run had the value that all runs have now. Raises ValueError naming what is wrong.
+    """The configuration of a ConfigDict or mapping; ValueError naming what is wrong. In a run's config.json (`past`) of
+    an earlier version, a dropped setting is passed over where the run had the value that all runs have now.
     """
     for path, gone in DROPPED.items():
         *groups, name = path.split(".")

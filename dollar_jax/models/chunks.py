@@ -1,11 +1,15 @@
-"""A causal network over a clip, chunk by chunk: what its layers remember, and the walk through the clip."""
+"""A causal VAE over a clip, chunk by chunk: what its layers remember, and the walk through the clip."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import nnx
 from jaxtyping import Array, Float
+
+Frames = Float[Array, "b t h w 3"]
+Latent = Float[Array, "b t h w z"]
 
 
 class CausalCache:
@@ -48,3 +52,27 @@ def in_chunks(
     parts = rearrange(x[:, head:], "b (n t) h w c -> n b t h w c", t=size)
     _, rest = jax.lax.scan(body, cache.left, parts)
     return jnp.concatenate([start, rearrange(rest, "n b t h w c -> b (n t) h w c")], 1)
+
+
+class ChunkedVAE(nnx.Module):
+    """Frames in [-1, 1] ↔ raw latents, channels last. A model says what becomes of one chunk of frames or latent
+    frames, and in `sizes` how many are in the first chunk and in the others.
+    """
+
+    encode_chunk: Callable[..., Array]
+    decode_chunk: Callable[..., Array]
+    sizes: Callable[..., tuple[int, int]]
+
+    def encode(self, frames: Frames, chunk: int | None = None) -> tuple[Latent, Latent]:
+        """Posterior mean and log-variance, `chunk` latent frames at a time, or as many as the model can."""
+        moments = in_chunks(self.encode_chunk, frames, *self.sizes(frames.shape[1], False, chunk))
+        mean, log_variance = jnp.split(moments, 2, -1)
+        return mean, jnp.clip(log_variance, -30, 20)
+
+    def decode(self, latent: Latent, clip: bool = True, chunk: int | None = None) -> Frames:
+        """Frames of a raw latent, in [-1, 1] with `clip`; `chunk` is as of `encode`."""
+        x = in_chunks(self.decode_chunk, latent, *self.sizes(latent.shape[1], True, chunk))
+        return jnp.clip(x, -1, 1) if clip else x
+
+    def __call__(self, frames: Frames) -> Frames:
+        return self.decode(self.encode(frames)[0])

@@ -8,7 +8,6 @@ the frames that are left over, and its first frame stands alone in time.
 
 import dataclasses
 import itertools
-import math
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dollar_jax.models.chunks import CausalCache, in_chunks
+from dollar_jax.models.chunks import CausalCache, ChunkedVAE
 from dollar_jax.models.layers import Linear
 
 Video = Float[Array, "b t h w c"]
@@ -49,9 +48,8 @@ class CogVideoXVAEConfig:
 
     def __post_init__(self) -> None:
         if any(channels % self.norm_num_groups for channels in self.block_out_channels):
-            raise ValueError(
-                f"block_out_channels {self.block_out_channels} do not divide into {self.norm_num_groups=} groups"
-            )
+            groups = f"{self.norm_num_groups=} groups"
+            raise ValueError(f"block_out_channels {self.block_out_channels} do not divide into {groups}")
         # Downsamplers halve time in the first levels; there is none after the last level.
         ratio, possible = self.temporal_compression_ratio, [2**i for i in range(len(self.block_out_channels))]
         if ratio not in possible:
@@ -71,15 +69,9 @@ class CogVideoXVAEConfig:
     def scale_factor_spatial(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)
 
-    @property
-    def levels_in_time(self) -> int:
-        return int(math.log2(self.temporal_compression_ratio))
-
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(t, h, w, c) of the latent of a clip; raises ValueError when the clip does not divide.
-
-        The decoder takes latent frames in pairs after the first three: an even number of them would become
-        more frames than were encoded.
+        """(t, h, w, c) of the latent of a clip; ValueError when it does not divide. The decoder takes latent frames in
+        pairs after the first three, so that an even number of them would become more frames than were encoded.
         """
         time, space = self.temporal_compression_ratio, self.scale_factor_spatial
         if (frames - 1) % (LATENT_CHUNK * time) or height % space or width % space:
@@ -216,7 +208,7 @@ class Block(nnx.Module):
 
 def _levels(dims: tuple[int, ...], layers: int, spatial: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> Any:
     """A block for each resolution: the encoder's halve it, the decoder's, which are `spatial`, double it."""
-    times = [*(i < c.levels_in_time for i in range(len(dims) - 1)), None]
+    times = [*(2**i < c.temporal_compression_ratio for i in range(len(dims) - 1)), None]
     before = (dims[0], *dims)
     levels = zip(before[:-1], dims, times, strict=True)
     return nnx.List([Block((dim_in, *[dim] * layers), spatial, c, rngs, time) for dim_in, dim, time in levels])
@@ -258,44 +250,26 @@ class Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.norm_out(x, latent)), cache)
 
 
-class CogVideoXVAE(nnx.Module):
-    """CogVideoX's video VAE; frames in [-1, 1], channels last."""
+class CogVideoXVAE(ChunkedVAE):
+    """CogVideoX's video VAE. An odd number of latent frames begins with one that stands for a single frame."""
 
     def __init__(self, config: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
         self.config = config
         self.encoder = Encoder(config, rngs)
         self.decoder = Decoder(config, rngs)
 
-    def encode(
-        self, frames: Float[Array, "b t h w 3"], chunk: int | None = None
-    ) -> tuple[Float[Array, "b t2 h2 w2 z"], Float[Array, "b t2 h2 w2 z"]]:
-        """Posterior mean and log-variance of the raw, unscaled latent; `chunk` can only be the model's own."""
-        _check(chunk)
-        moments = in_chunks(self.encoder, frames, *_sizes(frames.shape[1], FRAME_CHUNK))
-        mean, log_variance = jnp.split(moments, 2, -1)
-        return mean, jnp.clip(log_variance, -30, 20)
+    def encode_chunk(self, frames: Array, cache: CausalCache) -> Array:
+        return self.encoder(frames, cache)
 
-    def decode(
-        self, latent: Float[Array, "b t h w z"], clip: bool = True, chunk: int | None = None
-    ) -> Float[Array, "b t2 h2 w2 3"]:
-        """Frames in [-1, 1] of a raw latent; `clip=False` leaves the values free.
+    def decode_chunk(self, latent: Array, cache: CausalCache) -> Array:
+        return self.decoder(latent, cache)
 
-        An odd number of latent frames begins with one that stands for a single frame. `chunk` is as of `encode`.
+    def sizes(self, count: int, latent: bool, chunk: int | None) -> tuple[int, int]:
+        """Frames in the first chunk, which also takes those that are left over, and in the others; ValueError for a
+        `chunk` that is not the model's own.
         """
-        _check(chunk)
-        x = in_chunks(self.decoder, latent, *_sizes(latent.shape[1], LATENT_CHUNK))
-        return jnp.clip(x, -1, 1) if clip else x
-
-    def __call__(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
-        return self.decode(self.encode(frames)[0])
-
-
-def _sizes(frames: int, size: int) -> tuple[int, int]:
-    """Frames in the first chunk, which also takes those that are left over, and in the others."""
-    return frames if frames < size else size + frames % size, size
-
-
-def _check(chunk: int | None) -> None:
-    if chunk not in (None, LATENT_CHUNK):
-        why = "its norms run over a chunk, so that the length is part of the model"
-        raise ValueError(f"CogVideoX's VAE takes {LATENT_CHUNK} latent frames at a time, not {chunk}: {why}")
+        if chunk not in (None, LATENT_CHUNK):
+            why = "its norms run over a chunk, so that the length is part of the model"
+            raise ValueError(f"CogVideoX's VAE takes {LATENT_CHUNK} latent frames at a time, not {chunk}: {why}")
+        size = LATENT_CHUNK if latent else FRAME_CHUNK
+        return count if count < size else size + count % size, size

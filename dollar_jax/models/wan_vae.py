@@ -8,7 +8,7 @@ it. With `is_residual`, as in Wan 2.2, a shortcut without parameters goes around
 """
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dollar_jax.models.attention import attention
-from dollar_jax.models.chunks import CausalCache, in_chunks
+from dollar_jax.models.chunks import CausalCache, ChunkedVAE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,8 +369,8 @@ class Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.norm_out(x)), cache)
 
 
-class WanVAE(nnx.Module):
-    """Wan's video VAE; frames in [-1, 1], channels last."""
+class WanVAE(ChunkedVAE):
+    """Wan's video VAE."""
 
     def __init__(self, config: WanVAEConfig, rngs: nnx.Rngs):
         c = self.config = config
@@ -379,60 +379,30 @@ class WanVAE(nnx.Module):
         self.post_quant_conv = CausalConv3d(c.z_dim, c.z_dim, (1, 1, 1), c, rngs)
         self.decoder = Decoder(c, rngs)
 
-    def encode(
-        self, frames: Float[Array, "b t h w 3"], chunk: int | None = None
-    ) -> tuple[Float[Array, "b t2 h2 w2 z"], Float[Array, "b t2 h2 w2 z"]]:
-        """Mean and log-variance of the raw latent of frames in [-1, 1], `chunk` latent frames at a time, or all."""
-        p, unit = self.config.patch_size or 1, self.config.scale_factor_temporal
-
-        def run(frames: Array, cache: CausalCache) -> Array:
-            x = rearrange(frames, "b t (h p) (w q) c -> b t h w (c q p)", p=p, q=p)
-            return self.quant_conv.inside(self.encoder(x, cache))
-
-        moments = in_chunks(run, frames, *_sizes(frames.shape[1], unit, chunk))
-        mean, log_variance = jnp.split(moments, 2, -1)
-        return mean, jnp.clip(log_variance, -30, 20)
-
-    def decode(
-        self, latent: Float[Array, "b t h w z"], clip: bool = True, chunk: int | None = None
-    ) -> Float[Array, "b t2 h2 w2 3"]:
-        """Frames of a raw latent, `chunk` latent frames at a time, or all; in [-1, 1] with `clip`."""
+    def encode_chunk(self, frames: Array, cache: CausalCache) -> Array:
         p = self.config.patch_size or 1
+        x = rearrange(frames, "b t (h p) (w q) c -> b t h w (c q p)", p=p, q=p)
+        return self.quant_conv.inside(self.encoder(x, cache))
 
-        def run(latent: Array, cache: CausalCache) -> Array:
-            x = self.decoder(self.post_quant_conv.inside(latent), cache)
-            return rearrange(x, "b t h w (c q p) -> b t (h p) (w q) c", p=p, q=p)
+    def decode_chunk(self, latent: Array, cache: CausalCache) -> Array:
+        p = self.config.patch_size or 1
+        x = self.decoder(self.post_quant_conv.inside(latent), cache)
+        return rearrange(x, "b t h w (c q p) -> b t (h p) (w q) c", p=p, q=p)
 
-        x = in_chunks(run, latent, *_sizes(latent.shape[1], 1, chunk))
-        return jnp.clip(x, -1, 1) if clip else x
-
-    def __call__(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
-        return self.decode(self.encode(frames)[0])
-
-
-def _sizes(frames: int, unit: int, chunk: int | None) -> tuple[int, int]:
-    """Of 1 + n · unit frames, how many are in the first chunk, with the remainder, and in those of `chunk` units."""
-    units = (frames - 1) // unit
-    if chunk is None or units <= chunk:
-        return frames, unit
-    return 1 + unit * (units % chunk), unit * chunk
+    def sizes(self, count: int, latent: bool, chunk: int | None) -> tuple[int, int]:
+        """Of 1 + n · unit frames, how many are in the first chunk, with the remainder, and in the others."""
+        unit = 1 if latent else self.config.scale_factor_temporal
+        units = (count - 1) // unit
+        if chunk is None or units <= chunk:
+            return count, unit
+        return 1 + unit * (units % chunk), unit * chunk
 
 
-@runtime_checkable
-class LatentStatistics(Protocol):
-    """A VAE's configuration that says how raw latents are spread, per channel."""
-
-    @property
-    def latents_mean(self) -> tuple[float, ...]: ...
-    @property
-    def latents_std(self) -> tuple[float, ...]: ...
-
-
-def normalise(latent: Float[Array, "b t h w z"], config: LatentStatistics) -> Float[Array, "b t h w z"]:
-    """Raw VAE latents to what the DiT sees: (z - mean) / std per channel."""
+def normalise(latent: Float[Array, "b t h w z"], config: Any) -> Float[Array, "b t h w z"]:
+    """Raw latents to what the DiT sees, (z - mean) / std per channel as the VAE's `config` gives them."""
     return (latent - jnp.array(config.latents_mean)) / jnp.array(config.latents_std)
 
 
-def denormalise(latent: Float[Array, "b t h w z"], config: LatentStatistics) -> Float[Array, "b t h w z"]:
+def denormalise(latent: Float[Array, "b t h w z"], config: Any) -> Float[Array, "b t h w z"]:
     """The inverse of `normalise`."""
     return latent * jnp.array(config.latents_std) + jnp.array(config.latents_mean)
