@@ -1,7 +1,5 @@
-"""What a step of distillation is given and gives: networks and settings, its batch, and what is to be scored.
-
-The registered classes cross between host and step. Their fields hold arrays or, where a program is set up, the
-shapes or shardings of these.
+"""What a step of distillation is given and gives: networks and settings, its batch, and what is to be scored. The
+registered classes cross between host and step, with arrays or, where a program is set up, their shapes or shardings.
 """
 
 from __future__ import annotations
@@ -29,12 +27,10 @@ Metrics = dict[str, jax.Array]
 class Networks:
     """The apply functions of the step: one diffusion transformer for all roles, the latent reward model, and
     the JAX rewards of decoded latents, None without any.
-
-    `latent_reward(params, latent, text)` → [b].
     """
 
     denoiser: Apply
-    latent_reward: Any
+    latent_reward: Any  # (params, latent, text) → [b]
     pixel_rewards: PixelRewards | None = None
 
 
@@ -88,9 +84,8 @@ class Generated:
 @dataclasses.dataclass(frozen=True)
 class RewardSamples:
     """What the host is to score: n prompts with g latents each, a generated one and for some methods a real one.
-
-    `reward` is NaN where the host has to score. `predicted` is what the latent reward model says, NaN without
-    one, and `scale` what a unit of each trained reward counts. `states` are the last ones of a rollout.
+    `reward` is NaN where the host has to score. `predicted` is what the latent reward model says, NaN without one, and
+    `scale` what a unit of each trained reward counts. `states` are the last ones of a rollout.
     """
 
     latent: Float[Any, "n g t h w c"]
@@ -114,9 +109,8 @@ class References:
 
 @dataclasses.dataclass(frozen=True)
 class StudentPass:
-    """One forward pass of the student from x_t at `t` to the `generated` clean latent.
-
-    `segments` are the times of L_CD's teacher from x_t on, where that loss shares the pass.
+    """One forward pass of the student from x_t at `t` to the `generated` clean latent. `segments` are the times of
+    L_CD's teacher from x_t on, where that loss shares the pass.
     """
 
     params: Params
@@ -126,10 +120,6 @@ class StudentPass:
     t: Time
     segments: Float[Array, "m b"] | None
     generated: Latent
-
-
-def _constant(config: DistillConfig, step: Array) -> float:
-    return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,5 +137,5 @@ class Term:
     curve: str
     weight: Callable[[DistillConfig], float]
     loss: Callable[[Distillation, StudentPass, Key], tuple[PerSample, dict[str, Array]]] | None
-    scale: Callable[[DistillConfig, Array], float | Float[Array, ""]] = _constant
+    scale: Callable[[DistillConfig, Array], float | Float[Array, ""]] = lambda config, step: 1.0
     sign: int = 1

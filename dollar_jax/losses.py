@@ -1,7 +1,5 @@
-"""The losses of DOLLAR over predictions, never over networks.
-
-Every function returns one fp32 number per sample, a mean over the elements of that sample; weighting and
-averaging over the batch are the caller's.
+"""The losses of DOLLAR over predictions, never over networks: one fp32 number per sample, a mean over its elements.
+Weighting and averaging over the batch are the caller's.
 """
 
 import math
@@ -14,52 +12,41 @@ from jaxtyping import Array, Float
 
 from dollar_jax.types import Latent, PerSample, Time
 
-Normalisation = Literal["dmd", "batch", "none"]
+Norm = Literal["dmd", "batch", "none"]
 Distance = Literal["mse", "huber", "pseudo_huber"]
 Boundary = Literal["lcm", "none"]
 
 
 def vsd(
-    x: Latent,
-    x0_real: Latent,
-    x0_fake: Latent,
-    normalisation: Normalisation = "dmd",
-    floor: float = 1e-6,
-    nan_to_zero: bool = False,
+    x: Latent, real: Latent, fake: Latent, normalisation: Norm = "dmd", floor: float = 1e-6, nan_to_zero: bool = False
 ) -> PerSample:
-    """Variational score distillation as a pseudo-target regression (DOLLAR eq. (8.7)-(8.9)).
-
-    The value is mean(g^2) / 2 and its gradient with respect to `x` is exactly g / (elements per sample),
-    with g of `vsd_gradient`. The value says nothing about sample quality. Nothing but `x` carries a gradient.
+    """Variational score distillation as a pseudo-target regression (DOLLAR eq. (8.7)-(8.9)). The value is mean(g^2) /
+    2, which says nothing about sample quality, and its gradient with respect to `x`, and nothing else, is exactly g /
+    (elements per sample), with g of `vsd_gradient`.
     """
     x = _fp32(x)
-    g = vsd_gradient(x, x0_real, x0_fake, normalisation, floor, nan_to_zero)
+    g = vsd_gradient(x, real, fake, normalisation, floor, nan_to_zero)
     # Equal to x - stop_gradient(x - g), without rounding g away where |x| is much larger.
     difference = (x - jax.lax.stop_gradient(x)) + g
     return _per_sample(0.5 * jnp.square(difference))
 
 
 def vsd_gradient(
-    x: Latent,
-    x0_real: Latent,
-    x0_fake: Latent,
-    normalisation: Normalisation = "dmd",
-    floor: float = 1e-6,
-    nan_to_zero: bool = False,
+    x: Latent, real: Latent, fake: Latent, normalisation: Norm = "dmd", floor: float = 1e-6, nan_to_zero: bool = False
 ) -> Latent:
-    """g = (x0_fake - x0_real) / norm, a positive multiple of -(s_real - s_fake) (DOLLAR eq. (8.7)).
+    """g = (fake - real) / norm, a positive multiple of -(s_real - s_fake) (DOLLAR eq. (8.7)).
 
     Args:
         x: the generated latent, before it was noised.
-        x0_real: the guided teacher's clean prediction at the noised x.
-        x0_fake: the fake-score network's, without guidance.
-        normalisation: "dmd" divides by each sample's mean |x - x0_real|, "batch" by one such mean over the whole
-            batch, "none" by 1; ValueError for another. The paper does not say; DMD's is usual.
+        real: the guided teacher's clean prediction at the noised x.
+        fake: the fake-score network's, without guidance.
+        normalisation: "dmd" divides by each sample's mean |x - real|, "batch" by one such mean over the batch, "none"
+            by 1; ValueError for another. The paper does not say; DMD's is usual.
         floor: smallest divisor.
         nan_to_zero: elements that are not finite become 0 instead of poisoning the step.
     """
-    x, x0_real, x0_fake = (jax.lax.stop_gradient(_fp32(v)) for v in (x, x0_real, x0_fake))
-    distance = jnp.abs(x - x0_real)
+    x, real, fake = (jax.lax.stop_gradient(_fp32(v)) for v in (x, real, fake))
+    distance = jnp.abs(x - real)
     if normalisation == "dmd":
         norm = jnp.mean(distance, axis=tuple(range(1, x.ndim)), keepdims=True)
     elif normalisation == "batch":
@@ -68,18 +55,16 @@ def vsd_gradient(
         norm = jnp.ones(())
     else:
         raise ValueError(f"normalisation must be dmd, batch or none, not {normalisation!r}.")
-    g = (x0_fake - x0_real) / jnp.maximum(norm, floor)
+    g = (fake - real) / jnp.maximum(norm, floor)
     return jnp.where(jnp.isfinite(g), g, 0.0) if nan_to_zero else g
 
 
 def consistency(student: Latent, target: Latent, distance: Distance = "mse", huber_c: float = 1e-3) -> PerSample:
     """Consistency distillation, lambda d(f_theta, f_theta-) (DOLLAR eq. (8.4), (8.5)).
 
-    `target` is the EMA student at the point the teacher's steps led to; it carries no gradient.
-    `distance`, elementwise with d = student - target: "mse" d^2; "huber" d^2 / 2 up to |d| = c and
-    c (|d| - c / 2) beyond; "pseudo_huber" sqrt(d^2 + c^2) - c. The paper does not say which.
-
-    Raises ValueError for another distance, or a huber_c that is not positive.
+    `target` is the EMA student at the point the teacher's steps led to; it carries no gradient. `distance`, elementwise
+    with d = student - target: "mse" d^2; "huber" d^2 / 2 up to |d| = c and c (|d| - c / 2) beyond; "pseudo_huber"
+    sqrt(d^2 + c^2) - c; ValueError for another, or a huber_c that is not positive. The paper does not say which.
     """
     if not 0 < huber_c < math.inf:
         raise ValueError(f"huber_c must be positive and finite, not {huber_c!r}.")
@@ -129,9 +114,8 @@ def latent_reward(reward: PerSample) -> PerSample:
 def policy_gradient(
     x_next: Latent, mean: Latent, deviation: Float[Array, "b 1 1 1 1"], advantage: PerSample
 ) -> PerSample:
-    """REINFORCE of a Gaussian step, -A log N(x_next; mean, deviation^2) (DOLLAR eq. (8.24)-(8.26)).
-
-    Up to a constant, and per element. Only `mean` carries a gradient; none does where the advantage is not finite.
+    """REINFORCE of a Gaussian step, -A log N(x_next; mean, deviation^2), up to a constant and per element (DOLLAR eq.
+    (8.24)-(8.26)). Only `mean` carries a gradient; none does where the advantage is not finite.
     """
     difference = (jax.lax.stop_gradient(_fp32(x_next)) - _fp32(mean)) / _fp32(deviation)
     advantage = jax.lax.stop_gradient(_fp32(advantage))
@@ -140,10 +124,8 @@ def policy_gradient(
 
 
 def reward_regression(predicted: PerSample, reward: PerSample, weight: PerSample) -> PerSample:
-    """L_LRM = weight (R(Dec(x)) - R_phi(x))^2 (DOLLAR eq. (8.10)).
-
-    A row whose reward is not finite or whose weight is 0 has value 0 and gradient 0, whatever was
-    predicted there: a failed reward call must not reach the parameters.
+    """L_LRM = weight (R(Dec(x)) - R_phi(x))^2 (DOLLAR eq. (8.10)). A row whose reward is not finite or whose weight is
+    0 has value and gradient 0, whatever was predicted: a failed reward call must not reach the parameters.
     """
     predicted, reward = _fp32(predicted), jax.lax.stop_gradient(_fp32(reward))
     weight = _fp32(weight)

@@ -1,7 +1,5 @@
-"""What student and fake score are trained on: rng + schedule + networks + losses → (scalar, auxiliaries).
-
-Networks come in as apply functions. The student's loss is the sum over a table of terms; a new one is a
-function here and a row in `terms`, and its weight a field of the config.
+"""What student and fake score are trained on: rng + schedule + networks, as apply functions, + losses → (scalar,
+auxiliaries). The student's loss is the sum over a table of terms; a new one is a function here and a row in `terms`.
 """
 
 import dataclasses
@@ -18,15 +16,14 @@ from dollar_jax.config import ConsistencyConfig, DistillConfig, VSDConfig
 from dollar_jax.distillation import Batch, Distillation, Generated, Metrics, References, StudentPass, Term
 from dollar_jax.rewards.methods import METHODS, method_of
 from dollar_jax.schedule import Schedule
-from dollar_jax.types import Key, Latent, LatentSteps, Params, PerSample, TextStates, Time
+from dollar_jax.types import Key, Latent, LatentSteps, Params, PerSample, TextStates, Time, TimeSteps
 
 SCORE_BINS = 4
 
 
 def student_input(d: Distillation, params: Params, batch: Batch, key: Key) -> tuple[Latent, Time, Int[Array, " b"]]:
-    """x_t at one of the student's own timesteps for each row or all of them, that time, and its index.
-
-    "forward": the real latent, noised. "backward": where the student itself gets to from noise.
+    """x_t at one of the student's own timesteps for each row or all of them, that time, and its index: the real latent
+    noised ("forward"), or where the student itself gets to from noise ("backward").
     """
     times, x0 = d.config.student.timesteps, batch.latent
     keys = jax.random.split(key, 3)
@@ -44,9 +41,8 @@ def student_input(d: Distillation, params: Params, batch: Batch, key: Key) -> tu
 def student_rows(
     d: Distillation, params: Params, references: References, batch: Batch, key: Key
 ) -> tuple[Latent, list[tuple[Term, PerSample, dict[str, Array]]]]:
-    """The generated latents, and the rows of each term of the student's loss with what was found on the way.
-
-    One forward serves all terms; L_CD too at the student's own, forward-noised timesteps, or by itself.
+    """The generated latents, and the rows of each term of the student's loss with what was found on the way. One
+    forward serves all terms; L_CD too at the student's own, forward-noised timesteps, or by itself.
     """
     c, rows = d.config, terms(d.config)
     keys = jax.random.split(key, 1 + len(rows))
@@ -89,15 +85,13 @@ def score_times(config: VSDConfig, schedule: Schedule, key: Key, batch: int) -> 
     """Random times at which scores are compared: uniform over `score_range`, then shifted."""
     low, high = config.score_range
     u = low + (high - low) * jax.random.uniform(key, (batch,))
-    shifted = dataclasses.replace(schedule, shift=config.score_shift)
-    return schedules.time_from_uniform(shifted, u)
+    return schedules.time_from_uniform(dataclasses.replace(schedule, shift=config.score_shift), u)
 
 
 def vsd(d: Distillation, references: References, generated: Latent, text: TextStates, key: Key) -> PerSample:
     """L_VSD of generated latents, DOLLAR eq. (8.7-8.9): guided teacher against fake score."""
     c, frozen = d.config.vsd, references.frozen
-    keys = jax.random.split(key)
-    x = lax.stop_gradient(generated)
+    keys, x = jax.random.split(key), lax.stop_gradient(generated)
     t = score_times(c, d.schedule, keys[0], len(x))
     x_t = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), t)
     real = d.denoiser(frozen.teacher, text, frozen.null_text, c.guidance_weight).x0(x_t, t)
@@ -127,16 +121,10 @@ def grid_segments(c: ConsistencyConfig, schedule: Schedule, key: Key, batch: int
 
 
 def consistency(
-    d: Distillation,
-    references: References,
-    prediction: Latent,
-    x_t: Latent,
-    times: Float[Array, "m b"],
-    text: TextStates,
+    d: Distillation, references: References, prediction: Latent, x_t: Latent, times: TimeSteps, text: TextStates
 ) -> PerSample:
-    """L_CD, DOLLAR eq. (8.4-8.6): f_θ(x_t) against f_θ⁻ after the guided teacher's steps through `times`.
-
-    `prediction` is the student's x̂0 at x_t, times[0].
+    """L_CD, DOLLAR eq. (8.4-8.6): f_θ(x_t), of the student's x̂0 `prediction` there, against f_θ⁻ after the guided
+    teacher's steps through `times` from times[0].
     """
     c, frozen, schedule = d.config.consistency, references.frozen, d.schedule
 
@@ -193,10 +181,9 @@ def rollout(d: Distillation, student_params: Params, batch: Batch, key: Key) -> 
 def fake_score(
     d: Distillation, params: Params, student_params: Params, batch: Batch, key: Key, samples: LatentSteps | None = None
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The denoising loss (8.13) of the fake-score network on samples of the student: new ones, or one of n per row.
-
-    The metrics hold its sum and count in each of SCORE_BINS equal parts of the timesteps too: an average
-    hides a network that has lost track at one end.
+    """The denoising loss (8.13) of the fake-score network on samples of the student: new ones, or one of n per row. The
+    metrics hold its sum and count in each of SCORE_BINS equal parts of the timesteps too, for an average hides a
+    network that has lost track at one end.
     """
     c, schedule, text = d.config, d.schedule, batch.text
     keys = jax.random.split(key, 3)
@@ -213,8 +200,7 @@ def fake_score(
     x_t = schedules.add_noise(schedule, generated, eps, t)
     prediction = d.networks.denoiser(params, x_t, t, text)
     if c.fake_score.loss == "x0":
-        prediction = schedules.to_x0(schedule, prediction, x_t, t)
-        goal = generated
+        prediction, goal = schedules.to_x0(schedule, prediction, x_t, t), generated
     else:
         goal = schedules.target(schedule, generated, eps, t)
     each = losses.denoising(prediction, goal)
@@ -222,10 +208,8 @@ def fake_score(
     aux = {"fake_score": each.mean()}
     for k in range(SCORE_BINS):
         inside = bins == k
-        aux |= {
-            f"fake_score_sum_{k}": jnp.where(inside, each, 0.0).sum(),
-            f"fake_score_count_{k}": inside.sum().astype(jnp.float32),
-        }
+        aux[f"fake_score_sum_{k}"] = jnp.where(inside, each, 0.0).sum()
+        aux[f"fake_score_count_{k}"] = inside.sum().astype(jnp.float32)
     return each.mean(), lax.stop_gradient(aux)
 
 

@@ -15,9 +15,8 @@ from dollar_jax.types import Apply, Keys, Latent, LatentSteps, NullText, Params,
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Denoiser:
-    """A network asked for one text: `apply(params, x_t, t, text)`, by classifier-free guidance (DOLLAR eq. (8.6)).
-
-    A guidance weight w of None or the Python number 0 is a single pass without `null_text`.
+    """A network asked for one text: `apply(params, x_t, t, text)`, by classifier-free guidance (DOLLAR eq. (8.6)); a
+    weight w of None or the Python number 0 is a single pass without `null_text`.
     """
 
     apply: Apply
@@ -75,10 +74,8 @@ def ode_sample(denoiser: Denoiser, noise: Latent, num_steps: int, eta: float = 0
 
 
 def unipc_sample(denoiser: Denoiser, noise: Latent, num_steps: int) -> Latent:
-    """The teacher's sample by UniPC of order 2 (arXiv 2302.04867), the solver Wan is published with.
-
-    One network evaluation a step (two with guidance), as `ode_sample`; each state is corrected by the
-    prediction made there before the next is predicted.
+    """The teacher's sample by UniPC of order 2 (arXiv 2302.04867), the solver Wan is published with: as many network
+    evaluations as `ode_sample`; each state is corrected by the prediction made there before the next is predicted.
     """
     schedule = denoiser.schedule
     times, sigmas = schedules.unipc_grid(schedule, num_steps)

@@ -30,11 +30,9 @@ _FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Schedule:
-    """A path and what the network predicts on it; hashable, so it can be a static argument.
-
-    Predictions: `v` = a eps - b x0 (CogVideoX), `eps`, `x0`, `velocity` = eps - x0 (Wan),
-    `conjugate_velocity` = x0 - eps (DOLLAR eq. (8.13)). `shift` bends the rectified-flow time,
-    u -> shift u / (1 + (shift - 1) u). The `beta` fields, `snr_shift_scale` (CogVideoX divides the
+    """A path and what the network predicts on it; hashable. Predictions: `v` = a eps - b x0 (CogVideoX), `eps`, `x0`,
+    `velocity` = eps - x0 (Wan), `conjugate_velocity` = x0 - eps (DOLLAR eq. (8.13)). `shift` bends the rectified-flow
+    time, u -> shift u / (1 + (shift - 1) u). The `beta` fields, `snr_shift_scale` (CogVideoX divides the
     signal-to-noise ratio by it) and `rescale_zero_snr` (pure noise at the last index; applied after the shift) shape
     the DDPM path only. DOLLAR does not publish its betas. ValueError for a field out of range, or of the other path.
     """
@@ -50,10 +48,8 @@ class Schedule:
     snr_shift_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        choices = {"path": Path, "prediction": Prediction, "beta_schedule": BetaSchedule}
-        for name, kind in choices.items():
-            value = getattr(self, name)
-            if value not in get_args(kind):
+        for name, kind in {"path": Path, "prediction": Prediction, "beta_schedule": BetaSchedule}.items():
+            if (value := getattr(self, name)) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}.")
         if not (isinstance(self.num_train_timesteps, int) and self.num_train_timesteps > 1):
             raise ValueError(f"num_train_timesteps must be an integer above 1, not {self.num_train_timesteps!r}.")
@@ -106,29 +102,21 @@ def to_x0(schedule: Schedule, prediction: Latent, x_t: Latent, t: Time) -> Laten
 
 
 def guide(cond: Latent, uncond: Latent, weight: Weight) -> Latent:
-    """Classifier-free guidance, v_c + w (v_c - v_0) (DOLLAR eq. (8.6)).
-
-    `weight` is the paper's w, a number or [b]: diffusers' `guidance_scale` is w + 1, and w = 0 is no guidance.
+    """Classifier-free guidance, v_c + w (v_c - v_0) (DOLLAR eq. (8.6)), with w a number or [b]: diffusers'
+    `guidance_scale` is w + 1, and w = 0 is no guidance.
     """
     cond, uncond = _at_least_fp32(cond), _at_least_fp32(uncond)
     return cond + _like(jnp.asarray(weight, jnp.float32), cond) * (cond - uncond)
 
 
 def ddim_step(
-    schedule: Schedule,
-    x_t: Latent,
-    x0_hat: Latent,
-    t: Time,
-    t_next: Time,
-    eta: float = 0.0,
-    noise: Latent | None = None,
+    schedule: Schedule, x_t: Latent, x0: Latent, t: Time, t_next: Time, eta: float = 0.0, noise: Latent | None = None
 ) -> Latent:
-    """One step from t to the earlier t_next (DOLLAR eq. (8.14), with its sigma scaled by eta).
-
-    eta = 0 is deterministic DDIM, which on the rectified-flow path is exactly the Euler step x + (sigma_next - sigma)
-    velocity; eta = 1 draws from the posterior q(x_next | x_t, x0_hat). Raises ValueError for eta > 0 without noise.
+    """One step from t to the earlier t_next (DOLLAR eq. (8.14), with its sigma scaled by eta). eta = 0 is deterministic
+    DDIM, which on the rectified-flow path is exactly the Euler step x + (sigma_next - sigma) velocity; eta = 1 draws
+    from the posterior q(x_next | x_t, x0). Raises ValueError for eta > 0 without noise.
     """
-    mean, sigma = posterior(schedule, x_t, x0_hat, t, t_next, eta)
+    mean, sigma = posterior(schedule, x_t, x0, t, t_next, eta)
     if eta == 0:
         return mean
     if noise is None:
@@ -139,9 +127,8 @@ def ddim_step(
 def posterior(
     schedule: Schedule, x_t: Latent, x0_hat: Latent, t: Time, t_next: Time, eta: float = 1.0
 ) -> tuple[Latent, jax.Array]:
-    """Mean and standard deviation, the latter times eta, of q(x_next | x_t, x0_hat) (DOLLAR eq. (8.14)).
-
-    The deviation is [b 1 1 1 1]: 0 where t_next is the clean end.
+    """Mean and, times eta, standard deviation [b 1 1 1 1] of q(x_next | x_t, x0_hat) (DOLLAR eq. (8.14)); the latter is
+    0 where t_next is the clean end.
     """
     a, b = _coefficients_like(schedule, t, x_t)
     a_next, b_next = _coefficients_like(schedule, t_next, x_t)
@@ -156,10 +143,9 @@ def posterior(
 
 
 def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
-    """[num_steps + 1] descending fp32 times: the inputs of each step, then the clean end.
-
-    DDPM: "trailing" spacing, 999, 979, ..., 19, -1 for 50 steps, as in DOLLAR. Rectified flow: `shift` applied to an
-    even grid from 1 to 0, as in Wan. ValueError for num_steps outside 1..num_train_timesteps.
+    """[num_steps + 1] descending fp32 times: the inputs of each step, then the clean end. DDPM: "trailing" spacing,
+    999, 979, ..., 19, -1 for 50 steps, as in DOLLAR. Rectified flow: `shift` applied to an even grid from 1 to 0, as in
+    Wan. ValueError for num_steps outside 1..num_train_timesteps.
     """
     total = schedule.num_train_timesteps
     if not 1 <= num_steps <= total:
@@ -172,11 +158,10 @@ def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
 
 
 def unipc_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """fp32 network times [num_steps] and noise levels sigma [num_steps + 1], from almost 1 to 0.
-
-    As diffusers' `UniPCMultistepScheduler` with `use_flow_sigmas` makes them, which Wan is published with: the grid
-    ends one training step short of the clean end, and the network gets whole times. ValueError for another path than
-    rectified flow, or num_steps outside 1..num_train_timesteps.
+    """fp32 network times [num_steps] and noise levels sigma [num_steps + 1], from almost 1 to 0, as diffusers'
+    `UniPCMultistepScheduler` with `use_flow_sigmas` makes them, which Wan is published with: the grid ends one training
+    step short of the clean end, and the network gets whole times. ValueError for another path than rectified flow, or
+    num_steps outside 1..num_train_timesteps.
     """
     total = schedule.num_train_timesteps
     if schedule.path != "rf" or not 1 <= num_steps <= total:
@@ -230,9 +215,7 @@ def unipc_table(sigmas: np.ndarray) -> np.ndarray:
 def time_from_uniform(schedule: Schedule, u: Time) -> Time:
     """Maps uniform u in [0, 1) to a training time: shifted for rectified flow, else an index."""
     total = schedule.num_train_timesteps
-    if schedule.path == "rf":
-        return total * _shift(schedule, u)
-    return jnp.clip(jnp.floor(total * u), 0, total - 1)
+    return total * _shift(schedule, u) if schedule.path == "rf" else jnp.clip(jnp.floor(total * u), 0, total - 1)
 
 
 @functools.lru_cache

@@ -39,9 +39,8 @@ Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics, RewardSa
 
 
 def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, Any] = MappingProxyType({})) -> Step:
-    """step(state, frozen, batch) → (state, metrics, what is to be scored); pure, to be jitted over a mesh.
-
-    What is to be scored is None without rewards. `on_devices` has, for each field of the state that lies in
+    """step(state, frozen, batch) → (state, metrics, what is to be scored or None); pure, to be jitted over a mesh.
+    `on_devices` has, for each field of the state that lies in
     host memory, where on the devices it goes when it is needed; what becomes of it stays there.
     """
     config, method = d.config, method_of(d.config)
@@ -54,9 +53,8 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
 
         # The student
         ema = fetch("ema", after=state.step)
-        references = References(
-            full(ema), full(state.fake_score), state.latent_reward, state.reward_statistics, frozen, state.step
-        )
+        reward = state.latent_reward, state.reward_statistics
+        references = References(full(ema), full(state.fake_score), *reward, frozen, state.step)
 
         def student_loss(params: Params, rows: Batch, key: Key) -> tuple[jax.Array, Any]:
             return objectives.student(d, full(params), references, rows, key)
@@ -97,7 +95,7 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
         if config.reward.rewards:
             rows = jax.tree.map(lambda x: scored_rows(x[-1], config.reward.samples), micro)
             generated = jax.tree.map(lambda x: x[-1], generated)
-            samples = method.samples(d, full(student), state, frozen, rows, generated, sample_key)
+            samples = method.samples(d, full(student), references, rows, generated, sample_key)
             state, samples, aux = method.learn(d, optimisers, state, Scored(batch.reward, rows.text, samples))
             metrics |= aux
 
@@ -150,9 +148,8 @@ def micro_batches(batch: Batch, count: int) -> Batch:
 
 
 def _accumulated(loss: Callable[..., Any], params: Params, micro: Any, key: jax.Array) -> tuple[Params, Any]:
-    """Gradients and auxiliary numbers of `loss(params, rows, key)`, averaged over the micro-batches.
-
-    Of an auxiliary array every micro-batch's is there, [count, ...].
+    """Gradients and auxiliary numbers of `loss(params, rows, key)`, averaged over the micro-batches; of an auxiliary
+    array every micro-batch's, [count, ...].
     """
     grad = jax.grad(loss, has_aux=True)
     count = jax.tree.leaves(micro)[0].shape[0]

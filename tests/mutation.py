@@ -78,11 +78,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("updates if config.vsd.weight else 0", "updates", [ALGORITHM]),
         ("objectives.rollout(d, full(student)", "objectives.rollout(d, full(state.student)", [ALGORITHM]),
         # The target of consistency is the student itself.
-        (
-            "            full(ema), full(state.fake_score),",
-            "            full(state.student), full(state.fake_score),",
-            [GRADIENTS],
-        ),
+        ("References(full(ema), full", "References(full(state.student), full", [GRADIENTS]),
         # The average forgets as fast as it should remember.
         ("student, ema, 1 - config.student.ema_decay", "student, ema, config.student.ema_decay", [ALGORITHM]),
         # The average is of the student before its update.
@@ -295,7 +291,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ),
         ("flat(jnp.stack(latents, 1))", "jnp.concatenate(latents)", [JAX]),
         ("statistics.mean[k]\n", "statistics.mean[0]\n", [JAX]),
-        ("scale=reward_schedule,\n", "", [JAX]),
+        ("scale=reward_schedule, ", "", [JAX]),
     ],
     "rewards/methods/lrm.py": [
         # The latent reward does not reach the student.

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 Frames = Float[Array, "b t h w 3"]
-Latent = Float[Array, "b t h w z"]
+Latent = Float[Array, "b t2 h2 w2 z"]
 
 
 class CausalCache:

@@ -12,11 +12,14 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from dollar_jax.config import DistillConfig, RewardConfig
-from dollar_jax.distillation import Batch, Distillation, Frozen, Generated, Metrics, RewardSamples, Term
+from dollar_jax.distillation import Batch, Distillation, Generated, Metrics, References, RewardSamples, Term
 from dollar_jax.state import Optimisers, RewardStatistics, TrainState
 from dollar_jax.types import Key, Latent, Params, PerSample, TextStates
 
 Shape = tuple[int, ...]
+Full = Callable[[Params], Params]  # adapters → all of a network's parameters
+Gradient = tuple[Params, TrainState, Metrics]
+Candidates = tuple[list[Latent], Float[Array, "n s t h w c"] | None]
 Learned = tuple[TrainState, RewardSamples, Metrics]
 
 
@@ -78,15 +81,11 @@ class RewardMethod:
         """An empty memory, or None for a method that keeps nothing."""
         return None
 
-    def add_gradient(
-        self, d: Distillation, full: Callable[[Params], Params], state: TrainState, inputs: Any, grads: Params
-    ) -> tuple[Params, TrainState, Metrics]:
+    def add_gradient(self, d: Distillation, full: Full, state: TrainState, inputs: Any, grads: Params) -> Gradient:
         """The student's gradient with what does not come from its batch, and the state with new statistics."""
         return grads, state, {}
 
-    def candidates(
-        self, d: Distillation, student: Params, rows: Batch, generated: Latent, key: Key
-    ) -> tuple[list[Latent], Float[Array, "n s t h w c"] | None]:
+    def candidates(self, d: Distillation, student: Params, rows: Batch, generated: Latent, key: Key) -> Candidates:
         """The latents to be scored, each [n t h w c], and the last states of a rollout."""
         return [generated], None
 
@@ -95,14 +94,7 @@ class RewardMethod:
         return jnp.full(len(latent), jnp.nan)
 
     def samples(
-        self,
-        d: Distillation,
-        student: Params,
-        state: TrainState,
-        frozen: Frozen,
-        rows: Batch,
-        generated: Generated,
-        key: Key,
+        self, d: Distillation, student: Params, references: References, rows: Batch, generated: Generated, key: Key
     ) -> RewardSamples:
         """What is to be scored of `rows`, with what the JAX rewards and the latent reward model say of it."""
         keys = jax.random.split(key)
@@ -112,17 +104,16 @@ class RewardMethod:
         text, tokens = jax.tree.map(lambda x: jnp.repeat(x, len(latents), 0), (rows.text, rows.tokens))
         reward, pixels = generated.reward, d.networks.pixel_rewards
         if reward is None and pixels is not None:
-            reward = lax.stop_gradient(pixels(frozen.reward, latent, tokens))
+            reward = lax.stop_gradient(pixels(references.frozen.reward, latent, tokens))
         if reward is None:
             reward = jnp.full((len(latent), len(self.settings.rewards)), jnp.nan)
-        predicted = self.predict(d, state.latent_reward, latent, text)
+        predicted = self.predict(d, references.latent_reward, latent, text)
         grouped = (x.reshape(-1, len(latents), *x.shape[1:]) for x in (latent, reward, predicted))
         return RewardSamples(*grouped, states=states)
 
     def learn(self, d: Distillation, optimisers: Optimisers, state: TrainState, scored: Scored) -> Learned:
-        """The state with new statistics and latent reward model, and the samples with the trained rewards' scale.
-
-        A method that learns does so first, and then calls this.
+        """The state with new statistics and latent reward model, and the samples with the trained rewards' scale. A
+        method that learns does so first, and then calls this.
         """
         c, statistics, samples = self.settings, state.reward_statistics, scored.samples
         if not c.trained:
@@ -138,22 +129,11 @@ class RewardMethod:
 
 def reward_term(name: str, label: str, curve: str, loss: Any, sign: int = -1) -> Term:
     """The term β_FT L_FT by which a method's rewards reach the student; its metric is the reward itself."""
-    return Term(
-        name=name,
-        symbol="β_FT",
-        label=label,
-        curve=curve,
-        weight=lambda config: config.reward.weight,
-        scale=reward_schedule,
-        loss=loss,
-        sign=sign,
-    )
+    return Term(name, "β_FT", label, curve, lambda config: config.reward.weight, loss, scale=reward_schedule, sign=sign)
 
 
 def reward_schedule(config: DistillConfig, step: Array) -> Float[Array, ""]:
-    """β_FT's share of its configured value: 0 before `start_step`, a linear rise over `ramp_steps`, then
-    constant or a cosine.
-    """
+    """β_FT's share of its weight: 0 before `start_step`, a linear rise over `ramp_steps`, then constant or a cosine."""
     c = config.reward
     since = jnp.asarray(step - c.start_step, jnp.float32)
     rise = jnp.clip((since + 1) / max(c.ramp_steps, 1), 0.0, 1.0)
@@ -166,10 +146,7 @@ def reward_schedule(config: DistillConfig, step: Array) -> Float[Array, ""]:
 
 
 def reward_scale(c: RewardConfig, statistics: RewardStatistics) -> Float[Array, " k"]:
-    """What a unit of each trained reward counts: its weight, per standard deviation if so configured.
-
-    0 while no deviation is known.
-    """
+    """What a unit of each trained reward counts: its weight; `normalise`d, per deviation, and 0 while none is known."""
     weights = jnp.array([c.rewards[i].weight for i in c.trained])
     return jnp.where(statistics.count > 0, weights / statistics.std, 0.0) if c.normalise else weights
 
@@ -185,9 +162,8 @@ def scored_rows(x: Array, count: int) -> Array:
 
 
 def random_run(latent: Latent, frames: int | None, key: Key) -> Latent:
-    """A run of so many consecutive latent frames from a random one of each clip; None takes the whole.
-
-    A causal VAE decodes the run as a clip of its own, whose first latent frame is one frame of pixels.
+    """A run of so many consecutive latent frames from a random one of each clip, or for None the whole. A causal VAE
+    decodes the run as a clip of its own, whose first latent frame is one frame of pixels.
     """
     if frames is None or frames >= latent.shape[1]:
         return latent

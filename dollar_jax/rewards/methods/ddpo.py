@@ -1,7 +1,6 @@
 """DDPO, REINFORCE on the student's last two random steps (DOLLAR eq. (8.24)-(8.26)): rewards need no gradient."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float
 from dollar_jax import losses
 from dollar_jax import schedule as schedules
 from dollar_jax.distillation import Batch, Distillation, Metrics, RewardSamples
+from dollar_jax.rewards.methods import base
 from dollar_jax.rewards.methods.base import RewardMethod, Shape, combined_reward, reward_schedule, reward_term
 from dollar_jax.state import TrainState
 from dollar_jax.types import Key, Latent, Params, PerSample, TextStates
@@ -31,10 +31,8 @@ class Rollouts:
 def rollout(
     d: Distillation, params: Params, text: TextStates, shape: Shape, key: Key
 ) -> tuple[Float[Array, "b s t h w c"], Latent]:
-    """The student from noise by the DDPM posterior, without gradient: its last states, and the clean latent.
-
-    The states are those at the last three timesteps, or two if there are no more, so that the steps between them, the
-    last two whose outcome is random, can be reinforced: the step to the clean end has variance 0.
+    """The student from noise by the DDPM posterior, without gradient: its states at the last three timesteps, or two if
+    there are no more, and the clean latent. The steps between those are the last whose outcome is random.
     """
     params = jax.lax.stop_gradient(params)
     times = [jnp.full(len(text), t) for t in d.config.student.timesteps]
@@ -50,9 +48,8 @@ def rollout(
 def policy(
     d: Distillation, params: Params, states: Float[Array, "b s t h w c"], text: TextStates, advantage: PerSample
 ) -> tuple[Float[Array, ""], Metrics]:
-    """L_FT of DDPO: -A Σ log p_θ(x_next | x_t) over the steps between `states`, per element of the latent.
-
-    The rollouts are a step or two old by the time their rewards are here; no importance weight corrects for that.
+    """L_FT of DDPO: -A Σ log p_θ(x_next | x_t) over the steps between `states`, per element of the latent. No
+    importance weight corrects for the rollouts' being a step or two old by the time their rewards are here.
     """
     times = [jnp.full(len(text), t) for t in d.config.student.timesteps[-states.shape[1] :]]
     total = jnp.zeros(())
@@ -88,21 +85,18 @@ class DDPO(RewardMethod):
         return RolloutMemory(self.inputs(latent, text))
 
     def add_gradient(
-        self, d: Distillation, full: Callable[[Params], Params], state: TrainState, inputs: Rollouts, grads: Params
-    ) -> tuple[Params, TrainState, Metrics]:
+        self, d: Distillation, full: base.Full, state: TrainState, inputs: Rollouts, grads: Params
+    ) -> base.Gradient:
         c = self.settings
         statistics = state.reward_statistics.updated(inputs.reward, jnp.ones(len(inputs.reward)), c.statistics_decay)
         advantage = combined_reward(c, statistics, inputs.reward)
         beta = c.weight * reward_schedule(self.config, state.step)
-        reinforced, metrics = jax.grad(lambda p, *rest: policy(d, full(p), *rest), has_aux=True)(
-            state.student, inputs.states, inputs.text, advantage
-        )
+        loss = jax.grad(lambda p: policy(d, full(p), inputs.states, inputs.text, advantage), has_aux=True)
+        reinforced, metrics = loss(state.student)
         grads = jax.tree.map(lambda g, r: g + beta * r, grads, reinforced)
         return grads, dataclasses.replace(state, reward_statistics=statistics), metrics
 
-    def candidates(
-        self, d: Distillation, student: Params, rows: Batch, generated: Latent, key: Key
-    ) -> tuple[list[Latent], Float[Array, "n s t h w c"]]:
+    def candidates(self, d: Distillation, student: Params, rows: Batch, generated: Latent, key: Key) -> base.Candidates:
         states, x0 = rollout(d, student, rows.text, rows.latent.shape[1:], key)
         return [x0], states
 

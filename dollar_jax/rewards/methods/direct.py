@@ -27,9 +27,8 @@ def pixel_reward(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, 
 
 
 class Direct(base.RewardMethod):
-    term = base.reward_term(
-        "pixel_reward", "reward through the decoder", "Reward of the student, by gradients", pixel_reward
-    )
+    curve = "Reward of the student, by gradients"
+    term = base.reward_term("pixel_reward", "reward through the decoder", curve, pixel_reward)
     differentiates_pixels = True
 
     def learn(self, d: Distillation, optimisers: Optimisers, state: TrainState, scored: base.Scored) -> base.Learned:

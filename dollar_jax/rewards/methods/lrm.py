@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 from dollar_jax import losses, sharding
 from dollar_jax.distillation import Batch, Distillation, Metrics, Networks, RewardSamples, StudentPass
 from dollar_jax.optim import apply_gradient
-from dollar_jax.rewards.methods.base import Learned, RewardMethod, Scored, Shape, combined_reward, flat, reward_term
+from dollar_jax.rewards.methods import base
+from dollar_jax.rewards.methods.base import RewardMethod, Scored, Shape, combined_reward, flat, reward_term
 from dollar_jax.state import Optimisers, TrainState
 from dollar_jax.types import Key, Latent, Params, PerSample, TextStates
 
@@ -37,9 +38,8 @@ def predicted_reward(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSamp
 
 
 def regression(networks: Networks, params: Params, rows: ScoredLatents) -> tuple[Float[Array, ""], Metrics]:
-    """The regression of the latent reward model, DOLLAR eq. (8.10), on one set of rows, `reward` [r].
-
-    Rows without a weight or a finite reward are left out.
+    """The regression of the latent reward model, DOLLAR eq. (8.10), on those of the rows, with `reward` [r], that have
+    a weight and a finite reward.
     """
     good = jnp.isfinite(rows.reward)
     reward, weight = jnp.where(good, rows.reward, 0.0), jnp.where(good, rows.weight, 0.0)
@@ -73,15 +73,13 @@ class LatentReward(RewardMethod):
     def memory(self, latent: Shape, text: Shape) -> "Replay":
         return Replay(self.settings.replay, self.inputs(latent, text), self.config.seed)
 
-    def candidates(
-        self, d: Distillation, student: Params, rows: Batch, generated: Latent, key: Key
-    ) -> tuple[list[Latent], None]:
+    def candidates(self, d: Distillation, student: Params, rows: Batch, generated: Latent, key: Key) -> base.Candidates:
         return [generated, rows.latent] if d.score_real else [generated], None
 
     def predict(self, d: Distillation, params: Params, latent: Latent, text: TextStates) -> PerSample:
         return d.networks.latent_reward(params, latent, text)
 
-    def learn(self, d: Distillation, optimisers: Optimisers, state: TrainState, scored: Scored) -> Learned:
+    def learn(self, d: Distillation, optimisers: Optimisers, state: TrainState, scored: Scored) -> base.Learned:
         c, pixels, inputs = self.settings, d.networks.pixel_rewards, scored.inputs
         if pixels is not None and set(c.trained) <= set(pixels.columns):
             # JAX rewards are known at once: every update learns from what has just been scored, too.
@@ -98,9 +96,8 @@ class LatentReward(RewardMethod):
         # Unrolled: small as they are, XLA:CPU's convolutions are many times slower inside a loop.
         start = state.latent_reward, state.latent_reward_optimiser
         (params, optimiser), metrics = lax.scan(update, start, inputs, unroll=True)
-        state = dataclasses.replace(
-            state, reward_statistics=statistics, latent_reward=params, latent_reward_optimiser=optimiser
-        )
+        new = {"latent_reward": params, "latent_reward_optimiser": optimiser, "reward_statistics": statistics}
+        state = dataclasses.replace(state, **new)
         state, samples, known = super().learn(d, optimisers, state, scored)
         return state, samples, {name: value.mean() for name, value in metrics.items()} | known
 
@@ -117,10 +114,7 @@ def _beside(old: Array, new: Array) -> Array:
 
 
 class Replay:
-    """The newest `capacity` scored latents. What `take` draws depends only on content, seed and step.
-
-    `shapes` are those of what it gives.
-    """
+    """The newest `capacity` scored latents, given in `shapes`. What `take` draws depends on content, seed and step."""
 
     def __init__(self, capacity: int, shapes: ScoredLatents, seed: int):
         self.drawn, self.seed = shapes.weight.shape, seed
