@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dollar_jax.config import RewardTerm
 from dollar_jax.data import shapes
 from dollar_jax.generate import make_generator, subset
-from dollar_jax.models.latent_reward import LatentRewardConfig, LatentRewardModel
+from dollar_jax.models.latent_reward import LatentRewardModel
 from dollar_jax.models.network import make_network
 from dollar_jax.optim import make_optimiser
 from dollar_jax.rewards import load_rewards
@@ -82,9 +82,8 @@ def draw_and_score(workdir: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 def correlations(latents: np.ndarray, rewards: np.ndarray, count: int, changes: dict[str, Any]) -> list[float]:
     """With the rewards of fresh samples, after each number of UPDATES on the first `count`."""
     reward = make_config(1, 1).reward
-    fields = {**dataclasses.asdict(reward.head), "channels": latents.shape[-1], "text_dim": None, **changes}
-    del fields["use_text"]
-    network = make_network(lambda rngs: LatentRewardModel(LatentRewardConfig(**fields), rngs))
+    head = dataclasses.replace(reward.head, **changes)
+    network = make_network(lambda rngs: LatentRewardModel(head, latents.shape[-1], None, rngs))
     params = network.init(jax.random.key(0))
     optimiser = make_optimiser(reward.optimiser, UPDATES[-1])
     standard = (rewards - rewards[:count].mean()) / rewards[:count].std()

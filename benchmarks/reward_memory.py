@@ -29,8 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from dollar_jax.config import LatentRewardSettings
 from dollar_jax.models.clip import VIT_H_14, preprocess
-from dollar_jax.models.latent_reward import LatentRewardConfig, LatentRewardModel
+from dollar_jax.models.latent_reward import LatentRewardModel
 from dollar_jax.models.network import make_network
 from dollar_jax.models.wan_vae import WanVAE, WanVAEConfig
 from dollar_jax.weights.clip import clip_network
@@ -44,8 +45,8 @@ BF16: dict[str, Any] = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
 
 def latent_reward(latent: jax.ShapeDtypeStruct) -> tuple[Callable[..., jax.Array], Any, Any]:
     """DOLLAR's text-image latent reward model."""
-    config = LatentRewardConfig(channels=latent.shape[-1], text_dim=TEXT_WIDTH, **BF16)
-    head = make_network(lambda rngs: LatentRewardModel(config, rngs))
+    settings, channels = LatentRewardSettings(), latent.shape[-1]
+    head = make_network(lambda rngs: LatentRewardModel(settings, channels, TEXT_WIDTH, rngs, "bfloat16"))
     text = jax.ShapeDtypeStruct((1, TOKENS, TEXT_WIDTH), jnp.bfloat16)
     return lambda x, params, text: head.apply(params, x, text).sum(), head.shapes, text
 

@@ -167,9 +167,15 @@ class LatentRewardSettings:
     second_kernel: int = field(3, "Kernel of the second convolution.", low=1)
     second_stride: int = field(2, "Stride of the second convolution.", low=1)
     second_padding: int = field(1, "Padding of the second convolution.", low=0)
-    temporal_kernel: int = field(1, "Latent frames a convolution sees, odd; 1 averages the frames' scores.", low=1)
+    temporal_kernel: int = field(1, "Latent frames a convolution sees, odd, zeros around; 1 averages scores.", low=1)
     group_norm: bool = field(True, "Normalise after each convolution, which hides the latent's overall scale.")
     groups: int = field(32, "Groups of the normalisation; divides the width.", low=1)
+
+    def __post_init__(self) -> None:
+        if self.temporal_kernel % 2 == 0:
+            raise ValueError(f"config.reward.head.temporal_kernel must be odd and positive, not {self.temporal_kernel}")
+        if self.group_norm and self.width % self.groups:
+            raise ValueError(f"config.reward.head.width {self.width} does not divide into {self.groups} groups")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,5 @@
-"""The programs of distillation over a mesh: the one train step, what it starts from, and the student to sample.
-
-Training and ahead-of-time planning both build from here, so what is planned is what runs. The programs of the
-teacher's networks, from prompts to frames, are those of `generate.Generator`.
+"""The programs of distillation over a mesh: the one train step, what it starts from, and the student to sample. What
+is planned ahead of time and what runs are both built here. The teacher's networks are in `generate.Generator`.
 """
 
 import dataclasses
@@ -19,7 +17,7 @@ from dollar_jax.distillation import Batch, Distillation, Frozen, Networks
 from dollar_jax.flops import count_flops
 from dollar_jax.generate import DATA_PROMPTS, Generator, merge_program, student_network
 from dollar_jax.models import lora
-from dollar_jax.models.latent_reward import LatentRewardConfig, LatentRewardModel
+from dollar_jax.models.latent_reward import LatentRewardModel
 from dollar_jax.models.network import Network, make_network
 from dollar_jax.optim import make_optimiser
 from dollar_jax.program import Program
@@ -35,9 +33,8 @@ from dollar_jax.types import Params
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainPrograms:
-    """`step(state, frozen, batch)`, which donates the state; `init(key, teacher)`, the state at the start.
-
-    `merge(teacher, adapters)` gives the student's parameters of its adapters; None where there are none.
+    """`step(state, frozen, batch)`, which donates the state; `init(key, teacher)`, the state at the start; and, where
+    there are adapters, `merge(teacher, adapters)`, the student's parameters.
     """
 
     mesh: Mesh
@@ -79,10 +76,8 @@ def train_programs(
     decoder: Params = (),
 ) -> TrainPrograms:
     """Everything but the weights; raises ValueError, before any compilation, for a mesh that does not fit.
-
-    `pixel_rewards` are the JAX ones of config.reward.rewards; `decoder` is the shapes of their decoder's
-    parameters. `score_real` says whether the data has latents for the latent reward model to learn from
-    beside the generated ones.
+    `pixel_rewards` are the JAX ones of config.reward.rewards, `decoder` the shapes of their decoder's parameters.
+    `score_real`: the data has latents for the latent reward model to learn from beside the generated ones.
     """
     method_of(config).check()
     if (first := config.student.timesteps[0]) > schedule.num_train_timesteps:
@@ -121,11 +116,8 @@ def train_programs(
         return dataclasses.replace(state, **host), *others
 
     reward = () if pixel_rewards is None else pixel_rewards.params(decoder)
-    frozen_shapes = Frozen(
-        transformer.shapes,
-        jax.ShapeDtypeStruct((1, *text_shape), jnp.float32),
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward),
-    )
+    reward = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward)
+    frozen_shapes = Frozen(transformer.shapes, jax.ShapeDtypeStruct((1, *text_shape), jnp.float32), reward)
     arguments, places = (state_shapes, frozen_shapes, batch_shapes), (state_sharding, frozen_sharding, batch_sharding)
     begun, at = (jax.eval_shape(jax.random.key, 0), transformer.shapes), (whole, frozen_sharding.teacher)
     merge = merge_program(config.lora, mesh, transformer.shapes, state_shapes.ema) if config.lora.rank else None
@@ -141,18 +133,9 @@ def teacher_programs(
     score_real: bool = True,
 ) -> TrainPrograms:
     """`train_programs` for the teacher of a generator, and clips of its size."""
-    pipeline = generator.pipeline
-    return train_programs(
-        config,
-        pipeline.transformer.network,
-        pipeline.schedule,
-        generator.latent_shape,
-        generator.text_shape,
-        devices,
-        pixel_rewards,
-        score_real,
-        pipeline.vae.network.shapes,
-    )
+    pipeline, shapes = generator.pipeline, (generator.latent_shape, generator.text_shape)
+    more = devices, pixel_rewards, score_real, pipeline.vae.network.shapes
+    return train_programs(config, pipeline.transformer.network, pipeline.schedule, *shapes, *more)
 
 
 def step_flops(
@@ -174,15 +157,13 @@ def step_flops(
 def run_programs(
     config: DistillConfig, generator: Generator, programs: TrainPrograms, rewards: Sequence[AnyReward]
 ) -> list[Program]:
-    """All that `train` executes on the devices from the first step to the last; by shapes alone.
-
-    Of data in several aspect buckets it lists the programs of the first bucket.
+    """All that `train` executes on the devices from the first step to the last, by shapes alone; of data in several
+    aspect buckets the programs of the first.
     """
     found = [generator.text_program(1, generator.own_mesh), programs.init, programs.step]
     if not all(isinstance(reward, JaxReward) for reward in rewards):
         decoder = generator.pipeline.vae.network.shapes
-        latent = programs.step.trace().out_info[2].latent
-        where = programs.step.out_shardings[2]
+        latent, where = programs.step.trace().out_info[2].latent, programs.step.out_shardings[2]
         latent = jax.ShapeDtypeStruct(latent.shape, latent.dtype, sharding=where)
         found.append(decode_program(generator.frames, decoder, latent))
     if config.visibility.samples_every:
@@ -207,21 +188,14 @@ def sample_programs(config: DistillConfig, generator: Generator) -> list[Program
 def _check_transformer(mesh: Mesh, transformer: Network, latent: tuple[int, ...], text: tuple[int, int]) -> None:
     """Traces one forward: heads that do not divide over the mesh are an error here, before any compilation."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    shapes = ((rows, *latent), (rows,), (rows, *text))
-    jax.eval_shape(
-        sharding.with_mesh(mesh, transformer.apply),
-        transformer.shapes,
-        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
-    )
+    given = (jax.ShapeDtypeStruct((rows, *shape), jnp.float32) for shape in (latent, (), text))
+    jax.eval_shape(sharding.with_mesh(mesh, transformer.apply), transformer.shapes, *given)
 
 
 def latent_reward_network(config: DistillConfig, channels: int, text_dim: int) -> Network:
     """The latent reward model for latents of so many channels and text states of that width."""
-    fields = dataclasses.asdict(config.reward.head)
-    fields["text_dim"] = text_dim if config.reward.use_text else None
-    del fields["use_text"]
-    head = LatentRewardConfig(channels=channels, **fields)
-    return make_network(functools.partial(LatentRewardModel, head))
+    text = text_dim if config.reward.use_text else None
+    return make_network(functools.partial(LatentRewardModel, config.reward.head, channels, text))
 
 
 def _optimisers(config: DistillConfig) -> Optimisers:

@@ -2,7 +2,7 @@
 Every latent frame is scored alone and the scores are averaged, or a video is convolved over time too.
 """
 
-import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,42 +13,17 @@ from dollar_jax.models.attention import attention
 from dollar_jax.models.layers import Linear
 
 
-@dataclasses.dataclass(frozen=True)
-class LatentRewardConfig:
-    """`text_dim` None scores the latent alone, else its agreement with text of that width. With 12 channels and the
-    published kernels the image model has 189,441 parameters, the text-image model 763,009 without group norms.
-    """
-
-    channels: int = 16
-    width: int = 128
-    text_dim: int | None = None
-    stem_kernel: int = 4
-    stem_stride: int = 4
-    stem_padding: int = 1
-    second_kernel: int = 3
-    second_stride: int = 2
-    second_padding: int = 1
-    temporal_kernel: int = 1  # more convolves over time too, with zeros before and after the clip
-    group_norm: bool = True
-    groups: int = 32
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        if self.temporal_kernel < 1 or self.temporal_kernel % 2 == 0:
-            raise ValueError(f"temporal_kernel must be odd and positive, not {self.temporal_kernel}")
-        if self.group_norm and self.width % self.groups:
-            raise ValueError(f"width {self.width} does not divide into {self.groups} groups")
-
-
 class LatentRewardModel(nnx.Module):
-    """One fp32 score per video. The paper averages the text before the attention, but a softmax over a single key is 1,
-    and the score ignores the latent; here the feature attends over the text's tokens, and their sum is scored.
+    """One fp32 score per video by the settings `c`, config.reward.head: of the latent alone, or, with a `text_dim`, of
+    its agreement with text of that width. The paper averages the text before the attention, but a softmax over a single
+    key is 1, and the score ignores the latent; here the feature attends over the text's tokens, and their sum is
+    scored. With 12 channels and the published kernels the image model has 189,441 parameters, the text-image model
+    763,009 without group norms.
     """
 
-    def __init__(self, config: LatentRewardConfig, rngs: nnx.Rngs) -> None:
-        c = self.config = config
-        types = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype), "rngs": rngs}
+    def __init__(self, c: Any, channels: int, text_dim: int | None, rngs: nnx.Rngs, dtype: str = "float32") -> None:
+        self.config, self.text_dim, self.dtype = c, text_dim, jnp.dtype(dtype)
+        types = {"dtype": self.dtype, "rngs": rngs}
 
         def conv(channels: int, kernel: int, stride: int, padding: int) -> nnx.Conv:
             size, strides = [kernel] * 2, [stride] * 2
@@ -62,30 +37,28 @@ class LatentRewardModel(nnx.Module):
             fp32 = {**types, "dtype": jnp.float32}
             return nnx.GroupNorm(c.width, num_groups=c.groups, **fp32) if c.group_norm else None
 
-        self.conv1 = conv(c.channels, c.stem_kernel, c.stem_stride, c.stem_padding)
+        self.conv1 = conv(channels, c.stem_kernel, c.stem_stride, c.stem_padding)
         self.norm1 = norm()
         self.conv2 = conv(c.width, c.second_kernel, c.second_stride, c.second_padding)
         self.norm2 = norm()
         # A 1×1 convolution of a pooled feature is a dense layer.
         self.feature = Linear(c.width, c.width, **types)
         self.score = Linear(c.width, 1, **types)
-        if c.text_dim is None:
+        if text_dim is None:
             return
-        self.text_proj = Linear(c.text_dim, c.width, **types)
+        self.text_proj = Linear(text_dim, c.width, **types)
         # A token that is always there, so that an empty prompt is defined. The table counts 524,544
         # parameters for the text projection, which are these and the 4096 → 128 layer's 524,416.
-        self.null_token = nnx.Param(jnp.zeros((c.width,), c.param_dtype))
-        self.to_q = Linear(c.width, c.width, **types)
-        self.to_k = Linear(c.width, c.width, **types)
-        self.to_v = Linear(c.width, c.width, **types)
+        self.null_token = nnx.Param(jnp.zeros((c.width,)))
+        self.to_q, self.to_k, self.to_v = (Linear(c.width, c.width, **types) for _ in range(3))
 
     def __call__(
         self, latent: Float[Array, "b t h w c"], text: Float[Array, "b l d"] | None = None
     ) -> Float[Array, " b"]:
         """Rows of `text` that are all zero are padding and do not count."""
-        if (text is None) != (self.config.text_dim is None):
+        if (text is None) != (self.text_dim is None):
             given = "no text" if text is None else "text"
-            raise ValueError(f"the latent reward model got {given}; text_dim is {self.config.text_dim}")
+            raise ValueError(f"the latent reward model got {given}; text_dim is {self.text_dim}")
         features = self._frames(latent)
         if text is not None:
             features = features + self._attend(features, text)
@@ -95,7 +68,7 @@ class LatentRewardModel(nnx.Module):
         x = latent if self.config.temporal_kernel > 1 else latent.reshape(-1, *latent.shape[2:])
         for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
             x = conv(x)
-            x = jax.nn.silu(x if norm is None else norm(x)).astype(self.config.dtype)
+            x = jax.nn.silu(x if norm is None else norm(x)).astype(self.dtype)
         if not x.size:
             raise ValueError(f"a latent of h, w = {latent.shape[2:4]} is too small for this stem")
         return self.feature(x.mean(axis=(-3, -2))).reshape(*latent.shape[:2], -1)

@@ -3,12 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dollar_jax.models.latent_reward import LatentRewardConfig, LatentRewardModel
+from dollar_jax.config import LatentRewardSettings
+from dollar_jax.models.latent_reward import LatentRewardModel
 from dollar_jax.models.network import make_network
 
 
-def network(**fields):
-    return make_network(lambda rngs: LatentRewardModel(LatentRewardConfig(channels=12, **fields), rngs))
+def network(text_dim=None, dtype="float32", **fields):
+    settings = LatentRewardSettings(**fields)
+    return make_network(lambda rngs: LatentRewardModel(settings, 12, text_dim, rngs, dtype))
 
 
 def count(network):
@@ -115,6 +117,6 @@ def test_misuse_is_refused(with_text):
     with pytest.raises(ValueError, match="too small"):
         net.apply(params, latent[:, :, :1, :1], text)
     with pytest.raises(ValueError, match="temporal_kernel must be odd and positive, not 2"):
-        LatentRewardConfig(temporal_kernel=2)
+        LatentRewardSettings(temporal_kernel=2)
     with pytest.raises(ValueError, match="groups"):
-        LatentRewardConfig(width=100)
+        LatentRewardSettings(width=100)
