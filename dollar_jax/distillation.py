@@ -124,11 +124,10 @@ class StudentPass:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A term of the student's loss, `weight(config) * scale(config, step) * mean(loss)`.
-
-    `loss(distillation, student_pass, key)` → one number per sample, and fields of `Generated` that were found
-    on the way; None where the reward method adds the gradient itself. The metric `name` is `sign` times the
-    mean. `symbol` is the weight's in DOLLAR eq. (8.12), `label` names the term and `curve` its metric to people.
+    """A term of the student's loss, `weight(config) * scale(config, step) * mean(loss)`. `loss(distillation,
+    student_pass, key)` → one number per sample, and fields of `Generated` that were found on the way; None where the
+    reward method adds the gradient itself. The metric `name` is `sign` times the mean. `symbol` is the weight's in
+    DOLLAR eq. (8.12), `label` names the term and `curve` its metric to people.
     """
 
     name: str

@@ -47,9 +47,8 @@ def transformer_options(compute: ComputeConfig) -> dict[str, Any]:
 
 
 def load_teacher(name: str, compute: ComputeConfig | None = None, mesh: Mesh | None = None) -> Pipeline:
-    """The shipped teacher of that name, or the pipeline folder at that path; in fp32 unless `compute` is given.
-
-    With a mesh the transformer of an imported folder is restored into its shards there.
+    """The shipped teacher of that name, or the pipeline folder at that path; in fp32 unless `compute` is given. With a
+    mesh the transformer of an imported folder is restored into its shards there.
     """
     if compute is None:
         return load_pipeline(teacher_folder(name))
@@ -71,10 +70,9 @@ def merge_program(config: LoraConfig, mesh: Mesh, teacher: Params, adapters: Par
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
-    """One way to draw latents [n t h w c]: (parameters, a key per video [n], text states [n l d]) → latents.
-
-    Each video has its own key, so that batches do not change the videos. `draw` also takes the states of the
-    empty prompt, where `guided`.
+    """One way to draw latents [n t h w c]: (parameters, a key per video [n], text states [n l d]) → latents. Each video
+    has its own key, so that batches do not change the videos. `draw` also takes the states of the empty prompt, where
+    `guided`.
     """
 
     name: str
@@ -280,10 +278,8 @@ class Generator:
 
 
 def make_generator(c: DistillConfig, clip: tuple[int, int, int] | None = None, mesh: Mesh | None = None) -> Generator:
-    """The teacher of a configuration, ready to sample clips of the size of its data's, or of another.
-
-    It samples on `mesh`, on all devices of this process if none is given; an imported teacher is restored into
-    its shards there.
+    """The teacher of a configuration, ready to sample clips of the size of its data's, or of another. It samples on
+    `mesh`, on all devices of this process if none is given; an imported teacher is restored into its shards there.
     """
     mesh, clip = sampling_mesh(c.mesh) if mesh is None else mesh, clip or clip_size(c.data)
     teacher = load_teacher(c.teacher, c.compute, mesh)
@@ -291,9 +287,8 @@ def make_generator(c: DistillConfig, clip: tuple[int, int, int] | None = None, m
 
 
 def subset(timesteps: Sequence[float], count: int) -> tuple[float, ...]:
-    """`count` timesteps for the student, from the noisiest: 4 → 2 is the 1st and the 3rd it knows.
-
-    More than it knows lie evenly between those, and on the way to the clean end at 0. ValueError for a count below 1.
+    """`count` timesteps for the student, from the noisiest: 4 → 2 is the 1st and the 3rd it knows. More than it knows
+    lie evenly between those, and on the way to the clean end at 0. ValueError for a count below 1.
     """
     if count < 1:
         raise ValueError(f"the student takes at least 1 step, not {count}")
@@ -315,9 +310,8 @@ def _step_keys(keys: jax.Array) -> jax.Array:
 
 
 def sampling_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """This process's devices: parameters over as much of the run's `fsdp` axis as fits, videos over all.
-
-    Processes draw on their own, so that none waits for another; the networks must fit into one.
+    """This process's devices: parameters over as much of the run's `fsdp` axis as fits, videos over all. Processes draw
+    on their own, so that none waits for another; the networks must fit into one.
     """
     devices = jax.local_devices() if devices is None else devices
     fsdp = len(devices) if config.fsdp == -1 else math.gcd(config.fsdp, len(devices))
@@ -327,9 +321,8 @@ def sampling_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> M
 def draw_videos(
     generator: Generator, draw: Sampler, params: Params, prompts: Sequence[str], keys: jax.Array, batch_size: int
 ) -> Iterator[np.ndarray]:
-    """A video per prompt and key [n], uint8 [b t h w 3] batch by batch.
-
-    The last batch is filled up for the devices, and cut. Batches do not change the videos beyond rounding.
+    """A video per prompt and key [n], uint8 [b t h w 3] batch by batch. The last batch is filled up for the devices,
+    and cut. Batches do not change the videos beyond rounding.
     """
     batch = generator.samples_at_once(len(prompts), batch_size)
     params = sharding.put(params, sharding.shard(generator.mesh, params))
@@ -346,9 +339,8 @@ def draw_beside(
     keys: Callable[[], jax.Array],
     batch_size: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """A video uint8 [t h w 3] per prompt and key [n], of several samplers side by side; with a progress bar.
-
-    Without a batch size at most 16 are drawn at a time, and as many as have `PIXELS_AT_ONCE` pixels.
+    """A video uint8 [t h w 3] per prompt and key [n], of several samplers side by side; with a progress bar. Without a
+    batch size at most 16 are drawn at a time, and as many as have `PIXELS_AT_ONCE` pixels.
     """
     size = batch_size or generator.samples_at_once(16)
     # The keys anew for each sampler: they share their noise, which JAX takes for a mistake.

@@ -21,9 +21,8 @@ _FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "copy-start"
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one execution on one chip: matrix operations, bytes moved to and from memory, bytes sent by kind.
-
-    Every result is taken to be written once and read once; what a loop adds to an array in place, alone.
+    """Of one execution on one chip: matrix operations, bytes moved to and from memory, bytes sent by kind. Every result
+    is taken to be written once and read once; what a loop adds to an array in place, alone.
     """
 
     flops: float

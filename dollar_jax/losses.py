@@ -60,11 +60,10 @@ def vsd_gradient(
 
 
 def consistency(student: Latent, target: Latent, distance: Distance = "mse", huber_c: float = 1e-3) -> PerSample:
-    """Consistency distillation, lambda d(f_theta, f_theta-) (DOLLAR eq. (8.4), (8.5)).
-
-    `target` is the EMA student at the point the teacher's steps led to; it carries no gradient. `distance`, elementwise
-    with d = student - target: "mse" d^2; "huber" d^2 / 2 up to |d| = c and c (|d| - c / 2) beyond; "pseudo_huber"
-    sqrt(d^2 + c^2) - c; ValueError for another, or a huber_c that is not positive. The paper does not say which.
+    """Consistency distillation, lambda d(f_theta, f_theta-) (DOLLAR eq. (8.4), (8.5)). `target` is the EMA student at
+    the point the teacher's steps led to; it carries no gradient. `distance`, elementwise with d = student - target:
+    "mse" d^2; "huber" d^2 / 2 up to |d| = c and c (|d| - c / 2) beyond; "pseudo_huber" sqrt(d^2 + c^2) - c; ValueError
+    for another, or a huber_c that is not positive. The paper does not say which.
     """
     if not 0 < huber_c < math.inf:
         raise ValueError(f"huber_c must be positive and finite, not {huber_c!r}.")
@@ -85,10 +84,9 @@ def consistency(student: Latent, target: Latent, distance: Distance = "mse", hub
 def boundary_scalings(
     t: Time, kind: Boundary = "lcm", sigma_data: float = 0.5, timestep_scaling: float = 10.0
 ) -> tuple[Time, Time]:
-    """(c_skip, c_out) of f(x, t) = c_skip x + c_out x0_hat(x, t), [b] each (DOLLAR eq. (8.5)).
-
-    "lcm", with s = timestep_scaling * t and t in timesteps: sigma_data^2 / (s^2 + sigma_data^2) and
-    s / sqrt(s^2 + sigma_data^2), so f is the identity at t <= 0. "none": 0 and 1. ValueError for another kind.
+    """(c_skip, c_out) of f(x, t) = c_skip x + c_out x0_hat(x, t), [b] each (DOLLAR eq. (8.5)). "lcm", with s =
+    timestep_scaling * t and t in timesteps: sigma_data^2 / (s^2 + sigma_data^2) and s / sqrt(s^2 + sigma_data^2), so f
+    is the identity at t <= 0. "none": 0 and 1. ValueError for another kind.
     """
     t = _fp32(t)
     if kind == "none":

@@ -59,10 +59,9 @@ METHODS = (
 def reproduce(
     experiment: Experiment, workdir: Path, quick: bool, seeds: int | None = None, steps: int | None = None
 ) -> Path:
-    """Runs every cell that is not there yet; returns the page, which lies beside a CSV and a Markdown table.
-
-    `seeds` and `steps` are 3 and the experiment's own, or 2 and a fifth of them when `quick`.
-    Raises ValueError when the workdir holds a cell with other settings.
+    """Runs every cell that is not there yet; returns the page, which lies beside a CSV and a Markdown table. `seeds`
+    and `steps` are 3 and the experiment's own, or 2 and a fifth of them when `quick`. Raises ValueError when the
+    workdir holds a cell with other settings.
     """
     start = time.perf_counter()
     base = experiment("vsd+cd+lrm")

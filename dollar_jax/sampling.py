@@ -48,11 +48,10 @@ class Denoiser:
 
 
 def ode_solve(denoiser: Denoiser, x_t: Latent, times: TimeSteps, eta: float = 0.0, key: Keys | None = None) -> Latent:
-    """Takes x_t from times[0] to times[-1] in DDIM steps (DOLLAR eq. (8.14)).
-
-    `times` is [steps + 1, b], descending, and may differ between samples: with m + 1 rows this is
-    the Denoise^m of the consistency loss (DOLLAR eq. (8.5)). `key` is one for the batch, or [b]: each
-    sample's noise then does not depend on its neighbours. Raises ValueError for eta > 0 without one.
+    """Takes x_t from times[0] to times[-1] in DDIM steps (DOLLAR eq. (8.14)). `times` is [steps + 1, b], descending,
+    and may differ between samples: with m + 1 rows this is the Denoise^m of the consistency loss (DOLLAR eq. (8.5)).
+    `key` is one for the batch, or [b]: each sample's noise then does not depend on its neighbours. Raises ValueError
+    for eta > 0 without one.
     """
     if eta != 0 and key is None:
         raise ValueError(f"sampling with eta={eta!r} needs a key; pass one, or use eta=0.")
@@ -105,11 +104,10 @@ def few_step_sample(denoiser: Denoiser, timesteps: Sequence[float], noise: Laten
 
 
 def few_step_predictions(denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, key: Keys) -> LatentSteps:
-    """The student's clean predictions [n b t h w c] on the way of its sample, which is the last.
-
-    `timesteps` is static and descending, (999, 749, 499, 249) in the paper; `noise` is taken to be
-    the state at the first. `key` is one for the batch, or [b]: each sample's noise then does not depend
-    on its neighbours. Raises ValueError for timesteps that do not descend or are out of range.
+    """The student's clean predictions [n b t h w c] on the way of its sample, which is the last. `timesteps` is static
+    and descending, (999, 749, 499, 249) in the paper; `noise` is taken to be the state at the first. `key` is one for
+    the batch, or [b]: each sample's noise then does not depend on its neighbours. Raises ValueError for timesteps that
+    do not descend or are out of range.
     """
     times = _student_times(denoiser.schedule, timesteps)
     keys = _split(key, len(timesteps))
@@ -123,11 +121,10 @@ def few_step_predictions(denoiser: Denoiser, timesteps: Sequence[float], noise: 
 def simulate_backward(
     denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, k: int | jax.Array, key: Keys
 ) -> tuple[Latent, Time, LatentSteps]:
-    """The student's own input at its k-th timestep, without gradient (backward simulation, DMD2).
-
-    `k`, one for the batch or [b], counts from 0 (pure noise at timesteps[0]). Gives x_t [b t h w c] at t =
-    timesteps[k], that t [b], and the states [n b t h w c] at every timestep, those of `few_step_sample` with this key;
-    a sample's stays at x_t after its k-th, and no network runs past max(k). Raises as `few_step_sample`.
+    """The student's own input at its k-th timestep, without gradient (backward simulation, DMD2). `k`, one for the
+    batch or [b], counts from 0 (pure noise at timesteps[0]). Gives x_t [b t h w c] at t = timesteps[k], that t [b], and
+    the states [n b t h w c] at every timestep, those of `few_step_sample` with this key; a sample's stays at x_t after
+    its k-th, and no network runs past max(k). Raises as `few_step_sample`.
     """
     times = _student_times(denoiser.schedule, timesteps)
     last = len(timesteps) - 1

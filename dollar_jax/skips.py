@@ -71,9 +71,8 @@ class Skips:
 
 
 def explain(programs: TrainPrograms, state: TrainState, frozen: Frozen, path: Path) -> list[str]:
-    """Sentences that say which metrics, and which rows of a saved batch, are not finite in its step, run again.
-
-    Raises ValueError for a file that holds no batch of this run.
+    """Sentences that say which metrics, and which rows of a saved batch, are not finite in its step, run again. Raises
+    ValueError for a file that holds no batch of this run.
     """
     structure = jax.tree.structure(programs.batch_shapes)
     try:

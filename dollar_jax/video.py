@@ -42,11 +42,10 @@ def unit_range(videos: np.ndarray) -> np.ndarray:
 
 
 def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float = 8, scale: int = 1) -> None:
-    """Writes frames uint8 [t, h, w, 3] to `path`: H.264 for .mp4, an endless loop for .gif.
-
-    `scale` is how many pixels wide and high each pixel becomes (nearest neighbour). H.264 keeps colour at half the
-    resolution: use at least 2 for small videos, or their colours bleed. A .gif rounds the time of a frame to 10 ms.
-    Raises ValueError for another suffix or frames of another kind.
+    """Writes frames uint8 [t, h, w, 3] to `path`: H.264 for .mp4, an endless loop for .gif. `scale` is how many pixels
+    wide and high each pixel becomes (nearest neighbour). H.264 keeps colour at half the resolution: use at least 2 for
+    small videos, or their colours bleed. A .gif rounds the time of a frame to 10 ms. Raises ValueError for another
+    suffix or frames of another kind.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
@@ -59,9 +58,8 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float = 8
 
 
 def encode_mp4(frames: np.ndarray, fps: float = 8, crf: int = 18) -> bytes:
-    """frames uint8 [t, h, w, 3] as an H.264 .mp4, yuv420p and BT.709, which every player knows.
-
-    Odd sizes are padded by repeating the last row or column. `crf` is x264's quality: 18 looks lossless, 51 is worst.
+    """frames uint8 [t, h, w, 3] as an H.264 .mp4, yuv420p and BT.709, which every player knows. Odd sizes are padded by
+    repeating the last row or column. `crf` is x264's quality: 18 looks lossless, 51 is worst.
     """
     frames = _checked(frames)
     _, height, width, _ = frames.shape

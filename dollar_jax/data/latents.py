@@ -59,11 +59,10 @@ class EncodedVideos:
     def batches(
         self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None
     ) -> grain.DatasetIterator:
-        """Shuffled batches without end, of each only `rows` if given; ValueError for fewer videos than a batch.
-
-        The position that is checkpointed counts whole batches, so that a run may go on with other processes. A batch
-        maps to `latent`, `text` and `index`, the places in `captions`; with the shardings of the step's batch its
-        arrays also come as "on_device", placed ahead of time.
+        """Shuffled batches without end, of each only `rows` if given; ValueError for fewer videos than a batch. The
+        position that is checkpointed counts whole batches, so that a run may go on with other processes. A batch maps
+        to `latent`, `text` and `index`, the places in `captions`; with the shardings of the step's batch its arrays
+        also come as "on_device", placed ahead of time.
         """
         if len(self) < config.batch_size:
             raise ValueError(f"there are {len(self)} training videos, fewer than config.batch_size {config.batch_size}")
@@ -89,10 +88,8 @@ def load_programs(config: DistillConfig, generator: Generator) -> list[Program]:
 
 
 def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> EncodedVideos | PreparedVideos:
-    """The training data of config.data: a prepared data set, or the default domain.
-
-    The latter is rendered and encoded into `workdir/data` the first time. Of several processes the first
-    does that, and the others wait for its file.
+    """The training data of config.data: a prepared data set, or the default domain. The latter is rendered and encoded
+    into `workdir/data` the first time. Of several processes the first does that, and the others wait for its file.
     """
     if config.data.name != MOVING_SHAPES:
         return PreparedVideos(config.data).check(config, generator)

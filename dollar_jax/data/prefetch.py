@@ -13,10 +13,9 @@ from dollar_jax.sharding import make_global_rows
 def prefetch(
     batches: grain.IterDataset, config: DistillConfig, rows: np.ndarray, sharding: Mapping[str, Any] | None
 ) -> grain.IterDataset:
-    """Batches whose arrays a thread also puts on the devices, `config.data.prefetch` batches ahead of the step.
-
-    They hold this process's `rows` of the step's batch. The position that is checkpointed is that of the
-    last batch taken, not of the last one put there.
+    """Batches whose arrays a thread also puts on the devices, `config.data.prefetch` batches ahead of the step. They
+    hold this process's `rows` of the step's batch. The position that is checkpointed is that of the last batch taken,
+    not of the last one put there.
     """
     if sharding is None:
         return batches

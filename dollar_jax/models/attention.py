@@ -131,9 +131,8 @@ def _lengths(k: Array, length: int | None) -> Array | None:
 
 
 def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
-    """Pallas' kernel over sequences padded to whole blocks; interpreted where there is no TPU.
-
-    It knows neither a batch nor a scale. Padding is a segment of its own, which no real query looks at.
+    """Pallas' kernel over sequences padded to whole blocks; interpreted where there is no TPU. It knows neither a batch
+    nor a scale. Padding is a segment of its own, which no real query looks at.
     """
     n, m = q.shape[1], k.shape[1]
     block_q, block_k = _block(n), _block(m)

@@ -160,11 +160,10 @@ def _unit(x: Float[Array, "b p"]) -> Float[Array, "b p"]:
 
 
 def preprocess(frames: Float[Array, "b h w 3"], size: int = 224, fit: Fit = "crop") -> Float[Array, "b s s 3"]:
-    """Frames in [0, 1] as CLIP's image tower wants them: resized, cut or padded to a square, normalised.
-
-    "crop" makes the shorter edge `size` and takes the middle, as transformers' `CLIPImageProcessor`;
-    "pad" makes the longer edge `size` and puts black around it, as HPSv2 does. Bicubic with antialiasing,
-    first along the rows, as PIL's, but without PIL's rounding to bytes after each of these two passes.
+    """Frames in [0, 1] as CLIP's image tower wants them: resized, cut or padded to a square, normalised. "crop" makes
+    the shorter edge `size` and takes the middle, as transformers' `CLIPImageProcessor`; "pad" makes the longer edge
+    `size` and puts black around it, as HPSv2 does. Bicubic with antialiasing, first along the rows, as PIL's, but
+    without PIL's rounding to bytes after each of these two passes.
     """
     h, w = frames.shape[1:3]
     if fit == "crop":

@@ -26,10 +26,9 @@ IsText = Bool[Array, "n 1"]
 
 @dataclasses.dataclass(frozen=True)
 class CogVideoXConfig:
-    """Fields and defaults as in diffusers' `CogVideoXTransformer3DModel`; those after the blank are ours.
-
-    The defaults are the 2B model, whose positions are sinusoids added to the video's tokens. The 5B model
-    has 42 layers, 48 heads and rotary embeddings. The samples' sizes are latent ones, but for the frames.
+    """Fields and defaults as in diffusers' `CogVideoXTransformer3DModel`; those after the blank are ours. The defaults
+    are the 2B model, whose positions are sinusoids added to the video's tokens. The 5B model has 42 layers, 48 heads
+    and rotary embeddings. The samples' sizes are latent ones, but for the frames.
     """
 
     num_attention_heads: int = 30
@@ -201,9 +200,8 @@ class CogVideoXTransformer(nnx.Module):
 
 
 def sinusoids(grid: tuple[int, int, int], c: CogVideoXConfig) -> Float[Array, "n d"]:
-    """What is added to the video's tokens where there are no rotary embeddings; fp32.
-
-    Sines, then cosines, first of t, then of w, then of h: the reference's order.
+    """What is added to the video's tokens where there are no rotary embeddings; fp32. Sines, then cosines, first of t,
+    then of w, then of h: the reference's order.
     """
     scales = (c.temporal_interpolation_scale, c.spatial_interpolation_scale, c.spatial_interpolation_scale)
     rows = [np.arange(size, dtype=np.float32) / np.float32(s) for size, s in zip(grid, scales, strict=True)]
@@ -215,10 +213,9 @@ def sinusoids(grid: tuple[int, int, int], c: CogVideoXConfig) -> Float[Array, "n
 
 
 def positions(grid: tuple[int, int, int], c: CogVideoXConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the rotary embedding sees the rows of t, h and w.
-
-    Frames are counted. A picture of another size than the training's is laid over it, as large as fits
-    with its sides in proportion, in the middle; CogVideoXPipeline does that for version 1.0.
+    """Where the rotary embedding sees the rows of t, h and w. Frames are counted. A picture of another size than the
+    training's is laid over it, as large as fits with its sides in proportion, in the middle; CogVideoXPipeline does
+    that for version 1.0.
     """
     t, h, w = grid
     base_h, base_w = c.sample_height // c.patch_size, c.sample_width // c.patch_size

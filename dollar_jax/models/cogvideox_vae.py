@@ -26,9 +26,8 @@ FRAME_CHUNK, LATENT_CHUNK = 8, 2
 
 @dataclasses.dataclass(frozen=True)
 class CogVideoXVAEConfig:
-    """Fields and defaults as in diffusers' `AutoencoderKLCogVideoX`; those after the blank are ours.
-
-    `sample_height` and `sample_width` are what the VAE was made for; nothing here depends on them.
+    """Fields and defaults as in diffusers' `AutoencoderKLCogVideoX`; those after the blank are ours. `sample_height`
+    and `sample_width` are what the VAE was made for; nothing here depends on them.
     """
 
     in_channels: int = 3

@@ -21,9 +21,8 @@ _small = nnx.initializers.normal(0.02)
 
 
 class Adapter(nnx.Module):
-    """scale · x D U of low rank (LoRA, arXiv 2106.09685), zero at first: D [*l, in, rank], U [*l, rank, out].
-
-    `layers` is the leading shape of a stack of layers.
+    """scale · x D U of low rank (LoRA, arXiv 2106.09685), zero at first: D [*l, in, rank], U [*l, rank, out]. `layers`
+    is the leading shape of a stack of layers.
     """
 
     def __init__(
@@ -139,11 +138,9 @@ def stack_blocks(build: Callable[[nnx.Rngs], Block], length: int, rngs: nnx.Rngs
 def run_blocks(
     blocks: nnx.Module, x: Array, *args: Any, length: int, remat: Remat = "none", scan: bool = True
 ) -> Array:
-    """x ← block(x, *args) for each of the stacked `blocks` in turn.
-
-    `scan` compiles one block whatever their number; without it the loop is unrolled. `remat` says
-    what the backward pass keeps of a block: everything ("none"), its input only ("full"), its input
-    and the outputs of the dense layers ("dots") or of attention ("attention").
+    """x ← block(x, *args) for each of the stacked `blocks` in turn. `scan` compiles one block whatever their number;
+    without it the loop is unrolled. `remat` says what the backward pass keeps of a block: everything ("none"), its
+    input only ("full"), its input and the outputs of the dense layers ("dots") or of attention ("attention").
     """
     graphdef, params = nnx.split(blocks)
 

@@ -24,10 +24,9 @@ Bias = Float[Array, "1 heads l l"]
 
 @dataclasses.dataclass(frozen=True)
 class UMT5Config:
-    """Fields and defaults as in transformers' `UMT5Config`; those after the blank are ours.
-
-    Wan uses UMT5-XXL: d_model 4096, d_kv 64, d_ff 10240, 24 layers, 64 heads, vocabulary 256384. CogVideoX
-    uses T5 1.1 XXL: the same with a vocabulary of 32128 and `shared_position_bias`.
+    """Fields and defaults as in transformers' `UMT5Config`; those after the blank are ours. Wan uses UMT5-XXL: d_model
+    4096, d_kv 64, d_ff 10240, 24 layers, 64 heads, vocabulary 256384. CogVideoX uses T5 1.1 XXL: the same with a
+    vocabulary of 32128 and `shared_position_bias`.
     """
 
     vocab_size: int = 250112
@@ -128,10 +127,9 @@ def zero_padding(states: States, mask: Int[Array, "b l"]) -> States:
 
 
 def position_buckets(length: int, c: UMT5Config) -> np.ndarray:
-    """int32 [query, key]: the bucket of the distance key - query (Raffel et al., arXiv 1910.10683).
-
-    Half of the buckets are for keys after the query. In each half, the near half stand for one distance each; the
-    others widen logarithmically up to `relative_attention_max_distance`, beyond which all share the last.
+    """int32 [query, key]: the bucket of the distance key - query (Raffel et al., arXiv 1910.10683). Half of the buckets
+    are for keys after the query. In each half, the near half stand for one distance each; the others widen
+    logarithmically up to `relative_attention_max_distance`, beyond which all share the last.
     """
     half = c.relative_attention_num_buckets // 2
     near = half // 2

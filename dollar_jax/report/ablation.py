@@ -79,9 +79,8 @@ def write_ablation(
     seconds: float,
 ) -> Path:
     """Writes `reproduction.html`, which opens offline, `reproduction.csv` and `reproduction.md`; the page's path.
-
-    `labels` names the methods in their order; `speed` is of the teacher and any student; `videos` holds uint8
-    [prompts, t, h, w, 3] by method and sampler.
+    `labels` names the methods in their order; `speed` is of the teacher and any student; `videos` holds uint8 [prompts,
+    t, h, w, 3] by method and sampler.
     """
     means = summary(results, labels)
     claims = paper_claims(results, speed)

@@ -25,9 +25,8 @@ __all__ += ["get_reward", "load_rewards", "weighted_sum"]
 
 
 def get_reward(name: str, folder: str | None = None) -> AnyReward:
-    """The reward of that name (see the module), its weights read from `folder` if it has any.
-
-    Raises ValueError or OSError with one sentence when there is no such reward or weights.
+    """The reward of that name (see the module), its weights read from `folder` if it has any. Raises ValueError or
+    OSError with one sentence when there is no such reward or weights.
     """
     if name in LOADERS:
         if folder is None:

@@ -55,9 +55,8 @@ def _agreement(folder: Path, fit: Fit, meaning: str, preset: CLIPConfig = VIT_H_
 
 
 def aesthetic(folder: Path) -> JaxReward:
-    """LAION's aesthetic predictor v2 (sac+logos+ava1-l14-linearMSE): 1 to 10, on CLIP ViT-L/14's image.
-
-    Its head's `layers.*` are in the same file as the tower.
+    """LAION's aesthetic predictor v2 (sac+logos+ava1-l14-linearMSE): 1 to 10, on CLIP ViT-L/14's image. Its head's
+    `layers.*` are in the same file as the tower.
     """
     preset = dataclasses.replace(_as_reward(VIT_L_14), text=None)
     config, network, tower, head = load_clip(folder, preset, apart="layers.")

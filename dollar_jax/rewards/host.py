@@ -18,11 +18,10 @@ from dollar_jax.rewards.reward import LARGEST, AnyReward, WrongShape
 
 
 class HostScorer:
-    """One reward's calls: `submit` frames, go on, `collect` the rewards later. Neither ever raises.
-
-    Well-behaved rewards come back whatever the timing, so that a run can be repeated exactly. After a call that took
-    longer than `timeout` seconds the reward is left out for 1, then 2, 4, … rounds, so that waiting for it costs a long
-    run next to nothing. `faults` counts what went wrong by kind; the first of each kind is a warning.
+    """One reward's calls: `submit` frames, go on, `collect` the rewards later. Neither ever raises. Well-behaved
+    rewards come back whatever the timing, so that a run can be repeated exactly. After a call that took longer than
+    `timeout` seconds the reward is left out for 1, then 2, 4, … rounds, so that waiting for it costs a long run next to
+    nothing. `faults` counts what went wrong by kind; the first of each kind is a warning.
     """
 
     def __init__(self, name: str, reward: AnyReward, timeout: float, retries: int):

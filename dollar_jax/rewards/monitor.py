@@ -9,10 +9,9 @@ from dollar_jax.config import RewardGuard
 
 
 class Monitor:
-    """Rings over the last `window` fresh samples: latent and true reward, and the held-out rewards.
-
-    `peak` and `deviation` are the highest mean that a held-out reward had over a full window, and its
-    standard deviation in that window. All of `state` is checkpointed.
+    """Rings over the last `window` fresh samples: latent and true reward, and the held-out rewards. `peak` and
+    `deviation` are the highest mean that a held-out reward had over a full window, and its standard deviation in that
+    window. All of `state` is checkpointed.
     """
 
     def __init__(self, window: int, held_out: list[str]):

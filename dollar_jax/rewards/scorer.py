@@ -30,10 +30,8 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-    """A step's samples under way and their text, all of them on every process.
-
-    `here` are those rows that this process scores, and `finite` whether the latents of these are. `shape` is that of
-    the latents of the step's batch.
+    """A step's samples under way and their text, all of them on every process. `here` are those rows that this process
+    scores, and `finite` whether the latents of these are. `shape` is that of the latents of the step's batch.
     """
 
     samples: RewardSamples
@@ -44,10 +42,9 @@ class _Pending:
 
 
 class Scorer:
-    """Scores this process's share of each step's latents, one step behind the devices.
-
-    What was scored goes to all processes, so that each has the same replay, and stops when the others do.
-    `decode(params, latent)` gives frames in [0, 1]; it is dispatched like a step and not waited for.
+    """Scores this process's share of each step's latents, one step behind the devices. What was scored goes to all
+    processes, so that each has the same replay, and stops when the others do. `decode(params, latent)` gives frames in
+    [0, 1]; it is dispatched like a step and not waited for.
     """
 
     def __init__(
@@ -98,17 +95,15 @@ class Scorer:
         return f"{self.method.stored_as}_{'x'.join(map(str, shape))}"
 
     def inputs(self, step: int, captions: Sequence[str], shape: Shape) -> tuple[dict[str, np.ndarray], Any]:
-        """`tokens` and `reward` of the `Batch` of a step on latents of `shape`.
-
-        The tokens are of this process's captions; the rest is the same on every process.
+        """`tokens` and `reward` of the `Batch` of a step on latents of `shape`. The tokens are of this process's
+        captions; the rest is the same on every process.
         """
         tokens = {} if self.pixels is None else self.pixels.tokens(captions)
         return tokens, self.memories[shape].take(step) if shape in self.memories else None
 
     def submit(self, samples: RewardSamples, batch: Mapping[str, np.ndarray], captions: Sequence[str]) -> None:
-        """Has the latents of a step scored, which the devices may still be computing.
-
-        `batch` and `captions` are this process's rows of the step's batch.
+        """Has the latents of a step scored, which the devices may still be computing. `batch` and `captions` are this
+        process's rows of the step's batch.
         """
         count, kinds = samples.latent.shape[:2]
         here = sharding.local_rows(samples.latent.sharding, count)
@@ -200,7 +195,6 @@ class LocalRows:
 
 def decode_program(decode: Decode, decoder: Params, latent: Any) -> Program:
     """(decoder, latents [n g t h w c]) → frames as one batch, of zeros where a latent is not finite; whether it is.
-
     `decoder` and `latent` are arrays, or their shapes with their shardings.
     """
 
@@ -223,9 +217,8 @@ def local_rows(x: jax.Array) -> np.ndarray:
 
 
 def of_all_processes(here: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """All rows in order, of which each process has those that `here` numbers; the devices are not asked.
-
-    Of a row that several have, the first one's counts, so that all have the same.
+    """All rows in order, of which each process has those that `here` numbers; the devices are not asked. Of a row that
+    several have, the first one's counts, so that all have the same.
     """
     found = gather(np.column_stack([here, rows]).astype(np.float64).tobytes())
     table = np.concatenate([np.frombuffer(part).reshape(-1, 1 + rows.shape[1]) for part in found])

@@ -46,10 +46,9 @@ class Memory(Protocol):
 
 
 class RewardMethod:
-    """Rewards that are only measured. A method overrides what it does otherwise.
-
-    `inputs` crosses from host to step as `Batch.reward`; `add_gradient`, `candidates`, `predict` and `learn` are
-    its part of the jitted step; `memory` is its part of the host, checkpointed under the name `stored_as`.
+    """Rewards that are only measured. A method overrides what it does otherwise. `inputs` crosses from host to step as
+    `Batch.reward`; `add_gradient`, `candidates`, `predict` and `learn` are its part of the jitted step; `memory` is its
+    part of the host, checkpointed under the name `stored_as`.
     """
 
     term: ClassVar[Term | None] = None
