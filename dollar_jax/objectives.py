@@ -71,13 +71,8 @@ def student(
         metrics[term.name] = term.sign * value
         found |= more
     # Drift against the data is the first sign of collapse.
-    metrics |= {
-        "student_loss": total,
-        "latent_mean": generated.mean(),
-        "latent_std": generated.std(),
-        "data_mean": batch.latent.mean(),
-        "data_std": batch.latent.std(),
-    }
+    metrics |= {"student_loss": total, "latent_mean": generated.mean(), "latent_std": generated.std()}
+    metrics |= {"data_mean": batch.latent.mean(), "data_std": batch.latent.std()}
     return total, (metrics, Generated(lax.stop_gradient(generated), **found))
 
 

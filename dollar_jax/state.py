@@ -84,24 +84,18 @@ def init_state(key: Key, start: Params, latent_reward: Params, optimisers: Optim
     )
 
 
-# The items of a checkpoint: what each holds by the name it is stored under, and the field of the state that is.
+# The items of a checkpoint and the fields in each, where the latent reward model is called reward head.
 ITEMS = {
-    "student": {"student": "student"},
-    "ema": {"ema": "ema"},
-    "fake_score": {"fake_score": "fake_score"},
-    "reward_head": {"reward_head": "latent_reward", "reward_statistics": "reward_statistics"},
-    "optimisers": {
-        "student_optimiser": "student_optimiser",
-        "fake_score_optimiser": "fake_score_optimiser",
-        "reward_head_optimiser": "latent_reward_optimiser",
-    },
-    "progress": {"step": "step", "key": "key"},
+    **{name: (name,) for name in ("student", "ema", "fake_score")},
+    "reward_head": ("latent_reward", "reward_statistics"),
+    "optimisers": ("student_optimiser", "fake_score_optimiser", "latent_reward_optimiser"),
+    "progress": ("step", "key"),
 }
 
 
 def as_items(state: TrainState) -> dict[str, dict[str, Any]]:
     """The fields of a state, or of a state of shapes or shardings, in the structure of a checkpoint."""
-    return {item: {name: getattr(state, field) for name, field in fields.items()} for item, fields in ITEMS.items()}
+    return {k: {n.replace("latent_reward", "reward_head"): getattr(state, n) for n in v} for k, v in ITEMS.items()}
 
 
 def to_items(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -111,5 +105,6 @@ def to_items(state: TrainState) -> dict[str, dict[str, Any]]:
 
 def from_items(items: dict[str, dict[str, Any]]) -> TrainState:
     """Undoes `to_items`."""
-    state = TrainState(**{ITEMS[item][name]: value for item, parts in items.items() for name, value in parts.items()})
+    stored = {name: value for parts in items.values() for name, value in parts.items()}
+    state = TrainState(**{name.replace("reward_head", "latent_reward"): value for name, value in stored.items()})
     return dataclasses.replace(state, key=jax.random.wrap_key_data(state.key))

@@ -102,17 +102,9 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
         # What is small is taken only after a step that was finite throughout.
         small = ("latent_reward", "latent_reward_optimiser", "reward_statistics")
         kept = select(good & _finite(metrics), *({name: getattr(s, name) for name in small} for s in (state, old)))
-        new = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            student=student,
-            ema=average,
-            fake_score=fake[0],
-            student_optimiser=student_optimiser,
-            fake_score_optimiser=fake[1],
-            **kept,
-        )
-        return new, metrics, samples
+        kept |= {"student": student, "student_optimiser": student_optimiser, "ema": average}
+        kept |= {"fake_score": fake[0], "fake_score_optimiser": fake[1]}
+        return dataclasses.replace(state, step=state.step + 1, **kept), metrics, samples
 
     return step
 

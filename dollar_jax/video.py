@@ -125,12 +125,12 @@ def grid(videos: np.ndarray, columns: int, gap: int = 2, background: int = 255) 
     return out
 
 
-def side_by_side(videos: Sequence[np.ndarray], gap: int = 2, background: int = 255) -> np.ndarray:
+def side_by_side(videos: Sequence[np.ndarray]) -> np.ndarray:
     """Videos uint8 [t, h, w, 3] of one shape in a row, [t, h, W, 3]."""
     if len({np.shape(video) for video in videos}) != 1:
         shapes = ", ".join(str(np.shape(video)) for video in videos)
         raise ValueError(f"videos side by side must have one shape, not {shapes or 'none at all'}")
-    return grid(np.stack(videos), len(videos), gap, background)
+    return grid(np.stack(videos), len(videos))
 
 
 def _checked(frames: np.ndarray) -> np.ndarray:

@@ -96,7 +96,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         # The rollout is of the student before its update.
         ("method.samples(d, full(student),", "method.samples(d, full(state.student),", [ALGORITHM]),
         # The optimiser of the fake score forgets.
-        ("            fake_score_optimiser=fake[1],\n", "", [ALGORITHM]),
+        (', "fake_score_optimiser": fake[1]}', "}", [ALGORITHM]),
         # The step does not count itself.
         ("step=state.step + 1", "step=state.step", [ALGORITHM]),
     ],

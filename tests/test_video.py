@@ -97,8 +97,8 @@ def test_grid_fills_row_by_row():
 
 def test_side_by_side():
     a, b = numbered(2)
-    out = video.side_by_side([a, b], gap=0)
-    np.testing.assert_array_equal(out[0, 0, :, 0], [1, 1, 1, 2, 2, 2])
+    out = video.side_by_side([a, b])
+    np.testing.assert_array_equal(out[0, 0, :, 0], [1, 1, 1, 255, 255, 2, 2, 2])
     with pytest.raises(ValueError, match="one shape"):
         video.side_by_side([a, b[:1]])
 

@@ -16,12 +16,6 @@ from dollar_jax.report.clips import Clips, embed
 from dollar_jax.report.measures import MEASURES
 from dollar_jax.report.page import Cell, Table, cells, duration, figure, signed, steps, write_page
 
-INTRODUCTION = (
-    "The ablation of DOLLAR (arXiv 2412.15689) in kind: the default domain's teacher, distilled by "
-    "variational score distillation (VSD), consistency distillation (CD), both, and both with a reward, by a "
-    "latent reward model (LRM) or by policy gradients (DDPO), each student sampled in 4, 2 and 1 steps. Figures "
-    "are means over the seeds, with the deviation between seeds after ±."
-)
 COLUMNS = ("alignment", "reward", "vendi", "vendi_network", "frechet", "flicker", "net_change", "nfe")
 PLOTTED = ("alignment", "reward", "vendi", "vendi_network", "frechet")
 
@@ -91,22 +85,14 @@ def write_ablation(
     write_file(path.with_suffix(".md"), markdown)
     count = len({result.seed for result in results})
     held = sum(claim.verdict == "yes" for claim in claims)
-    write_page(
-        path,
-        "ablation.html",
-        title="The ablation, reproduced in kind",
-        introduction=INTRODUCTION,
-        tiles=[
-            (f"{held} of {len(claims)}", "of the paper’s claims hold with every seed"),
-            (f"{count} seed{'s' if count > 1 else ''}", "per method"),
-            (duration(seconds), "for what was not there yet"),
-        ],
-        **tables,
-        plots={f"Students in {steps(n)}": plots for n in (4, 1) if (plots := _plots(means, labels, n))},
-        videos=_videos(prompts, videos, labels),
-        commands="\n".join(commands),
-        settings=config_text,
-    )
+    tiles = [
+        (f"{held} of {len(claims)}", "of the paper’s claims hold with every seed"),
+        (f"{count} seed{'s' if count > 1 else ''}", "per method"),
+        (duration(seconds), "for what was not there yet"),
+    ]
+    plots = {f"Students in {steps(n)}": plots for n in (4, 1) if (plots := _plots(means, labels, n))}
+    shown = {"plots": plots, "videos": _videos(prompts, videos, labels), "commands": "\n".join(commands)}
+    write_page(path, "ablation.html", tiles=tiles, settings=config_text, **tables, **shown)
     return path
 
 
@@ -170,8 +156,7 @@ def _steps(sampler: str) -> int:
 
 
 def _claims_table(claims: Sequence[Claim]) -> Table:
-    kinds = {"yes": "best", "no": "worst"}
-    rows = []
+    rows, kinds = [], {"yes": "best", "no": "worst"}
     for claim in claims:
         verdict = Cell(mark=claim.verdict, kind=kinds.get(claim.verdict, "soft"))
         rows.append([Cell(claim.sentence), verdict, *cells(claim.spread, ", ".join(map(claim.show, claim.values)))])
@@ -212,8 +197,7 @@ def _plots(means: Means, labels: Mapping[str, str], count: int) -> list[dict[str
     keys = [key for key in means if key[0] == "teacher"][:1] + [key for key in means if key[1] == f"student_{count}"]
     figures = []
     for measure in PLOTTED:
-        rows = [(labels[key[0]], *means[key][measure]) for key in keys if measure in means[key]]
-        if rows:
+        if rows := [(labels[key[0]], *means[key][measure]) for key in keys if measure in means[key]]:
             figures.append({"name": MEASURES[measure].heading, "note": "", "chart": dot_chart(rows)})
     return figures
 
@@ -232,8 +216,7 @@ def _csv(results: Sequence[Result]) -> str:
     cells = [(result, *row) for result in results for row in result.rows.items()]
     rows = [{"method": cell.method, "seed": cell.seed, "sampler": name, **values} for cell, name, values in cells]
     buffer = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer = csv.DictWriter(buffer, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()

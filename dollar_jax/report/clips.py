@@ -34,7 +34,7 @@ class Clips:
     left_out: int = 0
 
 
-def embed(prompts: Sequence[str], videos: Mapping[str, np.ndarray], labels: Mapping[str, str], fps: float = 8) -> Clips:
+def embed(prompts: Sequence[str], videos: Mapping[str, np.ndarray], labels: Mapping[str, str]) -> Clips:
     """The videos uint8 [prompts, t, h, w, 3] of the samplers in `labels`, in its order. Small clips become lossless
     WebP, exact pixels and an image to every browser, H.264 or not; larger ones become H.264 and are shrunk, and prompts
     are left out, until all fit into VIDEO_LIMIT.
@@ -46,25 +46,22 @@ def embed(prompts: Sequence[str], videos: Mapping[str, np.ndarray], labels: Mapp
     count = len(prompts)
     while True:
         for shrink in (0, 1, 2, 4) if exact else (1, 2, 4):
-            encoded = _encoded({key: clips[:count] for key, clips in shown.items()}, shrink, fps)
+            encoded = _encoded({key: clips[:count] for key, clips in shown.items()}, shrink)
             if encoded is not None:
                 sizes = {key: (clips.shape[3], clips.shape[2]) for key, clips in shown.items()}
-                rows = [
-                    (prompt, [Clip(labels[key], *encoded[key][i], *sizes[key]) for key in shown])
-                    for i, prompt in enumerate(prompts[:count])
-                ]
-                return Clips(rows, len(prompts) - count)
+                each = ([Clip(labels[k], *encoded[k][i], *sizes[k]) for k in shown] for i in range(count))
+                return Clips(list(zip(prompts[:count], each, strict=True)), len(prompts) - count)
         count //= 2  # no clips always fit
 
 
-def _encoded(videos: Mapping[str, np.ndarray], shrink: int, fps: float) -> dict[str, list[tuple[str, str]]] | None:
+def _encoded(videos: Mapping[str, np.ndarray], shrink: int) -> dict[str, list[tuple[str, str]]] | None:
     """(media type, data URI) of every clip, exact where `shrink` is 0; None when they are too large together."""
     kind = "video/mp4" if shrink else "image/webp"
     found, size = {}, 0
     for key, clips in videos.items():
         found[key] = []
         for clip in clips:
-            data = encode_mp4(_shrunk(clip, shrink), fps, crf=28) if shrink else encode_webp(clip, fps)
+            data = encode_mp4(_shrunk(clip, shrink), crf=28) if shrink else encode_webp(clip)
             found[key].append((kind, f"data:{kind};base64,{base64.b64encode(data).decode()}"))
             size += len(data) * 4 // 3
             if size > VIDEO_LIMIT:

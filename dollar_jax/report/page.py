@@ -11,13 +11,8 @@ import jinja2
 from dollar_jax.files import write_file
 
 MINUS = "\N{MINUS SIGN}"
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("dollar_jax.report"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+_LAYOUT = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+_TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("dollar_jax.report"), autoescape=True, **_LAYOUT)
 
 
 def write_page(path: str | os.PathLike[str], template: str, **context: Any) -> None:

@@ -1,6 +1,7 @@
 """`report.html` of a run: measures, videos side by side, training curves, settings, in one file."""
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +15,6 @@ from dollar_jax.report.clips import embed
 from dollar_jax.report.measures import MEASURES
 from dollar_jax.report.page import Cell, Table, cells, duration, figure, number, significant, steps, times, write_page
 
-INTRODUCTION = (
-    "A text-to-video diffusion model, the teacher, takes many small denoising steps. The student was distilled from "
-    "it to need only a few, by variational score distillation (VSD), consistency distillation (CD) and a latent "
-    "reward model (LRM). Below, both were given the same prompts, beside the teacher in as few steps: by its own "
-    "solver, and, undistilled, in the student’s place."
-)
 COLUMNS = ("alignment", "reward", "vendi", "flicker", "nfe", "diffusion_seconds", "total_seconds")
 KINDS = {
     "teacher": ("Teacher", "guided"),
@@ -97,31 +92,16 @@ def write_report(
     """
     for key, clips in videos.items():
         if clips.dtype != np.uint8 or clips.ndim != 5 or len(clips) != len(prompts):
-            raise ValueError(
-                f"the videos of {key} must be uint8 [{len(prompts)} prompts, t, h, w, 3], "
-                f"not {clips.dtype} of shape {clips.shape}"
-            )
-    samplers = {
-        key: value
-        for key, value in metrics.items()
-        if isinstance(value, Mapping) and {"nfe", "alignment"} & value.keys()
-    }
+            wanted = f"uint8 [{len(prompts)} prompts, t, h, w, 3]"
+            raise ValueError(f"the videos of {key} must be {wanted}, not {clips.dtype} of shape {clips.shape}")
+    samplers = {k: v for k, v in metrics.items() if isinstance(v, Mapping) and {"nfe", "alignment"} & v.keys()}
     rows = sampler_rows([*samplers, *videos])
     measured = [row for row in rows if row.key in samplers]
-    write_page(
-        path,
-        "run.html",
-        title="Distillation report",
-        introduction=INTRODUCTION,
-        tiles=_tiles(metrics, samplers, measured),
-        measures=_measures(samplers, measured),
-        more_measures=_more_measures(samplers, measured),
-        notes=notes,
-        videos=embed(prompts, videos, {row.key: row.label for row in rows}),
-        curves=_curves(history),
-        timings=_timings(timings or {}),
-        settings=config_text,
-    )
+    tables = {"measures": _measures(samplers, measured), "more_measures": _more_measures(samplers, measured)}
+    tables["timings"] = _timings(timings or {})
+    shown = {"videos": embed(prompts, videos, {row.key: row.label for row in rows}), "curves": _curves(history)}
+    tiles = _tiles(metrics, samplers, measured)
+    write_page(path, "run.html", tiles=tiles, notes=notes, settings=config_text, **tables, **shown)
 
 
 def _kind_and_steps(key: str) -> tuple[str, int]:
@@ -178,19 +158,13 @@ def _cell(name: str, values: Mapping[str, float | None], key: str, reference: st
 
 
 def _more_measures(samplers: Mapping[str, Mapping[str, Any]], rows: Sequence[SamplerRow]) -> Table | None:
-    values = {
-        row.key: {k: v for k, x in samplers[row.key].items() if k not in COLUMNS and (v := number(x)) is not None}
-        for row in rows
-    }
-    names = list(dict.fromkeys(name for found in values.values() for name in found))
+    values = {row.key: {k: v for k, x in samplers[row.key].items() if (v := number(x)) is not None} for row in rows}
+    names = [name for name in dict.fromkeys(itertools.chain(*values.values())) if name not in COLUMNS]
     if not names:
         return None
     head = ["Sampler", *(MEASURES[name].heading if name in MEASURES else _words(name) for name in names)]
-    body = [
-        [row.label, *("" if (v := values[row.key].get(name)) is None else significant(v) for name in names)]
-        for row in rows
-    ]
-    return Table(cells(*head), [cells(*line) for line in body])
+    shown = {key: [significant(found[n]) if n in found else "" for n in names] for key, found in values.items()}
+    return Table(cells(*head), [cells(row.label, *shown[row.key]) for row in rows])
 
 
 def _words(name: str) -> str:
@@ -216,8 +190,7 @@ def _curves(history: Sequence[Mapping[str, float]]) -> dict[str, list[dict[str, 
             continue
         x, y = np.array(points, np.float64).T
         logarithmic = group == "Losses" and y.min() > 0 and y.max() / y.min() > 8
-        note = "log scale" if logarithmic else ""
-        curve = {"name": heading, "note": note, "chart": line_chart(x, y, logarithmic)}
+        curve = {"name": heading, "note": "log scale" if logarithmic else "", "chart": line_chart(x, y, logarithmic)}
         groups.setdefault(group, []).append(curve)
     return groups
 
