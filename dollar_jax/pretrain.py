@@ -135,9 +135,7 @@ def endless(source: Any, batch_size: int, seed: int, cut: Any = None) -> grain.D
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
-def vae_loss(
-    network: Network, kl_weight: float, params: Params, video: jax.Array, key: jax.Array
-) -> tuple[jax.Array, Metrics]:
+def vae_loss(network: Network, kl_weight: float, params: Params, video: Any, key: Any) -> tuple[jax.Array, Metrics]:
     """Mean squared error of the frames, in [-1, 1], plus `kl_weight` times the KL per latent value."""
     frames = signed_range(video)
     mean, log_variance = network.apply(params, frames, method="encode")
@@ -171,20 +169,15 @@ def train_vae(config: PretrainConfig, folder: Path) -> Component:
     return Component(vae, network, params)
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of frames in [0, 1]."""
-    return float(-10 * np.log10(np.mean((a - b) ** 2)))
-
-
-def encode_all(vae: Component, videos: np.ndarray, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior mean and standard deviation of the raw latents of uint8 videos."""
+def encode_all(vae: Component, videos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior mean and standard deviation of the raw latents of uint8 videos, 64 at a time."""
 
     def encode(params: Params, video: jax.Array) -> tuple[jax.Array, jax.Array]:
         mean, log_variance = vae.network.apply(params, signed_range(video), method="encode")
         return mean, jnp.exp(0.5 * log_variance)
 
     program = Program("vae_encode", encode)
-    parts = [program(vae.params, videos[i : i + batch]) for i in tqdm(range(0, len(videos), batch), "encoding")]
+    parts = [program(vae.params, videos[i : i + 64]) for i in tqdm(range(0, len(videos), 64), "encoding")]
     mean, std = (np.concatenate([np.asarray(p[k]) for p in parts]) for k in range(2))
     return mean, std
 
@@ -207,9 +200,8 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     stored = read_arrays(cache)
     mean, std, captions = stored["mean"], stored["std"], stored["captions"].tolist()
     axes = (0, 1, 2, 3)
-    deviation = np.sqrt(mean.var(axes) + (std**2).mean(axes))
-    moments = {"latents_mean": tuple(mean.mean(axes).tolist()), "latents_std": tuple(deviation.tolist())}
-    vae_config = WanVAEConfig(**{**config.vae, **moments})
+    moments = {"latents_mean": mean.mean(axes), "latents_std": np.sqrt(mean.var(axes) + (std**2).mean(axes))}
+    vae_config = WanVAEConfig(**{**config.vae, **{name: tuple(x.tolist()) for name, x in moments.items()}})
     latents = np.asarray(normalise(jnp.asarray(mean), vae_config))
     ids, mask = tokenize(tokenizer, captions, config.max_text_length)
     null_ids, null_mask = tokenize(tokenizer, [""], config.max_text_length)
@@ -218,15 +210,12 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
         keys = jax.random.split(key, 3)
         x0 = batch["latent"]
         drop = jax.random.bernoulli(keys[0], c.caption_dropout, (len(x0), 1))
-        ids = jnp.where(drop, null_ids, batch["ids"])
-        mask = jnp.where(drop, null_mask, batch["mask"])
+        ids, mask = jnp.where(drop, null_ids, batch["ids"]), jnp.where(drop, null_mask, batch["mask"])
         states = zero_padding(text.apply(params["text_encoder"], ids, mask), mask)
         # Evenly spread times: each step sees noisy and clean ends alike.
         u = (jnp.arange(len(x0)) + jax.random.uniform(keys[1])) / len(x0)
-        t = time_from_uniform(schedule, u)
-        eps = jax.random.normal(keys[2], x0.shape)
-        x_t = add_noise(schedule, x0, eps, t)
-        prediction = dit.apply(params["transformer"], x_t, t, states)
+        t, eps = time_from_uniform(schedule, u), jax.random.normal(keys[2], x0.shape)
+        prediction = dit.apply(params["transformer"], add_noise(schedule, x0, eps, t), t, states)
         value = losses.denoising(prediction, target(schedule, x0, eps, t)).mean()
         return value, {"loss": value}
 
@@ -245,25 +234,19 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     records = [{"latent": z, "ids": i, "mask": m} for z, i, m in zip(latents, ids, mask, strict=True)]
     batches = endless(records, c.batch_size, config.seed)
     params = fit("teacher", folder / "checkpoints", loss, params, batches, c, config, c.ema_decay)
-    return Pipeline(
-        WAN,
-        Component(dit_config, dit, params["transformer"]),
-        Component(vae_config, vae.network, vae.params),
-        Component(text_config, text, params["text_encoder"]),
-        tokenizer,
-        schedule,
-    )
+    transformer, vae = Component(dit_config, dit, params["transformer"]), dataclasses.replace(vae, config=vae_config)
+    return Pipeline(WAN, transformer, vae, Component(text_config, text, params["text_encoder"]), tokenizer, schedule)
 
 
 def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
     """Reconstruction of validation videos, and per-frame accuracy of samples for every caption."""
-    sampling = SamplingConfig(config.num_steps, config.guidance_weight, eta=0.0)
-    clip = (shapes.FRAMES, shapes.SIZE, shapes.SIZE)
-    generator = Generator(pipeline, config.max_text_length, sampling, clip)
+    sampling = SamplingConfig(config.num_steps, config.guidance_weight)
+    generator = Generator(pipeline, config.max_text_length, sampling, (shapes.FRAMES, shapes.SIZE, shapes.SIZE))
     videos, captions = rendered(config.seed, "validation", 256)
     parts = np.split(videos, range(64, len(videos), 64))
     rebuilt = np.concatenate([generator.decode(generator.encode(part)) for part in parts])
-    report: dict[str, Any] = {"vae": {"psnr": psnr(rebuilt, videos / 255), **shapes.alignment(rebuilt, captions)}}
+    psnr = float(-10 * np.log10(np.mean((rebuilt - videos / 255) ** 2)))
+    report: dict[str, Any] = {"vae": {"psnr": psnr, **shapes.alignment(rebuilt, captions)}}
 
     everything = shapes.all_captions()
     draw = generator.teacher_sampler(config.num_steps, config.guidance_weight)
@@ -279,14 +262,9 @@ def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
 
 def write_provenance(config: PretrainConfig, metrics: dict[str, Any], folder: Path) -> None:
     """provenance.json beside the weights: command (of the workdir only its name), config, commit, metrics."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     words = [re.sub("^--workdir=.*/(?=[^/])", "--workdir=", word) for word in sys.argv[1:]]
-    fields = {
-        "command": shlex.join(["dollar", *words]),
-        "commit": commit or "unknown: not a git checkout",
-        "config": dataclasses.asdict(config),
-        "metrics": metrics,
-    }
+    fields = {"command": shlex.join(["dollar", *words]), "commit": commit or "unknown: not a git checkout"}
+    fields |= {"config": dataclasses.asdict(config), "metrics": metrics}
     (folder / "provenance.json").write_text(json.dumps(fields, indent=2) + "\n")

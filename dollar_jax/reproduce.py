@@ -67,12 +67,8 @@ def reproduce(
     base = experiment("vsd+cd+lrm")
     count = seeds or (2 if quick else 3)
     steps = steps or (max(base.steps // 5, 1) if quick else base.steps)
-    common = {
-        "steps": steps,
-        "reward.start_step": base.reward.start_step * steps // base.steps,
-        "checkpoint_every": max(base.checkpoint_every, 1),
-        "visibility.samples_every": 0,
-    }
+    common = {"steps": steps, "reward.start_step": base.reward.start_step * steps // base.steps}
+    common["visibility.samples_every"] = 0
     base = changed(base, common)
     configs = {method.key: changed(experiment(method.losses), {**common, **method.changes}) for method in METHODS}
     configs = {"teacher": base, **configs}
@@ -115,12 +111,11 @@ class Lab:
         """Trains and measures a cell; its rows by sampler, which lie in `cells/` when it is done."""
         config = dataclasses.replace(config, seed=seed)
         run = self.workdir / "runs" / f"{key}-seed{seed}"
-        student = None
+        student, wanted = None, "teacher"
         if key != "teacher":
             train(config, run, self.generator, load_data(config, self.generator, self.workdir))
-            student = restore_student(run, self.generator)
+            student, wanted = restore_student(run, self.generator), "student"
         drawn = samplers(self.generator, student, config.student.timesteps)
-        wanted = "teacher" if key == "teacher" else "student"
         drawn = {name: row for name, row in drawn.items() if name.startswith(wanted)}
         plan = default_plan(seed, self.quick)
         rows, videos = measure(self.generator, drawn, plan, self.reward, self.network())

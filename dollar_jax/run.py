@@ -41,10 +41,8 @@ def check_config(config: DistillConfig, workdir: Path) -> None:
     """Raises ValueError when the workdir holds a run whose settings differ where a resumption may not change them."""
     if (workdir / CONFIG).exists():
         for name, before, now in unresumable(read_config(workdir), config):
-            raise ValueError(
-                f"{workdir} holds a run with config.{name} = {before!r}, not {now!r}: choose another workdir, "
-                "or the run's own settings to resume it"
-            )
+            mend = "choose another workdir, or the run's own settings to resume it"
+            raise ValueError(f"{workdir} holds a run with config.{name} = {before!r}, not {now!r}: {mend}")
 
 
 def record_config(config: DistillConfig, workdir: Path, resumed: bool = True) -> None:
@@ -102,9 +100,8 @@ def choose_student(
     generator: Generator, workdir: Path, config: DistillConfig, steps: int, ema: bool = True
 ) -> BoundSampler:
     """The newest student of the run in `steps` steps."""
-    timesteps = subset(config.student.timesteps, steps)
+    timesteps, params = subset(config.student.timesteps, steps), restore_student(workdir, generator, ema)
     described = {"sampler": "student", "steps": steps, "timesteps": timesteps}
-    params = restore_student(workdir, generator, ema)
     return BoundSampler(generator.student_sampler(timesteps), params, steps, described)
 
 

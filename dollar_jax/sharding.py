@@ -61,19 +61,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = len(devices) // max(rest, 1)
     named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
-        raise ValueError(
-            f"the mesh {named} needs {math.prod(sizes)} devices, but there are {len(devices)}: "
-            "set config.mesh so that the product of its axes is the number of devices"
-        )
+        mend = "set config.mesh so that the product of its axes is the number of devices"
+        raise ValueError(f"the mesh {named} needs {math.prod(sizes)} devices, but there are {len(devices)}: {mend}")
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) > 1:
         if sizes[0] % len(slices):
-            raise ValueError(
-                f"the devices are {len(slices)} slices, so config.mesh.data must be a multiple of that, "
-                f"not {sizes[0]}: only data goes over the network between them"
-            )
-        inside = (sizes[0] // len(slices), *sizes[1:])
-        across = (len(slices), 1, 1, 1)
+            wrong = f"must be a multiple of that, not {sizes[0]}: only data goes over the network between them"
+            raise ValueError(f"the devices are {len(slices)} slices, so config.mesh.data {wrong}")
+        inside, across = (sizes[0] // len(slices), *sizes[1:]), (len(slices), 1, 1, 1)
         array = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     else:
         array = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)

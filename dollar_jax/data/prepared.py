@@ -36,10 +36,8 @@ class Damaged:
                 return
             self.found.add(record)
             if len(self.found) > self.allowed:
-                raise ValueError(
-                    f"{reason}, the {len(self.found)}. of this run: prepare the data set anew, or let more be "
-                    f"skipped with config.data.corrupt_records, now {self.allowed}"
-                )
+                mend = f"or let more be skipped with config.data.corrupt_records, now {self.allowed}"
+                raise ValueError(f"{reason}, the {len(self.found)}. of this run: prepare the data set anew, {mend}")
         tqdm.write(f"skipped: {reason}")
 
 
@@ -87,11 +85,9 @@ class PreparedVideos:
         self.folder, self.config = Path(config.name), config
         self.about = read_about(self.folder)
         settings = self.about["settings"]
-        if settings["max_text_length"] > config.max_text_length:
-            raise ValueError(
-                f"{self.folder} holds captions of up to {settings['max_text_length']} tokens, more than "
-                f"config.data.max_text_length {config.max_text_length}"
-            )
+        if (length := settings["max_text_length"]) > config.max_text_length:
+            most = f"config.data.max_text_length {config.max_text_length}"
+            raise ValueError(f"{self.folder} holds captions of up to {length} tokens, more than {most}")
         self.info = tfds.builder_from_directory(self.folder).info
         self.has_latents = settings["prompts"] is None
         shards: dict[str, list[Any]] = {}
@@ -110,21 +106,16 @@ class PreparedVideos:
         for name, now in fingerprint(generator).items():
             before = np.array(self.about["fingerprint"][name])
             if before.shape != np.shape(now) or np.abs(before - now).max() > 0.05 * np.abs(before).max():
-                raise ValueError(
-                    f"{self.folder} was encoded by another {name} than that of config.teacher {config.teacher}: "
-                    f"it was prepared with --teacher={self.about['settings']['teacher']}"
-                )
+                found = f"was encoded by another {name} than that of config.teacher {config.teacher}"
+                teacher = self.about["settings"]["teacher"]
+                raise ValueError(f"{self.folder} {found}: it was prepared with --teacher={teacher}")
         length = self.about["settings"]["max_text_length"]
         if not generator.pipeline.family.masks_padding and length != config.data.max_text_length:
-            raise ValueError(
-                f"{self.folder} holds captions padded to {length} tokens, which this teacher attends to: set "
-                f"config.data.max_text_length to {length}"
-            )
+            found = f"holds captions padded to {length} tokens, which this teacher attends to"
+            raise ValueError(f"{self.folder} {found}: set config.data.max_text_length to {length}")
         if not self.has_latents and (config.student.input == "forward" or config.consistency.weight):
-            raise ValueError(
-                f"{self.folder} holds prompts without videos: set config.student.input to 'backward' and "
-                "config.consistency.weight to 0"
-            )
+            mend = "set config.student.input to 'backward' and config.consistency.weight to 0"
+            raise ValueError(f"{self.folder} holds prompts without videos: {mend}")
         return self
 
     def some_captions(self, count: int) -> list[str]:

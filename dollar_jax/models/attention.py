@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def attention(
     heads = TENSOR if q.shape[2] % activation_sharding.axis_size(TENSOR) == 0 else None
     tokens = P(over, CONTEXT if q.shape[1] % activation_sharding.axis_size(CONTEXT) == 0 else None, heads)
     keys = P(over, CONTEXT if context else None, heads)
-    inner = {None: local, "gather": _gathered(local), "ulysses": _ulysses(local)}[context]
+    inner = functools.partial(_shared, local=local, context=context)
     return jax.shard_map(inner, in_specs=(tokens, keys, keys), out_specs=tokens, check_vma=False)(q, k, v)
 
 
@@ -90,29 +90,21 @@ def _check(q: Array, k: Array, context: ContextParallel) -> None:
         raise ValueError(f"{heads} heads do not divide over the mesh's tensor axis of {parts}")
     share = activation_sharding.axis_size(CONTEXT)
     if context == "ulysses" and heads // parts % share:
-        raise ValueError(
-            f"{heads // parts} heads per device do not divide over the mesh's context axis of {share}, "
-            "as 'ulysses' needs; 'gather' does not"
-        )
+        wrong = f"{heads // parts} heads per device do not divide over the mesh's context axis of {share}"
+        raise ValueError(f"{wrong}, as 'ulysses' needs; 'gather' does not")
     for tokens in (q.shape[1], k.shape[1]):
         if tokens % share:
             raise ValueError(f"{tokens} tokens do not divide over the mesh's context axis of {share}")
 
 
-def _gathered(local):
-    def run(q: Array, k: Array, v: Array) -> Array:
+def _shared(q: Array, k: Array, v: Array, *, local: Any, context: ContextParallel | None) -> Array:
+    """Attention of this device's queries, and keys if they are shared, as part of that over the context axis."""
+    if context == "gather":
         k, v = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k, v))
+    if context != "ulysses":
         return local(q, k, v)
-
-    return run
-
-
-def _ulysses(local):
-    def run(q: Array, k: Array, v: Array) -> Array:
-        q, k, v = (jax.lax.all_to_all(x, CONTEXT, 2, 1, tiled=True) for x in (q, k, v))
-        return jax.lax.all_to_all(local(q, k, v), CONTEXT, 1, 2, tiled=True)
-
-    return run
+    q, k, v = (jax.lax.all_to_all(x, CONTEXT, 2, 1, tiled=True) for x in (q, k, v))
+    return jax.lax.all_to_all(local(q, k, v), CONTEXT, 1, 2, tiled=True)
 
 
 def _local(q: Array, k: Array, v: Array, *, kind: Kernel, scale: float, length: int | None) -> Array:
@@ -125,9 +117,7 @@ def _local(q: Array, k: Array, v: Array, *, kind: Kernel, scale: float, length: 
 
 
 def _lengths(k: Array, length: int | None) -> Array | None:
-    if length is None or length == k.shape[1]:
-        return None
-    return jnp.full(k.shape[:1], length, jnp.int32)
+    return None if length in (None, k.shape[1]) else jnp.full(k.shape[:1], length, jnp.int32)
 
 
 def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:

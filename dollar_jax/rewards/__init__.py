@@ -20,8 +20,7 @@ from dollar_jax.config import RewardTerm
 from dollar_jax.rewards.builtin import LOADERS, REWARDS
 from dollar_jax.rewards.reward import AnyReward, JaxReward, Reward, WrongShape
 
-__all__ = ["LOADERS", "REWARDS", "AnyReward", "JaxReward", "Reward", "WrongShape"]
-__all__ += ["get_reward", "load_rewards", "weighted_sum"]
+__all__ = ["LOADERS", "REWARDS", "AnyReward", "JaxReward", "Reward", "WrongShape", "get_reward", "load_rewards"]
 
 
 def get_reward(name: str, folder: str | None = None) -> AnyReward:
@@ -41,9 +40,8 @@ def get_reward(name: str, folder: str | None = None) -> AnyReward:
     where, _, attribute = name.rpartition(":")
     if not where:
         known = ", ".join([*REWARDS, *LOADERS])
-        raise ValueError(
-            f"there is no reward {name!r}; there are {known}, and your own as module:function or path.py:function"
-        )
+        own = "your own as module:function or path.py:function"
+        raise ValueError(f"there is no reward {name!r}; there are {known}, and {own}")
     found = getattr(_module(name, where), attribute, None)
     if isinstance(found, AnyReward):
         return found

@@ -117,14 +117,10 @@ def _window(x: Float[Array, "b t h w"]) -> Float[Array, "b t h2 w2"]:
 REWARDS: dict[str, AnyReward] = {
     "vivid": Reward(vivid, "the share of coloured pixels that are bright and saturated"),
     "compressibility": Reward(compressibility, "how few bits per pixel JPEG needs: plain, calm backgrounds"),
-    "vividness": JaxReward(
-        lambda params, frames, tokens: vividness(frames), "mean colour saturation of the most coloured pixels"
-    ),
-    "motion": JaxReward(
-        lambda params, frames, tokens: motion(frames), "mean length of the optical flow, in pixels per frame"
-    ),
-    "flicker": JaxReward(lambda params, frames, tokens: flicker(frames), "how little neighbouring frames differ"),
-    "smoothness": JaxReward(lambda params, frames, tokens: smoothness(frames), "how well neighbours predict a frame"),
+    "vividness": JaxReward(lambda _, frames, __: vividness(frames), "mean chroma of the most coloured pixels"),
+    "motion": JaxReward(lambda _, frames, __: motion(frames), "mean length of the optical flow, in pixels per frame"),
+    "flicker": JaxReward(lambda _, frames, __: flicker(frames), "how little neighbouring frames differ"),
+    "smoothness": JaxReward(lambda _, frames, __: smoothness(frames), "how well neighbours predict a frame"),
 }
 
 # Rewards that are read from a folder of weights: the function of `rewards` that reads them.

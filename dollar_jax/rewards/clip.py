@@ -63,9 +63,8 @@ def aesthetic(folder: Path) -> JaxReward:
     try:
         layers = [(head[f"layers.{i}.weight"].T, head[f"layers.{i}.bias"]) for i in AESTHETIC_LAYERS]
     except KeyError as error:
-        raise ValueError(
-            f"{folder} has no tensor {error.args[0]!r}: the aesthetic head belongs in the tower's file"
-        ) from error
+        why = "the aesthetic head belongs in the tower's file"
+        raise ValueError(f"{folder} has no tensor {error.args[0]!r}: {why}") from error
 
     def score(params: Params, frames: jax.Array, tokens: jax.Array | None) -> jax.Array:
         pixels = preprocess(frames.reshape(-1, *frames.shape[2:]), config.image_size)

@@ -59,21 +59,16 @@ class Monitor:
         """The reason to stop, in words, or None. Every process has the same samples, and decides alike."""
         if guard.min_correlation is None and guard.max_fall is None:
             return None
-        full = np.isfinite(self.state["pairs"]).all()
-        own = self.summary()
+        full, own = np.isfinite(self.state["pairs"]).all(), self.summary()
         names = ["reward_fresh_correlation", *(f"reward_{name}_fall" for name in self.names)]
         values = np.array([own.get(name, np.nan) for name in names])
         if not full:  # too few pairs for a verdict
             values[0] = np.nan
         if guard.min_correlation is not None and values[0] < guard.min_correlation:
-            return (
-                f"latent and true reward correlate by {values[0]:.3f} on fresh samples, less than "
-                f"config.reward.guard.min_correlation {guard.min_correlation:g}"
-            )
+            least = f"config.reward.guard.min_correlation {guard.min_correlation:g}"
+            return f"latent and true reward correlate by {values[0]:.3f} on fresh samples, less than {least}"
         for name, fall in zip(self.names, values[1:], strict=True):
             if guard.max_fall is not None and fall > guard.max_fall:
-                return (
-                    f"the held-out reward {name!r} has fallen by {fall:.2f} of its standard deviations, more "
-                    f"than config.reward.guard.max_fall {guard.max_fall:g}"
-                )
+                most = f"more than config.reward.guard.max_fall {guard.max_fall:g}"
+                return f"the held-out reward {name!r} has fallen by {fall:.2f} of its standard deviations, {most}"
         return None

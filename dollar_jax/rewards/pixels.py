@@ -29,11 +29,8 @@ class PixelRewards:
 
     def tokens(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """The prompts as integers [b, l], by label, for those rewards that read them."""
-        return {
-            name: np.asarray(reward.tokenize(prompts), np.int32)
-            for name, reward in zip(self.labels, self.rewards, strict=True)
-            if reward.tokenize is not None
-        }
+        readers = {name: r.tokenize for name, r in zip(self.labels, self.rewards, strict=True) if r.tokenize}
+        return {name: np.asarray(tokenize(prompts), np.int32) for name, tokenize in readers.items()}
 
     def params(self, decoder: Params) -> Params:
         """What `__call__` takes, with the decoder's parameters."""
@@ -54,10 +51,8 @@ class PixelRewards:
             words = None if reward.tokenize is None else tokens[name]
             values = keep(reward.function)(params["rewards"][name], frames, words)
             if values.shape != (len(latent),):
-                raise ValueError(
-                    f"the reward {name!r} gave shape {values.shape} for {len(latent)} videos; it must give one "
-                    "number per video"
-                )
+                found = f"gave shape {values.shape} for {len(latent)} videos"
+                raise ValueError(f"the reward {name!r} {found}; it must give one number per video")
             # A reward may give a finite number to anything, so what is not finite never counts.
             values = values.astype(jnp.float32)
             columns[i] = jnp.where(finite & (jnp.abs(values) <= LARGEST), values, jnp.nan)
@@ -71,13 +66,11 @@ def pixel_rewards(config: RewardConfig, rewards: Sequence[AnyReward], decode: De
     found = [i for i, reward in enumerate(rewards) if isinstance(reward, JaxReward)]
     differentiated = METHODS[config.method].differentiates_pixels
     if differentiated and (host := [i for i in config.trained if i not in found]):
-        raise ValueError(
-            f"the reward {config.rewards[host[0]].name!r} is a host reward, without a gradient: "
-            "config.reward.method must be 'lrm' or 'ddpo'"
-        )
+        name = config.rewards[host[0]].name
+        mend = "config.reward.method must be 'lrm' or 'ddpo'"
+        raise ValueError(f"the reward {name!r} is a host reward, without a gradient: {mend}")
     if not found:
         return None
     chosen = tuple(r for r in rewards if isinstance(r, JaxReward))
     labels = tuple(config.rewards[i].label for i in found)
-    remat = config.remat and differentiated
-    return PixelRewards(decode, chosen, tuple(found), labels, len(rewards), remat)
+    return PixelRewards(decode, chosen, tuple(found), labels, len(rewards), config.remat and differentiated)

@@ -1,7 +1,5 @@
-"""What happens to rewards on the host: scoring beside the devices, the replay, and what is known of both.
-
-While the devices run a step, host rewards score what the previous one generated; they reach the student,
-or its latent reward model, one step later. All that a later step depends on is in `Scorer.state`.
+"""What happens to rewards on the host: scoring beside the devices, the replay, and what is known of both. While the
+devices run a step, host rewards score what the previous one generated; they reach the student one step later.
 """
 
 import dataclasses
@@ -60,15 +58,10 @@ class Scorer:
         c = self.config = config.reward
         self.seed, self.accumulation = config.seed, config.accumulation
         self.pixels = pixels
-        self.hosts = {
-            i: HostScorer(c.rewards[i].label, reward, c.timeout, c.retries)
-            for i, reward in enumerate(rewards)
-            if not isinstance(reward, JaxReward)
-        }
+        on_host = [(i, reward) for i, reward in enumerate(rewards) if not isinstance(reward, JaxReward)]
+        self.hosts = {i: HostScorer(c.rewards[i].label, reward, c.timeout, c.retries) for i, reward in on_host}
         self.latest: dict[str, float] = {}
-        self._failed = 0
-        self._decoder = decoder
-        self._decode = decode
+        self._failed, self._decoder, self._decode = 0, decoder, decode
         self._decode_programs: dict[Shape, Program] = {}
         self._trained, self._held_out = np.array(c.trained, int), np.array(c.held_out, int)
         self._pending: _Pending | None = None
@@ -151,10 +144,8 @@ class Scorer:
         self._failed = 0 if np.isfinite(trained).all(-1).any() else self._failed + 1
         if self._failed >= self.config.max_failed_rounds:
             faults = ", ".join(f"{h.name} {dict(h.faults)}" for h in self.hosts.values() if h.faults) or "not finite"
-            raise ValueError(
-                f"no sample of {self._failed} steps got a reward ({faults}); the last checkpoint is kept. Mend the "
-                "reward, or let more fail with config.reward.max_failed_rounds"
-            )
+            mend = "the last checkpoint is kept. Mend the reward, or let more fail with config.reward.max_failed_rounds"
+            raise ValueError(f"no sample of {self._failed} steps got a reward ({faults}); {mend}")
         if pending.shape in self.memories:
             self.memories[pending.shape].add(samples, text, trained)
         total = np.full(len(trained), np.nan)
