@@ -9,16 +9,8 @@ import numpy as np
 
 # Dense bf16 TFLOP/s per device, by JAX's name of the device, as its vendor states them; the TPUs' at
 # https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, whose chips are two devices.
-PEAK_TFLOPS = {
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU7x": 1153.5,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA H200": 989.0,
-}
+PEAK_TFLOPS = {"TPU v4": 275.0, "TPU v5 lite": 197.0, "TPU v5": 459.0, "TPU v6 lite": 918.0, "TPU7x": 1153.5}
+PEAK_TFLOPS |= {"NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0}
 
 # The share of a kernel's products that is not made for the second time: k qᵀ is, and in dq also v doᵀ.
 NEW = {"splash_mha_dkv": 3 / 4, "splash_mha_dq": 1 / 3}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig, VisibilityConfig
 from dollar_jax.data.clip import clip_fps
-from dollar_jax.evaluate.vendi import pixel_features, vendi_per_prompt
+from dollar_jax.evaluate.vendi import pixel_features, vendi_score
 from dollar_jax.files import new_file
 from dollar_jax.flops import PEAK_TFLOPS, Throughput
 from dollar_jax.generate import DATA_PROMPTS, Generator, video_keys
@@ -40,14 +40,9 @@ from dollar_jax.video import grid, side_by_side, unit_range, write_video
 TEACHER = "teacher.npz"  # its samples, in the folder of samples
 SHEET_TIMES = 4  # of a video on a picture of samples
 # Where TensorBoard shows a metric: the first group whose expression its name begins with.
-GROUPS = {
-    "samples": "sample_|collapse",
-    "speed": "seconds|data_wait|videos_per|tflops|mfu|memory",
-    "learning_rate": "learning_rate",
-    "reward": "reward_|latent_reward|faults",
-    "latents": "latent_|data_",
-    "loss": "",
-}
+GROUPS = {"samples": "sample_|collapse", "speed": "seconds|data_wait|videos_per|tflops|mfu|memory"}
+GROUPS |= {"learning_rate": "learning_rate", "reward": "reward_|latent_reward|faults"}
+GROUPS |= {"latents": "latent_|data_", "loss": ""}
 PROFILE_AFTER = 2  # steps: the first compiles
 
 
@@ -68,8 +63,8 @@ class Shown(NamedTuple):
     square: Any
 
     def stats(self, prompts: int) -> SampleStats:
-        groups = self.frames.reshape(prompts, -1, *self.frames.shape[1:])
-        vendi, _ = vendi_per_prompt(pixel_features(groups))
+        groups = pixel_features(self.frames.reshape(prompts, -1, *self.frames.shape[1:]))
+        vendi = float(np.mean([vendi_score(group) for group in groups]))
         mean, square = (float(np.mean(x, dtype=np.float64)) for x in (self.mean, self.square))
         std = math.sqrt(max(square - mean**2, 0)) if np.isfinite(square) else math.nan
         return SampleStats(vendi, mean, std, float(vivid(unit_range(self.frames), ()).mean()))
@@ -82,9 +77,9 @@ Looked = Future[Look] | None
 
 def collapse(config: VisibilityConfig, student: SampleStats, teacher: SampleStats) -> list[str]:
     """One sentence for each way in which the student's samples leave the teacher's range; empty if none."""
-    found = []
     if not all(map(np.isfinite, student)):
         return ["the student's samples are not finite"]
+    found = []
     # Of the videos beyond the first: one video alone has a score of 1.
     kept = (student.vendi - 1) / max(teacher.vendi - 1, 1e-9)
     if kept < config.least_diversity:
@@ -270,13 +265,10 @@ class Log:
     def _write(self) -> None:
         if self._held is None:
             return
-        step, metrics, host, samples, now = self._held
-        self._held = None
+        (step, metrics, host, samples, now), (before, then) = self._held, self._clock
+        self._held, self._clock = None, (step, now)
         values = {name: float(value) for name, value in metrics.items()}
-        before, then = self._clock
-        self._clock = (step, now)
-        waited = {"data_wait": min(self.waited / max(now - then, 1e-9), 1.0)}
-        self.waited = 0.0
+        waited, self.waited = {"data_wait": min(self.waited / max(now - then, 1e-9), 1.0)}, 0.0
         seconds = (now - then) / max(step - before, 1)
         # Of a step that was skipped there is nothing to learn: see `skips`.
         values = (readable(values) if all(map(math.isfinite, values.values())) else {}) | host
@@ -294,10 +286,9 @@ class Log:
             for warning in warnings:
                 self.events.add_text("warning", warning, step)
             if self.wandb is not None:
-                import wandb  # pyright: ignore[reportMissingImports]
+                from wandb import Image  # pyright: ignore[reportMissingImports]
 
-                shown = wandb.Image(sheet)
-                self.wandb.log({"teacher_left_student_right": shown, "warnings": len(warnings), "step": step})
+                self.wandb.log({"teacher_left_student_right": Image(sheet), "warnings": len(warnings), "step": step})
         if self.main:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
@@ -343,8 +334,7 @@ class Profile:
     ON_SIGNAL = 3
 
     def __init__(self, steps: int, workdir: Path, first: int):
-        self.start, self.steps = first + PROFILE_AFTER, steps
-        self.folder = workdir / PROFILE
+        self.start, self.steps, self.folder = first + PROFILE_AFTER, steps, workdir / PROFILE
         self._stop: int | None = None  # the step before which the running trace ends
         self._asked = SignalFlag(signal.SIGUSR1)
 

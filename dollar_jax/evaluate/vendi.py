@@ -30,15 +30,6 @@ def vendi_score(features: np.ndarray) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-def vendi_per_prompt(features: np.ndarray) -> tuple[float, float]:
-    """Mean and population standard deviation over prompts of the Vendi score of features [prompts, samples, d]."""
-    features = np.asarray(features)
-    if features.ndim != 3 or not len(features):
-        raise ValueError(f"features must be [prompts, samples, d], not of shape {features.shape}")
-    scores = [vendi_score(samples) for samples in features]
-    return float(np.mean(scores)), float(np.std(scores))
-
-
 def pixel_features(videos: np.ndarray, centred: bool = True) -> np.ndarray:
     """Pixels as Vendi features: [..., t, h, w, c], uint8 or floats in [0, 1], to [..., t h w c].
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dollar_jax.models.layers import Adapter, Linear
 from dollar_jax.models.network import Network, make_network
@@ -38,21 +39,12 @@ def adapt(network: Network, rank: int, alpha: float, targets: Sequence[str]) -> 
 
 def adapters(params: Params) -> Params:
     """Only the adapters of parameters that have some."""
-    parts = {}
-    for name, value in params.items():
-        if name == NAME:
-            parts[name] = value
-        elif isinstance(value, dict) and (inside := adapters(value)):
-            parts[name] = inside
-    return parts
+    return unflatten_dict({path: value for path, value in flatten_dict(params).items() if NAME in path})
 
 
 def combine(params: Params, adapters: Params) -> Params:
     """The network's own parameters with the adapters put in."""
-    both: dict[str, Any] = dict(params)
-    for name, value in adapters.items():
-        both[name] = value if name == NAME else combine(params[name], value)
-    return both
+    return unflatten_dict(flatten_dict(params) | flatten_dict(adapters))
 
 
 def merge(params: Params, adapters: Params, scale: float) -> Params:
