@@ -61,11 +61,9 @@ class Checkpoints:
             async def finalize(self) -> None:
                 commit(Path(self.get()), Path(self.get_final()))
 
-        self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            temporary_path_class=Draft,
-        )
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        handler = ocp.CompositeCheckpointHandler()
+        self._checkpointer = ocp.AsyncCheckpointer(handler, async_options=options, temporary_path_class=Draft)
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints there, newest first, whole or not."""
@@ -252,9 +250,7 @@ def on_host(shapes: Any) -> Any:
 
 
 def _abstract(x: Any) -> Any:
-    if isinstance(x, jax.Array):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    return x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x
 
 
 _AT_ONCE = 2**28  # bytes of small arrays that are written together

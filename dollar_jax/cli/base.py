@@ -35,10 +35,8 @@ def check_flags(arguments: Sequence[str] = ()) -> None:
     """
     for text in [*arguments, *(f"--{name}={FLAGS[name].value}" for name in FLAGS if name != "prompt")]:
         if found := re.match(r"(?:--[^=]+=)?[a-z0-9]+://([^/]*)", text):
-            raise ValueError(
-                f"{text} is in a bucket, and only folders are read and written: mount it, as in gcsfuse {found[1]} "
-                "/mnt/bucket, and give its path there"
-            )
+            mend = f"mount it, as in gcsfuse {found[1]} /mnt/bucket, and give its path there"
+            raise ValueError(f"{text} is in a bucket, and only folders are read and written: {mend}")
     for name in FLAGS:
         value, most = FLAGS[name].value, 2**32 - 1 if name == "seed" else 10**6
         if name == "workdir" and value and os.path.isfile(value):

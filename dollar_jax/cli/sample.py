@@ -58,10 +58,8 @@ def run() -> None:
     if not is_folder(out):
         high, wide = scale * len(prompts) * clip[1], scale * columns * (1 + FLAGS.beside_teacher) * clip[2]
         if high * wide > _MOST_PIXELS or max(high, wide) > _LONGEST_SIDE:
-            raise ValueError(
-                f"--out={out} would be a picture of {wide} × {high}, more than players show: give a folder, for a "
-                "file per video, or lower --num or --scale"
-            )
+            mend = "give a folder, for a file per video, or lower --num or --scale"
+            raise ValueError(f"--out={out} would be a picture of {wide} × {high}, more than players show: {mend}")
     generator = make_generator(config, clip)
     _ = generator.latent_shape  # a size that does not fit is an error before the student is read
     if unknown := unknown_words(generator.pipeline.tokenizer, prompts):

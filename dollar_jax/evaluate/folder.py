@@ -37,10 +37,8 @@ class PromptVideos:
                     clips.append(read_video(path))
                     first = first or (path, clips[-1].shape)
                     if clips[-1].shape != first[1]:
-                        raise ValueError(
-                            f"{path} has t, h, w = {clips[-1].shape[:3]} and {first[0]} {first[1][:3]}: "
-                            "only videos of one shape can be compared"
-                        )
+                        found = f"{path} has t, h, w = {clips[-1].shape[:3]} and {first[0]} {first[1][:3]}"
+                        raise ValueError(f"{found}: only videos of one shape can be compared")
                     bar.update()
                 yield prompt, np.stack(clips)
 
@@ -78,8 +76,7 @@ def measure_folder(
         if dimensions is not None:
             for path, video in zip(prompts.paths[prompt], videos, strict=True):
                 for name, value in dimensions(video, prompt, read_fps(path)).items():
-                    row = {"video_path": path.name, "video_results": value}
-                    measured.setdefault(name, []).append(row)
+                    measured.setdefault(name, []).append({"video_path": path.name, "video_results": value})
         for name, reward in (rewards or {}).items():
             single.setdefault(name, []).extend(reward(unit_range(videos), [prompt] * len(videos)))
         if features is not None:
@@ -93,9 +90,8 @@ def measure_folder(
     for name, values in within.items():
         result |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values))}
     if measured:
-        result["dimensions"] = {
-            name: [float(np.mean([row["video_results"] for row in rows])), rows] for name, rows in measured.items()
-        }
+        means = {name: float(np.mean([row["video_results"] for row in rows])) for name, rows in measured.items()}
+        result["dimensions"] = {name: [means[name], rows] for name, rows in measured.items()}
         result["dimensions_left_out"] = [name for name in DIMENSIONS if name not in measured]
     if correct:
         result |= shapes.accuracies(np.stack(correct))

@@ -82,10 +82,8 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], free: Sequence[str
         before, manifest = read_json(path), json.loads(json.dumps(manifest))  # a tuple is read back as a list
         for name in manifest:
             if name not in free and before.get(name) != manifest[name]:
-                raise ValueError(
-                    f"{folder} holds videos made with {name} = {before.get(name)!r}, not {manifest[name]!r}: choose "
-                    "another folder, or the same settings to draw what is missing"
-                )
+                other = f"{folder} holds videos made with {name} = {before.get(name)!r}, not {manifest[name]!r}"
+                raise ValueError(f"{other}: choose another folder, or the same settings to draw what is missing")
     write_metrics(path, manifest)
 
 

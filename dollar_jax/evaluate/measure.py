@@ -136,10 +136,8 @@ def quality(
     groups = to_uint8(drawn[count:]).reshape(len(plan.diverse), plan.samples, *drawn.shape[1:])
     features = None if network is None else network.features
     vectors = None if features is None else features.vectors(to_uint8(drawn))
-    within = [
-        variety(group, features, None if vectors is None else vectors[count + i * plan.samples :][: plan.samples])
-        for i, group in enumerate(groups)
-    ]
+    parts = [None] * len(groups) if vectors is None else np.split(vectors[count:], len(groups))
+    within = [variety(group, features, part) for group, part in zip(groups, parts, strict=True)]
     scores = {} if reward is None else {"reward": float(reward(drawn, plan.prompts).mean())}
     if network is not None and vectors is not None:
         # One video per caption, as in the reference: those of the few captions drawn often would bias it.

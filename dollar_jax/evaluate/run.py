@@ -110,8 +110,7 @@ def evaluate_prompts(
     allow_code: bool = False,
 ) -> dict[str, Any]:
     """As `evaluate` with `num` videos of any prompts, for a teacher of any domain: what a folder's videos can tell.
-
-    Teacher and student each get a folder of videos beside `out`, so that a second start draws what is missing.
+    Each sampler has a folder of videos beside `out`, of which a second start draws the missing.
     """
     begun = time.perf_counter()
     _, folder = outputs(out)
@@ -127,19 +126,16 @@ def evaluate_prompts(
     few = list(itertools.islice(itertools.cycle(prompts), batch))
     _, seconds = draw_in_turns(generator, ways, few, batch, seed, TIMED)
     table, shown, made = {}, {}, made_of(prompts, [seed], num, {name: prompt for name, prompt, _ in files})
-    width = generator.clip[2]
-    scale = max(1, 256 // width)  # small videos lose their colours in H.264
-    stride = scale * max(1, width // 256)
+    scale = max(1, 256 // generator.clip[2])  # small videos lose their colours in H.264
+    stride = scale * max(1, generator.clip[2] // 256)
     for name, way in ways.items():
         described = {"sampler": name, "nfe": way.nfe}
         write_manifest(folder / name, made | describe(config, generator, fps, [way._replace(description=described)]))
         keys = functools.partial(video_keys, seed, num)
         draw_missing(folder / name, files, keys, generator, [(way.draw, way.params)], batch_size, fps, scale)
         measured = measure_folder(folder / name, features, rewards=rewards)
-        table[name] = {k: v for k, v in measured.items() if isinstance(v, float)} | {
-            "nfe": way.nfe,
-            **{f"{stage}_seconds": statistics.median(times) for stage, times in seconds[name].items()},
-        }
+        medians = {f"{stage}_seconds": statistics.median(times) for stage, times in seconds[name].items()}
+        table[name] = {k: v for k, v in measured.items() if isinstance(v, float)} | {"nfe": way.nfe, **medians}
         first = [read_video(folder / name / file_name(prompt, 0)) for prompt in prompts[:SHOWN]]
         shown[name] = np.stack(first)[:, :, ::stride, ::stride]
     timings = {"sample and measure": time.perf_counter() - begun}

@@ -54,10 +54,9 @@ def aggregate(scores: Mapping[str, float], allow_missing: bool = False) -> VBenc
     """
     missing = [name for name in DIMENSIONS if name not in scores]
     if missing and not allow_missing:
-        raise ValueError(
-            f"{len(missing)} of VBench's {len(DIMENSIONS)} dimensions are missing: {', '.join(missing)}; "
-            "add their result files, or pass --allow_missing for averages over those given"
-        )
+        mend = "add their result files, or pass --allow_missing for averages over those given"
+        listed = ", ".join(missing)
+        raise ValueError(f"{len(missing)} of VBench's {len(DIMENSIONS)} dimensions are missing: {listed}; {mend}")
 
     def mean(ranges: Mapping[str, tuple[float, float]]) -> float | None:
         shares = {k: (scores[k] - low) / (high - low) for k, (low, high) in ranges.items() if k in scores}
@@ -150,10 +149,8 @@ def _shares(path: Path, values: Mapping[str, Any]) -> dict[str, float]:
     scores = {name: _score(path, name, value) for name, value in values.items()}
     if max(scores.values()) > 1:
         if small := [name for name, score in scores.items() if 0 < score <= 1]:
-            raise ValueError(
-                f"{path} mixes percent with shares of 1: {max(scores.values()):g} cannot stand beside "
-                f"{small[0]} = {scores[small[0]]:g}; write all of them as shares"
-            )
+            pair = f"{max(scores.values()):g} cannot stand beside {small[0]} = {scores[small[0]]:g}"
+            raise ValueError(f"{path} mixes percent with shares of 1: {pair}; write all of them as shares")
         scores = {name: score / 100 for name, score in scores.items()}
     return scores
 

@@ -34,10 +34,8 @@ def pair_names(prompts: Path, names: Path) -> dict[str, str]:
     if len(long) != len(short):
         short = list(dict.fromkeys(short))
     if len(long) != len(short):
-        raise ValueError(
-            f"{prompts} holds {len(long)} prompts and {names} {len(short)} names: line i of the one must be the "
-            "rewritten line i of the other"
-        )
+        found = f"{prompts} holds {len(long)} prompts and {names} {len(short)} names"
+        raise ValueError(f"{found}: line i of the one must be the rewritten line i of the other")
     pairs: dict[str, str] = {}
     for name, prompt in zip(short, long, strict=True):
         pairs.setdefault(name, prompt)
@@ -71,9 +69,8 @@ def check_names(names: Iterable[str]) -> None:
         try:
             video_name(name, 0)
         except ValueError as error:
-            raise ValueError(
-                f"{error}; for rewritten prompts give --names, VBench's own list, whose short prompts name the files"
-            ) from error
+            mend = "for rewritten prompts give --names, VBench's own list, whose short prompts name the files"
+            raise ValueError(f"{error}; {mend}") from error
 
 
 def write_videos(

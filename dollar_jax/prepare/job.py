@@ -145,12 +145,9 @@ def _reports(parts: Path, units: int) -> Iterator[dict[str, Any]]:
 
 
 def _tally(parts: Path, units: int) -> Summary:
-    clips = videos = rejected = 0
-    for report in _reports(parts, units):
-        clips += sum(shard["clips"] for shard in report["shards"])
-        videos += report["videos"]
-        rejected += len(report["rejected"])
-    return Summary(clips, videos, rejected, 0)
+    reports = list(_reports(parts, units))
+    clips = sum(shard["clips"] for report in reports for shard in report["shards"])
+    return Summary(clips, sum(r["videos"] for r in reports), sum(len(r["rejected"]) for r in reports), 0)
 
 
 def _wait(parts: Path, units: int) -> None:
@@ -174,10 +171,8 @@ def _finish(settings: PrepareSettings, encoder: Encoder, out: Path, units: int) 
             shards += [(unit, shard) for shard in report["shards"]]
             rejected.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in report["rejected"])
     if not shards:
-        raise ValueError(
-            f"none of the {summary.videos} videos could be used: {out / REJECTED} says why. "
-            f"Mend them and start again with another --out, or remove {out}"
-        )
+        mend = f"{out / REJECTED} says why. Mend them and start again with another --out, or remove {out}"
+        raise ValueError(f"none of the {summary.videos} videos could be used: {mend}")
     for number, (unit, shard) in enumerate(shards):
         part = parts / f"{unit:05d}-{shard['bucket']}.shard"
         name = f"{NAME}-{SPLIT}.array_record-{number:05d}-of-{len(shards):05d}"
@@ -187,6 +182,9 @@ def _finish(settings: PrepareSettings, encoder: Encoder, out: Path, units: int) 
         write_file(out / PREVIEW, sheet.read_bytes(), drafts=parts)
     lengths, size = [shard["clips"] for _, shard in shards], sum(shard["bytes"] for _, shard in shards)
     vae = encoder.generator.pipeline.vae.config
+    about = {"settings": dataclasses.asdict(settings), "shards": [shard["bucket"] for _, shard in shards]}
+    about["latent_shapes"] = {bucket_name(b): vae.latent_shape(settings.frames, *b) for b in settings.buckets}
+    about |= {"fingerprint": fingerprint(encoder.generator), "videos": summary.videos, "rejected": summary.rejected}
     tfds.folder_dataset.write_metadata(
         data_dir=out,
         features=encoder.features,
@@ -194,14 +192,7 @@ def _finish(settings: PrepareSettings, encoder: Encoder, out: Path, units: int) 
         filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         check_data=False,
         description="Latents and text states of captioned videos, made by dollar prepare.",
-        metadata=tfds.core.MetadataDict(
-            settings=dataclasses.asdict(settings),
-            shards=[shard["bucket"] for _, shard in shards],
-            latent_shapes={bucket_name(b): vae.latent_shape(settings.frames, *b) for b in settings.buckets},
-            fingerprint=fingerprint(encoder.generator),
-            videos=summary.videos,
-            rejected=summary.rejected,
-        ),
+        metadata=tfds.core.MetadataDict(about),
     )
     # Renamed first: a parts/ that is half deleted would look like an unfinished job.
     shutil.rmtree(parts.rename(out / f".{PARTS}"))

@@ -15,11 +15,10 @@ PARTS = "parts"  # the folder of unfinished work inside the data set's folder
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSettings:
-    """Everything that decides the bytes of the data set; a resumed job must have the same settings.
-
-    Either `source` (see `sources.list_source`) or `prompts` (see `sources.list_manifest`) is None. `split` is that
-    of a TFDS source. `frames`, `buckets`, `fps`, `crop` and `clips` are those of `videos.ClipSettings`. With
-    `sample` a record holds one sample of the VAE's posterior, otherwise its mean and standard deviation.
+    """Everything that decides the bytes of the data set; a resumed job must have the same settings. Either `source`
+    (see `sources.list_source`) or `prompts` (see `sources.list_manifest`) is None. `split` is that of a TFDS source.
+    `frames`, `buckets`, `fps`, `crop` and `clips` are those of `videos.ClipSettings`. With `sample` a record holds one
+    sample of the VAE's posterior, otherwise its mean and standard deviation.
     """
 
     source: str | None
@@ -73,9 +72,8 @@ def bucket_name(size: tuple[int, int]) -> str:
 
 
 def remember_settings(settings: PrepareSettings, out: Path) -> None:
-    """Writes the settings into `out`. If a job was begun there, compares them with its settings instead.
-
-    Raises ValueError when they differ, or when `out` holds something else.
+    """Writes the settings into `out`, or compares them with those of the job that was begun there; ValueError when they
+    differ, or when `out` holds something else.
     """
     path = out / SETTINGS
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
@@ -83,10 +81,8 @@ def remember_settings(settings: PrepareSettings, out: Path) -> None:
         before = read_json(path)
         for name, value in now.items():
             if _place(name, then := before.get(name, DEFAULTS.get(name))) != _place(name, value):
-                raise ValueError(
-                    f"{out} was begun with {name} = {then!r}, not {value!r}: choose another --out, or "
-                    "the same settings to go on"
-                )
+                mend = "choose another --out, or the same settings to go on"
+                raise ValueError(f"{out} was begun with {name} = {then!r}, not {value!r}: {mend}")
         return
     if out.exists() and any(path.name != PARTS for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no data set of ours: choose another --out")

@@ -33,9 +33,8 @@ _SHOWN, _MOMENTS, _THUMBNAIL = 8, 6, 96  # of a preview: clips, frames of each, 
 def load_generator(settings: PrepareSettings) -> Generator:
     """The teacher that the settings name, of which only VAE and text encoder are used."""
     pipeline = load_pipeline(teacher_folder(settings.teacher), settings.teacher_dtype, without_transformer=True)
-    unused = SamplingConfig(50, 1.0, 0.0)
     clip = settings.frames, *settings.buckets[0]
-    return Generator(pipeline, settings.max_text_length, unused, clip, settings.vae_chunk)
+    return Generator(pipeline, settings.max_text_length, SamplingConfig(), clip, settings.vae_chunk)
 
 
 def prepare_programs(generator: Generator, clip: tuple[int, int, int], batch: int) -> list[Program]:
@@ -46,10 +45,8 @@ def prepare_programs(generator: Generator, clip: tuple[int, int, int], batch: in
 
 
 def latents_features(settings: PrepareSettings, channels: int, text_dim: int, time: int, space: int) -> Any:
-    """The TFDS features of a record.
-
-    Latents have `time` frames and are [t, h, w, channels] with one latent pixel for `space` × `space` pixels. Text
-    states are [tokens, text_dim] without padding.
+    """The TFDS features of a record: latents [t, h, w, channels] of `time` frames, with one latent pixel for `space` ×
+    `space` pixels, and text states [tokens, text_dim] without padding.
     """
     tensor = functools.partial(tfds.features.Tensor, dtype=np.dtype(settings.dtype), encoding="bytes")
     sides = [{side // space for side in sides} for sides in zip(*settings.buckets, strict=True)]
@@ -82,14 +79,11 @@ class Encoder:
         for height, width in settings.buckets:
             latent = vae.latent_shape(settings.frames, height, width)
             if any(a % p for a, p in zip(latent, patch, strict=False)):
-                raise ValueError(
-                    f"a clip of {settings.frames}×{height}×{width} has latents of {latent[:3]}, which the "
-                    f"teacher's patches of {tuple(patch)} do not divide: choose another height and width"
-                )
+                why = f"which the teacher's patches of {tuple(patch)} do not divide: choose another height and width"
+                raise ValueError(f"a clip of {settings.frames}×{height}×{width} has latents of {latent[:3]}, {why}")
         self.latent = vae.latent_shape(settings.frames, *settings.buckets[0])
-        self.features = latents_features(
-            settings, self.latent[-1], generator.text_shape[-1], self.latent[0], vae.scale_factor_spatial
-        )
+        sizes = self.latent[-1], generator.text_shape[-1], self.latent[0], vae.scale_factor_spatial
+        self.features = latents_features(settings, *sizes)
         self._serializer = ExampleSerializer(self.features.get_serialized_info())
 
     def records(self, clips: list[Clip]) -> Iterator[tuple[Clip, bytes | str]]:
@@ -121,10 +115,8 @@ class Encoder:
 
 
 class Unit:
-    """Writes the shards of one unit of the list.
-
-    The unit counts as finished once its report exists, which `close` writes last. What a killed job left of an
-    unfinished unit is deleted and made again.
+    """Writes the shards of one unit of the list, which counts as finished once its report exists, which `close` writes
+    last. What a killed job left of an unfinished unit is deleted and made again.
     """
 
     def __init__(self, out: Path, unit: int, encoder: Encoder):
@@ -176,12 +168,9 @@ class Unit:
             write_file(self.parts / f"{self.unit:05d}.jpg", sheet)
             if not (self.out / PREVIEW).exists():
                 write_file(self.out / PREVIEW, sheet, drafts=self.parts)
-        report = {
-            "videos": self.videos,
-            "shards": [self.shards[bucket] for bucket in sorted(self.shards)],
-            "rejected": [{"name": name, "reason": reason} for _, name, reason in sorted(self.rejected)],
-        }
-        write_file(report_path(self.parts, self.unit), json.dumps(report))
+        report = {"videos": self.videos, "shards": [self.shards[bucket] for bucket in sorted(self.shards)]}
+        rejected = [{"name": name, "reason": reason} for _, name, reason in sorted(self.rejected)]
+        write_file(report_path(self.parts, self.unit), json.dumps({**report, "rejected": rejected}))
 
 
 def report_path(parts: Path, unit: int) -> Path:
