@@ -63,12 +63,9 @@ _convolve = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC
 
 
 def alexnet_features(folder: Path) -> Features:
-    """AlexNet's last convolution, a mean over space: its mean over time and its mean change in time, d = 512.
-
-    Frames are resized to 224 × 224. With LPIPS's heads `lin0` … `lin4` the LPIPS distance too, a mean
-    over frames, which takes frames as they are.
-
-    Raises FileNotFoundError or ValueError naming what the folder lacks.
+    """AlexNet's last convolution, a mean over space: its mean over time and its mean change in time, d = 512. Frames
+    are resized to 224 × 224. With LPIPS's heads `lin0` … `lin4` the LPIPS distance too, a mean over frames, which takes
+    frames as they are. Raises FileNotFoundError or ValueError naming what the folder lacks.
     """
     weights = {name: np.asarray(value, np.float32) for name, value in read_tensors(folder)}
     wanted = [f"features.{i}.{part}" for i, _, _ in _CONVOLUTIONS for part in ("weight", "bias")]

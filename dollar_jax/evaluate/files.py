@@ -94,10 +94,9 @@ def draw_missing(
     fps: float,
     scale: int = 1,
 ) -> int:
-    """Draws those of `rows` that the folder lacks, each written once it is drawn; how many this process has drawn.
-
-    A row is the name of a file, the prompt, and which of `keys` its noise comes from. Every process draws its own
-    share, so killed and started again, on as many or fewer hosts, the folder ends with the same videos.
+    """Draws those of `rows` that the folder lacks, each written once it is drawn; how many this process has drawn. A
+    row is the name of a file, the prompt, and which of `keys` its noise comes from. Every process draws its own share,
+    so killed and started again, on as many or fewer hosts, the folder ends with the same videos.
     """
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     missing = [row for row in rows[jax.process_index() :: jax.process_count()] if row[0] not in there]

@@ -49,7 +49,6 @@ def evaluate(
     allow_code: bool = False,
 ) -> dict[str, Any]:
     """Samples and measures the run in `workdir`; writes `out`, and beside it the page and videos of `outputs`.
-
     `timings` are the seconds of what came before, by name. With a network's `features` also the diversity and the
     Fréchet distance they tell of. A run's rewards that are code of its own are left out, and named, unless
     `allow_code`: a run folder may come from anybody. Raises ValueError when `out` does not end in .json.

@@ -38,13 +38,10 @@ _LONGEST_ROW = 100  # lines of a CSV; more are an unbalanced quote
 
 
 def list_source(source: str) -> Iterator[Item]:
-    """The items of a folder, a manifest, or a .tar or .parquet file; in an order that depends on names only.
-
-    Each folder is read by the manifest in it (MANIFESTS), else as its .tar or .parquet files, else as the videos in
-    it, each with its caption in a .txt or .json of the same name beside it, and the folders under it. `hf:NAME` is a
-    data set of the Hugging Face hub, downloaded as a folder.
-
-    Raises FileNotFoundError or ValueError when it is none of these.
+    """The items of a folder, a manifest, or a .tar or .parquet file; in an order that depends on names only. Each
+    folder is read by the manifest in it (MANIFESTS), else as its .tar or .parquet files, else as the videos in it, each
+    with its caption in a .txt or .json of the same name beside it, and the folders under it. `hf:NAME` is a data set of
+    the Hugging Face hub, downloaded as a folder. Raises FileNotFoundError or ValueError when it is none of these.
     """
     path = Path(_downloaded(source.removeprefix(HUB)) if source.startswith(HUB) else source)
     if not path.exists():
@@ -112,11 +109,10 @@ def readable(name: str) -> str:
 
 
 def list_manifest(path: Path, prompts: bool = False) -> Iterator[Item]:
-    """The rows of a .csv with a header, of a .jsonl or of a .json list: a video and a caption each.
-
-    A video lies where its row says, from the manifest's folder or from videos/ in it. A videos.txt names one on each
-    line, whose caption is on the same line of prompts.txt. With `prompts` the caption alone, and a .txt has one on
-    each line. Raises ValueError for a file of another kind, or a CSV without such columns.
+    """The rows of a .csv with a header, of a .jsonl or of a .json list: a video and a caption each. A video lies where
+    its row says, from the manifest's folder or from videos/ in it. A videos.txt names one on each line, whose caption
+    is on the same line of prompts.txt. With `prompts` the caption alone, and a .txt has one on each line. Raises
+    ValueError for a file of another kind, or a CSV without such columns.
     """
     needed: list[tuple[str, ...]] = [CAPTION_KEYS] if prompts else [VIDEO_KEYS, CAPTION_KEYS]
     csv_rows = functools.partial(_csv_rows, needed=needed)  # which reads the header at once
@@ -224,9 +220,8 @@ def _paired_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _list_tar(path: Path) -> Iterator[Item]:
-    """WebDataset's samples: members of one name up to the first dot; a video, and a .txt or .json.
-
-    Only headers are read. A tar that ends too early gives what it has, and an item that says so.
+    """WebDataset's samples: members of one name up to the first dot; a video, and a .txt or .json. Only headers are
+    read. A tar that ends too early gives what it has, and an item that says so.
     """
     items: dict[str, Item] = {}
     broken = None
@@ -282,7 +277,6 @@ def _column(path: Path, names: list[str], keys: tuple[str, ...]) -> str:
 
 def read_caption(item: Item, rng: np.random.Generator | None = None, language: str | None = None) -> str:
     """The caption, stripped: of a list the first, or with `rng` any; of an object by language that of `language`.
-
     Raises Unusable when there is none that is text.
     """
     if "broken" in item:
@@ -379,9 +373,8 @@ class Dataset:
     """A split of a TFDS data set as a source: its records' video and caption features."""
 
     def __init__(self, name: str, split: str):
-        """`name` is a TFDS name, or the folder of a prepared data set.
-
-        Raises ValueError when it does not have one video feature and one text or label feature.
+        """`name` is a TFDS name, or the folder of a prepared data set. Raises ValueError when it does not have one
+        video feature and one text or label feature.
         """
         import tensorflow_datasets as tfds  # slow to import
 
