@@ -4,38 +4,32 @@ import numpy as np
 
 from dollar_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from dollar_jax.weights.kind import Kind
-from dollar_jax.weights.table import SAME, TRANSPOSE, Row, Transform
+from dollar_jax.weights.table import DENSE, NORM, Row, Transform, module_rows
 
 
 def cogvideox_table(config: CogVideoXConfig) -> list[Row]:
     """Rows for a transformer of this configuration (patches are laid out by their size)."""
-    dense = {"weight": "kernel", "bias": "bias"}
-    norm = {"weight": "scale", "bias": "bias"}
     block, ours = "transformer_blocks.{i}", "blocks"
     modules = [
-        ("patch_embed.text_proj", "text_proj", dense),
-        ("time_embedding.{p}", "time_embedding/{p:linear_1|linear_2}", dense),
-        (f"{block}.{{n}}.linear", f"{ours}/{{n:norm1|norm2}}/linear", dense),
-        (f"{block}.{{n}}.norm", f"{ours}/{{n:norm1|norm2}}/norm", norm),
-        (f"{block}.attn1.{{p}}", f"{ours}/attn1/{{p:to_q|to_k|to_v}}", dense),
-        (f"{block}.attn1.to_out.0", f"{ours}/attn1/to_out", dense),
-        (f"{block}.attn1.{{p}}", f"{ours}/attn1/{{p:norm_q|norm_k}}", norm),
-        (f"{block}.ff.net.0.proj", f"{ours}/ff/proj_in", dense),
-        (f"{block}.ff.net.2", f"{ours}/ff/proj_out", dense),
-        ("norm_final", "norm_final", norm),
-        ("norm_out.linear", "norm_out/linear", dense),
-        ("norm_out.norm", "norm_out/norm", norm),
+        ("patch_embed.text_proj", "text_proj", DENSE),
+        ("time_embedding.{p}", "time_embedding/{p:linear_1|linear_2}", DENSE),
+        (f"{block}.{{n}}.linear", f"{ours}/{{n:norm1|norm2}}/linear", DENSE),
+        (f"{block}.{{n}}.norm", f"{ours}/{{n:norm1|norm2}}/norm", NORM),
+        (f"{block}.attn1.{{p}}", f"{ours}/attn1/{{p:to_q|to_k|to_v}}", DENSE),
+        (f"{block}.attn1.to_out.0", f"{ours}/attn1/to_out", DENSE),
+        (f"{block}.attn1.{{p}}", f"{ours}/attn1/{{p:norm_q|norm_k}}", NORM),
+        (f"{block}.ff.net.0.proj", f"{ours}/ff/proj_in", DENSE),
+        (f"{block}.ff.net.2", f"{ours}/ff/proj_out", DENSE),
+        ("norm_final", "norm_final", NORM),
+        ("norm_out.linear", "norm_out/linear", DENSE),
+        ("norm_out.norm", "norm_out/norm", NORM),
     ]
     return [
         Row("patch_embed.proj.weight", "patch_embedding/kernel", _patch_kernel(config)),
         Row("patch_embed.proj.bias", "patch_embedding/bias"),
         Row("proj_out.weight", "proj_out/kernel", _output_kernel(config)),
         Row("proj_out.bias", "proj_out/bias", _output(config)),
-        *(
-            Row(f"{source}.{torch}", f"{path}/{leaf}", TRANSPOSE if leaf == "kernel" else SAME)
-            for source, path, leaves in modules
-            for torch, leaf in leaves.items()
-        ),
+        *module_rows(modules),
     ]
 
 

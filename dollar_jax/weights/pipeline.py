@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from dollar_jax.checkpoint import restore_tree
 from dollar_jax.files import CHECKSUMS, find_damage, open_regular, read_json
@@ -17,7 +18,7 @@ from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights.families import COMPONENTS, FAMILIES, Architecture, Family
 from dollar_jax.weights.kind import Kind
 from dollar_jax.weights.scheduler import schedule_of, scheduler_json
-from dollar_jax.weights.table import Params, Row, export_stream, import_params
+from dollar_jax.weights.table import Params, Row, export_stream, stream_params
 
 # The Orbax folder in place of a component's safetensors, once it is imported.
 IMPORTED = "params"
@@ -228,12 +229,13 @@ def load_component(folder: Path, part: Part, place: Callable[[Params], Any] | No
     shapes = part.network.shapes
     if (folder / IMPORTED).is_dir():
         return Component(part.config, part.network, restore_tree(folder / IMPORTED, shapes, place and place(shapes)))
-    tensors = files.read_tensors(folder)
+    tensors = files.list_tensors(folder)
+    sizes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
-        params = import_params(part.table, tensors, shapes)
+        arrays = dict(stream_params(part.table, sizes, lambda name: tensors[name].read(), shapes))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    return Component(part.config, part.network, params)
+    return Component(part.config, part.network, unflatten_dict(arrays, sep="/"))
 
 
 def read_schedule(folder: Path, family: Family) -> Schedule:

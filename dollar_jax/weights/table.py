@@ -37,6 +37,8 @@ CONV = Transform(
 )
 # Tables the file holds with a leading batch axis of 1.
 BATCHED = Transform(lambda x: x[0], lambda x: x[None])
+DENSE = {"weight": "kernel", "bias": "bias"}  # leaves of a module in the file → in the parameters
+NORM = {"weight": "scale", "bias": "bias"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,15 @@ class Row:
     source: str
     path: str | None
     transform: Transform = SAME
+
+
+def module_rows(modules: Iterable[tuple[str, str, Mapping[str, str]]]) -> list[Row]:
+    """Rows of whole modules: their templates in the file and among the parameters, and DENSE or NORM."""
+    return [
+        Row(f"{source}.{theirs}", f"{path}/{ours}", TRANSPOSE if ours == "kernel" else SAME)
+        for source, path, leaves in modules
+        for theirs, ours in leaves.items()
+    ]
 
 
 class _Place(NamedTuple):
@@ -58,18 +69,16 @@ class _Place(NamedTuple):
 
 
 def import_params(table: Sequence[Row], tensors: Mapping[str, np.ndarray] | Pairs, shapes: Params) -> Params:
-    """Parameters as numpy arrays like `shapes` (see `Network.shapes`), from one tensor at a time. Raises ValueError
-    naming a tensor that has no place, comes twice, is missing or has another shape.
+    """Parameters as numpy arrays like `shapes` (see `Network.shapes`). Raises ValueError naming a tensor that has no
+    place, comes twice, is missing or has another shape.
     """
-    expected: dict[str, Any] = flatten_dict(shapes, sep="/")
-    checked = _Checked(table, expected)
-    arrays = {path: np.empty(s.shape, s.dtype) for path, s in expected.items()}
-    pairs = cast(Pairs, tensors.items() if isinstance(tensors, Mapping) else tensors)
-    for key, tensor in pairs:
-        if (place := checked.place(key, tensor.shape)) is not None:
-            place.of(arrays)[...] = place.transform.forward(tensor)
-    checked.finish()
-    return unflatten_dict(arrays, sep="/")
+    pairs = list(cast(Pairs, tensors.items() if isinstance(tensors, Mapping) else tensors))
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"tensor {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    sizes = {name: tensor.shape for name, tensor in found.items()}
+    return unflatten_dict(dict(stream_params(table, sizes, found.__getitem__, shapes)), sep="/")
 
 
 def stream_params(
@@ -79,12 +88,23 @@ def stream_params(
     are checked as in `import_params` before the first is `read`.
     """
     expected: dict[str, Any] = flatten_dict(shapes, sep="/")
-    checked = _Checked(table, expected)
+    places = _places(table, expected)
+    skips = [re.escape(row.source).replace(r"\{i\}", r"\d+") for row in table if row.path is None]
     sources: dict[str, list[tuple[str, _Place]]] = {path: [] for path in expected}
     for key, shape in tensors.items():
-        if (place := checked.place(key, shape)) is not None:
-            sources[place.path].append((key, place))
-    checked.finish()
+        if (place := places.get(key)) is None:
+            if any(re.fullmatch(skip, key) for skip in skips):
+                continue
+            raise ValueError(f"tensor {key!r} of shape {shape} has no place in this model")
+        # Of the right shape, and of no size in memory.
+        like = {place.path: np.broadcast_to(np.float32(0), expected[place.path].shape)}
+        if tuple(shape) != (needed := place.transform.inverse(place.of(like)).shape):
+            wanted = f"this model's {place.path!r} needs {needed}"
+            raise ValueError(f"tensor {key!r} has shape {tuple(shape)}, but {wanted}")
+        sources[place.path].append((key, place))
+    if missing := [key for key in places if key not in tensors]:
+        rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(f"the weights lack {', '.join(map(repr, missing[:5]))}{rest}")
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
         for path, wanted in expected.items():
@@ -95,38 +115,6 @@ def stream_params(
             del array  # before the next one takes its memory
 
     return arrays()
-
-
-class _Checked:
-    """The places of a model's tensors, each to be taken once by a tensor of the right shape."""
-
-    def __init__(self, table: Sequence[Row], expected: Mapping[str, Any]):
-        self.expected = expected
-        self.places = _places(table, expected)
-        self.skips = [re.escape(r.source).replace(r"\{i\}", r"\d+") for r in table if r.path is None]
-        self.seen: set[str] = set()
-
-    def place(self, key: str, shape: tuple[int, ...]) -> _Place | None:
-        """Where a tensor goes, None where it is to be skipped."""
-        if key in self.seen:
-            raise ValueError(f"tensor {key!r} comes twice")
-        self.seen.add(key)
-        if (place := self.places.get(key)) is None:
-            if any(re.fullmatch(skip, key) for skip in self.skips):
-                return None
-            raise ValueError(f"tensor {key!r} of shape {shape} has no place in this model")
-        # Of the right shape, and of no size in memory.
-        like = {place.path: np.broadcast_to(np.float32(0), self.expected[place.path].shape)}
-        needed = place.transform.inverse(place.of(like)).shape
-        if tuple(shape) != needed:
-            wanted = f"this model's {place.path!r} needs {needed}"
-            raise ValueError(f"tensor {key!r} has shape {tuple(shape)}, but {wanted}")
-        return place
-
-    def finish(self) -> None:
-        if missing := [key for key in self.places if key not in self.seen]:
-            rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise ValueError(f"the weights lack {', '.join(map(repr, missing[:5]))}{rest}")
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

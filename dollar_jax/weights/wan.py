@@ -4,35 +4,29 @@ import numpy as np
 
 from dollar_jax.models.wan import WanConfig, WanTransformer
 from dollar_jax.weights.kind import Kind
-from dollar_jax.weights.table import BATCHED, SAME, TRANSPOSE, Row, Transform
+from dollar_jax.weights.table import BATCHED, DENSE, NORM, Row, Transform, module_rows
 
 
 def wan_table(config: WanConfig) -> list[Row]:
     """Rows for a transformer of this configuration (the patch embedding depends on the patch)."""
-    dense = {"weight": "kernel", "bias": "bias"}
-    norm = {"weight": "scale", "bias": "bias"}
     attn, embed = "{a:attn1|attn2}", "condition_embedder/{e:time_embedder|text_embedder}"
     modules = [
-        ("condition_embedder.{e}.{p}", embed + "/{p:linear_1|linear_2}", dense),
-        ("condition_embedder.time_proj", "condition_embedder/time_proj", dense),
-        ("blocks.{i}.{a}.{p}", f"blocks/{attn}/{{p:to_q|to_k|to_v}}", dense),
-        ("blocks.{i}.{a}.to_out.0", f"blocks/{attn}/to_out", dense),
-        ("blocks.{i}.{a}.{p}", f"blocks/{attn}/{{p:norm_q|norm_k}}", norm),
-        ("blocks.{i}.norm2", "blocks/norm2", norm),
-        ("blocks.{i}.ffn.net.0.proj", "blocks/ffn/proj_in", dense),
-        ("blocks.{i}.ffn.net.2", "blocks/ffn/proj_out", dense),
-        ("proj_out", "proj_out", dense),
+        ("condition_embedder.{e}.{p}", embed + "/{p:linear_1|linear_2}", DENSE),
+        ("condition_embedder.time_proj", "condition_embedder/time_proj", DENSE),
+        ("blocks.{i}.{a}.{p}", f"blocks/{attn}/{{p:to_q|to_k|to_v}}", DENSE),
+        ("blocks.{i}.{a}.to_out.0", f"blocks/{attn}/to_out", DENSE),
+        ("blocks.{i}.{a}.{p}", f"blocks/{attn}/{{p:norm_q|norm_k}}", NORM),
+        ("blocks.{i}.norm2", "blocks/norm2", NORM),
+        ("blocks.{i}.ffn.net.0.proj", "blocks/ffn/proj_in", DENSE),
+        ("blocks.{i}.ffn.net.2", "blocks/ffn/proj_out", DENSE),
+        ("proj_out", "proj_out", DENSE),
     ]
     return [
         Row("patch_embedding.weight", "patch_embedding/kernel", _patch_kernel(config)),
         Row("patch_embedding.bias", "patch_embedding/bias"),
         Row("scale_shift_table", "scale_shift_table", BATCHED),
         Row("blocks.{i}.scale_shift_table", "blocks/scale_shift_table", BATCHED),
-        *(
-            Row(f"{source}.{torch}", f"{path}/{leaf}", TRANSPOSE if leaf == "kernel" else SAME)
-            for source, path, leaves in modules
-            for torch, leaf in leaves.items()
-        ),
+        *module_rows(modules),
     ]
 
 
