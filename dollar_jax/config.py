@@ -1,8 +1,7 @@
-"""Every setting as a frozen dataclass: its default, meaning and range, and whether a resumed run may change it.
-
-These defaults are the only ones: `configs/*.py` say what an experiment changes, and a config.json written before a
-field existed is read with the field's default. Where the paper gives a value, that is the default; where it leaves a
-value unknown the meaning says so, and the default is what systems that distil Wan use.
+"""Every setting as a frozen dataclass: its default, meaning and range, and whether a resumed run may change it. These
+defaults are the only ones: `configs/*.py` say what an experiment changes, and a config.json written before a field
+existed is read with the field's default. Where the paper gives a value, that is the default; where it leaves a value
+unknown the meaning says so, and the default is what systems that distil Wan use.
 """
 
 import dataclasses

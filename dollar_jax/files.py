@@ -1,5 +1,4 @@
 """Files and folders that are there whole or not at all, and readers that nothing in a file can make hang or run out.
-
 What is written survives a kill or a crash. Whatever is read is a regular file: a pipe or a device may never end.
 """
 

@@ -1,7 +1,6 @@
-"""Counting in programs: matrix products of a jaxpr, and what XLA's optimised HLO does to one chip.
-
-XLA's own cost analysis counts the body of a loop once, however often it runs, and sees no operation in a
-Pallas kernel. Here loops count as often as they run.
+"""Counting in programs: matrix products of a jaxpr, and what XLA's optimised HLO does to one chip. XLA's own cost
+analysis counts the body of a loop once, however often it runs, and sees no operation in a Pallas kernel. Here loops
+count as often as they run.
 """
 
 import dataclasses

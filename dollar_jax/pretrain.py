@@ -1,6 +1,5 @@
-"""`dollar pretrain`: the default domain's teacher from nothing: video VAE, then text encoder and DiT.
-
-Progress is checkpointed, so a killed run goes on where it was; a finished stage is not run again.
+"""`dollar pretrain`: the default domain's teacher from nothing: video VAE, then text encoder and DiT. Progress is
+checkpointed, so a killed run goes on where it was; a finished stage is not run again.
 """
 
 import dataclasses

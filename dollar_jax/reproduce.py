@@ -1,7 +1,6 @@
-"""`dollar reproduce`: the paper's ablation on the default domain, every cell over several seeds, as one page.
-
-A cell is one method with one seed: trained in `runs/`, measured into `cells/`. Killed and started again,
-finished cells are read back, and the one under way resumes its training.
+"""`dollar reproduce`: the paper's ablation on the default domain, every cell over several seeds, as one page. A cell is
+one method with one seed: trained in `runs/`, measured into `cells/`. Killed and started again, finished cells are read
+back, and the one under way resumes its training.
 """
 
 import dataclasses

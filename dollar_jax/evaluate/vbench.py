@@ -1,5 +1,4 @@
 """VBench (Huang et al., arXiv 2311.17982): its aggregate scores. Nothing here needs jax, so that it answers at once.
-
 Normalisation and weights are those of VBench's own `scripts/constant.py`.
 """
 

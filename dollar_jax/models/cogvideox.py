@@ -1,8 +1,7 @@
-"""CogVideoX's text-to-video diffusion transformer, named as diffusers' `CogVideoXTransformer3DModel`.
-
-Text and video are one sequence in every block; they share all weights but the modulation. The parts that
-condition on an image are left out, and so are the patches in time of version 1.5. As in our Wan, norms,
-modulation, rotary embedding, timestep embedding and the residual sums are fp32 whatever `dtype` is.
+"""CogVideoX's text-to-video diffusion transformer, named as diffusers' `CogVideoXTransformer3DModel`. Text and video
+are one sequence in every block; they share all weights but the modulation. The parts that condition on an image are
+left out, and so are the patches in time of version 1.5. As in our Wan, norms, modulation, rotary embedding, timestep
+embedding and the residual sums are fp32 whatever `dtype` is.
 """
 
 import dataclasses

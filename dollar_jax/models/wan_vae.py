@@ -1,10 +1,9 @@
-"""The causal video VAEs of Wan 2.1 and 2.2, structured and named as diffusers' `AutoencoderKLWan`.
-
-The first frame has a latent frame of its own, every further four share one: 1 + 4n frames become 1 + n. Every
-convolution in time looks backwards only. `encode` and `decode` take the whole clip, or `chunk` latent frames at a time
-in the memory of a chunk, with the same result: layers that look back get the last frames they saw from `CausalCache`.
-The temporal strided convolution passes the first frame through, and the temporal upsampling neither doubles nor sees
-it. With `is_residual`, as in Wan 2.2, a shortcut without parameters goes around every level.
+"""The causal video VAEs of Wan 2.1 and 2.2, structured and named as diffusers' `AutoencoderKLWan`. The first frame has
+a latent frame of its own, every further four share one: 1 + 4n frames become 1 + n. Every convolution in time looks
+backwards only. `encode` and `decode` take the whole clip, or `chunk` latent frames at a time in the memory of a chunk,
+with the same result: layers that look back get the last frames they saw from `CausalCache`. The temporal strided
+convolution passes the first frame through, and the temporal upsampling neither doubles nor sees it. With `is_residual`,
+as in Wan 2.2, a shortcut without parameters goes around every level.
 """
 
 import dataclasses

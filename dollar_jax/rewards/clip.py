@@ -1,8 +1,7 @@
-"""Rewards on CLIP: HPSv2 (arXiv 2306.09341), PickScore (arXiv 2305.01569), LAION's aesthetic score, CLIP itself.
-
-Each is read from a folder with the weights as safetensors, under transformers' or OpenCLIP's names, and
-for those that read prompts CLIP's tokenizer (tokenizer.json, or vocab.json and merges.txt). Every frame is
-scored, a clip's reward is their mean. Weights are held in half precision, in which HPSv2's are published.
+"""Rewards on CLIP: HPSv2 (arXiv 2306.09341), PickScore (arXiv 2305.01569), LAION's aesthetic score, CLIP itself. Each
+is read from a folder with the weights as safetensors, under transformers' or OpenCLIP's names, and for those that read
+prompts CLIP's tokenizer (tokenizer.json, or vocab.json and merges.txt). Every frame is scored, a clip's reward is their
+mean. Weights are held in half precision, in which HPSv2's are published.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
-"""Runs a host reward beside the training, whatever it does: raises, hangs, or answers nonsense.
-
-Every call has a thread of its own that may be left behind, for a thread cannot be killed: a scorer that
-hangs costs its timeout, not the run. Calls that fail are tried again, then their samples are skipped.
+"""Runs a host reward beside the training, whatever it does: raises, hangs, or answers nonsense. Every call has a thread
+of its own that may be left behind, for a thread cannot be killed: a scorer that hangs costs its timeout, not the run.
+Calls that fail are tried again, then their samples are skipped.
 """
 
 import collections

@@ -1,6 +1,5 @@
-"""Is the reward being hacked? What its latent model and the held-out rewards say of fresh samples.
-
-Fresh samples are the student's, scored before anything has learned from them.
+"""Is the reward being hacked? What its latent model and the held-out rewards say of fresh samples. Fresh samples are
+the student's, scored before anything has learned from them.
 """
 
 import numpy as np
