@@ -5,7 +5,6 @@ latents; they are taken in before a checkpoint, so that a resumed run repeats an
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from tqdm import tqdm
 from dollar_jax import sharding
 from dollar_jax.checkpoint import Checkpoints, abstract
 from dollar_jax.config import DistillConfig
-from dollar_jax.data.latents import EncodedVideos
-from dollar_jax.data.prepared import PreparedVideos
+from dollar_jax.data.latents import Videos
 from dollar_jax.distillation import Batch, Frozen
 from dollar_jax.distributed import gather, preemption
 from dollar_jax.generate import Generator
@@ -34,11 +32,7 @@ from dollar_jax.state import TrainState, as_items, from_items, to_items
 
 
 def train(
-    config: DistillConfig,
-    workdir: Path,
-    generator: Generator,
-    data: EncodedVideos | PreparedVideos,
-    replay_batch: Path | None = None,
+    config: DistillConfig, workdir: Path, generator: Generator, data: Videos, replay_batch: Path | None = None
 ) -> TrainState:
     """Distils up to step `config.steps`, from the newest checkpoint in `workdir`, and leaves checkpoints,
     history.jsonl, TensorBoard events and config.json, nothing before the first step can be taken. Stops early, with a
@@ -53,8 +47,7 @@ def train(
     method_of(config).check()
     if Checkpoints(workdir / CHECKPOINTS).latest():
         check_config(config, workdir)
-    pipeline = generator.pipeline
-    rewards = load_rewards(config.reward.rewards)
+    pipeline, rewards = generator.pipeline, load_rewards(config.reward.rewards)
     pixels = pixel_rewards(config.reward, rewards, generator.frames)
     programs = teacher_programs(config, generator, pixels, score_real=data.has_latents)
     decoder = None
@@ -175,13 +168,7 @@ def _restore(checkpoints: Checkpoints, programs: TrainPrograms, scorer: Scorer |
     return from_items(items)
 
 
-def _global_batch(
-    programs: TrainPrograms,
-    rows: np.ndarray,
-    on_device: Mapping[str, jax.Array],
-    tokens: Mapping[str, np.ndarray],
-    kept: Any,
-) -> Batch:
+def _global_batch(programs: TrainPrograms, rows: np.ndarray, on_device: Any, tokens: Any, kept: Any) -> Batch:
     """The step's global arrays: `tokens` of this process's `rows`, and `kept`, which every process has whole."""
     where, count = programs.batch_sharding, programs.batch_shapes.latent.shape[0]
     placed = {k: sharding.make_global_rows(v, rows, where.tokens[k], count) for k, v in tokens.items()}

@@ -33,7 +33,7 @@ IMPORTS = [
     ("ConfigDict only at the command line and in configs/", r"dollar_jax/(?!cli|experiment\.py)", r"ml_collections\b"),
     ("step does no I/O", r"dollar_jax/step\.py", IO),
     ("programs are compiled in one place", COMPILED, r"(jax\.(p?jit|pmap)|jax\.experimental\.pjit)\b"),
-    ("the loop is at the top", r"dollar_jax/(?!(cli|demo|reproduce)\b)", r"dollar_jax\.train\b"),
+    ("the loop is at the top", r"dollar_jax/(?!(cli|reproduce)\b)", r"dollar_jax\.train\b"),
     ("what a step is made of knows no host", r"dollar_jax/(distillation|objectives|state|optim)\.py", IO),
     ("a reward method is not known by its file elsewhere", "(?!dollar_jax/rewards/methods/)", METHOD),
 ]

@@ -78,6 +78,9 @@ class EncodedVideos:
         return iter(prefetch(dataset, config, rows, sharding))
 
 
+Videos = EncodedVideos | PreparedVideos
+
+
 def load_programs(config: DistillConfig, generator: Generator) -> list[Program]:
     """What `load_data` executes on the devices the first time, by shapes alone."""
     if config.data.name != MOVING_SHAPES:
@@ -87,7 +90,7 @@ def load_programs(config: DistillConfig, generator: Generator) -> list[Program]:
     return [*(generator.encode_program((part, *clip), mesh) for part in parts), generator.text_program(count, mesh)]
 
 
-def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> EncodedVideos | PreparedVideos:
+def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> Videos:
     """The training data of config.data: a prepared data set, or the default domain. The latter is rendered and encoded
     into `workdir/data` the first time. Of several processes the first does that, and the others wait for its file.
     """
