@@ -85,7 +85,11 @@ def train_programs(
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(mesh, "batch_size / accumulation", config.batch_size // config.accumulation)
     head = latent_reward_network(config, latent_shape[-1], text_shape[-1])
-    optimisers = _optimisers(config)
+    optimisers = Optimisers(
+        make_optimiser(config.student.optimiser, config.steps),
+        make_optimiser(config.fake_score.optimiser, config.steps * config.fake_score.updates),
+        make_optimiser(config.reward.optimiser, config.steps * config.reward.updates),
+    )
     adapted = student_network(transformer, config.lora)
 
     def init(key: jax.Array, teacher: Params) -> TrainState:
@@ -104,7 +108,10 @@ def train_programs(
     frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
     batch_shapes = _batch_shapes(config, latent_shape, text_shape, pixel_rewards)
     batch_sharding, samples_sharding = _batch_sharding(config, mesh, batch_shapes)
-    _check_transformer(mesh, transformer, latent_shape, text_shape)
+    # One forward is traced: heads that do not divide over the mesh are an error here, before any compilation.
+    given = ((mesh.shape["data"] * mesh.shape["fsdp"], *shape) for shape in (latent_shape, (), text_shape))
+    given = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in given)
+    jax.eval_shape(sharding.with_mesh(mesh, transformer.apply), transformer.shapes, *given)
     networks = _networks(config, transformer, adapted, head, pixel_rewards)
     distillation = Distillation(config, networks, schedule, score_real)
     update = make_step(distillation, optimisers, {f: getattr(on_chips, f) for f in offload})
@@ -185,25 +192,10 @@ def sample_programs(config: DistillConfig, generator: Generator) -> list[Program
     ]
 
 
-def _check_transformer(mesh: Mesh, transformer: Network, latent: tuple[int, ...], text: tuple[int, int]) -> None:
-    """Traces one forward: heads that do not divide over the mesh are an error here, before any compilation."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    given = (jax.ShapeDtypeStruct((rows, *shape), jnp.float32) for shape in (latent, (), text))
-    jax.eval_shape(sharding.with_mesh(mesh, transformer.apply), transformer.shapes, *given)
-
-
 def latent_reward_network(config: DistillConfig, channels: int, text_dim: int) -> Network:
     """The latent reward model for latents of so many channels and text states of that width."""
     text = text_dim if config.reward.use_text else None
     return make_network(functools.partial(LatentRewardModel, config.reward.head, channels, text))
-
-
-def _optimisers(config: DistillConfig) -> Optimisers:
-    return Optimisers(
-        make_optimiser(config.student.optimiser, config.steps),
-        make_optimiser(config.fake_score.optimiser, config.steps * config.fake_score.updates),
-        make_optimiser(config.reward.optimiser, config.steps * config.reward.updates),
-    )
 
 
 def _networks(

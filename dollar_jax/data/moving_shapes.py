@@ -25,18 +25,12 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = (shapes.FRAMES, shapes.SIZE, shapes.SIZE, 3)
-        features: dict[str, Any] = {
-            "video": tfds.features.Tensor(shape=size, dtype=np.uint8, encoding="zlib"),
-            "caption": tfds.features.Text(),
-        }
-        for name, values in shapes.ATTRIBUTES.items():
-            features[name] = tfds.features.ClassLabel(names=list(values))
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="One shape moving over a patterned background, with a caption.",
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("caption", "video"),
-        )
+        video: Any = tfds.features.Tensor(shape=size, dtype=np.uint8, encoding="zlib")
+        labels = {name: tfds.features.ClassLabel(names=list(values)) for name, values in shapes.ATTRIBUTES.items()}
+        features = tfds.features.FeaturesDict({"video": video, "caption": tfds.features.Text(), **labels})
+        about = "One shape moving over a patterned background, with a caption."
+        keys = ("caption", "video")
+        return tfds.core.DatasetInfo(builder=self, description=about, features=features, supervised_keys=keys)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager

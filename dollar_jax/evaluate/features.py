@@ -36,16 +36,13 @@ def vae_features(generator: Generator) -> Features:
 
     def vectors(videos: Videos) -> np.ndarray:
         generator.pipeline.vae.config.latent_shape(*videos.shape[1:4])  # raises where they do not fit
+        axes = (1, 2, 3)
         # One at a time is one compilation whatever the number of videos.
-        return np.concatenate([_moments(generator.encode(video[None])) for video in videos])
+        latents = (generator.encode(video[None]) for video in videos)
+        parts = [np.concatenate([x.mean(axes), x.std(axes), _change(x).mean(axes)], -1) for x in latents]
+        return np.concatenate(parts)
 
     return Features("the teacher's VAE encoder", vectors)
-
-
-def _moments(x: np.ndarray) -> np.ndarray:
-    """[n t h w c] → [n 3c]."""
-    axes = (1, 2, 3)
-    return np.concatenate([x.mean(axes), x.std(axes), _change(x).mean(axes)], -1)
 
 
 def _change(x: np.ndarray) -> np.ndarray:

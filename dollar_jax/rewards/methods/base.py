@@ -38,11 +38,9 @@ class Memory(Protocol):
 
     def add(self, samples: RewardSamples, text: np.ndarray, reward: np.ndarray) -> None:
         """Takes in what was scored, in NumPy: text [n l d] and trained rewards [n g k], NaN where none came."""
-        ...
 
     def take(self, step: int) -> Any:
         """What a step is given, in the shapes of `RewardMethod.inputs`."""
-        ...
 
 
 class RewardMethod:
