@@ -135,25 +135,16 @@ class _Job:
             self.common["compile_seconds"] = time.perf_counter() - begun
             return self.failed(str(error))
         self.common["compile_seconds"] = time.perf_counter() - begun
-        memory = compiled.memory_analysis()
-        argument, temp = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
-        output = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
-        used = cost(compiled.as_text())
-        roofline, bound = _roofline(used, self.chip)
-        return Plan(
-            **self.common,
-            host_gib=memory.host_argument_size_in_bytes / GIB,
-            argument_gib=argument,
-            output_gib=output,
-            temp_gib=temp,
-            peak_gib=getattr(memory, "peak_memory_in_bytes", 0) / GIB,
-            fits=self.common["kept_gib"] + argument + output + temp <= self.chip.hbm_gib,
-            compiled_tflops=used.flops / 1e12,
-            collective_gib=sum(used.collective_bytes.values()) / GIB,
-            collectives_gib={kind: value / GIB for kind, value in used.collective_bytes.items()},
-            roofline_seconds=roofline,
-            bound=bound,
-        )
+        memory, used = compiled.memory_analysis(), cost(compiled.as_text())
+        found: Any = {"argument": memory.argument_size_in_bytes, "temp": memory.temp_size_in_bytes}
+        found["output"] = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        fits = self.common["kept_gib"] + sum(found.values()) / GIB <= self.chip.hbm_gib
+        found |= {"host": memory.host_argument_size_in_bytes, "peak": getattr(memory, "peak_memory_in_bytes", 0)}
+        found = {f"{name}_gib": size / GIB for name, size in found.items()}
+        collectives = {kind: value / GIB for kind, value in used.collective_bytes.items()}
+        found |= {"collectives_gib": collectives, "collective_gib": sum(collectives.values())}
+        found["roofline_seconds"], found["bound"] = _roofline(used, self.chip)
+        return Plan(**self.common, **found, fits=fits, compiled_tflops=used.flops / 1e12)
 
     def failed(self, failure: str) -> Plan:
         return _failed(self.config, failure, _held(self.program.arguments, self.program.in_shardings), self.common)
@@ -167,19 +158,11 @@ def _jobs(config: DistillConfig, topology: str, what: What | Whole, video: Video
     programs = programs_of(what, config, generator, pixels)
     jobs = []
     for program in programs:
-        common: dict[str, Any] = {
-            "what": what,
-            "program": program.name,
-            "videos": program.arguments[1].shape[0] if hasattr(program.arguments[1], "shape") else None,
-            "topology": topology,
-            "chips": len(devices),
-            "mesh": dict(generator.mesh.shape if program.mesh is None else program.mesh.shape),
-            "remat": config.compute.remat,
-            "hbm_gib": chip.hbm_gib,
-            "kept_gib": _kept(what, program, programs),
-            "model_tflops": 0.0,
-            "compile_seconds": 0.0,
-        }
+        common: dict[str, Any] = {"what": what, "topology": topology, "chips": len(devices), "hbm_gib": chip.hbm_gib}
+        common |= {"program": program.name, "remat": config.compute.remat, "kept_gib": _kept(what, program, programs)}
+        common["videos"] = program.arguments[1].shape[0] if hasattr(program.arguments[1], "shape") else None
+        common["mesh"] = dict(generator.mesh.shape if program.mesh is None else program.mesh.shape)
+        common |= {"model_tflops": 0.0, "compile_seconds": 0.0}
         flops = functools.partial(step_flops, config, generator, pixels) if program.name == "step" else None
         jobs.append(_Job(program, config, chip, common, flops))
     return jobs
@@ -289,8 +272,7 @@ def _roofline(used: Cost, chip: Chip) -> tuple[float, str]:
         "memory": used.memory_bytes / (chip.memory_gbps * 1e9),
         "collectives": sum(used.collective_bytes.values()) / (chip.link_gbps * 1e9),
     }
-    bound = max(times, key=lambda name: times[name])
-    return times[bound], bound
+    return max((seconds, name) for name, seconds in times.items())
 
 
 def _kept(what: What | Whole, program: Program, programs: Sequence[Program]) -> float:
@@ -326,15 +308,9 @@ def _failed(config: DistillConfig, failure: str, held: float, common: dict[str, 
     for size, rest in re.findall(r"Size: ([\d.]+[KMG])(.*?)(?====|\Z)", failure, re.DOTALL):
         name, shape = re.search(r'op_name="([^"]*)"', rest), re.search(r"Shape: (\S+?)[{\s]", rest)
         buffers.append(f"{size:>8}  {shape[1] if shape else ''}  {name[1] if name else ''}".rstrip())
-    return Plan(
-        **common,
-        argument_gib=held,
-        temp_gib=None if used is None else used - held,
-        peak_gib=used,
-        largest_buffers=buffers[:8],
-        advice=_advice(config, held, common) if too_large else None,
-        error=None if too_large else failure.splitlines()[0],
-    )
+    said = {"advice": _advice(config, held, common)} if too_large else {"error": failure.splitlines()[0]}
+    sizes = {"argument_gib": held, "temp_gib": None if used is None else used - held, "peak_gib": used}
+    return Plan(**common, **sizes, largest_buffers=buffers[:8], **said)
 
 
 def _advice(config: DistillConfig, held: float, common: dict[str, Any]) -> str:
