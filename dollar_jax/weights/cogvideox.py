@@ -55,6 +55,9 @@ def _output_kernel(config: CogVideoXConfig) -> Transform:
     return Transform(lambda x: order.forward(x).T, lambda x: order.inverse(x.T))
 
 
+_FIXED = {"flip_sin_to_cos": True, "freq_shift": 0, "ofs_embed_dim": None, "dropout": 0.0, "patch_size_t": None}
+_FIXED |= {"activation_fn": "gelu-approximate", "timestep_activation_fn": "silu", "norm_elementwise_affine": True}
+_FIXED |= {"use_learned_positional_embeddings": False, "patch_bias": True}
 COGVIDEOX_TRANSFORMER = Kind(
     "diffusers",
     "CogVideoXTransformer3DModel",
@@ -62,17 +65,6 @@ COGVIDEOX_TRANSFORMER = Kind(
     CogVideoXTransformer,
     lambda config, shapes: cogvideox_table(config),
     note="only the text-to-video models of CogVideoX 1.0 are supported",
-    fixed={
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "ofs_embed_dim": None,
-        "dropout": 0.0,
-        "patch_size_t": None,
-        "activation_fn": "gelu-approximate",
-        "timestep_activation_fn": "silu",
-        "norm_elementwise_affine": True,
-        "use_learned_positional_embeddings": False,
-        "patch_bias": True,
-    },
+    fixed=_FIXED,
     required=frozenset({"num_attention_heads", "attention_head_dim", "num_layers", "time_embed_dim"}),
 )

@@ -8,47 +8,37 @@ from dollar_jax.schedule import Path as DiffusionPath
 from dollar_jax.schedule import Prediction, Schedule
 from dollar_jax.weights.kind import typed
 
+Fields = dict[str, tuple[Any, Any]]
+
+
+def _only(**fields: Any) -> Fields:
+    """Fields of which only diffusers' default is followed here."""
+    return {name: (value, value) for name, value in fields.items()}
+
+
 # Per flow-matching scheduler: its field for the time shift; and the fields that change what sampling means, with
 # diffusers' default where the file leaves them out and the value this implementation has.
-_SIGMAS = {f"use_{name}_sigmas": (False, False) for name in ("karras", "exponential", "beta")}
-_SHIFTS = {"use_dynamic_shifting": (False, False), "shift_terminal": (None, None)}
-_FLOWS: dict[str, tuple[str, dict[str, tuple[Any, Any]]]] = {
-    "FlowMatchEulerDiscreteScheduler": ("shift", {**_SIGMAS, **_SHIFTS, "invert_sigmas": (False, False)}),
-    "UniPCMultistepScheduler": (
-        "flow_shift",
-        {
-            "prediction_type": ("epsilon", "flow_prediction"),
-            "use_flow_sigmas": (False, True),
-            "predict_x0": (True, True),
-            "solver_order": (2, 2),
-            "solver_type": ("bh2", "bh2"),
-            "lower_order_final": (True, True),
-            "disable_corrector": ([], []),
-            "thresholding": (False, False),
-            "final_sigmas_type": ("zero", "zero"),
-            **_SIGMAS,
-            **_SHIFTS,
-        },
-    ),
+_COMMON = _only(use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False)
+_COMMON |= _only(use_dynamic_shifting=False, shift_terminal=None)
+_UNIPC = {"prediction_type": ("epsilon", "flow_prediction"), "use_flow_sigmas": (False, True), **_COMMON}
+_UNIPC |= _only(predict_x0=True, solver_order=2, solver_type="bh2", lower_order_final=True, disable_corrector=[])
+_UNIPC |= _only(thresholding=False, final_sigmas_type="zero")
+_FLOWS: dict[str, tuple[str, Fields]] = {
+    "FlowMatchEulerDiscreteScheduler": ("shift", {**_COMMON, **_only(invert_sigmas=False)}),
+    "UniPCMultistepScheduler": ("flow_shift", _UNIPC),
 }
 
 _PREDICTIONS: dict[str, Prediction] = {"v_prediction": "v", "epsilon": "eps", "sample": "x0"}
-COGVIDEOX_NOISE: dict[str, Any] = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "snr_shift_scale": 3.0,
-}
+COGVIDEOX_NOISE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+COGVIDEOX_NOISE["snr_shift_scale"] = 3.0
+_DDIM_NOISE = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "snr_shift_scale": 1.0}
 # Per DDPM scheduler: diffusers' defaults of the noise's fields; and the fields that change what sampling means.
 # CogVideoX's never read their clip_sample. How timesteps are spaced is the sampler's affair.
-_SAME = {"trained_betas": (None, None), "set_alpha_to_one": (True, True)}
-_DDPMS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, Any]]]] = {
+_SAME = _only(trained_betas=None, set_alpha_to_one=True)
+_DDPMS: dict[str, tuple[dict[str, Any], Fields]] = {
     "CogVideoXDDIMScheduler": (COGVIDEOX_NOISE, _SAME),
     "CogVideoXDPMScheduler": (COGVIDEOX_NOISE, _SAME),
-    "DDIMScheduler": (
-        {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "snr_shift_scale": 1.0},
-        {**_SAME, "clip_sample": (True, False), "thresholding": (False, False)},
-    ),
+    "DDIMScheduler": (_DDIM_NOISE, {**_SAME, "clip_sample": (True, False), **_only(thresholding=False)}),
 }
 
 
@@ -87,13 +77,7 @@ def scheduler_json(schedule: Schedule, path: DiffusionPath) -> dict[str, Any]:
     steps = {"num_train_timesteps": schedule.num_train_timesteps}
     if path == "rf":
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", **steps, "shift": schedule.shift}
-    return {
-        "_class_name": "CogVideoXDDIMScheduler",
-        **steps,
-        "prediction_type": names[schedule.prediction],
-        **{name: getattr(schedule, name) for name in COGVIDEOX_NOISE},
-        "rescale_betas_zero_snr": schedule.rescale_zero_snr,
-        "timestep_spacing": "trailing",
-        "set_alpha_to_one": True,
-        "clip_sample": False,
-    }
+    noise = {name: getattr(schedule, name) for name in COGVIDEOX_NOISE}
+    noise |= {"prediction_type": names[schedule.prediction], "rescale_betas_zero_snr": schedule.rescale_zero_snr}
+    habits = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+    return {"_class_name": "CogVideoXDDIMScheduler", **steps, **noise, **habits}
