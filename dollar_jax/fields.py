@@ -10,18 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
+Bound = float | None
 REQUIRED: Any = dataclasses.MISSING
 """In place of a default: the setting has to be given."""
 
 
 def field(
-    default: Any,
-    meaning: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    resumable: bool = False,
+    default: Any, meaning: str, *, low: Bound = None, high: Bound = None, above: Bound = None, resumable: bool = False
 ) -> Any:
     """A dataclass field that explains itself. `low` and `high` bound a number, or each of a tuple, inclusively, `above`
     exclusively. A run may be resumed with another value of a `resumable` setting, or of any in a group that is.

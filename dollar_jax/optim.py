@@ -10,8 +10,10 @@ import optax
 from dollar_jax.config import OptimiserConfig
 from dollar_jax.types import Params
 
+Optimiser = optax.GradientTransformation
 
-def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
+
+def make_optimiser(config: OptimiserConfig, steps: int) -> Optimiser:
     """AdamW for a network that is updated `steps` times; weight decay on kernels and embeddings only."""
     c, rate = config, learning_rate(config, steps)
     adamw = optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=_decayed)
@@ -30,11 +32,7 @@ def learning_rate(config: OptimiserConfig, steps: int) -> optax.Schedule:
 
 
 def apply_gradient(
-    optimiser: optax.GradientTransformation,
-    grads: Params,
-    carry: tuple[Params, Any],
-    good: Any = True,
-    most: float | None = None,
+    optimiser: Optimiser, grads: Params, carry: tuple[Params, Any], good: Any = True, most: float | None = None
 ) -> tuple[tuple[Params, Any], jax.Array, jax.Array]:
     """New (parameters, optimiser state), the gradient's norm, and whether it was taken: the old stay where the norm is
     not finite or above `most`, or not `good`. Element by element, so that no second copy is held.
@@ -54,8 +52,6 @@ def select(good: Any, new: Any, old: Any) -> Any:
 
 def _decayed(params: Params) -> Any:
     """By name, for stacked layers give their biases and scales a second axis."""
-
-    def decayed(path: tuple[Any, ...], _: Any) -> bool:
-        return jax.tree_util.keystr(path[-1:], simple=True) in ("kernel", "embedding")
-
-    return jax.tree_util.tree_map_with_path(decayed, params)
+    names = {"kernel", "embedding"}
+    last = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path[-1:], simple=True), params)
+    return jax.tree.map(names.__contains__, last)

@@ -135,13 +135,13 @@ def train_programs(
 def teacher_programs(
     config: DistillConfig,
     generator: Generator,
-    pixel_rewards: PixelRewards | None,
-    devices: Sequence[Any] | None = None,
+    pixels: PixelRewards | None,
+    devices: Any = None,
     score_real: bool = True,
 ) -> TrainPrograms:
     """`train_programs` for the teacher of a generator, and clips of its size."""
     pipeline, shapes = generator.pipeline, (generator.latent_shape, generator.text_shape)
-    more = devices, pixel_rewards, score_real, pipeline.vae.network.shapes
+    more = devices, pixels, score_real, pipeline.vae.network.shapes
     return train_programs(config, pipeline.transformer.network, pipeline.schedule, *shapes, *more)
 
 

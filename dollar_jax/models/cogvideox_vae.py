@@ -73,10 +73,8 @@ class CogVideoXVAEConfig:
         """
         time, space = self.temporal_compression_ratio, self.scale_factor_spatial
         if (frames - 1) % (LATENT_CHUNK * time) or height % space or width % space:
-            raise ValueError(
-                f"a clip of {frames}×{height}×{width} does not fit this VAE: frames must be "
-                f"1 + a multiple of {LATENT_CHUNK * time}, height and width multiples of {space}"
-            )
+            wanted = f"frames must be 1 + a multiple of {LATENT_CHUNK * time}, height and width multiples of {space}"
+            raise ValueError(f"a clip of {frames}×{height}×{width} does not fit this VAE: {wanted}")
         return (frames - 1) // time + 1, height // space, width // space, self.latent_channels
 
 

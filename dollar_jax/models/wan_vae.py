@@ -51,13 +51,11 @@ class WanVAEConfig:
             raise ValueError(f"latents_mean and latents_std need z_dim = {self.z_dim} entries each")
         time = 2 ** sum(self.temperal_downsample)
         space = 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)
-        if (self.scale_factor_temporal, self.scale_factor_spatial) != (time, space):
-            raise ValueError(
-                f"scale_factor_temporal {self.scale_factor_temporal} and scale_factor_spatial "
-                f"{self.scale_factor_spatial} do not fit this VAE: temperal_downsample "
-                f"{self.temperal_downsample} makes {time}, dim_mult {self.dim_mult} and patch_size "
-                f"{self.patch_size} make {space}"
-            )
+        factors = self.scale_factor_temporal, self.scale_factor_spatial
+        if factors != (time, space):
+            found = f"scale_factor_temporal {factors[0]} and scale_factor_spatial {factors[1]} do not fit this VAE"
+            made = f"temperal_downsample {self.temperal_downsample} makes {time}, dim_mult {self.dim_mult}"
+            raise ValueError(f"{found}: {made} and patch_size {self.patch_size} make {space}")
         if self.is_residual:
             times = (*self.temperal_downsample, None)
             for dim_in, dim_out, time in zip((1, *self.dim_mult), self.dim_mult, times, strict=False):
@@ -72,10 +70,8 @@ class WanVAEConfig:
         """(t, h, w, c) of the latent of a clip; raises ValueError when the clip does not divide."""
         time, space = self.scale_factor_temporal, self.scale_factor_spatial
         if (frames - 1) % time or height % space or width % space:
-            raise ValueError(
-                f"a clip of {frames}×{height}×{width} does not fit this VAE: frames must be "
-                f"1 + a multiple of {time}, height and width multiples of {space}"
-            )
+            wanted = f"frames must be 1 + a multiple of {time}, height and width multiples of {space}"
+            raise ValueError(f"a clip of {frames}×{height}×{width} does not fit this VAE: {wanted}")
         return (frames - 1) // time + 1, height // space, width // space, self.z_dim
 
 
@@ -138,7 +134,6 @@ class CausalConv3d(_Conv):
         kernel: tuple[int, int, int],
         c: WanVAEConfig,
         rngs: nnx.Rngs,
-        *,
         stride: int = 1,
         identity: bool = False,
     ):
