@@ -124,6 +124,7 @@ class Generator:
     clip: tuple[int, int, int]  # frames, height, width
     vae_chunk: int | None = None  # latent frames of one video encoded or decoded at a time; None is a whole batch
     mesh: Mesh = dataclasses.field(default_factory=lambda: sampling_mesh(MeshConfig(), jax.local_devices()[:1]))
+    host: Mesh | None = None  # for this process alone, where its devices are not to be taken from `mesh`
 
     @functools.cached_property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -136,7 +137,9 @@ class Generator:
 
     @functools.cached_property
     def own_mesh(self) -> Mesh:
-        return self.mesh if sharding.host_count(self.mesh) == 1 else sharding.host_mesh(self.mesh)
+        if sharding.host_count(self.mesh) == 1:
+            return self.mesh
+        return self.host or sharding.host_mesh(self.mesh.devices.flat)
 
     @functools.cache  # noqa: B019 (a generator lives as long as its programs)
     def text_program(self, count: int, mesh: Mesh) -> Program:

@@ -4,7 +4,7 @@ optimiser state alike. The first row that matches a whole path wins; a path that
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -75,9 +75,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(array, AXES, (AxisType.Auto,) * len(AXES))
 
 
-def host_mesh(mesh: Mesh) -> Mesh:
-    """The mesh of this host's devices in a mesh, which share rows and parameters."""
-    here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+def host_mesh(devices: Iterable[Any]) -> Mesh:
+    """The mesh of this host's devices among these, which share rows and parameters."""
+    here = [device for device in devices if device.process_index == jax.process_index()]
     return make_mesh(MeshConfig(1, -1, 1, 1), here)
 
 

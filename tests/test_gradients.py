@@ -99,13 +99,17 @@ def decode(params, latent):
     return params * latent
 
 
-def drawn_timesteps():
-    """σ of the student's input in each row, and what noise made it: by the keys that the step splits."""
+def drawn_timesteps(alone=False):
+    """σ of the student's input in each row, and what noise made it: by the keys that the step splits.
+
+    `alone` is the input that consistency distillation draws where there is nothing else.
+    """
     student, _, _ = jax.random.split(jax.random.fold_in(jax.random.key(0), 3), 3)
-    keys = jax.random.split(jax.random.split(jax.random.split(student, 1)[0], 4)[0], 3)
-    index = np.asarray(jax.random.randint(keys[0], (ROWS,), 0, 2))
+    key = jax.random.split(jax.random.split(student, 1)[0], 4)[0]
+    index_key, noise_key = jax.random.split(key)[::-1] if alone else jax.random.split(key, 3)[:2]
+    index = np.asarray(jax.random.randint(index_key, (ROWS,), 0, 2))
     assert set(index) == {0, 1}
-    return np.array([0.8, 0.4])[index], np.asarray(jax.random.normal(keys[1], (ROWS, *LATENT)))
+    return np.array([0.8, 0.4])[index], np.asarray(jax.random.normal(noise_key, (ROWS, *LATENT)))
 
 
 @pytest.fixture
@@ -154,7 +158,7 @@ def test_vsd_moves_the_student_from_the_fake_score_to_the_guided_teacher(make_co
 def test_consistency_moves_the_student_to_the_average_after_the_teachers_steps(make_config, batch, distance):
     changes = {"consistency.weight": 0.6, "consistency.distance": distance}
     changed, metrics = take_gradients(make_config({**ALONE, **changes}), batch)
-    sigma, _ = drawn_timesteps()
+    sigma, _ = drawn_timesteps(alone=True)
     m = mean(batch["text"])
     # From 0.8 the teacher goes on to 0.4, where the average takes over; from 0.4 to the clean end.
     target = np.where(sigma == 0.8, -0.4 * guided(m, 2.0) - 0.4 * says(EMA, m), -0.4 * guided(m, 2.0))
@@ -209,10 +213,10 @@ def test_ddpo_follows_the_score_function(make_config, batch):
 
 def test_the_fake_score_regresses_what_the_moved_student_makes(make_config, batch):
     """Of the student as it is after its own update: here moved by a large step of VSD."""
-    for weight in (0.0, 40.0):
+    for weight in (1e-3, 40.0):
         changed, metrics = take_gradients(make_config({**ALONE, "vsd.weight": weight}), batch)
         student = {k: STUDENT[k] + changed["student"][k] for k in STUDENT}
-        assert (max(map(abs, changed["student"].values())) > 1) == (weight > 0)
+        assert (max(map(abs, changed["student"].values())) > 1) == (weight > 1)
         fake = jax.random.split(jax.random.fold_in(jax.random.key(0), 3), 3)[1]
         keys = jax.random.split(jax.random.split(jax.random.split(fake, 1)[0], 1)[0], 3)
         draws = jax.random.split(keys[0], 3)

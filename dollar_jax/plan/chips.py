@@ -50,6 +50,16 @@ def chips(topology: str) -> tuple[Sequence[Any], Chip]:
     return description.devices, CHIPS[kind]
 
 
+def host_devices(topology: str, devices: Sequence[Any]) -> Sequence[Any]:
+    """The devices of one host, as a topology of their own: for some devices of a larger one libtpu 0.0.42 aborts at
+    the first collective.
+    """
+    if len({device.process_index for device in devices}) == 1:
+        return devices
+    kind, _, shape = topology.partition(":")
+    return chips(f"{kind}:2x2{'x1' * (shape.count('x') - 1)}")[0]
+
+
 def parse_mesh(text: str) -> MeshConfig:
     """ "fsdp=16,context=4"; `data` takes the rest unless it is named, the others are 1."""
     sizes = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}

@@ -25,7 +25,7 @@ from dollar_jax.data.latents import load_programs
 from dollar_jax.flops import count_flops
 from dollar_jax.generate import Generator, draw_programs, sampling_mesh
 from dollar_jax.hlo import Cost, cost
-from dollar_jax.plan.chips import Chip, chips
+from dollar_jax.plan.chips import Chip, chips, host_devices
 from dollar_jax.plan.teachers import architecture_of, weightless_generator
 from dollar_jax.prepare.shards import prepare_programs
 from dollar_jax.program import Program
@@ -154,6 +154,7 @@ def _jobs(config: DistillConfig, topology: str, what: What | Whole, video: Video
     devices, chip = chips(topology)
     clip = _clip(config, video)
     generator = weightless_generator(config, architecture_of(config), clip, sharding.make_mesh(config.mesh, devices))
+    generator = dataclasses.replace(generator, host=sharding.host_mesh(host_devices(topology, devices)))
     pixels = pixel_rewards(config.reward, load_rewards(config.reward.rewards), generator.frames)
     programs = programs_of(what, config, generator, pixels)
     jobs = []
@@ -245,10 +246,10 @@ def programs_of(what: str, config: DistillConfig, generator: Generator, pixels: 
         # After an import: from the shards of the teacher, the state that training starts from.
         return [programs.step if what == "train" else programs.init]
     if what == "prepare":
-        here = dataclasses.replace(generator, mesh=sharding.host_mesh(mesh))
+        here = dataclasses.replace(generator, mesh=generator.own_mesh)
         return prepare_programs(here, generator.clip, here.mesh.size)
     if what in ("sample-command", "evaluate"):
-        here = list(sharding.host_mesh(mesh).devices.flat)
+        here = list(generator.own_mesh.devices.flat)
         here = dataclasses.replace(generator, mesh=sampling_mesh(config.mesh, here))
         if what == "sample-command":
             return draw_programs(here, config, 4, [len(config.student.timesteps)])

@@ -63,7 +63,7 @@ def test_features_and_prompt_make_the_dimensions(noise):
     assert found["aesthetic_quality"] == pytest.approx(0.55)
     assert found["overall_consistency_ours"] == pytest.approx(0.1) and found["background_consistency"] == 0
     change = np.abs(np.diff(noise.astype(int), axis=0)).mean()
-    assert found["temporal_flickering"] == pytest.approx((255 - change) / 255, abs=1e-6)
+    assert found["temporal_flickering"] == pytest.approx((255 - change) / 255, abs=1e-5)
 
 
 def test_the_command_writes_what_vbench_score_reads(tmp_path, monkeypatch, capsys):

@@ -186,7 +186,9 @@ def test_without_the_tpu_compiler_there_is_one_sentence(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install -e '.[plan]'")
-@pytest.mark.parametrize(("topology", "devices"), [("v6e:2x2", 4), ("v5p:2x2x1", 4), ("tpu7x:2x2x1", 8)])
+@pytest.mark.parametrize(
+    ("topology", "devices"), [("v6e:2x2", 4), ("v6e:2x4", 8), ("v5p:2x2x1", 4), ("tpu7x:2x2x1", 8)]
+)
 def test_the_tpu_compiler_makes_every_program_of_a_run(make_pipeline, tmp_path, topology, devices):
     """Of a teacher of toy size: the attention kernel cannot be shared out by the compiler, so the mesh must be said."""
     save_pipeline(tmp_path / "toy", make_pipeline())

@@ -25,7 +25,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_forwards_are_the_rows_that_reach_the_network_and_come_back(case, quick_compilation):
+def test_forwards_are_the_rows_that_reach_the_network_and_come_back(case):
     """Averaged over many steps; every row that goes forward counts 1, every one whose gradient is taken 2 more."""
     config = load("wan_1_3b", "vsd+cd")
     fields = {"batch_size": 4, "consistency.every": 1, "student.timestep_per": "sample", "fake_score.samples": "fresh"}
