@@ -98,7 +98,7 @@ def test_missing_flags(capsys, arguments, message):
         (["prepare", "--out=x", "--source=y", "--buckets=16*16"], ["480x832,832x480", "'16*16'"]),
         (["prepare", "--out=x", "--source=y", "--buckets=8x8", "--width=8"], ["--width or --buckets"]),
         (["prepare", "--out=x", "--source=y", "--crop=left"], ["--crop=left", "centre"]),
-        (["prepare", "--out=x", "--source=y", "--teacher=z"], ["--frames must be given for a teacher of"]),
+        (["prepare", "--out=x", "--source=y", "--teacher=z"], ["z is no diffusers pipeline"]),
         (["prepare", "--out=x", "--source=/no/such"], ["--source=/no/such does not exist"]),
     ],
 )

@@ -10,7 +10,7 @@ from dollar_jax.cli import main
 from dollar_jax.data import shapes
 from dollar_jax.evaluate import run as evaluation
 from dollar_jax.evaluate.measure import SamplePlan
-from dollar_jax.video import read_video, write_video
+from dollar_jax.video import read_video
 
 TINY = {
     "steps": 3,
@@ -112,12 +112,42 @@ def test_evaluate_takes_any_prompts_and_goes_on(workdir, tmp_path, capsys):
     assert {path for path in before if before[path] != after[path]} == {one}
 
 
+def test_videos_for_vbench_are_drawn_named_and_told_how_they_were_made(workdir, tmp_path, capsys):
+    (tmp_path / "long.txt").write_text(f"\ufeff{PROMPT}, {'seen from very far away, ' * 40}\r\n{PROMPT}")
+    (tmp_path / "short.txt").write_text("a/b\na circle\n")
+    flags = [f"--workdir={workdir}", f"--vbench={tmp_path / 'v'}", f"--prompts_file={tmp_path / 'long.txt'}", "--num=1"]
+    assert main(["evaluate", *flags]) == 2 and "give --names" in capsys.readouterr().err
+    flags.append(f"--names={tmp_path / 'short.txt'}")
+    assert main(["evaluate", *flags]) == 2 and "no file can be named by the prompt 'a/b'" in capsys.readouterr().err
+    (tmp_path / "short.txt").write_text("a disc\na circle\n")
+    dollar("evaluate", *flags)
+    assert {path.name for path in (tmp_path / "v").iterdir()} == {"a disc-0.mp4", "a circle-0.mp4"}
+    made = json.loads((tmp_path / "v.manifest.json").read_text())
+    assert (made["prompts"], made["names_file"], made["fps"], made["steps"]) == ("rewritten", "short.txt", 16, 4)
+    assert made.keys() >= {
+        "prompts_sha256",
+        "seeds",
+        "num",
+        "frames",
+        "width",
+        "timesteps",
+        "weights_sha256",
+        "versions",
+    }
+    assert main(["evaluate", *flags, "--fps=8"]) == 2
+    assert "videos made with fps = 16, not 8.0" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_evaluate_measures_a_run(workdir, few_captions, capsys):
     out = workdir.parent / "measured.json"
     dollar("evaluate", f"--workdir={workdir}", f"--out={out}")
     metrics = json.loads(out.read_text())
     assert {"student_4", "student_1", "teacher_2"} <= metrics.keys() and metrics["student_1"]["nfe"] == 1
+    made = json.loads(out.with_name("measured_videos.manifest.json").read_text())
+    assert made == metrics["manifest"] | {"shown": made["shown"]}
+    assert {"prompts_sha256", "seeds", "num", "frames", "fps", "width", "weights_sha256", "versions"} <= made.keys()
+    assert (made["sampler"], made["nfe"], made["beside"]) == ("student_4", 4, [{"sampler": "teacher_2", "nfe": 4}])
     assert out.with_suffix(".html").is_file() and "student_4" in capsys.readouterr().out
 
 
@@ -150,33 +180,6 @@ def test_prompts_are_prepared(tmp_path):
     dollar("prepare", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'data'}")
     assert (tmp_path / "data" / "rejected.jsonl").read_text() == ""
     assert list((tmp_path / "data").glob("**/*array_record*"))
-
-
-@pytest.mark.slow
-def test_videos_of_ones_own_are_prepared_trained_on_and_measured(tmp_path):
-    """Clips of several kinds, made by FFmpeg: upright, sideways, short, damaged."""
-    source = tmp_path / "clips"
-    for i, (height, width, frames) in enumerate([(48, 64, 40), (64, 48, 40), (36, 36, 60), (48, 64, 3)]):
-        columns = np.arange(width) + 2 * np.arange(frames)[:, None, None]
-        video = np.broadcast_to(columns[..., None] * np.array([3, 2, 1]) % 256, (frames, height, width, 3))
-        write_video(source / f"{i}.mp4", video.astype(np.uint8), fps=25)
-        (source / f"{i}.txt").write_text(PROMPT)
-    (source / "broken.mp4").write_bytes((source / "0.mp4").read_bytes()[:500])
-    (source / "broken.txt").write_text(PROMPT)
-    dollar("prepare", f"--source={source}", f"--out={tmp_path / 'data'}", "--fps=8", "--max_text_length=12")
-    rejected = [json.loads(line) for line in (tmp_path / "data" / "rejected.jsonl").read_text().splitlines()]
-    assert {row["name"] for row in rejected} == {"3.mp4", "broken.mp4", "0.mp4", "1.mp4"}
-    settings = {**TINY, "data.name": tmp_path / "data", "data.corrupt_records": 0, "mesh.fsdp": 1, "batch_size": 1}
-    settings |= {"reward.samples": 1, "steps": 2, "checkpoint_every": 2}
-    dollar(
-        "train",
-        "--config=demo:vsd+cd",
-        f"--workdir={tmp_path / 'run'}",
-        *(f"--config.{k}={v}" for k, v in settings.items()),
-    )
-    dollar("sample", f"--workdir={tmp_path / 'run'}", f"--prompt={PROMPT}", "--num=2", f"--out={tmp_path / 'videos'}")
-    dollar("evaluate", f"--videos={tmp_path / 'videos'}")
-    assert json.loads((tmp_path / "videos" / "metrics.json").read_text())["videos"] == 2
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from typing import Any
 
 from dollar_jax.cli.base import FLAGS, define, prepare_jax, require
 
+_SECONDS = 16  # of a video, from which clips are taken: further on, its caption may be of something else
+
 
 def define_flags(_: list[str]) -> None:
     define("string", "source", None, "Videos with captions: a folder, manifest, .tar, .parquet, hf:NAME or tfds:NAME.")
@@ -17,16 +19,18 @@ def define_flags(_: list[str]) -> None:
     define("string", "out", None, "Folder of the data set.")
     require("out")
     define("string", "teacher", "moving_shapes", "The pipeline whose VAE and text encoder encode.")
-    define("integer", "frames", None, "Frames of a clip; the shipped teacher's are known.", 1)
-    define("integer", "height", None, "Height of a clip in pixels.", 1)
-    define("integer", "width", None, "Width of a clip in pixels.", 1)
+    define("integer", "frames", None, "Frames of a clip; the teacher's by default.", 1)
+    define("integer", "height", None, "Height of a clip in pixels; the teacher's by default.", 1)
+    define("integer", "width", None, "Width of a clip in pixels; the teacher's by default.", 1)
     define("list", "buckets", None, "Several sizes such as 480x832,832x480: each video goes to the nearest.")
     define("float", "fps", None, "Frames per second of a clip; the teacher's by default, 0 for every frame.", 0)
     define("enum", "caption", "first", ["first", "random"], "Which one of a list of captions.")
     define("string", "language", None, "Which caption of an object of captions by language, such as en.")
     define("bool", "keep_cuts", False, "Keep clips that cross a hard cut.")
     define("enum", "crop", "centre", ["centre", "random"], "Where a clip is cut out of a video of another shape.")
-    define("integer", "clips", 1, "At most so many clips of a video, one after another from its start.", 1)
+    clips = "At most so many clips of a video, one after another from its start; by default as many as its first "
+    clips += f"{_SECONDS} seconds hold at the teacher's rate, such as 3 for Wan; 1 for the shipped teacher."
+    define("integer", "clips", None, clips, 1)
     define("bool", "sample", False, "Keep a sample of the VAE's posterior, not its mean and deviation.")
     define("enum", "dtype", "float16", ["float16", "float32"], "Of latents and text states on disk.")
     define("integer", "max_text_length", None, "Tokens of a caption; 512 but for the shipped teacher.", 1)
@@ -55,27 +59,25 @@ def run() -> None:
 
     prepare_jax()
     shipped = FLAGS.teacher in SHIPPED_TEACHERS
-    sizes = {"frames": shapes.FRAMES, "height": shapes.SIZE, "width": shapes.SIZE}
-    sizes = {name: FLAGS[name].value or (size if shipped else None) for name, size in sizes.items()}
-    if FLAGS.buckets:
-        if FLAGS.height or FLAGS.width:
-            raise ValueError("give either --height and --width or --buckets")
-        sizes["height"] = sizes["width"] = 0
-    for name, value in sizes.items():
-        if value is None:
-            raise ValueError(f"--{name} must be given for a teacher of your own")
-    fps, chunk, dtype = FLAGS.fps, FLAGS.vae_chunk, "float32"
-    if not shipped:
-        family = read_family(Path(FLAGS.teacher))
+    if FLAGS.buckets and (FLAGS.height or FLAGS.width):
+        raise ValueError("give either --height and --width or --buckets")
+    family = None if shipped else read_family(Path(FLAGS.teacher))
+    clip = family.clip if family else (shapes.FRAMES, shapes.SIZE, shapes.SIZE)
+    frames, height, width = (
+        FLAGS[name].value or n for name, n in zip(("frames", "height", "width"), clip, strict=True)
+    )
+    fps, clips, chunk, dtype = FLAGS.fps, FLAGS.clips or 1, FLAGS.vae_chunk, "float32"
+    if family:
         chunk, dtype = chunk or family.vae_chunk, "bfloat16"
+        clips = FLAGS.clips or max(1, int(_SECONDS * (fps or family.fps) / frames))
         if fps is None and not (FLAGS.source or "").startswith(TFDS):
             fps = family.fps
     names = [field.name for field in dataclasses.fields(PrepareSettings) if field.name in FLAGS]
     given: dict[str, Any] = {name: FLAGS[name].value for name in names}
     if FLAGS.source and os.path.exists(FLAGS.source):  # a path, from wherever the job is resumed
         given["source"] = os.path.abspath(FLAGS.source)
-    given |= {"frames": sizes["frames"], "fps": fps or None, "vae_chunk": chunk, "teacher_dtype": dtype}
-    given["buckets"] = tuple(map(_size, FLAGS.buckets or ())) or ((sizes["height"], sizes["width"]),)
+    given |= {"frames": frames, "fps": fps or None, "clips": clips, "vae_chunk": chunk, "teacher_dtype": dtype}
+    given["buckets"] = tuple(map(_size, FLAGS.buckets or ())) or ((height, width),)
     given["max_text_length"] = FLAGS.max_text_length or (12 if shipped else 512)
     settings = PrepareSettings(**given)
     Loader(settings).items()  # what cannot be read is refused before the teacher is loaded

@@ -18,7 +18,7 @@ from dollar_jax.data.clip import clip_fps
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.files import draw_missing, file_name
 from dollar_jax.evaluate.folder import measure_folder
-from dollar_jax.evaluate.manifest import describe, made_of, write_manifest
+from dollar_jax.evaluate.manifest import describe, made_of, manifest_path, write_manifest
 from dollar_jax.evaluate.measure import (
     TIMED,
     default_plan,
@@ -70,7 +70,13 @@ def evaluate(
         write_video(folder / f"{prompt.replace(' ', '_')}.mp4", side_by_side(pair), scale=8)
     timings = {**(timings or {}), "sample and measure": time.perf_counter() - begun}
     notes = [] if reward is None else [f"The reward is {rewards}: {reward.meaning}."]
-    more = {} if features is None else {"features": features.name}
+    fps, described = clip_fps(config.data, generator.pipeline.family.fps), []
+    for name in (teacher, "student_4"):
+        if name in rows:
+            described.append(rows[name]._replace(description={"sampler": name, "nfe": rows[name].nfe}))
+    made = made_of(plan.prompts, [plan.seed], plan.samples, {}) | describe(config, generator, fps, described)
+    write_metrics(manifest_path(folder), made | {"shown": prompts})
+    more = {"manifest": made, **({} if features is None else {"features": features.name})}
     return _write(workdir, config, out, table, timings, more, prompts=prompts, videos=shown, notes=notes)
 
 

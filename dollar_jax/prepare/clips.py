@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dollar_jax.prepare import sources
+from dollar_jax.prepare.manifests import list_manifest, readable
 from dollar_jax.prepare.settings import PrepareSettings
 from dollar_jax.prepare.sources import TFDS, Item
 from dollar_jax.prepare.videos import Unusable, array_frames, clips_of, hard_cut, read_clips
@@ -52,7 +53,7 @@ class Loader:
         if self.settings.source is not None:
             return sources.list_source(self.settings.source)
         assert self.settings.prompts is not None
-        return sources.list_manifest(Path(self.settings.prompts), prompts=True)
+        return list_manifest(Path(self.settings.prompts), prompts=True)
 
     def __call__(self, index: int, item: Item) -> list[Clip | Rejected] | str:
         """The clips of the `index`-th item, or the reason why it has none."""
@@ -70,9 +71,9 @@ class Loader:
                     return [Clip(index, 0, item["name"], caption, None)]
                 clips = read_clips(sources.open_video(item), settings, rng)
         except Unusable as reason:
-            return str(reason)
+            return readable(str(reason))
         except Exception as error:  # whatever is wrong with one video, the job goes on
-            return f"cannot be read: {type(error).__name__}: {error}"
+            return readable(f"cannot be read: {type(error).__name__}: {error}")
         found: list[Clip | Rejected] = []
         for i, frames in enumerate(clips):
             name = item["name"] if settings.clips == 1 else f"{item['name']}#{i}"

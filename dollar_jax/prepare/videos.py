@@ -18,7 +18,8 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from dollar_jax.prepare.colour import HDR, TO_BT709, to_bt709
 from dollar_jax.prepare.filters import Crop, Timed, filtered, pixel_crop
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
+SUFFIXES = (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mkv", ".webm", ".ogv", ".avi", ".divx", ".dv", ".mpg")
+SUFFIXES += (".mpeg", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".f4v", ".mxf", ".gif", ".apng")
 _QUALITY = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _NEVER_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
 
@@ -27,8 +28,12 @@ _UNTAGGED = (0, 2, 3)  # colour spaces: RGB, which has none, unspecified, reserv
 _MATRICES = (*_UNTAGGED, 1, 4, 5, 6, 7, 9)  # BT.709, FCC, BT.601 twice, SMPTE 240M, BT.2020
 _TRANSFERS = {ColorTrc.LINEAR: "linear", ColorTrc.LOG: "logarithmic", ColorTrc.LOG_SQRT: "logarithmic"}
 _TRANSFERS |= {ColorTrc.SMPTE428: "digital cinema (SMPTE 428)"}
+_PRIMARIES = (8, 10, 11)  # film, XYZ, digital cinema: their white is not D65
 _STEREO = (1, 2, 3, 4, 5, 6, 7)  # AVStereo3DType without 2D, and unspecified: then one eye's view is decoded
 _PROJECTIONS = {0: "equirectangular", 1: "cube map", 2: "equirectangular", 3: "half equirectangular", 5: "fisheye"}
+
+
+_MOST_COVERING = 16  # times the longer side of a clip
 
 
 class Unusable(ValueError):
@@ -88,6 +93,8 @@ def clips_of(
                 if len(clips) == settings.clips:
                     break
     except (Unusable, FFmpegError) as error:
+        if view is None and isinstance(error, Unusable):
+            raise
         if not clips:
             reason = getattr(error, "strerror", error)
             raise Unusable(f"is damaged after {len(clip)} good frames: {reason}") from error
@@ -157,6 +164,7 @@ class View:
     turn: tuple[bool, bool, bool]  # transposed, then flipped up-down, then left-right
     colorspace: int | None
     light: tuple[int, int] | None  # transfer characteristic and primaries, where they are not BT.709's
+    shape: float  # width to height, in pixels
 
     @staticmethod
     def of(frame: av.VideoFrame, aspect: Fraction, settings: ClipSettings, rng: np.random.Generator) -> "View":
@@ -171,6 +179,8 @@ class View:
         scale = max(size[0] / height, size[1] / width)
         # Never less than the size, whatever the rounding.
         covering = tuple(max(round(a * scale), b) for a, b in zip((height, width), size, strict=True))
+        if max(covering) > _MOST_COVERING * max(size):
+            raise Unusable(f"is {float(width / height):.3g} times as wide as high: a clip of it is next to nothing")
         spare = [a - b for a, b in zip(covering, size, strict=True)]
         random = settings.crop == "random"
         corner = tuple(int(rng.integers(s + 1)) if random else s // 2 for s in spare)
@@ -183,12 +193,16 @@ class View:
         guess = Colorspace.BT2020 if hdr else Colorspace.ITU709 if large else Colorspace.ITU601
         stored: Any = covering[::-1] if turn[0] else covering
         light = (transfer, primaries) if hdr or primaries in TO_BT709 else None
-        return View(stored, (corner[0], corner[1]), size, turn, guess if untagged else None, light)
+        return View(
+            stored, (corner[0], corner[1]), size, turn, guess if untagged else None, light, frame.width / frame.height
+        )
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         """uint8 [h, w, 3]; raises Unusable when the frame is damaged."""
         if frame.is_corrupt:
             raise Unusable("a frame cannot be decoded whole")
+        if abs(frame.width / frame.height / self.shape - 1) > 0.02:  # other sizes of one shape are common
+            raise Unusable(f"its picture becomes one of {frame.width} × {frame.height}")
         grey_tv = len(frame.format.components) == 1 and frame.color_range == ColorRange.MPEG
         if any(c.is_alpha for c in frame.format.components) or frame.format.has_palette:
             frame = _over_black(frame, self.colorspace)
@@ -231,6 +245,8 @@ def check_showable(frame: av.VideoFrame) -> None:
         raise Unusable("is Dolby Vision without a base layer in BT.2020 or BT.709")
     if frame.colorspace not in _MATRICES:
         raise Unusable(f"has a colour matrix that is not supported: number {frame.colorspace} of ITU-T H.273")
+    if frame.color_primaries in _PRIMARIES:
+        raise Unusable(f"has colour primaries that are not supported: number {frame.color_primaries} of ITU-T H.273")
     if frame.color_trc in _TRANSFERS:
         raise Unusable(f"has a {_TRANSFERS[ColorTrc(frame.color_trc)]} transfer characteristic")
 

@@ -33,10 +33,10 @@ class Family:
     """A class of diffusers pipelines.
 
     `masks_padding`: the text encoder does not see the rows of padding, and the transformer gets zeros there; without
-    it padding is part of the text. `guidance_scale` is diffusers' default, w + 1 of ours, `fps` the frames per second
-    of its videos, and `vae_chunk` the latent frames that its VAE takes at a time where memory counts. `entries` of
-    model_index.json tell it from other families of its class; `unsupported` ones must be absent, null or false, each
-    with what asks for it. `cleans_prompts`: prompts go through `clean_prompt`.
+    it padding is part of the text. `guidance_scale` is diffusers' default, w + 1 of ours, `clip` the frames,
+    height and width and `fps` the frames per second of its videos, and `vae_chunk` the latent frames that its VAE takes
+    at a time where memory counts. `entries` of model_index.json tell it from other families of its class; `unsupported`
+    ones must be absent, null or false, each with what asks for it. `cleans_prompts`: prompts go through `clean_prompt`.
     `native` are the names of the transformer's modules in the code it was published with, by those in diffusers.
     """
 
@@ -47,6 +47,7 @@ class Family:
     path: DiffusionPath
     masks_padding: bool
     guidance_scale: float
+    clip: tuple[int, int, int]
     fps: int
     vae_chunk: int
     cleans_prompts: bool = True
@@ -86,6 +87,7 @@ WAN = Family(
     path="rf",
     masks_padding=True,
     guidance_scale=5.0,
+    clip=(81, 480, 832),
     fps=16,
     vae_chunk=1,
     unsupported={
@@ -97,7 +99,7 @@ WAN = Family(
     native=WAN_NATIVE,
 )
 # Wan 2.2's 5B. Given an image, every token has a time of its own; from text alone all have the same.
-WAN_TI2V = dataclasses.replace(WAN, fps=24, entries={"expand_timesteps": True})
+WAN_TI2V = dataclasses.replace(WAN, clip=(121, 704, 1280), fps=24, entries={"expand_timesteps": True})
 COGVIDEOX = Family(
     "CogVideoXPipeline",
     COGVIDEOX_TRANSFORMER,
@@ -106,6 +108,7 @@ COGVIDEOX = Family(
     path="ddpm",
     masks_padding=False,
     guidance_scale=6.0,
+    clip=(49, 480, 720),
     fps=8,
     vae_chunk=2,
     cleans_prompts=False,

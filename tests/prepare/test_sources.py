@@ -12,7 +12,8 @@ import pytest
 from pyarrow import parquet
 
 from dollar_jax.data.moving_shapes import MovingShapes
-from dollar_jax.prepare.sources import Dataset, list_manifest, list_source, open_video, read_caption
+from dollar_jax.prepare.manifests import list_manifest
+from dollar_jax.prepare.sources import Dataset, list_source, open_video, read_caption
 from dollar_jax.prepare.videos import Unusable
 
 CASES = Path(__file__).parent / "cases"
@@ -148,7 +149,9 @@ def test_a_tfds_data_set(tmp_path):
     "files, source, message",
     [
         ({}, "nowhere", "nowhere does not exist"),
-        ({"a.zip": ""}, "a.zip", r"a.zip must be a .csv, .jsonl, .json, .tar, .parquet or a folder"),
+        ({"a.zip": ""}, "a.zip", r"a.zip must be a .csv, .tsv, .jsonl, .json, .tar, .parquet or a folder"),
+        ({"metadata.csv": "name,words\n1,2\n"}, "", "has no column video or file_name or path; its"),
+        ({"videos.txt": "1\n2\n", "prompts.txt": "one\n\n"}, "", "different numbers of lines"),
         ({"a.csv": "name,words\n1,2\n"}, "a.csv", "has no column video or file_name or path; its"),
         ({"metadata.csv": "", "captions.jsonl": ""}, "", "several manifests, metadata.csv, captions.jsonl"),
     ],
@@ -203,6 +206,45 @@ def test_an_unbalanced_quote_costs_its_own_row(tmp_path):
         list_source(str(tmp_path / "c.csv"))
 
 
+FINE = [("a.mp4", "täglich, ein Ball")]
+
+
+@pytest.mark.parametrize(
+    "kind, text, found",
+    [
+        ("csv", 'video,caption\na.mp4,"täglich, ein Ball"\n', FINE),
+        ("csv", 'video,caption,,\r\na.mp4,"täglich, ein Ball",,\r\n\r\n', FINE),
+        ("csv", ' Video , Caption \ra.mp4, "täglich, ein Ball"', FINE),
+        ("csv", "id;caption;file_name\n1;täglich, ein Ball;a.mp4\n", FINE),
+        ("tsv", "path\ttext\n a.mp4\ttäglich, ein Ball\n", FINE),
+        ("csv", "video,caption\na.mp4,täglich, ein Ball\na.mp4,b\n", ["csv:2", ("a.mp4", "b")]),
+        ("csv", "video,caption\na.mp4,nan\na.mp4,None\na.mp4,\xad \na.mp4,a\0b\n", ["a.mp4"] * 4),
+        ("csv", "video,caption\n" + 'a.mp4,"a 12" vinyl"\n' * 3000 + "a.mp4,b\n", ["csv"] * 3000 + [("a.mp4", "b")]),
+        ("jsonl", '{"video": "a.mp4", "caption": "täglich, ein Ball"}\r\n\r\n', FINE),
+        (
+            "jsonl",
+            '{"video": "\\ud83d.mp4", "caption": "x"}\n{"video": "a.mp4", "caption": "b"}',
+            ["\ufffd", ("a.mp4", "b")],
+        ),
+        ("jsonl", '{"video": "a.mp4", "caption": "a\\ufffdb"}\n{"video": 5, "caption": "b"}', ["a.mp4", "5"]),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_manifests_of_other_programs(tmp_path, kind, text, found, encoding):
+    """Rows are read, or rejected one by one under a name that begins so; in an encoding that is not told, all are."""
+    (tmp_path / "a.mp4").write_text("video")
+    path = tmp_path / f"metadata.{kind}"
+    path.write_bytes(text.encode(encoding, "replace"))
+    if encoding == "latin-1" and found is FINE:
+        assert outcomes(path) == [("a.mp4", "has a caption that is not in UTF-8: 't\ufffdglich, ein Ball'")]
+        return
+    for one, wanted in zip(outcomes(path), found, strict=True):
+        if isinstance(wanted, str):
+            assert len(one) == 2 and one[0].removeprefix("metadata.").startswith(wanted)
+        else:
+            assert one[:2] == wanted and len(one) == 3
+
+
 def test_captions_by_choice_and_by_language(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         "\n".join(
@@ -212,7 +254,8 @@ def test_captions_by_choice_and_by_language(tmp_path):
     )
     (tmp_path / "a.mp4").write_text("video")
     found = [one[1] for one in outcomes(tmp_path / "a.jsonl", language="en")]
-    assert found[0] == "a cat" and found[1].startswith("has a caption that is no text") and found[2:] == ["a", "? lone"]
+    assert found[0] == "a cat" and found[1].startswith("has a caption that is no text") and found[2] == "a"
+    assert found[3] == "has a caption that is not in UTF-8: '\ufffd lone'"  # half of a character
     drawn = {outcomes(tmp_path / "a.jsonl", rng=np.random.default_rng(i))[2][1] for i in range(20)}
     assert len(drawn) > 3
     assert outcomes(CASES / "odd_captions.jsonl")[0][1] == "does not exist"  # its text stands in for a null caption
@@ -265,31 +308,101 @@ def test_links_are_followed_once(tmp_path):
     assert [one[:2] for one in outcomes(root)] == [("b/1.mp4", "b"), ("c/1.mp4", "outside")]
 
 
+def test_links_that_lead_nowhere_round_and_into_what_is_hidden(tmp_path):
+    for name in (".git/annex/k.mp4", ".hidden.mp4", "._1.mp4", "1.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for name, leads_to in {
+        "2.mp4": "2.mp4",
+        "3.mp4": "no.mp4",
+        "4.mp4": ".git/annex/k.mp4",
+        "5": "6",
+        "6": "5",
+    }.items():
+        (tmp_path / name).symlink_to(leads_to)
+    for i in range(1, 5):
+        (tmp_path / f"{i}.txt").write_text(f"caption {i}")
+    assert outcomes(tmp_path) == [
+        ("1.mp4", "caption 1", str(tmp_path / "1.mp4")),
+        ("2.mp4", "does not exist"),
+        ("3.mp4", "does not exist"),
+        ("4.mp4", "caption 4", str(tmp_path / "4.mp4")),
+    ]
+
+
+def test_what_is_wrong_in_one_folder_stops_no_other(tmp_path):
+    files = {
+        "a/metadata.csv": "name,words\n1,2\n",
+        "b/x.parquet": "PAR1",
+        "c/videos2caption.json": "{",
+        "d/videos.txt": "1.mp4\n",
+        "e/1.TAR.gz": "?",
+        "e/2.MTS": "video",
+        "e/2.txt": "fine",
+        "f/captions.csv": "",
+        "f/metadata.csv": "",
+        "g/._1.tar": "?",
+        "g/1.TAR": "?" * 1024,
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    reasons = {name: reason for name, reason, *_ in outcomes(tmp_path)}
+    parts = {
+        "a/metadata.csv": "has no column video",
+        "b/x.parquet": "cannot be read: Parquet",
+        "c/videos2caption.json": "is not valid JSON",
+        "d/videos.txt": "there is no prompts.txt",
+        "e/1.TAR.gz": "is compressed: unpack it",
+        "e/2.MTS": "fine",
+        "f/": "several manifests",
+        "g/1.TAR": "cannot be read further",
+    }
+    assert reasons.keys() == parts.keys()
+    for name, part in parts.items():
+        assert part in reasons[name]
+
+
 def test_names_of_any_bytes(tmp_path):
     path = tmp_path / "1:\udcff.mp4"
     path.write_text("video")
     path.with_suffix(".json").write_text('{"caption": "from the side"}')
     path.with_suffix(".txt").write_text("")
-    ((name, caption, opened),) = outcomes(tmp_path)
-    assert (name, caption, opened) == ("1:\ufffd.mp4", "from the side", str(path))
+    (tmp_path / "metadata.csv").write_bytes(b"video,caption\n1:\xff.mp4,by a row\n")
+    assert outcomes(tmp_path) == [("1:\ufffd.mp4", "by a row", str(path))]
+    (tmp_path / "metadata.csv").unlink()
+    assert outcomes(tmp_path) == [("1:\ufffd.mp4", "from the side", str(path))]
 
 
 def test_tar_members_need_not_be_neighbours_and_pickles_stay_shut(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, data in [
             ("1.mp4", b"one"),
-            ("2.mp4", b"two"),
-            ("2.txt", b"second"),
+            ("2.v1.MP4", b"two"),
+            ("2.v1.TXT", b"second"),
             ("1.json", b'{"text": "first"}'),
         ]:
             add(tar, name, data)
         add(tar, "1.txt", b"")
         add(tar, "3.latent.pth", b"?")
-    assert outcomes(tmp_path / "a.tar") == [
+        add(tar, "4.latent.npy", b"?")
+        link = tarfile.TarInfo("5.mp4")
+        link.type, link.linkname = tarfile.LNKTYPE, "1.mp4"
+        tar.addfile(link)
+        add(tar, "6.mp4", b"six")
+    found = [
         ("a.tar/1", "first", b"one"),
-        ("a.tar/2", "second", b"two"),
-        ("a.tar/3", "holds a pickled .latent.pth and no video: what is pickled can run code and is not read"),
+        ("a.tar/2.v1", "second", b"two"),
+        ("a.tar/3.latent", "holds a .pth and no video: what is pickled can run code and is not read"),
+        ("a.tar/4.latent", "holds a .npy and no video: it does not say which VAE made it, nor how it is scaled"),
+        ("a.tar/5", "is a link inside a tar file"),
     ]
+    assert outcomes(tmp_path / "a.tar") == [*found, ("a.tar/6", "has no caption")]
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    at = data.index(b"6.mp4")
+    data[at : at + 512] = b"?" * 512
+    (tmp_path / "a.tar").write_bytes(data)
+    assert outcomes(tmp_path / "a.tar") == [*found, ("a.tar", f"cannot be read further: no header at byte {at}")]
 
 
 def test_parquet_files(tmp_path):
@@ -302,6 +415,31 @@ def test_parquet_files(tmp_path):
         ("data.parquet:1", "second", str(tmp_path / "far.mp4")),
         ("data.parquet:2", "is empty"),
     ]
+
+
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    """Its files are downloaded once, of a revision if one is named; a hub that gives nothing is named."""
+    asked = []
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "1.mp4").write_text("video")
+    (tmp_path / "data" / "metadata.csv").write_text("file_name,text\n1.mp4,first\n")
+
+    def snapshot_download(name, **options):
+        asked.append((name, options))
+        if name == "no/where":
+            raise OSError("no network\nmore")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for _ in range(2):
+        assert outcomes("hf:some/set") == [("data/1.mp4", "first", str(tmp_path / "data" / "1.mp4"))]
+    assert outcomes("hf:some/set@v1")
+    plain = {"repo_type": "dataset", "revision": None}
+    assert asked == [("some/set", plain), ("some/set", {**plain, "revision": "v1"})]
+    with pytest.raises(
+        FileNotFoundError, match=r"did not give the data set no/where \(OSError: no network\); download"
+    ):
+        list_source("hf:no/where")
 
 
 def test_captions_that_are_no_files(tmp_path):

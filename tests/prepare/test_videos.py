@@ -551,6 +551,16 @@ def test_matroska_pixel_crop():
     assert np.abs(clip - wanted).mean() < 3
 
 
+def test_another_size_is_scaled_and_another_shape_ends_the_clips():
+    frames = [*array_frames(quarters(48, 64, 4)), *array_frames(quarters(96, 128, 4))]
+    (clip,) = clips_of(frames, settings(8), np.random.default_rng(0))
+    assert_corners(clip[4:], [RED, GREEN, BLUE, GREY])
+    frames += array_frames(quarters(96, 64, 4))
+    assert len(clips_of(frames, settings(clips=9), np.random.default_rng(0))) == 2
+    with pytest.raises(Unusable, match="after 8 good frames: its picture becomes one of 64 × 96"):
+        clips_of(frames, settings(9), np.random.default_rng(0))
+
+
 def test_codec_crop():
     """H.264 codes 52 rows as 64 and says which ones to show."""
     (clip,) = read(encode(quarters(52, 64)), buckets=((52, 64), (64, 64)))
@@ -581,15 +591,23 @@ def test_360_degrees_are_rejected():
 @pytest.mark.parametrize(
     "tags, reason",
     [
-        ({"colorspace": 8}, "colour matrix that is not supported: number 8"),
+        ({"colorspace": 8}, "^has a colour matrix that is not supported: number 8"),
         ({"colorspace": 14}, "colour matrix that is not supported: number 14"),
         ({"color_trc": 8}, "linear transfer"),
         ({"color_trc": 9}, "logarithmic transfer"),
+        *(({"color_primaries": n}, f"^has colour primaries that are not supported: number {n}") for n in (8, 10, 11)),
     ],
 )
 def test_colours_that_cannot_be_shown(tags, reason):
     with pytest.raises(Unusable, match=reason):
         read(record("libx264", flat(RED), "yuv444p", **tags))
+
+
+@pytest.mark.parametrize("height, width, shape", [(2, 400, 200), (400, 2, 0.005)])
+def test_a_sliver_is_rejected(height, width, shape):
+    """Scaled to cover a clip it would take more memory than there is."""
+    with pytest.raises(Unusable, match=f"^is {shape} times as wide as high"):
+        clips_of(array_frames(quarters(height, width)), settings(), np.random.default_rng(0))
 
 
 def test_dolby_vision_needs_a_base_layer():
@@ -602,7 +620,8 @@ def test_dolby_vision_needs_a_base_layer():
         frame: Any = SimpleNamespace(side_data=[Metadata(8)], colorspace=colorspace, color_trc=2)
         with pytest.raises(Unusable, match="Dolby Vision without a base layer"):
             check_showable(frame)
-    check_showable(SimpleNamespace(side_data=[Metadata(8)], colorspace=9, color_trc=16))  # type: ignore[arg-type]
+    base: Any = SimpleNamespace(side_data=[Metadata(8)], colorspace=9, color_trc=16, color_primaries=9)
+    check_showable(base)
 
 
 def test_a_hard_cut_is_told_from_motion_and_from_a_flash():
