@@ -266,6 +266,7 @@ class DataConfig:
     """Clips and captions, encoded once by the teacher's own VAE and text encoder."""
 
     name: str = field(REQUIRED, 'Folder that `dollar prepare` left, or "moving_shapes" for the default domain.')
+    given_frames: int = field(0, "1: a clip's first latent frame is given, an image to continue.", low=0, high=1)
     train_videos: int = field(1024, "Rendered training videos of the default domain.", low=1)
     max_text_length: int = field(512, "Tokens of a caption.", low=1)
     corrupt_records: int = field(0, "Damaged records that are skipped before a run stops.", low=0, resumable=True)
@@ -382,6 +383,8 @@ class DistillConfig:
         if self.data.name == "moving_shapes" and self.data.train_videos < self.batch_size:
             videos = self.data.train_videos
             raise ValueError(f"config.data.train_videos {videos} are fewer than config.batch_size {self.batch_size}")
+        if self.data.given_frames and self.visibility.prompts:
+            raise ValueError("config.visibility.prompts have no first frames: leave them to config.data.given_frames")
         rows, rest = divmod(self.batch_size, self.accumulation)
         if rest:
             parts = f"{self.accumulation} micro-batches"

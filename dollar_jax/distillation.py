@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jaxtyping import Array, Float, Int
 
+from dollar_jax import schedule as schedules
 from dollar_jax.config import DistillConfig
 from dollar_jax.sampling import Denoiser
 from dollar_jax.schedule import Schedule
@@ -42,6 +43,10 @@ class Distillation:
     networks: Networks
     schedule: Schedule
     score_real: bool = True
+
+    def start(self, clip: Latent, key: Key) -> Latent:
+        """Noise, with the given frames of `clip`: where sampling starts."""
+        return schedules.keep_given(self.schedule, clip, jax.random.normal(key, clip.shape))
 
     def denoiser(self, params: Params, text: TextStates, *guidance: Any) -> Denoiser:
         """`guidance` is null text and weight."""

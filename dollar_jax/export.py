@@ -63,6 +63,7 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
     parts = pipelines.read_parts(teacher)
     student = parts["transformer"]
     step, params = restore_trained(workdir, student.network, config.lora, ema)
+    pipeline = (config.data.given_frames and family.image_pipeline) or family.pipeline
     times, module = config.student.timesteps, f"student_{schedule.path}"
 
     with new_folder(folder) as draft:
@@ -88,7 +89,7 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
                 "solver": "sde",
                 "guidance_scale": 1.0,
             }
-            changes = {"scheduler": [module, "StudentScheduler"], "dmd2_config": vllm_omni}
+            changes = {"scheduler": [module, "StudentScheduler"], "dmd2_config": vllm_omni, "_class_name": pipeline}
             pipelines.write_json(draft / "model_index.json", read_json(teacher / "model_index.json") | changes)
         fields = scheduler_json(schedule, schedule.path)
         pipelines.write_json(draft / "scheduler" / "scheduler_config.json", {**fields, TIMESTEPS: times})
@@ -114,7 +115,7 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
         path = workdir / "metrics.json"
         metrics = read_json(path) if path.is_file() else {}
         context = {"adapter": adapter, "module": module, "sample": (draft / "sample.mp4").is_file()}
-        card = model_card(config, teacher, manifest, metrics, family=family, **context)
+        card = model_card(config, teacher, manifest, metrics, family=family, pipeline=pipeline, **context)
         (draft / "README.md").write_text(card)
         hashes = checksums(draft)
         pipelines.write_json(draft / "manifest.json", manifest | {"files": hashes})

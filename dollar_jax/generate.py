@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,9 @@ from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
 from dollar_jax.program import Program
+from dollar_jax.schedule import keep_given
 from dollar_jax.types import Params
-from dollar_jax.video import side_by_side, signed_range, to_uint8
+from dollar_jax.video import read_image, side_by_side, signed_range, to_uint8
 from dollar_jax.weights.families import clean_prompt
 from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
 
@@ -70,9 +71,9 @@ def merge_program(config: LoraConfig, mesh: Mesh, teacher: Params, adapters: Par
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
-    """One way to draw latents [n t h w c]: (parameters, a key per video [n], text states [n l d]) → latents. Each video
-    has its own key, so that batches do not change the videos. `draw` also takes the states of the empty prompt, where
-    `guided`.
+    """One way to draw latents [n t h w c]: (parameters, a key per video [n], a `Condition`'s fields) → latents. Each
+    video has its own key, so that batches do not change the videos. `draw` also takes the states of the empty prompt,
+    where `guided`.
     """
 
     name: str
@@ -89,18 +90,27 @@ class Sampler:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
         keys = jax.eval_shape(lambda: video_keys(0, count))
         text = jax.ShapeDtypeStruct((count, *g.text_shape), jnp.float32)
+        frames = g.pipeline.schedule.given_frames
+        given = jax.ShapeDtypeStruct((count, frames, *g.latent_shape[1:]), jnp.float32) if frames else None
         rows = sharding.row_sharding(g.mesh, count)
         null_text = (jax.ShapeDtypeStruct((1, *g.text_shape), jnp.float32),) if self.guided else ()
-        places = (sharding.shard(g.mesh, shapes), rows, rows, *[sharding.replicated(g.mesh)] * self.guided)
-        return Program(self.name, self.draw, (shapes, keys, text, *null_text), g.mesh, places, rows)
+        places = (sharding.shard(g.mesh, shapes), rows, rows, rows, *[sharding.replicated(g.mesh)] * self.guided)
+        return Program(self.name, self.draw, (shapes, keys, text, given, *null_text), g.mesh, places, rows)
 
-    def arguments(self, params: Params, keys: jax.Array, text: Any) -> tuple[Any, ...]:
+    def arguments(self, params: Params, keys: jax.Array, text: Any, given: Any = None) -> tuple[Any, ...]:
         """What `program` takes, in its place on the mesh."""
         null_text = (self.generator.null_text,) if self.guided else ()
-        return self.program(len(keys)).place(params, keys, text, *null_text)
+        return self.program(len(keys)).place(params, keys, text, given, *null_text)
 
-    def __call__(self, params: Params, keys: jax.Array, text: Any) -> jax.Array:
-        return self.program(len(keys))(*self.arguments(params, keys, text))
+    def __call__(self, params: Params, keys: jax.Array, text: Any, given: Any = None) -> jax.Array:
+        return self.program(len(keys))(*self.arguments(params, keys, text, given))
+
+
+class Condition(NamedTuple):
+    """What samplers are given for each video: text states [n l d], and latents of the first frames [n k h w c]."""
+
+    text: np.ndarray
+    given: np.ndarray | None = None
 
 
 class BoundSampler(NamedTuple):
@@ -116,6 +126,7 @@ class BoundSampler(NamedTuple):
 class Generator:
     """A pipeline's programs, from prompts to frames. Samplers run on `mesh`, this process's first device if none
     is given; text encoder and VAE too, unless it is shared with other processes: then on this one's devices of it.
+    `given`, to be filled, are latents [k h w c] of the first frames by prompt, where the schedule has some given.
     """
 
     pipeline: Pipeline
@@ -125,6 +136,7 @@ class Generator:
     vae_chunk: int | None = None  # latent frames of one video encoded or decoded at a time; None is a whole batch
     mesh: Mesh = dataclasses.field(default_factory=lambda: sampling_mesh(MeshConfig(), jax.local_devices()[:1]))
     host: Mesh | None = None  # for this process alone, where its devices are not to be taken from `mesh`
+    given: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -163,6 +175,19 @@ class Generator:
             mask = np.ones_like(mask)
         program = self.text_program(len(prompts), self.own_mesh)
         return np.asarray(program(*program.place(self.pipeline.text_encoder.params, ids, mask)))
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """What samplers take; raises ValueError for a prompt whose first frame is not known but has to be."""
+        frames = self.pipeline.schedule.given_frames
+        if frames and (lost := set(prompts) - self.given.keys()):
+            raise ValueError(f"a first frame has to be given (config.data.given_frames), and {min(lost)!r} has none")
+        given = [self.given[prompt][:frames] for prompt in prompts] if frames else []
+        return Condition(self.text(prompts), np.stack(given, dtype=np.float32) if given else None)
+
+    def continue_from(self, images: Mapping[str, Path]) -> None:
+        """Takes image files as `given`, by prompt."""
+        read = functools.cache(lambda path: self.encode(read_image(path, *self.clip[1:])[None, None])[0])
+        self.given.update({prompt: read(path) for prompt, path in images.items()})
 
     @functools.cached_property
     def null_text(self) -> np.ndarray:
@@ -250,8 +275,10 @@ class Generator:
         rows, shapes = sharding.row_sharding(mesh, videos.shape[0]), self.pipeline.vae.network.shapes
         return Program(name, function, (shapes, videos), mesh, (sharding.replicated(mesh), rows), rows)
 
-    def noise(self, keys: jax.Array) -> jax.Array:
-        return jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
+    def noise(self, keys: jax.Array, given: jax.Array | None = None) -> jax.Array:
+        """Where sampling starts: noise by each video's key, with its first frames if they are given."""
+        noise = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
+        return noise if given is None else keep_given(self.pipeline.schedule, given, noise)
 
     def _denoiser(self, params: Params, text: jax.Array, *guidance: Any) -> sampling.Denoiser:
         apply, schedule = self.pipeline.transformer.network.apply, self.pipeline.schedule
@@ -261,11 +288,11 @@ class Generator:
     def teacher_sampler(self, num_steps: int, guidance_weight: float) -> Sampler:
         """The ODE in `num_steps` steps with guidance: 2 evaluations each, 1 when the weight is 0."""
 
-        def draw(params: Params, keys: jax.Array, text: jax.Array, null_text: jax.Array) -> jax.Array:
-            given = self._denoiser(params, text, null_text, guidance_weight), self.noise(keys), num_steps
+        def draw(params: Params, keys: jax.Array, text: jax.Array, given: Any, null_text: jax.Array) -> jax.Array:
+            start = self._denoiser(params, text, null_text, guidance_weight), self.noise(keys, given), num_steps
             if self.sampling.solver == "unipc":
-                return sampling.unipc_sample(*given)
-            return sampling.ode_sample(*given, self.sampling.eta, _step_keys(keys) if self.sampling.eta else None)
+                return sampling.unipc_sample(*start)
+            return sampling.ode_sample(*start, self.sampling.eta, _step_keys(keys) if self.sampling.eta else None)
 
         return Sampler("teacher_sampler", draw, self, guided=True)
 
@@ -273,9 +300,9 @@ class Generator:
     def student_sampler(self, timesteps: tuple[float, ...]) -> Sampler:
         """The student through its `timesteps`: one evaluation each, without guidance."""
 
-        def draw(params: Params, keys: jax.Array, text: jax.Array) -> jax.Array:
+        def draw(params: Params, keys: jax.Array, text: jax.Array, given: Any) -> jax.Array:
             denoiser = self._denoiser(params, text)
-            return sampling.few_step_sample(denoiser, timesteps, self.noise(keys), _step_keys(keys))
+            return sampling.few_step_sample(denoiser, timesteps, self.noise(keys, given), _step_keys(keys))
 
         return Sampler("student_sampler", draw, self, guided=False)
 
@@ -285,8 +312,16 @@ def make_generator(c: DistillConfig, clip: tuple[int, int, int] | None = None, m
     `mesh`, on all devices of this process if none is given; an imported teacher is restored into its shards there.
     """
     mesh, clip = sampling_mesh(c.mesh) if mesh is None else mesh, clip or clip_size(c.data)
-    teacher = load_teacher(c.teacher, c.compute, mesh)
+    teacher = with_given_frames(load_teacher(c.teacher, c.compute, mesh), c)
     return Generator(teacher, c.data.max_text_length, c.sampling, clip, c.compute.vae_chunk, mesh)
+
+
+def with_given_frames(pipeline: Pipeline, c: DistillConfig) -> Pipeline:
+    """The pipeline where config.data.given_frames are given; ValueError for a teacher that cannot take any."""
+    if c.data.given_frames and pipeline.family.image_pipeline is None:
+        raise ValueError(f"the teacher {c.teacher} takes no image, as config.data.given_frames asks: only TI2V does")
+    schedule = dataclasses.replace(pipeline.schedule, given_frames=c.data.given_frames)
+    return dataclasses.replace(pipeline, schedule=schedule)
 
 
 def subset(timesteps: Sequence[float], count: int) -> tuple[float, ...]:
@@ -331,7 +366,7 @@ def draw_videos(
     params = sharding.put(params, sharding.shard(generator.mesh, params))
     for start in range(0, len(prompts), batch):
         index = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
-        latent = draw(params, keys[index], generator.text([prompts[i] for i in map(int, index)]))
+        latent = draw(params, keys[index], *generator.condition([prompts[i] for i in map(int, index)]))
         yield to_uint8(generator.decode(latent)[: len(prompts) - start])
 
 

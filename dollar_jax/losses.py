@@ -110,7 +110,7 @@ def latent_reward(reward: PerSample) -> PerSample:
 
 
 def policy_gradient(
-    x_next: Latent, mean: Latent, deviation: Float[Array, "b 1 1 1 1"], advantage: PerSample
+    x_next: Latent, mean: Latent, deviation: Float[Array, "b #t 1 1 1"], advantage: PerSample
 ) -> PerSample:
     """REINFORCE of a Gaussian step, -A log N(x_next; mean, deviation^2), up to a constant and per element (DOLLAR eq.
     (8.24)-(8.26)). Only `mean` carries a gradient; none does where the advantage is not finite.

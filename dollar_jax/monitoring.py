@@ -162,19 +162,22 @@ def make_sample_logger(
     config: DistillConfig, workdir: Path, generator: Generator, teacher: Params, decoder: Params, captions: Any
 ) -> SampleLogger:
     """The sample logger of a run: fixed prompts, fixed noise, the student's own timesteps, the teacher's own steps. The
-    prompts are the configuration's, or `DATA_PROMPTS` of the data's `captions`.
+    prompts are the configuration's, or `DATA_PROMPTS` of the data's `captions`, with their first frames.
     """
     c, sampling = config.visibility, config.sampling
-    prompts = (c.prompts or captions(DATA_PROMPTS)) if c.samples_every else ()
+    given = captions(DATA_PROMPTS) if c.samples_every and not c.prompts else {}
+    generator.given.update(given)
+    prompts = (c.prompts or tuple(given)) if c.samples_every else ()
     total = len(prompts) * c.videos
     batch, shrink = generator.samples_at_once(total), generator.shrink(2 * total)
-    text = generator.text(prompts).repeat(c.videos, 0) if prompts else np.empty(0)
+    condition = jax.tree.map(lambda x: x.repeat(c.videos, 0), generator.condition(prompts) if prompts else ())
 
     def draw(sampler: Any, params: Params) -> list[Shown]:
         parts = []
         for start in range(0, total, batch):
             index = np.minimum(np.arange(start, start + batch), total - 1)
-            latent = sampler(params, video_keys(c.seed, total)[index], text[index])
+            given = (None if x is None else x[index] for x in condition)
+            latent = sampler(params, video_keys(c.seed, total)[index], *given)
             show = generator.show_program(latent.shape, shrink)
             parts.append(Shown(*show(*show.place(decoder, latent))))
         return parts

@@ -30,7 +30,7 @@ def student_input(d: Distillation, params: Params, batch: Batch, key: Key) -> tu
     rows = x0.shape[:1]
     drawn = rows if d.config.student.timestep_per == "sample" else ()
     index = jnp.broadcast_to(jax.random.randint(keys[0], drawn, 0, len(times)), rows)
-    noise = jax.random.normal(keys[1], x0.shape)
+    noise = d.start(x0, keys[1])
     if d.config.student.input == "forward":
         t = jnp.asarray(times, jnp.float32)[index]
         return schedules.add_noise(d.schedule, x0, noise, t), t, index
@@ -91,6 +91,7 @@ def vsd(d: Distillation, references: References, generated: Latent, text: TextSt
     x_t = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), t)
     real = d.denoiser(frozen.teacher, text, frozen.null_text, c.guidance_weight).x0(x_t, t)
     fake = d.denoiser(lax.stop_gradient(references.fake_score), text).x0(x_t, t)
+    generated, real, fake = schedules.generated(d.schedule, generated, real, fake)
     return losses.vsd(generated, real, fake, c.normalisation, c.floor, nan_to_zero=c.nan_to_zero)
 
 
@@ -134,7 +135,8 @@ def consistency(
     # At the clean end f is the identity whatever the boundary scalings.
     clean = (end <= schedules.timestep_grid(schedule, 1)[-1])[:, None, None, None, None]
     target = jnp.where(clean, earlier, f(earlier, end, target))
-    return losses.consistency(f(x_t, times[0], prediction), target, c.distance, c.huber_c)
+    ours, target = schedules.generated(schedule, f(x_t, times[0], prediction), target)
+    return losses.consistency(ours, target, c.distance, c.huber_c)
 
 
 def consistency_input(d: Distillation, x0: Latent, key: Key) -> tuple[Latent, Float[Array, "m b"]]:
@@ -169,7 +171,7 @@ def rollout(d: Distillation, student_params: Params, batch: Batch, key: Key) -> 
     """The student's predictions at all its timesteps, on its own way from noise; without gradient."""
     noise_key, key = jax.random.split(key)
     denoiser = d.denoiser(lax.stop_gradient(student_params), batch.text)
-    noise = jax.random.normal(noise_key, batch.latent.shape)
+    noise = d.start(batch.latent, noise_key)
     return sampling.few_step_predictions(denoiser, d.config.student.timesteps, noise, key)
 
 
@@ -193,12 +195,12 @@ def fake_score(
     t = score_times(c.vsd, schedule, keys[1], len(generated))
     eps = jax.random.normal(keys[2], generated.shape)
     x_t = schedules.add_noise(schedule, generated, eps, t)
-    prediction = d.networks.denoiser(params, x_t, t, text)
+    prediction = d.denoiser(params, text).prediction(x_t, t)
     if c.fake_score.loss == "x0":
         prediction, goal = schedules.to_x0(schedule, prediction, x_t, t), generated
     else:
         goal = schedules.target(schedule, generated, eps, t)
-    each = losses.denoising(prediction, goal)
+    each = losses.denoising(*schedules.generated(schedule, prediction, goal))
     bins = jnp.clip(t * SCORE_BINS / schedule.num_train_timesteps, 0, SCORE_BINS - 1).astype(jnp.int32)
     aux = {"fake_score": each.mean()}
     for k in range(SCORE_BINS):

@@ -16,7 +16,8 @@ from dollar_jax.types import Apply, Keys, Latent, LatentSteps, NullText, Params,
 @dataclasses.dataclass(frozen=True, eq=False)
 class Denoiser:
     """A network asked for one text: `apply(params, x_t, t, text)`, by classifier-free guidance (DOLLAR eq. (8.6)); a
-    weight w of None or the Python number 0 is a single pass without `null_text`.
+    weight w of None or the Python number 0 is a single pass without `null_text`. Where frames are given, `apply` takes
+    their number too.
     """
 
     apply: Apply
@@ -29,8 +30,9 @@ class Denoiser:
     def prediction(self, x_t: Latent, t: Time) -> Latent:
         """The two passes of guidance are one call on 2b rows. Raises ValueError for guidance without null_text."""
         text, weight = self.text, self.guidance_weight
+        given = [k] if (k := self.schedule.given_frames) else []
         if weight is None or (isinstance(weight, int | float) and weight == 0):
-            return self.apply(self.params, x_t, t, text)
+            return self.apply(self.params, x_t, t, text, *given)
         if self.null_text is None:
             raise ValueError(f"guidance weight {weight!r} needs null_text; pass it, or use None.")
         null_text = jnp.broadcast_to(self.null_text, text.shape).astype(text.dtype)
@@ -39,7 +41,7 @@ class Denoiser:
             # Neighbours, not halves: a batch sharded over devices then stays where it is.
             return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
-        both = self.apply(self.params, interleave(x_t, x_t), interleave(t, t), interleave(text, null_text))
+        both = self.apply(self.params, interleave(x_t, x_t), interleave(t, t), interleave(text, null_text), *given)
         both = both.reshape(x_t.shape[0], 2, *both.shape[1:])
         return schedules.guide(both[:, 0], both[:, 1], weight)
 
@@ -90,7 +92,8 @@ def unipc_sample(denoiser: Denoiser, noise: Latent, num_steps: int) -> Latent:
         m = schedules.to_x0(schedule, prediction, x, exact)
         corrected = row[0] * y + row[1] * m + row[2] * m1 + row[3] * m2
         x = jnp.where(first, x, corrected)
-        return (row[4] * x + row[5] * m + row[6] * m1, x, m, m1), None
+        following = row[4] * x + row[5] * m + row[6] * m1
+        return (schedules.keep_given(schedule, start, following), x, m, m1), None
 
     start = noise.astype(jnp.float32)
     zero = jnp.zeros_like(start)

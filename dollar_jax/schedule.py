@@ -5,6 +5,9 @@ in [0, num_train_timesteps]: on the rectified-flow path `b_t = sigma = t / num_t
 the DDPM path `t` is the index 0..num_train_timesteps - 1, and any `t < 0` is the clean end, a = 1,
 b = 0. Keep `t` in fp32: bf16 cannot tell 999 from 1000.
 
+The first `given_frames` latent frames of every clip are given (an image's latent): their time is always the clean end,
+a = 1 and b = 0, so that neither noise nor a prediction reaches them, in any function below.
+
 Each prediction is a linear mix `m x0 + n eps`, so with x_t it makes a 2x2 system for (x0, eps);
 every conversion below is a row of its inverse. Results are fp32 whatever the input precision.
 """
@@ -17,6 +20,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from dollar_jax.types import Latent, Time, Weight
 
@@ -34,7 +38,8 @@ class Schedule:
     `velocity` = eps - x0 (Wan), `conjugate_velocity` = x0 - eps (DOLLAR eq. (8.13)). `shift` bends the rectified-flow
     time, u -> shift u / (1 + (shift - 1) u). The `beta` fields, `snr_shift_scale` (CogVideoX divides the
     signal-to-noise ratio by it) and `rescale_zero_snr` (pure noise at the last index; applied after the shift) shape
-    the DDPM path only. DOLLAR does not publish its betas. ValueError for a field out of range, or of the other path.
+    the DDPM path only. DOLLAR does not publish its betas. `given_frames`: latent frames that are not generated, which
+    the network is told of. ValueError for a field out of range, or of the other path.
     """
 
     path: Path
@@ -46,6 +51,7 @@ class Schedule:
     beta_end: float = 0.012
     rescale_zero_snr: bool = False
     snr_shift_scale: float = 1.0
+    given_frames: int = 0
 
     def __post_init__(self) -> None:
         for name, kind in {"path": Path, "prediction": Prediction, "beta_schedule": BetaSchedule}.items():
@@ -80,6 +86,17 @@ def coefficients(schedule: Schedule, t: Time) -> tuple[Time, Time]:
     return jnp.asarray(a)[row], jnp.asarray(b)[row]
 
 
+def generated(schedule: Schedule, *clips: jax.Array) -> list[jax.Array]:
+    """Of each clip [b t ...] the frames that are not given."""
+    return [x[:, schedule.given_frames :] for x in clips]
+
+
+def keep_given(schedule: Schedule, clip: Float[Array, "b s h w c"], x: Latent) -> Latent:
+    """`x` with the given frames of `clip`, which may hold no others."""
+    k = schedule.given_frames
+    return jnp.concatenate([clip[:, :k], x[:, k:]], 1) if k else x
+
+
 def add_noise(schedule: Schedule, x0: Latent, eps: Latent, t: Time) -> Latent:
     """x_t = a_t x0 + b_t eps (DOLLAR eq. (8.1))."""
     a, b = _coefficients_like(schedule, t, x0)
@@ -95,7 +112,7 @@ def target(schedule: Schedule, x0: Latent, eps: Latent, t: Time) -> Latent:
 def to_x0(schedule: Schedule, prediction: Latent, x_t: Latent, t: Time) -> Latent:
     """The clean latent a prediction implies; DOLLAR eq. (8.15) for `conjugate_velocity`."""
     if schedule.prediction == "x0":
-        return _at_least_fp32(prediction)
+        return keep_given(schedule, x_t, _at_least_fp32(prediction))
     a, b = _coefficients_like(schedule, t, x_t)
     m, n = _mix(schedule, a, b)
     return (n * x_t - b * prediction) / _away_from_zero(a * n - b * m)
@@ -128,7 +145,7 @@ def posterior(
     schedule: Schedule, x_t: Latent, x0_hat: Latent, t: Time, t_next: Time, eta: float = 1.0
 ) -> tuple[Latent, jax.Array]:
     """Mean and, times eta, standard deviation [b 1 1 1 1] of q(x_next | x_t, x0_hat) (DOLLAR eq. (8.14)); the latter is
-    0 where t_next is the clean end.
+    0 where t_next is the clean end, and [b t 1 1 1] and 0 at given frames, if there are some.
     """
     a, b = _coefficients_like(schedule, t, x_t)
     a_next, b_next = _coefficients_like(schedule, t_next, x_t)
@@ -248,8 +265,11 @@ def _shift(schedule: Schedule, u):
 
 
 def _coefficients_like(schedule: Schedule, t: Time, x: Latent) -> tuple[jax.Array, jax.Array]:
-    a, b = coefficients(schedule, t)
-    return _like(a, x), _like(b, x)
+    a, b = (_like(value, x) for value in coefficients(schedule, t))
+    if schedule.given_frames:
+        given = (jnp.arange(x.shape[1]) < schedule.given_frames)[:, None, None, None]
+        a, b = jnp.where(given, 1.0, a), jnp.where(given, 0.0, b)
+    return a, b
 
 
 def _like(value: jax.Array, x: jax.Array) -> jax.Array:

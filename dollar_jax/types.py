@@ -20,4 +20,5 @@ Key = PRNGKeyArray
 # One key for the batch, or one per sample.
 Keys = PRNGKeyArray | jaxtyping.Key[Array, " b"]
 Params = PyTree
-Apply = Callable[[Params, Latent, Time, TextStates], Latent]
+# (params, x_t, t, text), and the number of given frames where there are some.
+Apply = Callable[..., Latent]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dollar_jax.files import write_file
 
@@ -92,6 +92,13 @@ def read_video(path: str | os.PathLike[str]) -> np.ndarray:
     if not frames:
         raise ValueError(f"{path} holds no frame")
     return np.stack(frames)
+
+
+def read_image(path: str | os.PathLike[str], height: int, width: int) -> np.ndarray:
+    """An image file scaled to cover a size and cropped to it about the centre, uint8 [h, w, 3]; raises OSError."""
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        return np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS))
 
 
 def encode_gif(frames: np.ndarray, fps: float = 8) -> bytes:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -294,12 +295,17 @@ def assert_card_samples(monkeypatch):
     import torch
 
     from dollar_jax.sampling import Denoiser, few_step_sample
+    from dollar_jax.schedule import keep_given
 
-    def check(exported, generator, params, times, axes, drawers):
+    def check(exported, generator, params, times, axes, drawers, image=None):
         (snippet,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
         (prompt,) = re.findall(r'^    "(.*)",$', snippet, re.MULTILINE)
         pipeline = generator.pipeline
         noise = jax.random.normal(jax.random.key(2), (1, *generator.latent_shape))
+        if image is not None:
+            shutil.copy(image, exported / "image.png")
+            generator.continue_from({prompt: image})
+            noise = keep_given(pipeline.schedule, jax.numpy.asarray(generator.condition([prompt]).given), noise)
         renoise = [jax.random.normal(k, noise.shape) for k in jax.random.split(jax.random.key(3), len(times))]
 
         @jax.jit

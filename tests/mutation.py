@@ -44,6 +44,7 @@ LOSSES = "tests/test_losses.py"
 SCHEDULE = "tests/test_schedule.py"
 SAMPLING = "tests/test_sampling.py"
 OBJECTIVES = "tests/test_objectives.py"
+GIVEN = "tests/test_objectives_rewards.py::test_a_given_frame_is_in_every_input_and_in_no_loss"
 
 MONITORING = "tests/test_monitoring.py"
 DAMAGE = "tests/test_checkpoint.py::test_what_is_damaged_is_named_kept_and_not_used"
@@ -123,6 +124,13 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
             [GRADIENTS],
         ),
         ("generated, real, fake, c.normalisation", "generated, fake, real, c.normalisation", [GRADIENTS]),
+        # A given frame is in a loss; it is noise.
+        (
+            "losses.denoising(*schedules.generated(schedule, prediction, goal))",
+            "losses.denoising(prediction, goal)",
+            [GIVEN],
+        ),
+        ("noise = d.start(x0, keys[1])", "noise = jax.random.normal(keys[1], x0.shape)", [GIVEN]),
         # Scores at the clean latent instead of the noised one.
         ("x_t = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), t)", "x_t = x", [ALGORITHM]),
         ("c.normalisation, c.floor", '"dmd", c.floor', [ALGORITHM]),
@@ -135,11 +143,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
             "d.denoiser(frozen.teacher, text).x0(earlier, end)",
             [GRADIENTS],
         ),
-        (
-            "losses.consistency(f(x_t, times[0], prediction), target",
-            "losses.consistency(prediction, target",
-            [ALGORITHM],
-        ),
+        ("schedule, f(x_t, times[0], prediction), target)", "schedule, prediction, target)", [ALGORITHM]),
         ("target, c.distance, c.huber_c)", 'target, "mse", c.huber_c)', [GRADIENTS]),
         # The student is differentiated through the teacher's steps' start.
         (
@@ -202,8 +206,8 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
     ],
     "sampling.py": [
         (
-            "both = self.apply(self.params, interleave(x_t, x_t), interleave(t, t), interleave(text, null_text))",
-            "both = self.apply(self.params, interleave(x_t, x_t), interleave(t, t), interleave(null_text, text))",
+            "interleave(t, t), interleave(text, null_text), *given)",
+            "interleave(t, t), interleave(null_text, text), *given)",
             [SAMPLING],
         ),
         # Rows go on beyond their own timestep.

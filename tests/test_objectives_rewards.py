@@ -198,7 +198,8 @@ def test_policy_gradient_raises_the_expected_reward(settings):
     text, shape = jnp.ones((count, 1, 1)), (1, 1, 1, 1)
     params = {"x": jnp.float32(0.4), "c": jnp.float32(-0.3)}
     distillation = Distillation(config, networks, schedule)
-    states, end = jax.jit(lambda key: ddpo.rollout(distillation, params, text, shape, key))(jax.random.key(0))
+    clip = jnp.zeros((count, *shape))
+    states, end = jax.jit(lambda key: ddpo.rollout(distillation, params, text, clip, key))(jax.random.key(0))
     assert states.shape == (count, 3, *shape)
 
     def reward(x0):
@@ -227,6 +228,59 @@ def test_policy_gradient_raises_the_expected_reward(settings):
     gradient = jax.grad(loss, has_aux=True)(params, states, text, advantage)[0]["c"]
     np.testing.assert_allclose(-gradient, slope, rtol=0.1)
     assert abs(slope) > 0.05
+
+
+# A first frame that is given
+
+
+@pytest.mark.parametrize(
+    "case", ["vsd-forward", "vsd-backward", "cd-grid", "cd-student", "lrm", "direct", "ddpo", "fake", "fake-x0"]
+)
+def test_a_given_frame_is_in_every_input_and_in_no_loss(settings, case):
+    """Every network sees it as it is, else NaN; what a network says there changes no number, and gets no gradient."""
+    name, _, kind = case.partition("-")
+    weights = {"vsd.weight": float(name == "vsd"), "consistency.weight": float(name == "cd")}
+    changes = {
+        **weights,
+        "reward.weight": 0.0 if any(weights.values()) else 1.0,
+        "reward.method": name if name in ("direct", "ddpo") else "lrm",
+        "student.input": "forward" if "forward" in kind or name == "cd" else "backward",
+        "student.timesteps": (990.0, 700.0, 300.0),
+        "consistency.times": kind if name == "cd" else "grid",
+        "fake_score.loss": kind if kind == "x0" else "prediction",
+    }
+    config, pixels, networks = settings(changes)
+    schedule = Schedule("rf", kind if kind == "x0" else "velocity", shift=3.0, given_frames=1)
+    clip, text = normal(1, BATCH, *SHAPE).at[:, 0].set(7.0), normal(2, BATCH, 3, 4)
+
+    def network(params, x, t, text, given):
+        assert given == 1
+        said = mix(PARAMS, x, t, text) + params + x.mean(1, keepdims=True)
+        return jnp.where((x[:, :1] == 7.0).all(), said, jnp.nan)
+
+    networks = Networks(network, lambda params, latent, text: jnp.square(latent).mean((1, 2, 3, 4)), pixels)
+    distillation, batch = Distillation(config, networks, schedule), Batch(clip, text)
+    others = jnp.zeros(SHAPE)
+    teacher = Frozen(others, jnp.zeros((1, 3, 4)), frozen(pixels).reward)
+    references = References(others, others, None, STATISTICS, teacher, jnp.int32(10_000))
+
+    @jax.jit
+    def loss(params):
+        """Of the student or the fake score whose network says `params` more."""
+        key = jax.random.key(0)
+        if name == "fake":
+            return objectives.fake_score(distillation, params, others, batch, key)[0]
+        if name == "ddpo":
+            states, _ = ddpo.rollout(distillation, others, text, clip, key)
+            return ddpo.policy(distillation, params, states, text, jnp.arange(BATCH) - 1.0)[0]
+        return objectives.student(distillation, params, references, batch, key)[0]
+
+    params = 0.1 * normal(3, *SHAPE)
+    value, gradient = jax.value_and_grad(loss)(params)
+    assert np.isfinite(value) and value != 0 and np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[0], 0)
+    assert np.abs(gradient[1:]).max((1, 2, 3)).all()
+    np.testing.assert_array_equal(loss(params.at[0].add(1e4)), value)
 
 
 # Weights, statistics, rows

@@ -30,7 +30,7 @@ def count(shapes):
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-@pytest.mark.parametrize("name", ["wan_1_3b", "wan_14b", "wan22_5b", "paper"])
+@pytest.mark.parametrize("name", ["wan_1_3b", "wan_14b", "wan22_5b", "wan22_5b_i2v", "paper"])
 def test_the_whole_method_is_on_and_can_be_taken_apart(name):
     config = load(name, "vsd+cd+lrm,vivid")
     assert config.vsd.weight == 1 and config.consistency.weight == 0.5 and config.reward.trained

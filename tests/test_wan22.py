@@ -1,23 +1,30 @@
 """Wan 2.2's TI2V, tiny: imported, sampled, distilled and exported by the commands, against diffusers' pipelines."""
 
+import dataclasses
 import json
+import shutil
+import types
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.wan import pipeline_wan
+from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
 from diffusers.utils import torch_utils
+from PIL import Image
 
 from dollar_jax import cli
 from dollar_jax.config import SamplingConfig
+from dollar_jax.data import shapes
 from dollar_jax.generate import Generator, make_generator, video_keys
 from dollar_jax.run import read_config, restore_student
-from dollar_jax.video import read_video
+from dollar_jax.video import encode_mp4, read_image, read_video, to_uint8, write_video
 from dollar_jax.weights.families import WAN_TI2V
 from dollar_jax.weights.pipeline import load_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:Couldn't find sharding info:UserWarning")
+# A pipeline of diffusers that cleans prompts by it has to find it.
+FTFY = types.SimpleNamespace(fix_text=lambda text: text)
 LENGTH, WEIGHT, STEPS = 12, 1.5, 4
 PROMPTS = ["a small red circle moving left slowly", "a large cyan triangle moving up"]
 RUN = {
@@ -73,17 +80,30 @@ def teacher(folder, tmp_path_factory):
     return target
 
 
-def test_the_pipeline_draws_what_diffusers_draws(folder, teacher):
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.fromarray(shapes.example(3, "train", 0)[0][0]).save(path)
+    return path
+
+
+@pytest.mark.parametrize("given", [0, 1], ids=["text", "image"])
+def test_the_pipeline_draws_what_diffusers_draws(folder, teacher, picture, monkeypatch, given):
+    monkeypatch.setattr(pipeline_wan_i2v, "ftfy", FTFY, raising=False)
     ours = load_pipeline(teacher)
     assert ours.family is WAN_TI2V and ours.schedule.shift == 5
+    ours = dataclasses.replace(ours, schedule=dataclasses.replace(ours.schedule, given_frames=given))
     generator = Generator(ours, LENGTH, SamplingConfig(STEPS, WEIGHT, 0.0, "unipc"), (5, 32, 16))
     keys = video_keys(0, 2)
-    latent = generator.teacher_sampler(STEPS, WEIGHT)(ours.transformer.params, keys, generator.text(PROMPTS))
-    theirs = diffusers.WanPipeline.from_pretrained(folder)
+    if given:
+        generator.continue_from(dict.fromkeys(PROMPTS, picture))
+    latent = generator.teacher_sampler(STEPS, WEIGHT)(ours.transformer.params, keys, *generator.condition(PROMPTS))
+    theirs = (diffusers.WanImageToVideoPipeline if given else diffusers.WanPipeline).from_pretrained(folder)
     assert theirs.config.expand_timesteps
     theirs.set_progress_bar_config(disable=True)
     drawn = theirs(
-        PROMPTS,
+        **({"image": Image.fromarray(read_image(picture, 32, 16))} if given else {}),
+        prompt=PROMPTS,
         height=32,
         width=16,
         num_frames=5,
@@ -94,7 +114,23 @@ def test_the_pipeline_draws_what_diffusers_draws(folder, teacher):
         max_sequence_length=LENGTH,
     ).frames
     assert drawn.std() > 0.01 and np.mean((drawn > 0) & (drawn < 1)) > 0.5, "nothing to compare"
-    np.testing.assert_allclose(generator.decode(latent), drawn, atol=1e-4)
+    frames = generator.decode(latent)
+    np.testing.assert_allclose(frames, drawn, atol=1e-4)
+    if given:
+        alone = generator.encode(read_image(picture, 32, 16)[None, None])
+        np.testing.assert_array_equal(latent[:, :1], alone.repeat(2, 0))
+        np.testing.assert_allclose(frames[:, :1], generator.decode(alone).repeat(2, 0), atol=1e-5)
+
+
+def test_a_clips_first_latent_frame_is_its_first_frames(teacher):
+    """So that prepared latents hold what image-to-video is given."""
+    generator = Generator(load_pipeline(teacher), LENGTH, SamplingConfig(), (9, 32, 32))
+    video = shapes.example(3, "train", 1)[0][None, :9]
+    first = generator.encode(video[:, :1])
+    for chunk in (None, 1):
+        whole = dataclasses.replace(generator, vae_chunk=chunk).encode(video)
+        assert whole.shape[1] == 3 and np.abs(whole[:, 1:2] - first).max() > 0.1
+        np.testing.assert_allclose(whole[:, :1], first, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +154,18 @@ def run(train):
     return train({})
 
 
-def test_sample_and_export_of_a_distilled_student(run, tmp_path, assert_card_samples):
-    out = tmp_path / "video.gif"
-    assert (
-        cli.main(["sample", f"--workdir={run}", f"--prompt={PROMPTS[0]}", "--steps=2", "--num=1", f"--out={out}"]) == 0
+def sample(run, out, *more):
+    return cli.main(
+        ["sample", f"--workdir={run}", f"--prompt={PROMPTS[0]}", "--steps=2", "--num=1", f"--out={out}", *more]
     )
+
+
+def test_sample_and_export_of_a_distilled_student(run, picture, tmp_path, assert_card_samples, capsys):
+    out = tmp_path / "video.gif"
+    assert sample(run, out) == 0
     assert read_video(out).std() > 1
+    assert sample(run, out, f"--image={picture}") == 2
+    assert "leave out --image" in capsys.readouterr().err
     assert cli.main(["export", f"--workdir={run}", str(tmp_path / "student")]) == 0
     config = read_config(run)
     generator = make_generator(config)
@@ -134,3 +176,61 @@ def test_sample_and_export_of_a_distilled_student(run, tmp_path, assert_card_sam
     )
     assert undrawn == 1 and snippet["pipe"].config.expand_timesteps
     assert cli.main(["import", str(tmp_path / "student"), str(tmp_path / "again")]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"lora.rank": 2}], ids=["whole", "lora"])
+def test_image_to_video_from_videos_to_diffusers(
+    teacher, train, picture, tmp_path, monkeypatch, assert_card_samples, capsys, changes
+):
+    source, data, given = tmp_path / "videos", tmp_path / "data", {"data.given_frames": 1}
+    source.mkdir()
+    for i in range(8):
+        video, caption = shapes.example(3, "train", i)
+        (source / f"{i}.mp4").write_bytes(encode_mp4(video[:5], fps=24))
+        (source / f"{i}.txt").write_text(str(caption))
+    sizes = ["--frames=5", "--height=32", "--width=32", f"--max_text_length={LENGTH}", "--workers=1"]
+    assert cli.main(["prepare", f"--source={source}", f"--teacher={teacher}", f"--out={data}", *sizes]) == 0
+    shown = {"visibility.samples_every": 2, "visibility.videos": 2, "visibility.prompts": ()}
+    run = train({"data.name": str(data), **given, **shown, **changes})
+    assert (run / "samples" / "step_000002.mp4").stat().st_size > 0
+
+    out = tmp_path / "video.gif"
+    assert sample(run, out) == 2 and "give --image" in capsys.readouterr().err
+    assert sample(run, out, f"--image={picture}", "--scale=1") == 0
+    config = read_config(run)
+    generator = make_generator(config)
+    first = generator.decode(generator.encode(read_image(picture, 32, 32)[None, None]))[0, 0]
+    write_video(tmp_path / "first.gif", to_uint8(first)[None])  # its colours are as few
+    shown, expected = (np.float32(read_video(path)[0]) for path in (out, tmp_path / "first.gif"))
+    assert np.abs(shown - expected).mean() < 1 < expected.std()
+    assert cli.main(["evaluate", f"--workdir={run}", "--quick"]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"teacher_2", "student_2"} <= metrics.keys()
+    suite = tmp_path / "vbench2_i2v_full_info.json"
+    prompts = [PROMPTS[0], f"{PROMPTS[0]}, camera pans left"]
+    suite.write_text(json.dumps([{"prompt_en": prompt, "dimension": ["i2v_subject"]} for prompt in prompts]))
+    Image.open(picture).save(tmp_path / f"{PROMPTS[0]}.jpg")
+    more = [f"--images={tmp_path}", f"--prompts_file={suite}", "--steps=2", "--num=1"]
+    assert cli.main(["evaluate", f"--workdir={run}", f"--vbench={tmp_path / 'vbench'}", *more]) == 0
+    assert {path.name for path in (tmp_path / "vbench").iterdir()} == {f"{prompt}-0.mp4" for prompt in prompts}
+
+    student = tmp_path / "student"
+    assert cli.main(["export", f"--workdir={run}", str(student)]) == 0
+    index = json.loads((student / "model_index.json").read_text())
+    assert (index["_class_name"], index["expand_timesteps"]) == ("WanImageToVideoPipeline", True)
+    drawers = (pipeline_wan_i2v, torch_utils)
+    monkeypatch.setattr(pipeline_wan_i2v, "ftfy", FTFY, raising=False)
+    params = restore_student(run, generator)
+    times = config.student.timesteps
+    _, undrawn = assert_card_samples(student, generator, params, times, (0, 4, 1, 2, 3), drawers, picture)
+    assert undrawn == 1
+    shutil.rmtree(student / "__pycache__", ignore_errors=True)
+    assert cli.main(["import", str(student), str(tmp_path / "again")]) == 0
+
+
+def test_an_image_is_refused_where_the_teacher_takes_none(make_config):
+    with pytest.raises(ValueError, match="moving_shapes takes no image"):
+        make_generator(make_config({"data.given_frames": 1, "visibility.prompts": ()}))
+    with pytest.raises(ValueError, match="visibility.prompts have no first frames"):
+        make_config({"data.given_frames": 1})

@@ -23,6 +23,7 @@ def define_flags(_: list[str]) -> None:
     define("bool", "quick", False, "Fewer videos.")
     define("string", "vbench", None, "Write the videos VBench asks for into this folder, and measure nothing.")
     define("string", "prompts_file", None, "A prompt per line; with --vbench also its VBench_full_info.json.")
+    define("string", "images", None, "With --vbench and VBench-I2V's list: folder of its images, cropped.")
     define("string", "names", None, "With --vbench and rewritten prompts: VBench's own, line by line, to name files.")
     define("float", "fps", None, "With --vbench: frames per second of the files; the teacher's by default.", 0.1)
     define("integer", "num", 5, "Videos per prompt.", 1)
@@ -100,7 +101,9 @@ def _evaluate_prompts(workdir: Path, config: Any, generator: Any, out: Path, fea
     if FLAGS.prompts_file:
         prompts = read_prompts(Path(FLAGS.prompts_file))
     else:
-        prompts = PreparedVideos(config.data).some_captions(4 if FLAGS.quick else 16)
+        given = PreparedVideos(config.data).some_captions(4 if FLAGS.quick else 16)
+        generator.given.update(given)
+        prompts = list(given)
     more = rewards, features, FLAGS.batch_size, FLAGS.allow_code
     evaluate_prompts(workdir, generator, out, prompts, 2 if FLAGS.quick else FLAGS.num, FLAGS.seed, *more)
 
@@ -125,6 +128,9 @@ def _vbench_videos() -> None:
         counts = read_vbench_prompts(names or listed, FLAGS.num)
     check_names(counts)
     generator = make_generator(config)
+    if FLAGS.images:  # whose names do not say what the camera does
+        images = {name: Path(FLAGS.images, f"{name.rpartition(', camera ')[0] or name}.jpg") for name in counts}
+        generator.continue_from({(prompts or {}).get(name, name): path for name, path in images.items()})
     fps = FLAGS.fps or generator.pipeline.family.fps
     if FLAGS.teacher:
         sampler = choose_teacher(generator, config)

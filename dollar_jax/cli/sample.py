@@ -13,6 +13,7 @@ def define_flags(_: list[str]) -> None:
     define_workdir()
     define("multi_string", "prompt", [], "What to show; may be given more than once.")
     define("string", "prompts_file", None, "A text file with a prompt per line.")
+    define("string", "image", None, "The first frame, of a run or a teacher that continues one: a file.")
     define("integer", "steps", 4, "Sampling steps.", 1)
     define("multi_integer", "seed", [0], "Seed of the noise, which all prompts share; may be given more than once.")
     define("integer", "num", 4, "Videos per prompt and seed.", 1)
@@ -33,9 +34,11 @@ def run() -> None:
     import jax.numpy as jnp
     import numpy as np
 
+    from dollar_jax.config import changed
     from dollar_jax.data.clip import clip_fps, clip_size
     from dollar_jax.evaluate import manifest
     from dollar_jax.evaluate.files import check_output, draw_missing, file_name, is_folder, read_prompts
+    from dollar_jax.files import hash_file
     from dollar_jax.generate import draw_beside, make_generator, video_keys
     from dollar_jax.run import choose_student, choose_teacher, read_config
     from dollar_jax.video import grid, write_video
@@ -51,6 +54,11 @@ def run() -> None:
         raise ValueError("--teacher beside --beside_teacher: leave one of them out")
     check_output(out)
     config = read_config(workdir)
+    if FLAGS.teacher:  # it can do both
+        config = changed(config, {"data.given_frames": int(FLAGS.image is not None)})
+    elif bool(config.data.given_frames) != (FLAGS.image is not None):
+        told = "continue an image: give" if config.data.given_frames else "start from text alone: leave out"
+        raise ValueError(f"the student of {workdir} was distilled to {told} --image")
     frames, height, width = clip_size(config.data)
     clip = FLAGS.frames or frames, FLAGS.height or height, FLAGS.width or width
     scale = FLAGS.scale or max(1, 256 // max(clip[1:]))
@@ -62,6 +70,8 @@ def run() -> None:
             raise ValueError(f"--out={out} would be a picture of {wide} × {high}, more than players show: {mend}")
     generator = make_generator(config, clip)
     _ = generator.latent_shape  # a size that does not fit is an error before the student is read
+    if FLAGS.image:
+        generator.continue_from(dict.fromkeys(prompts, Path(FLAGS.image)))
     if unknown := unknown_words(generator.pipeline.tokenizer, prompts):
         print(f"warning: the teacher does not know the words {', '.join(unknown)}", file=sys.stderr)
     samplers = []
@@ -78,6 +88,7 @@ def run() -> None:
     # A folder may get more prompts later.
     files = manifest.files_of(out) | {name: prompt for name, prompt, _ in rows} if is_folder(out) else {}
     made = {"scale": scale, **manifest.made_of(sorted({*files.values()} or prompts), FLAGS.seed, FLAGS.num, files)}
+    made |= {"image_sha256": hash_file(Path(FLAGS.image))} if FLAGS.image else {}
     made |= manifest.describe(config, generator, fps, samplers)
     manifest.write_manifest(out, made, free=("versions", "files", "prompts_sha256"))
 

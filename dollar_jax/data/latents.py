@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,9 @@ class EncodedVideos:
     def has_latents(self) -> bool:
         return True
 
-    def some_captions(self, count: int) -> list[str]:
-        """At most so many different captions, the same each time."""
-        return list(dict.fromkeys(self.captions))[:count]
+    def some_captions(self, count: int) -> dict[str, np.ndarray]:
+        """At most so many different captions, the same each time, with the latent of a clip of each."""
+        return dict(itertools.islice(dict(zip(self.captions, self.latent, strict=True)).items(), count))
 
     def captions_of(self, batch: dict[str, Any]) -> list[str]:
         """The captions of a batch's rows."""

@@ -113,16 +113,22 @@ class PreparedVideos:
         if not generator.pipeline.family.masks_padding and length != config.data.max_text_length:
             found = f"holds captions padded to {length} tokens, which this teacher attends to"
             raise ValueError(f"{self.folder} {found}: set config.data.max_text_length to {length}")
-        if not self.has_latents and (config.student.input == "forward" or config.consistency.weight):
-            mend = "set config.student.input to 'backward' and config.consistency.weight to 0"
-            raise ValueError(f"{self.folder} holds prompts without videos: {mend}")
+        if self.config.given_frames and self.about["settings"]["sample"]:
+            raise ValueError(f"{self.folder} holds samples; a given frame is a mean: prepare it without --sample")
+        needed = self.config.given_frames or config.student.input == "forward" or config.consistency.weight
+        if needed and not self.has_latents:
+            mend = "config.student.input to 'backward', config.consistency.weight and config.data.given_frames to 0"
+            raise ValueError(f"{self.folder} holds prompts without videos: set {mend}")
         return self
 
-    def some_captions(self, count: int) -> list[str]:
-        """At most so many different captions, the same each time."""
-        records = next(iter(self.buckets.values()))
+    def some_captions(self, count: int) -> dict[str, np.ndarray]:
+        """At most so many different captions, the same each time, with the given frames of a clip of each."""
+        first = "{}x{}".format(*self.about["settings"]["buckets"][0])
+        records = self.buckets.get(first) or next(iter(self.buckets.values()))
         spread = np.linspace(0, len(records) - 1, min(8 * count, len(records))).astype(int)
-        return list(dict.fromkeys(records.readable(int(i))["caption"].decode() for i in spread))[:count]
+        found = (records.readable(int(i)) for i in spread)
+        given = {r["caption"].decode(): np.array(r.get("latent", ())[: self.config.given_frames]) for r in found}
+        return dict(itertools.islice(given.items(), count))
 
     def captions_of(self, batch: dict[str, Any]) -> list[str]:
         """The captions of a batch's rows."""
@@ -158,7 +164,8 @@ class PreparedVideos:
         """A record as a batch's row: a fresh sample of the posterior, padded text; zeros for prompts alone."""
         latent = record["latent"].astype(np.float32) if self.has_latents else np.zeros(shape, np.float32)
         if "latent_std" in record:
-            latent += record["latent_std"].astype(np.float32) * rng.standard_normal(latent.shape, np.float32)
+            noise = record["latent_std"].astype(np.float32) * rng.standard_normal(latent.shape, np.float32)
+            latent[self.config.given_frames :] += noise[self.config.given_frames :]  # of an image the mean is given
         text = np.zeros((self.config.max_text_length, record["text"].shape[-1]), np.float32)
         text[: len(record["text"])] = record["text"]
         return {"latent": latent, "text": text, "caption": record["caption"].decode(), "name": record["name"].decode()}

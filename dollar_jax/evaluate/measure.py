@@ -102,8 +102,8 @@ def draw_in_turns(
     for i, part, name in tqdm(turns, "sampling in turns", unit="batch"):
         keys = video_keys(seed, len(padded))[part]  # anew: the rows share their noise, which JAX takes for a mistake
         clock: list[float] = []
-        text = _timed(clock, generator.text, padded[part])
-        latent = _timed(clock, rows[name].draw, rows[name].params, keys, text)
+        condition = _timed(clock, generator.condition, padded[part])
+        latent = _timed(clock, rows[name].draw, rows[name].params, keys, *condition)
         drawn = _timed(clock, generator.decode, latent)
         if 0 < i <= len(parts):
             frames[name].append(drawn)

@@ -1,6 +1,6 @@
-"""The text-to-video transformer of Wan 2.1, named as diffusers' `WanTransformer3DModel`. As in the reference, norms,
-modulation, rotary and timestep embedding and residual sums are fp32 whatever `dtype` is, and the weights of timestep
-embedder, residual stream's norms and modulation tables whatever `param_dtype` is.
+"""The video transformer of Wan 2.1 and 2.2's TI2V, named as diffusers' `WanTransformer3DModel`. As in the reference,
+norms, modulation, rotary and timestep embedding and residual sums are fp32 whatever `dtype` is, and the weights of
+timestep embedder, residual stream's norms and modulation tables whatever `param_dtype` is.
 """
 
 import dataclasses
@@ -83,14 +83,14 @@ class ConditionEmbedder(nnx.Module):
         self.freq_dim = c.freq_dim
 
     def __call__(
-        self, t: Float[Array, " b"], text: Float[Array, "b l d"]
-    ) -> tuple[Float[Array, "b dim"], Float[Array, "b 6 dim"], Float[Array, "b l dim"]]:
-        """The embedded time, the six modulations every block starts from, and the text."""
-        time = self.time_embedder(timestep_embedding(t, self.freq_dim))
+        self, t: Float[Array, "b s"], text: Float[Array, "b l d"]
+    ) -> tuple[Float[Array, "b s dim"], Float[Array, "b s 6 dim"], Float[Array, "b l dim"]]:
+        """The embedded times, the six modulations of each that every block starts from, and the text."""
+        time = self.time_embedder(timestep_embedding(t.ravel(), self.freq_dim)).reshape(*t.shape, -1)
         # Whole rows: to share their channels, XLA would trade the whole of the next kernel for another part.
-        time = activation_sharding.constrain(time, None)
+        time = activation_sharding.constrain(time, None, None)
         modulation = self.time_proj(jax.nn.silu(time))
-        return time, modulation.reshape(t.shape[0], 6, -1), self.text_embedder(text)
+        return time, modulation.reshape(*t.shape, 6, -1), self.text_embedder(text)
 
 
 class Attention(nnx.Module):
@@ -137,12 +137,13 @@ class WanBlock(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         text: Float[Array, "b l d"],
-        modulation: Float[Array, "b 6 d"],
+        modulation: Float[Array, "b s 6 d"],
         rotary: Rotary,
         length: int,
+        clean: int,
     ) -> Float[Array, "b n d"]:
         table = self.scale_shift_table[...] + modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = _by_token(table, x.shape[1], clean)
 
         y = self._modulate(x, shift1, scale1)
         x = (x + self.attn1(y, y, rotary, length) * gate1).astype(self.dtype)
@@ -171,16 +172,20 @@ class WanTransformer(nnx.Module):
         self.scale_shift_table = nnx.Param(_table(rngs, 2, c.dim))
 
     def __call__(
-        self, x: Float[Array, "b t h w c"], t: Float[Array, " b"], text: Float[Array, "b l d"]
+        self, x: Float[Array, "b t h w c"], t: Float[Array, " b"], text: Float[Array, "b l d"], given: int = 0
     ) -> Float[Array, "b t h w out"]:
-        """`t` in [0, 1000]; `text` comes with padded rows zeroed and, as in Wan, not masked."""
+        """`t` in [0, 1000]; `text` comes with padded rows zeroed and, as in Wan, not masked. The tokens of the first
+        `given` latent frames have the time 0 instead, as TI2V's of an image (a time for every token in diffusers).
+        """
         c = self.config
         grid = self._grid(x.shape[1:])
         # Height and width get 2⌊head_dim / 6⌋ channels each and time the rest.
         space = 2 * (c.attention_head_dim // 6)
         time_rows, rows, columns = (np.arange(size) for size in grid)
         rotary = rotary_tables((time_rows, rows, columns), (c.attention_head_dim - 2 * space, space, space))
-        time, modulation, text = self.condition_embedder(t, text)
+        clean = given // c.patch_size[0] * grid[1] * grid[2]
+        times = jnp.stack([t, jnp.zeros_like(t)], 1) if clean else t[:, None]
+        time, modulation, text = self.condition_embedder(times, text)
 
         y = patchify(x, c.patch_size)
         tokens = y.shape[1]
@@ -189,8 +194,8 @@ class WanTransformer(nnx.Module):
         text = activation_sharding.constrain(text, None, None)
         y = self.patch_embedding(activation_sharding.constrain(y, activation_sharding.CONTEXT, None))
         how = {"length": c.num_layers, "remat": c.remat, "scan": c.scan_layers}
-        y = run_blocks(self.blocks, y, text, modulation, rotary, tokens, **how)
-        shift, scale = jnp.split(self.scale_shift_table[...] + time[:, None], 2, axis=1)
+        y = run_blocks(self.blocks, y, text, modulation, rotary, tokens, clean, **how)
+        shift, scale = _by_token(self.scale_shift_table[...] + time[:, :, None], y.shape[1], clean)
         y = self.proj_out(layer_norm(y, c.eps) * (1 + scale) + shift)
         y = activation_sharding.constrain(y, activation_sharding.CONTEXT, None)
         return unpatchify(y[:, :tokens], grid, c.patch_size)
@@ -205,6 +210,15 @@ class WanTransformer(nnx.Module):
         if max(grid) > c.rope_max_seq_len:
             raise ValueError(f"a grid of {grid} patches is longer than {c.rope_max_seq_len=}")
         return cast(tuple[int, int, int], grid)
+
+
+def _by_token(table: Float[Array, "b s k d"], tokens: int, clean: int) -> list[Float[Array, "b #n d"]]:
+    """Each of the k rows for the tokens: of the one time, or of the second one for the `clean` first tokens."""
+    rows = jnp.unstack(table, axis=2)
+    if not clean:
+        return list(rows)
+    first = jnp.arange(tokens)[:, None] < clean
+    return [jnp.where(first, row[:, 1:], row[:, :1]) for row in rows]
 
 
 def _table(rngs: nnx.Rngs, rows: int, dim: int) -> Array:

@@ -5,7 +5,7 @@ import dataclasses
 from jax.sharding import Mesh
 
 from dollar_jax.config import DistillConfig
-from dollar_jax.generate import Generator, teacher_folder, transformer_options
+from dollar_jax.generate import Generator, teacher_folder, transformer_options, with_given_frames
 from dollar_jax.weights.families import PUBLISHED, Architecture
 from dollar_jax.weights.kind import Kind
 from dollar_jax.weights.pipeline import Component, Pipeline, read_architecture
@@ -42,4 +42,5 @@ def weightless_generator(
         None,
         architecture.schedule,
     )
+    pipeline = with_given_frames(pipeline, config)
     return Generator(pipeline, config.data.max_text_length, config.sampling, clip, config.compute.vae_chunk, mesh)

@@ -37,6 +37,7 @@ class Family:
     height and width and `fps` the frames per second of its videos, and `vae_chunk` the latent frames that its VAE takes
     at a time where memory counts. `entries` of model_index.json tell it from other families of its class; `unsupported`
     ones must be absent, null or false, each with what asks for it. `cleans_prompts`: prompts go through `clean_prompt`.
+    `image_pipeline` is the class that gives the same networks a clip's first frame, by a time for every token.
     `native` are the names of the transformer's modules in the code it was published with, by those in diffusers.
     """
 
@@ -51,6 +52,7 @@ class Family:
     fps: int
     vae_chunk: int
     cleans_prompts: bool = True
+    image_pipeline: str | None = None
     entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unsupported: Mapping[str, str] = dataclasses.field(default_factory=dict)
     native: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -99,7 +101,9 @@ WAN = Family(
     native=WAN_NATIVE,
 )
 # Wan 2.2's 5B. Given an image, every token has a time of its own; from text alone all have the same.
-WAN_TI2V = dataclasses.replace(WAN, clip=(121, 704, 1280), fps=24, entries={"expand_timesteps": True})
+WAN_TI2V = dataclasses.replace(
+    WAN, clip=(121, 704, 1280), fps=24, entries={"expand_timesteps": True}, image_pipeline="WanImageToVideoPipeline"
+)
 COGVIDEOX = Family(
     "CogVideoXPipeline",
     COGVIDEOX_TRANSFORMER,

@@ -1,4 +1,4 @@
-"""A text-to-video pipeline folder in diffusers layout ↔ networks, parameters and schedule."""
+"""A video pipeline's folder in diffusers layout ↔ networks, parameters and schedule."""
 
 import dataclasses
 import json
@@ -111,7 +111,7 @@ def read_family(folder: Path) -> Family:
     index = read_json(path)
     found = {name: _class_name(path, name, index.get(name)) for name in COMPONENTS}
     matching = [f for f in FAMILIES if all(index.get(name) == value for name, value in f.entries.items())]
-    pipelines = {family.pipeline: family for family in reversed(matching)}
+    pipelines = {name: f for f in reversed(matching) for name in (f.image_pipeline, f.pipeline) if name}
     transformers = {family.transformer.class_name: family for family in reversed(matching)}
     pipeline = str(index.get("_class_name", ""))
     if pipeline and pipeline not in pipelines:

@@ -1,6 +1,7 @@
 """The DiT against diffusers' in PyTorch, on random weights that went through a file."""
 
 import dataclasses
+import math
 from typing import Any
 
 import diffusers
@@ -62,20 +63,24 @@ def relative(ours, theirs):
     return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("layers, cross_attn_norm", [(1, True), (3, True), (3, False)])
-def test_forward_and_gradient_match(tmp_path, layers, cross_attn_norm):
+@pytest.mark.parametrize("layers, cross_attn_norm, given", [(1, True, 0), (3, True, 0), (3, False, 0), (3, True, 1)])
+def test_forward_and_gradient_match(tmp_path, layers, cross_attn_norm, given):
+    """With a given frame diffusers is told the time of every token: 0 for those of the frame."""
     model = reference(tmp_path, num_layers=layers, cross_attn_norm=cross_attn_norm)
     _, network, params = load(tmp_path)
     for shape, length in [((3, 4, 6), 5), ((5, 8, 4), 7)]:
         x, t, text = inputs(shape, length)
         x_torch = to_torch(x).permute(0, 4, 1, 2, 3).requires_grad_()
-        out = model(x_torch, to_torch(t), to_torch(text)).sample.permute(0, 2, 3, 4, 1)
+        times = to_torch(t)
+        if given:
+            times = times[:, None] * (torch.arange(math.prod(shape) // 4) >= shape[1] * shape[2] // 4)
+        out = model(x_torch, times, to_torch(text)).sample.permute(0, 2, 3, 4, 1)
         weight = np.random.default_rng(1).standard_normal(out.shape, np.float32)
         (out * torch.tensor(weight)).sum().backward()
         theirs, theirs_grad = out.detach().numpy(), x_torch.grad.permute(0, 2, 3, 4, 1).numpy()
 
         def weighted(x, t=t, text=text, weight=weight):
-            out = network.apply(params, x, t, text)
+            out = network.apply(params, x, t, text, given)
             return (out * weight).sum(), out
 
         ours_grad, ours = jax.jit(jax.grad(weighted, has_aux=True))(x)

@@ -97,6 +97,25 @@ def test_rows_are_fresh_samples_of_the_posterior_with_padded_text(config, one_ea
     assert len(np.unique(noise[:, 0])) == len(noise)
 
 
+def test_a_given_frame_is_the_posteriors_mean(config, one_each, generator):
+    data, by_caption = (
+        PreparedVideos(replace(config.data, given_frames=1)),
+        {r["caption"].decode(): r for r in one_each},
+    )
+    (batch,) = take(data.batches(small(config)), 1)
+    for latent, caption in zip(batch["latent"], data.captions_of(batch), strict=True):
+        same_as_mean = latent == by_caption[caption]["latent"]
+        assert same_as_mean[:1].all() and not same_as_mean[1:].any()
+    some = data.some_captions(3)
+    assert len(some) == 3
+    for caption, given in some.items():
+        np.testing.assert_array_equal(given, by_caption[caption]["latent"][:1])
+        assert given.shape == (1, 2, 4, 4)  # of the first bucket, whose size samples have
+    data.about["settings"]["sample"] = True
+    with pytest.raises(ValueError, match="prepare it without --sample"):
+        data.check(config, generator)
+
+
 def test_the_position_is_exact_although_batches_are_placed_ahead(config):
     c = small(config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

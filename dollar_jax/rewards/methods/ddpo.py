@@ -29,15 +29,16 @@ class Rollouts:
 
 
 def rollout(
-    d: Distillation, params: Params, text: TextStates, shape: Shape, key: Key
+    d: Distillation, params: Params, text: TextStates, clip: Latent, key: Key
 ) -> tuple[Float[Array, "b s t h w c"], Latent]:
     """The student from noise by the DDPM posterior, without gradient: its states at the last three timesteps, or two if
-    there are no more, and the clean latent. The steps between those are the last whose outcome is random.
+    there are no more, and the clean latent. The steps between those are the last whose outcome is random. Of
+    `clip` it takes shape and given frames.
     """
     params = jax.lax.stop_gradient(params)
     times = [jnp.full(len(text), t) for t in d.config.student.timesteps]
     keys = jax.random.split(key, len(times))
-    states = [jax.random.normal(keys[0], (len(text), *shape))]
+    states = [d.start(clip, keys[0])]
     for t, t_next, step_key in zip(times, times[1:], keys[1:], strict=False):
         x0 = d.denoiser(params, text).x0(states[-1], t)
         mean, deviation = schedules.posterior(d.schedule, states[-1], x0, t, t_next)
@@ -56,7 +57,8 @@ def policy(
     for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
         x0 = d.denoiser(params, text).x0(states[:, i], t)
         mean, deviation = schedules.posterior(d.schedule, states[:, i], x0, t, t_next)
-        total += losses.policy_gradient(states[:, i + 1], mean, deviation, advantage).mean()
+        x_next, mean, deviation = schedules.generated(d.schedule, states[:, i + 1], mean, deviation)
+        total += losses.policy_gradient(x_next, mean, deviation, advantage).mean()
     return total, {"policy": total}
 
 
@@ -97,7 +99,7 @@ class DDPO(RewardMethod):
         return grads, dataclasses.replace(state, reward_statistics=statistics), metrics
 
     def candidates(self, d: Distillation, student: Params, rows: Batch, generated: Latent, key: Key) -> base.Candidates:
-        states, x0 = rollout(d, student, rows.text, rows.latent.shape[1:], key)
+        states, x0 = rollout(d, student, rows.text, rows.latent, key)
         return [x0], states
 
 
