@@ -166,6 +166,7 @@ def test_sample_and_export_of_a_distilled_student(run, picture, tmp_path, assert
     assert read_video(out).std() > 1
     assert sample(run, out, f"--image={picture}") == 2
     assert "leave out --image" in capsys.readouterr().err
+    assert sample(run, tmp_path / "teacher.gif", f"--image={picture}", "--teacher") == 0
     assert cli.main(["export", f"--workdir={run}", str(tmp_path / "student")]) == 0
     config = read_config(run)
     generator = make_generator(config)

@@ -55,7 +55,7 @@ def run() -> None:
     check_output(out)
     config = read_config(workdir)
     if FLAGS.teacher:  # it can do both
-        config = changed(config, {"data.given_frames": int(FLAGS.image is not None)})
+        config = changed(config, {"data.given_frames": int(FLAGS.image is not None), "visibility.prompts": ()})
     elif bool(config.data.given_frames) != (FLAGS.image is not None):
         told = "continue an image: give" if config.data.given_frames else "start from text alone: leave out"
         raise ValueError(f"the student of {workdir} was distilled to {told} --image")
