@@ -53,20 +53,19 @@ def column(path: Path, names: list[str], keys: tuple[str, ...]) -> str:
     return found[0]
 
 
-def encoding_of(start: bytes) -> dict[str, str]:
-    """How a text that begins so is decoded: as UTF-16 where it says so, as Windows writes it; else as UTF-8.
-
-    Bytes that are no UTF-8 become lone surrogates: they may name a file, but are no caption.
+def encoding_of(start: bytes) -> tuple[str, str]:
+    """Encoding and `errors` of a text that begins so: UTF-16 where it says so, as Windows writes it; else UTF-8, whose
+    other bytes become lone surrogates: they may name a file, but are no caption.
     """
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return {"encoding": "utf-16", "errors": "replace"}
-    return {"encoding": "utf-8-sig", "errors": "surrogateescape"}
+        return "utf-16", "replace"
+    return "utf-8-sig", "surrogateescape"
 
 
 def _open(path: Path, newline: str | None = None) -> TextIO:
     with path.open("rb") as file:
-        start = file.read(2)
-    return path.open(newline=newline, **encoding_of(start))
+        encoding, errors = encoding_of(file.read(2))
+    return path.open(encoding=encoding, errors=errors, newline=newline)
 
 
 def _manifest_item(path: Path, number: int, row: Any, prompts: bool) -> Item:

@@ -219,7 +219,7 @@ def read_caption(item: Item, rng: np.random.Generator | None = None, language: s
     for place in item["captions"]:
         try:
             data = _read(place)
-            text: Any = data.decode(**encoding_of(data))
+            text: Any = data.decode(*encoding_of(data))
             if data and (place.get("json") or place["path"].endswith(".json")):
                 fields = parse_json(text, "it")
                 text = first_of(fields, CAPTION_KEYS) if isinstance(fields, dict) else None

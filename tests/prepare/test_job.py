@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 
 from dollar_jax import cli
 from dollar_jax.prepare import job, shards
+from dollar_jax.prepare.clips import Loader
 from dollar_jax.prepare.job import prepare
 from dollar_jax.prepare.settings import remember_settings
 from dollar_jax.prepare.videos import ClipSettings, read_clips
@@ -168,6 +169,19 @@ def test_what_is_not_said_is_the_teachers(videos, teacher, tmp_path, monkeypatch
     wan = ((480, 832),)
     assert found[:2] == [(81, wan, 16, 3), (81, ((480, 64),), None, 1)]
     assert found[2:] == [(17, wan, 16, 15), (81, wan, 4, 1), (17, ((32, 32),), None, 1)]
+
+
+def test_a_clip_across_a_hard_cut_is_rejected_unless_it_is_to_be_kept(settings, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 4, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    (tmp_path / "a.mp4").write_bytes(encode_mp4(pictures.repeat((8, 7), 0)))
+    (tmp_path / "a.txt").write_text("a caption")
+    several = replace(settings, source=str(tmp_path), clips=3)
+    load, keep = Loader(several), Loader(replace(several, keep_cuts=True))
+    (item,) = load.items()
+    first, cut, last = load(0, item)
+    assert [first.name, last.name] == ["a.mp4#0", "a.mp4#2"]
+    assert cut == (0, "a.mp4#1", "crosses a hard cut before its frame 3")
+    assert [clip.name for clip in keep(0, item)] == ["a.mp4#0", "a.mp4#1", "a.mp4#2"]
 
 
 def kill_five_times(command, tmp_path, monkeypatch):
