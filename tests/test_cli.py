@@ -54,6 +54,7 @@ def test_every_command_has_help(capsys, name):
     flags = {
         "config": "--config",
         "import": "--dtype",
+        "import-reward": "--clip",
         "prepare": "--out",
         "vbench-score": "--json",
         "plan": "--topology",

@@ -205,6 +205,13 @@ LINES = [
     ("import {bad} {new}", "model_index.json"),
     ("import {run} {bad}", "is there already"),
     ("import {run} {new} --dtype=int8", "--dtype"),
+    ("import-reward {bad}/gone", "give two names"),
+    ("import-reward {bad}/gone {new}", "gone is not a folder"),
+    ("import-reward {bad}/gone.pt {new}", "gone.pt"),
+    ("import-reward {bad}/two.txt {new}", "two.txt is damaged or no safetensors file"),
+    ("import-reward {run} {new}", "holds no safetensors file"),
+    ("import-reward {run} {bad}", "is there already"),
+    ("import-reward {run} {new} --clip=", "--clip is empty"),
     *[
         (f"vbench-score {{bad}}/{name}.json", f"{name}.json")
         for name in (

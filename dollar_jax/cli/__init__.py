@@ -33,6 +33,7 @@ COMMANDS = {
     "serve": Command("a page and an API to try a run's student"),
     "evaluate": Command("sample and measure a run again"),
     "import": Command("a diffusers pipeline to a teacher folder that shards", "SRC DST"),
+    "import-reward": Command("published weights of a reward on CLIP to the folder that is trained on", "SRC DST"),
     "export": Command("a run's student to a folder that diffusers loads", "DST"),
     "plan": Command("compile for TPU chips that need not be there: memory, operations, time"),
     "pretrain": Command("train the default domain's teacher from nothing"),
@@ -96,6 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _overview() -> str:
     lines = ["dollar: few-step text-to-video distillation by VSD, consistency and latent reward", ""]
-    lines += [f"  dollar {name:<12} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  dollar {name:<13} {command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "Exit codes:", *(f"  {code:<5}{meaning}" for code, meaning in EXIT_CODES.items())]
     return "\n".join([*lines, "", "dollar <command> --help lists a command's flags, dollar --version the version."])

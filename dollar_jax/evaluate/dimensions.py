@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dollar_jax.evaluate.quality import temporal_flicker
-from dollar_jax.models.clip import VIT_B_32, preprocess
+from dollar_jax.models.clip import preprocess
 from dollar_jax.program import Program
 from dollar_jax.rewards.builtin import optical_flow
 from dollar_jax.rewards.clip import aesthetic
@@ -56,7 +56,7 @@ class Dimensions:
 
 
 def load_dimensions(clip: Path | None = None, beauty: Path | None = None) -> Dimensions:
-    """With the weights in these folders: a CLIP, ViT-B/32 unless its config.json says otherwise, and LAION's
+    """With the weights in these folders: a CLIP, VBench's being ViT-B/32, and LAION's
     aesthetic predictor. Raises FileNotFoundError or ValueError naming what is wrong in them."""
     reward = None if beauty is None else aesthetic(beauty)
     return Dimensions(
@@ -66,8 +66,8 @@ def load_dimensions(clip: Path | None = None, beauty: Path | None = None) -> Dim
 
 
 def _clip(folder: Path) -> Callable[[np.ndarray, str], tuple[np.ndarray, np.ndarray]]:
-    config, network, params, _ = load_clip(folder, VIT_B_32)
-    tokenizer = clip_tokenizer(folder)
+    config, network, params, _ = load_clip(folder)
+    tokenizer = clip_tokenizer(folder, config)
 
     def embed(params: object, frames: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         images = network.apply(params, preprocess(frames, config.image_size), method="embed_images")

@@ -51,12 +51,8 @@ class CLIPConfig:
     remat: Remat = "none"
 
 
-# LAION's, of HPSv2 and PickScore; and OpenAI's, of the LAION aesthetic score, and of VBench's background consistency.
+# LAION's, of HPSv2 and PickScore.
 VIT_H_14 = CLIPConfig(TowerConfig(1280, 5120, 32, 16, "gelu"), TowerConfig(1024, 4096, 24, 16, "gelu"), 1024)
-VIT_L_14 = CLIPConfig(TowerConfig(1024, 4096, 24, 16, "quick_gelu"), TowerConfig(768, 3072, 12, 12, "quick_gelu"), 768)
-VIT_B_32 = CLIPConfig(
-    TowerConfig(768, 3072, 12, 12, "quick_gelu"), TowerConfig(512, 2048, 12, 8, "quick_gelu"), 512, patch_size=32
-)
 
 
 def _dense(c: CLIPConfig, dim_in: int, dim_out: int, rngs: nnx.Rngs, bias: bool = True) -> Linear:

@@ -1,23 +1,25 @@
-"""Rewards on CLIP: HPSv2 (arXiv 2306.09341), PickScore (arXiv 2305.01569), LAION's aesthetic score, CLIP itself. Each
-is read from a folder with the weights as safetensors, under transformers' or OpenCLIP's names, and for those that read
-prompts CLIP's tokenizer (tokenizer.json, or vocab.json and merges.txt). Every frame is scored, a clip's reward is their
-mean. Weights are held in half precision, in which HPSv2's are published.
+"""Rewards on CLIP: HPSv2 (arXiv 2306.09341), PickScore (arXiv 2305.01569), LAION's aesthetic score, CLIP itself.
+
+Each is read from a folder as `dollar import-reward` writes it, or transformers: config.json, safetensors, and for those
+that read prompts CLIP's tokenizer. Every frame is scored, a clip's reward is their mean. Weights are held in half
+precision, in which HPSv2's are published. Where a reward is differentiated, to compare with, layers are computed again.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dollar_jax.models.clip import VIT_H_14, VIT_L_14, CLIPConfig, Fit, preprocess
+from dollar_jax.models.clip import Fit, preprocess
 from dollar_jax.rewards.reward import JaxReward
 from dollar_jax.types import Params
 from dollar_jax.weights.clip import clip_tokenizer, load_clip
 from dollar_jax.weights.pipeline import tokenize
 
+_OURS: Any = {"param_dtype": "float16", "remat": "full"}
 # The linear layers of the aesthetic head by their names in its file: no activations between them.
 AESTHETIC_LAYERS = (0, 2, 4, 6, 7)
 
@@ -33,13 +35,13 @@ def pickscore(folder: Path) -> JaxReward:
 
 
 def clip_score(folder: Path) -> JaxReward:
-    """The cosine of plain CLIP, ViT-L/14 unless the folder says otherwise: the alignment of videos and prompts."""
-    return _agreement(folder, "crop", "how well the picture fits its prompt (CLIP)", VIT_L_14)
+    """The cosine of plain CLIP: the alignment of videos and prompts."""
+    return _agreement(folder, "crop", "how well the picture fits its prompt (CLIP)")
 
 
-def _agreement(folder: Path, fit: Fit, meaning: str, preset: CLIPConfig = VIT_H_14) -> JaxReward:
-    config, network, params, _ = load_clip(folder, _as_reward(preset))
-    tokenizer, length = clip_tokenizer(folder), config.max_position_embeddings
+def _agreement(folder: Path, fit: Fit, meaning: str) -> JaxReward:
+    config, network, params, _ = load_clip(folder, **_OURS)
+    tokenizer, length = clip_tokenizer(folder, config), config.max_position_embeddings
 
     def cosine(params: Params, frames: jax.Array, tokens: jax.Array | None) -> jax.Array:
         pixels = preprocess(frames.reshape(-1, *frames.shape[2:]), config.image_size, fit)
@@ -57,8 +59,7 @@ def aesthetic(folder: Path) -> JaxReward:
     """LAION's aesthetic predictor v2 (sac+logos+ava1-l14-linearMSE): 1 to 10, on CLIP ViT-L/14's image. Its head's
     `layers.*` are in the same file as the tower.
     """
-    preset = dataclasses.replace(_as_reward(VIT_L_14), text=None)
-    config, network, tower, head = load_clip(folder, preset, apart="layers.")
+    config, network, tower, head = load_clip(folder, text=False, **_OURS)
     try:
         layers = [(head[f"layers.{i}.weight"].T, head[f"layers.{i}.bias"]) for i in AESTHETIC_LAYERS]
     except KeyError as error:
@@ -73,8 +74,3 @@ def aesthetic(folder: Path) -> JaxReward:
         return x.reshape(frames.shape[:2]).mean(1)
 
     return JaxReward(score, "how beautiful the picture is (LAION)", {"tower": tower, "head": layers})
-
-
-def _as_reward(preset: CLIPConfig) -> CLIPConfig:
-    # A reward is only differentiated to compare with; then each layer is computed again.
-    return dataclasses.replace(preset, param_dtype="float16", remat="full")

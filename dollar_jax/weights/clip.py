@@ -1,7 +1,9 @@
 """transformers' `CLIPModel`, and OpenCLIP's names for the same, ↔ `CLIP`."""
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,11 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from dollar_jax.models.clip import CLIP, CLIPConfig, TowerConfig
+from dollar_jax.files import new_folder, read_json
+from dollar_jax.models.clip import CLIP, MEAN, STD, VIT_H_14, CLIPConfig, TowerConfig
 from dollar_jax.models.network import Network, make_network
 from dollar_jax.weights import safetensors_io as files
+from dollar_jax.weights.kind import OURS
 from dollar_jax.weights.pipeline import load_tokenizer
-from dollar_jax.weights.table import TRANSPOSE, Pairs, Params, Row, Transform, import_params
+from dollar_jax.weights.table import TRANSPOSE, Pairs, Params, Row, Transform, export_stream, import_params
+from dollar_jax.weights.torch_file import read_torch
+
+HEAD = "layers."  # of the tensors of an aesthetic head
+_LIKE = "a published CLIP of its size, such as openai/clip-vit-large-patch14"
 
 _TOWER = "{tower:vision_model|text_model}"
 _QKVO = f"{_TOWER}/blocks/{{p:q_proj|k_proj|v_proj|out_proj}}"
@@ -100,11 +108,21 @@ def clip_config(fields: Mapping[str, Any], **ours: Any) -> CLIPConfig:
     return CLIPConfig(tower(vision), tower(text), c.projection_dim, *sizes, eos, **ours)
 
 
-def clip_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer; raises ValueError where it would make the same tokens of every prompt."""
+def clip_fields(config: CLIPConfig) -> dict[str, Any]:
+    """The config.json of a `CLIPModel`; undoes `clip_config`."""
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in OURS}
+    image = {name: fields.pop(name) for name in ("patch_size", "image_size")}
+    words = {name: fields.pop(name) for name in ("vocab_size", "max_position_embeddings", "eos_token_id")}
+    text = fields.pop("text")
+    towers = {"vision_config": fields.pop("vision") | image} | ({"text_config": text | words} if text else {})
+    return {"model_type": "clip", "architectures": ["CLIPModel"], **fields, **towers}
+
+
+def clip_tokenizer(folder: Path, config: CLIPConfig) -> Any:
+    """The folder's tokenizer; raises ValueError where the network would make the same of every prompt."""
     tokenizer = load_tokenizer(folder)
     red, fox = tokenizer(["red", "fox"])["input_ids"]
-    if red == fox:
+    if red == fox or red[-1] != config.eos_token_id:
         raise ValueError(f"{folder} lacks CLIP's tokenizer, without which all prompts are alike: see docs/rewards.md")
     return tokenizer
 
@@ -114,24 +132,69 @@ def clip_network(config: CLIPConfig) -> Network:
 
 
 def load_clip(
-    folder: Path, preset: CLIPConfig, apart: str | None = None
+    folder: Path, text: bool = True, **ours: Any
 ) -> tuple[CLIPConfig, Network, Params, dict[str, np.ndarray]]:
-    """Configuration, network, parameters, and the tensors whose names begin with `apart`, of safetensors under
-    transformers' or OpenCLIP's names, of the size in config.json, else of `preset`.
+    """Configuration, network, parameters, and the tensors of a head, `layers.*`, of a folder of safetensors under
+    transformers' or OpenCLIP's names, with or without its text tower; `ours` are dtype, param_dtype and remat.
     """
-    config = preset
-    if (folder / "config.json").is_file():
-        ours = {name: getattr(preset, name) for name in ("dtype", "param_dtype", "remat")}
-        config = clip_config(files.read_config(folder), **ours)
-        if preset.text is None:
-            config = dataclasses.replace(config, text=None)
-    network, others = clip_network(config), {}
+    config = clip_config(files.read_config(folder), **ours)
+    config = config if text else dataclasses.replace(config, text=None)
+    network = clip_network(config)
+    return config, network, *_split(from_openclip(files.read_tensors(folder)), config, network)
+
+
+def _split(pairs: Pairs, config: CLIPConfig, network: Network) -> tuple[Params, dict[str, np.ndarray]]:
+    """Parameters, and a head's tensors; a text tower that the configuration has not is left out."""
+    head = {}
 
     def towers() -> Iterator[tuple[str, np.ndarray]]:
-        for name, tensor in from_openclip(files.read_tensors(folder)):
-            if apart is not None and name.startswith(apart):
-                others[name] = tensor
+        for name, tensor in pairs:
+            if name.startswith(HEAD):
+                head[name] = tensor
             elif config.text is not None or not name.startswith(("text_", "logit_scale")):
                 yield name, tensor
 
-    return config, network, import_params(CLIP_TABLE, towers(), network.shapes), others
+    return import_params(CLIP_TABLE, towers(), network.shapes), head
+
+
+def import_reward(source: Path, folder: Path, clip: Path | None = None) -> None:
+    """Writes `folder` as the rewards on CLIP are read, of a folder of safetensors, or of one such file or torch's, with
+    transformers' or OpenCLIP's names. What `source` lacks is that of the folder `clip`: config.json, tokenizer, and the
+    image tower of an aesthetic head. Raises FileExistsError, FileNotFoundError or ValueError naming what is missing.
+    """
+    places = [place for place in (source, clip) if place is not None and place.is_dir()]
+    with new_folder(folder) as draft:
+        pairs = read_torch(source) if source.suffix in files.PICKLES else files.read_tensors(source)
+        tensors = dict(from_openclip((name.removeprefix("module."), tensor) for name, tensor in pairs))
+        if head := any(name.startswith(HEAD) for name in tensors):
+            tensors = {**(dict(from_openclip(files.read_tensors(clip))) if clip else {}), **tensors}
+        width = len(tensors.get("vision_model.embeddings.class_embedding", ()))
+        described = (place for place in places if (place / "config.json").is_file())
+        configs = (*(clip_config(files.read_config(place)) for place in described), VIT_H_14)
+        config = next((c for c in configs if c.vision.hidden_size == width), None)
+        if config is None:
+            what = "a head without its CLIP" if head else "of no CLIP that a config.json describes"
+            raise ValueError(f"{source} is {what}: give --clip=FOLDER of {_LIKE}")
+        config = dataclasses.replace(config, param_dtype="float16", text=None if head else config.text)
+        try:
+            params, layers = _split(tensors.items(), config, clip_network(config))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        if config.text is not None:
+            _tokenizer(source, places, config).save_pretrained(draft)
+        stream = itertools.chain(export_stream(CLIP_TABLE, params), layers.items())
+        dtype = "float32" if head else "float16"
+        files.write_component(draft, clip_fields(config), stream, file_name=files.TRANSFORMERS_FILE, dtype=dtype)
+
+
+def _tokenizer(source: Path, places: list[Path], config: CLIPConfig) -> Any:
+    """The first place's that has CLIP's; ValueError where images would be prepared otherwise than here."""
+    for place in places:
+        path = place / "preprocessor_config.json"
+        fields = read_json(path) if path.is_file() else {}
+        for name, values in {"image_mean": MEAN, "image_std": STD}.items():
+            if fields.get(name, list(values)) != list(values):
+                raise ValueError(f"{path} has {name} {fields[name]}, and only CLIP's {values} is supported")
+        with contextlib.suppress(ValueError):
+            return clip_tokenizer(place, config)
+    raise ValueError(f"{source} lacks tokenizer.json, or vocab.json and merges.txt: give --clip=FOLDER of {_LIKE}")

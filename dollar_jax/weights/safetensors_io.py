@@ -16,7 +16,7 @@ from dollar_jax.files import open_regular, read_json
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_FILE = "model.safetensors"
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -51,9 +51,9 @@ def tensor_files(folder: str | Path) -> list[Path]:
     what = "no safetensors file"
     if others:
         what = f"{len(others)} safetensors files and no *.safetensors.index.json that says which belong together"
-    elif pickles := sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES):
-        what = f"{pickles[0]}, a pickle, which is never opened because reading one can run any code; save its tensors "
-        what += "as safetensors, as docs/rewards.md shows"
+    elif pickles := sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES):
+        what = f"{pickles[0]}, a pickle, which is never opened because reading one can run any code; where it is a "
+        what += "reward's, `dollar import-reward` reads its tensors without that"
     raise FileNotFoundError(f"{folder} holds {what}")
 
 

@@ -11,11 +11,12 @@ import transformers
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from dollar_jax.models.clip import MEAN, STD, VIT_H_14, VIT_L_14, preprocess
-from dollar_jax.weights.clip import CLIP_TABLE, clip_config, clip_network, load_clip
+from dollar_jax.models.clip import MEAN, STD, VIT_H_14, CLIPConfig, TowerConfig, preprocess
+from dollar_jax.weights.clip import CLIP_TABLE, clip_config, clip_fields, clip_network, load_clip
 from dollar_jax.weights.safetensors_io import write_component
 from dollar_jax.weights.table import export_stream
 
+VIT_L_14 = CLIPConfig(TowerConfig(1024, 4096, 24, 16, "quick_gelu"), TowerConfig(768, 3072, 12, 12, "quick_gelu"), 768)
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
@@ -73,7 +74,7 @@ def towers(network, params, pixels, ids):
 
 def test_both_towers_and_logits_match_transformers(saved):
     folder, model = saved
-    ours, network, params, _ = load_clip(folder, VIT_H_14)
+    ours, network, params, _ = load_clip(folder)
     assert ours.vision.num_hidden_layers == 3 and ours.eos_token_id == 59
     pixels, ids = inputs()
     with torch.no_grad():
@@ -132,12 +133,12 @@ def test_openclip_names_give_the_same_numbers(saved, tmp_path):
     fields = json.loads((folder / "config.json").read_text())
     tensors = openclip_names(model)
     write_component(tmp_path, fields, tensors, file_name="open_clip_model.safetensors")
-    _, network, params, _ = load_clip(tmp_path, VIT_H_14)
-    jax.tree.map(np.testing.assert_array_equal, params, load_clip(folder, VIT_H_14)[2])
+    _, network, params, _ = load_clip(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, params, load_clip(folder)[2])
     del tensors["visual.ln_pre.bias"]
     write_component(tmp_path, fields, tensors, file_name="open_clip_model.safetensors")
     with pytest.raises(ValueError, match=r"lack 'vision_model.pre_layrnorm.bias'"):
-        load_clip(tmp_path, VIT_H_14)
+        load_clip(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,9 @@ def test_presets_have_the_published_sizes(preset, image, text, published):
     )
 
 
-def test_bad_configs_are_refused():
+def test_configs_come_back_and_bad_ones_are_refused():
+    for preset in (VIT_H_14, VIT_L_14):
+        assert clip_config(clip_fields(preset)) == preset
     with pytest.raises(ValueError, match="of a 'siglip' model, not of a CLIPModel"):
         clip_config({"model_type": "siglip"})
     old = clip_config({**config("gelu").to_dict(), "text_config": {"vocab_size": 60, "eos_token_id": 2}})

@@ -1,8 +1,7 @@
 """Rewards on CLIP, read from folders as they are published, against the same sums done with transformers."""
 
-import re
+import itertools
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,10 @@ import transformers
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from dollar_jax import cli
 from dollar_jax.evaluate.dimensions import load_dimensions
 from dollar_jax.rewards import get_reward
+from dollar_jax.weights.clip import import_reward
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 
 TOWER = {
@@ -145,20 +146,84 @@ def test_a_folder_that_makes_all_prompts_alike_is_refused(published, tmp_path):
         get_reward("hpsv2", str(tmp_path))
 
 
-def test_openclips_file_is_converted_as_the_documentation_says(published, tmp_path, monkeypatch):
-    """HPSv2's layout: a torch file of OpenCLIP's names under "state_dict", the tokenizer elsewhere."""
-    folder, model, tokenizer = published
-    state = {f"module.{name}": tensor for name, tensor in openclip(model).items()}
-    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "HPS_v2.1_compressed.pt")
-    docs = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
-    (snippet,) = re.findall(r"```python\n(import torch\n.*?)```", docs, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(transformers.CLIPTokenizer, "from_pretrained", lambda name: tokenizer)
-        exec(snippet, {})
-    shutil.copy(folder / "config.json", "rewards/hpsv2")  # the published one is of the size that is taken by default
-    found = get_reward("hpsv2", "rewards/hpsv2")(clips(), PROMPTS)
-    np.testing.assert_allclose(found, get_reward("hpsv2", str(folder))(clips(), PROMPTS), atol=1e-5)
+@pytest.fixture(scope="module")
+def layouts(published, tmp_path_factory):
+    """Published layouts of random weights: HPSv2's torch file of OpenCLIP's names, an aesthetic head, towers alone."""
+    folder, model, _ = published
+    place = tmp_path_factory.mktemp("layouts")
+    state = {f"module.{name}": tensor.half() for name, tensor in openclip(model).items()}
+    torch.save({"epoch": 3, "optimizer": {"groups": [1, 2], 5: None}, "state_dict": state}, place / "HPS_v2.1.pt")
+    sizes = (16, 8, 6, 5, 4, 1)
+    linear = [torch.nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+    drop = torch.nn.Dropout(0.1)
+    layers = torch.nn.Sequential(linear[0], drop, linear[1], drop, linear[2], drop, *linear[3:])
+    torch.save(torch.nn.ModuleDict({"layers": layers}).state_dict(), place / "sac+logos+ava1-l14-linearMSE.pth")
+    tensors = {name: tensor.numpy() for name, tensor in openclip(model).items()}
+    (place / "open_clip").mkdir()
+    write_component(place / "open_clip", {}, tensors, file_name="open_clip_model.safetensors")
+    (place / "open_clip" / "config.json").unlink()
+    return place, layers
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "clip"),
+    [
+        ("hpsv2", "HPS_v2.1.pt", True),
+        ("clip", "open_clip", True),
+        ("clip", "open_clip/open_clip_model.safetensors", True),
+        ("pickscore", None, False),
+    ],
+)
+def test_published_layouts_are_imported(published, layouts, tmp_path, name, source, clip, capsys):
+    folder, flags = published[0], [f"--clip={published[0]}"] if clip else []
+    source = folder if source is None else layouts[0] / source
+    assert cli.main(["import-reward", str(source), str(tmp_path / "new"), *flags]) == 0
+    assert f"vsd+cd+lrm,REWARD={tmp_path / 'new'}" in capsys.readouterr().out
+    found = get_reward(name, str(tmp_path / "new"))(clips(), PROMPTS)
+    np.testing.assert_allclose(found, get_reward(name, str(folder))(clips(), PROMPTS), atol=1e-5)
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "new").state_dict()
+    for key, value in published[1].state_dict().items():
+        torch.testing.assert_close(theirs[key].float(), value)
+
+
+def test_an_imported_aesthetic_head_is_torchs_on_transformers_images(published, layouts, tmp_path):
+    place, layers = layouts
+    import_reward(place / "sac+logos+ava1-l14-linearMSE.pth", tmp_path / "new", published[0])
+    with torch.no_grad():
+        expected = layers.eval()(torch.tensor(torch_images(published[1], cropped()))).numpy().reshape(2, 2).mean(1)
+    found = get_reward("aesthetic", str(tmp_path / "new"))(clips(), PROMPTS)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert np.abs(expected[0] - expected[1]) > 5e-3
+
+
+def test_what_a_source_lacks_is_said_and_nothing_left(published, layouts, tmp_path, capsys):
+    folder, place = published[0], layouts[0]
+    towers, new = tmp_path / "towers", tmp_path / "new"
+    towers.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, towers)
+    wide = tmp_path / "wide.pt"
+    torch.save({"visual.class_embedding": torch.zeros(1280)}, wide)
+    broken = openclip(published[1]) | {"visual.conv1.weight": torch.zeros(32, 3, 14, 14)}
+    torch.save(broken, tmp_path / "shape.pt")
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    for source, clip, says in (
+        (place / "HPS_v2.1.pt", None, "is of no CLIP that a config.json describes: give --clip=FOLDER of"),
+        (place / "sac+logos+ava1-l14-linearMSE.pth", None, "is a head without its CLIP: give --clip=FOLDER of"),
+        (towers, None, "lacks tokenizer.json, or vocab.json and merges.txt: give --clip=FOLDER of"),
+        (place / "HPS_v2.1.pt", towers, "lacks tokenizer.json"),
+        (wide, folder, "the weights lack 'vision_model.embeddings.patch_embedding.weight'"),
+        (tmp_path / "shape.pt", folder, "has shape (32, 3, 14, 14)"),
+        (tmp_path / "other", None, "has image_mean [0.5, 0.5, 0.5], and only CLIP's"),
+        (folder, towers, None),
+        (folder, None, "is there already"),
+    ):
+        flags = [] if clip is None else [f"--clip={clip}"]
+        assert cli.main(["import-reward", str(source), str(new), *flags]) == (2 if says else 0)
+        if says:
+            assert says in capsys.readouterr().err
+        assert new.exists() == (says in (None, "is there already")) and not list(tmp_path.glob(".*"))
 
 
 def openclip(model):
@@ -193,7 +258,7 @@ def test_missing_weights_are_one_sentence(tmp_path):
         get_reward("hpsv2")
     with pytest.raises(FileNotFoundError, match="which is not a folder"):
         get_reward("hpsv2", str(tmp_path / "absent"))
-    with pytest.raises(FileNotFoundError, match="holds no safetensors file"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         get_reward("hpsv2", str(tmp_path))
 
 
