@@ -5,9 +5,11 @@ it sees decoded frames as NumPy, off the training's critical path. A `JaxReward`
 step on frames decoded there. Neither is differentiated, unless the method asks for it.
 
 A reward is named by a key of REWARDS or LOADERS, or by the place of one's own: `module:name` or
-`path/to/file.py:name`, where the name is a function (frames, prompts) → [b], a `Reward` or a `JaxReward`.
+`path/to/file.py:name`, where the name is a function (frames, prompts) → [b], a `Reward` or a `JaxReward`. A function
+that gives several numbers per video, {part: [b]}, is named for each that counts, `module:name.part`, and called once.
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ import numpy as np
 
 from dollar_jax.config import RewardTerm
 from dollar_jax.rewards.builtin import LOADERS, REWARDS
-from dollar_jax.rewards.reward import AnyReward, JaxReward, Reward, WrongShape
+from dollar_jax.rewards.reward import AnyReward, JaxReward, Reward, WrongShape, calls
 
 __all__ = ["LOADERS", "REWARDS", "AnyReward", "JaxReward", "Reward", "WrongShape", "get_reward", "load_rewards"]
 
@@ -42,12 +44,14 @@ def get_reward(name: str, folder: str | None = None) -> AnyReward:
         known = ", ".join([*REWARDS, *LOADERS])
         own = "your own as module:function or path.py:function"
         raise ValueError(f"there is no reward {name!r}; there are {known}, and {own}")
+    attribute, _, part = attribute.partition(".")
     found = getattr(_module(name, where), attribute, None)
-    if isinstance(found, AnyReward):
+    if isinstance(found, AnyReward) and not part:
         return found
-    if not callable(found):
+    if isinstance(found, AnyReward) or not callable(found):
         raise ValueError(f"the reward {name!r} cannot be used: {where} has no function {attribute!r}")
-    return Reward(found, (found.__doc__ or attribute).strip().splitlines()[0])
+    meaning = (found.__doc__ or attribute).strip().splitlines()[0]
+    return Reward(found, f"{part}, {meaning}" if part else meaning, (part,) if part else ())
 
 
 def _ours(place: str) -> Callable[..., AnyReward]:
@@ -62,13 +66,19 @@ def _module(name: str, where: str) -> Any:
             return importlib.import_module(where)
         if not Path(where).is_file():
             raise FileNotFoundError(f"there is no file {where}")
-        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return _file(Path(where).resolve(), Path(where).read_bytes())
     except Exception as error:  # whatever the user's file does when it is run
         raise ValueError(f"the reward {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+@functools.cache
+def _file(path: Path, content: bytes) -> Any:
+    """The module that a file is, one for all the rewards it has while its `content` is the same."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_rewards(terms: Sequence[RewardTerm]) -> list[AnyReward]:
@@ -82,8 +92,12 @@ def weighted_sum(terms: Sequence[RewardTerm], rewards: Sequence[AnyReward]) -> R
     if not pairs:
         return None
 
+    together = calls([r for _, r in pairs])
+    weights = np.array([t.weight for t, _ in pairs], np.float32)
+
     def total(frames: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        return sum((t.weight * r(frames, prompts) for t, r in pairs), np.zeros(len(frames), np.float32))
+        answers = ((r(frames, prompts).reshape(len(frames), -1), list(columns)) for columns, r in together.items())
+        return sum((x @ weights[columns] for x, columns in answers), np.zeros(len(frames), np.float32))
 
     if len(pairs) == 1 and pairs[0][0].weight == 1:
         return Reward(total, pairs[0][1].meaning)

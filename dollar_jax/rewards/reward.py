@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,19 +16,29 @@ _AT_ONCE = 16  # clips that a JAX reward scores at once outside of the step
 
 
 class WrongShape(ValueError):
-    """A reward answered with something else than one number per video."""
+    """A reward answered with something else than one number per video, of each part."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """A host reward: `function` takes NumPy frames and the prompts."""
+    """A host reward: `function` takes NumPy frames and the prompts; `parts` are those that count of the rewards by name
+    that it answers with, if it does.
+    """
 
     function: Callable[[np.ndarray, Sequence[str]], Any]
     meaning: str
+    parts: tuple[str, ...] = ()
 
     def __call__(self, frames: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        """Float32 [b]; raises WrongShape when the function answers with another shape."""
-        return _one_each(self.function(frames, prompts), len(frames))
+        """Float32 [b], or [b k] of k > 1 parts; raises WrongShape when the function answers otherwise."""
+        answer = self.function(frames, prompts)
+        if not self.parts:
+            return _one_each(answer, len(frames))
+        if not isinstance(answer, Mapping) or not answer.keys() >= {*self.parts}:
+            names = [*answer] if isinstance(answer, Mapping) else type(answer).__name__
+            raise WrongShape(f"the reward gave {names}; it must give {' and '.join(self.parts)} by name")
+        columns = [_one_each(answer[part], len(frames)) for part in self.parts]
+        return np.stack(columns, 1) if len(columns) > 1 else columns[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,6 +71,18 @@ class JaxReward:
 
 
 AnyReward = Reward | JaxReward
+
+
+def calls(rewards: Sequence[AnyReward]) -> dict[tuple[int, ...], AnyReward]:
+    """What to call for all `rewards`, by the positions of those it gives: one function's parts come from one call."""
+    found: dict[Any, tuple[tuple[int, ...], AnyReward]] = {}
+    for i, reward in enumerate(rewards):
+        key = reward.function if isinstance(reward, Reward) and reward.parts else i
+        columns, call = found.get(key, ((), reward))
+        if columns and isinstance(reward, Reward):
+            call = dataclasses.replace(reward, parts=(*getattr(call, "parts", ()), *reward.parts))
+        found[key] = (*columns, i), call
+    return dict(found.values())
 
 
 def _one_each(answer: Any, count: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.methods.base import Memory
 from dollar_jax.rewards.monitor import Monitor
 from dollar_jax.rewards.pixels import Decode, PixelRewards
-from dollar_jax.rewards.reward import AnyReward, JaxReward
+from dollar_jax.rewards.reward import AnyReward, JaxReward, calls
 from dollar_jax.types import Params
 
 Shape = tuple[int, ...]
@@ -58,8 +58,11 @@ class Scorer:
         c = self.config = config.reward
         self.seed, self.accumulation = config.seed, config.accumulation
         self.pixels = pixels
-        on_host = [(i, reward) for i, reward in enumerate(rewards) if not isinstance(reward, JaxReward)]
-        self.hosts = {i: HostScorer(c.rewards[i].label, reward, c.timeout, c.retries) for i, reward in on_host}
+        self.hosts = {
+            columns: HostScorer(c.rewards[columns[0]].label.partition(".")[0], reward, c.timeout, c.retries)
+            for columns, reward in calls(rewards).items()
+            if not isinstance(reward, JaxReward)
+        }
         self.latest: dict[str, float] = {}
         self._failed, self._decoder, self._decode = 0, decoder, decode
         self._decode_programs: dict[Shape, Program] = {}
@@ -130,14 +133,15 @@ class Scorer:
             return
         pending, self._pending = self._pending, None
         scores = {}
-        for i, host in self.hosts.items():
+        for columns, host in self.hosts.items():
             # A reward may give a finite number to anything, so what is not finite never counts.
-            scored = np.where(local_rows(pending.finite), host.collect(), np.nan)
-            scores[i] = of_all_processes(pending.here, scored.reshape(len(pending.here), -1))
+            scored = np.where(finite := local_rows(pending.finite), host.collect().T, np.nan)
+            scored = np.broadcast_to(scored, (len(columns), len(finite))).T
+            scores[columns] = of_all_processes(pending.here, scored.reshape(len(pending.here), -1))
         samples, text = jax.tree.map(np.asarray, (pending.samples, pending.text))
         reward = np.array(samples.reward)
-        for i, scored in scores.items():
-            reward[..., i] = scored
+        for columns, scored in scores.items():
+            reward[..., columns] = scored.reshape(*reward.shape[:2], -1)
         reward[~np.isfinite(text).all((1, 2))] = np.nan
         samples = dataclasses.replace(samples, reward=reward)
         trained = samples.reward[..., self._trained]

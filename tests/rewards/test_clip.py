@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil
 from dollar_jax import cli
 from dollar_jax.evaluate.dimensions import load_dimensions
 from dollar_jax.rewards import get_reward
-from dollar_jax.weights.clip import import_reward
+from dollar_jax.weights.clip import import_reward, load_clip
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 
 TOWER = {
@@ -156,6 +156,9 @@ def layouts(published, tmp_path_factory):
     sizes = (16, 8, 6, 5, 4, 1)
     linear = [torch.nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
     drop = torch.nn.Dropout(0.1)
+    with torch.no_grad():
+        for layer in linear:
+            layer.weight.mul_(3)
     layers = torch.nn.Sequential(linear[0], drop, linear[1], drop, linear[2], drop, *linear[3:])
     torch.save(torch.nn.ModuleDict({"layers": layers}).state_dict(), place / "sac+logos+ava1-l14-linearMSE.pth")
     tensors = {name: tensor.numpy() for name, tensor in openclip(model).items()}
@@ -165,23 +168,17 @@ def layouts(published, tmp_path_factory):
     return place, layers
 
 
-@pytest.mark.parametrize(
-    ("name", "source", "clip"),
-    [
-        ("hpsv2", "HPS_v2.1.pt", True),
-        ("clip", "open_clip", True),
-        ("clip", "open_clip/open_clip_model.safetensors", True),
-        ("pickscore", None, False),
-    ],
-)
-def test_published_layouts_are_imported(published, layouts, tmp_path, name, source, clip, capsys):
-    folder, flags = published[0], [f"--clip={published[0]}"] if clip else []
-    source = folder if source is None else layouts[0] / source
-    assert cli.main(["import-reward", str(source), str(tmp_path / "new"), *flags]) == 0
-    assert f"vsd+cd+lrm,REWARD={tmp_path / 'new'}" in capsys.readouterr().out
-    found = get_reward(name, str(tmp_path / "new"))(clips(), PROMPTS)
-    np.testing.assert_allclose(found, get_reward(name, str(folder))(clips(), PROMPTS), atol=1e-5)
-    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "new").state_dict()
+@pytest.mark.parametrize("source", ["HPS_v2.1.pt", "open_clip", "open_clip/open_clip_model.safetensors", None])
+def test_published_layouts_are_imported(published, layouts, tmp_path, source, capsys):
+    """PickScore's is transformers' own, with all that it needs."""
+    folder, flags = published[0], [] if source is None else [f"--clip={published[0]}"]
+    source, new = folder if source is None else layouts[0] / source, tmp_path / "new"
+    assert cli.main(["import-reward", str(source), str(new), *flags]) == 0
+    assert f"vsd+cd+lrm,REWARD={new}" in capsys.readouterr().out
+    config, _, params, _ = load_clip(new)
+    assert config == load_clip(folder)[0] and get_reward("hpsv2", str(new)).tokenize(PROMPTS).shape == (2, 16)
+    jax.tree.map(np.testing.assert_array_equal, params, load_clip(folder)[2])
+    theirs = transformers.CLIPModel.from_pretrained(new).state_dict()
     for key, value in published[1].state_dict().items():
         torch.testing.assert_close(theirs[key].float(), value)
 
@@ -192,8 +189,8 @@ def test_an_imported_aesthetic_head_is_torchs_on_transformers_images(published, 
     with torch.no_grad():
         expected = layers.eval()(torch.tensor(torch_images(published[1], cropped()))).numpy().reshape(2, 2).mean(1)
     found = get_reward("aesthetic", str(tmp_path / "new"))(clips(), PROMPTS)
-    np.testing.assert_allclose(found, expected, atol=1e-3)
-    assert np.abs(expected[0] - expected[1]) > 5e-3
+    np.testing.assert_allclose(found, expected, atol=0.02)
+    assert np.abs(expected[0] - expected[1]) > 0.5
 
 
 def test_what_a_source_lacks_is_said_and_nothing_left(published, layouts, tmp_path, capsys):
@@ -213,7 +210,7 @@ def test_what_a_source_lacks_is_said_and_nothing_left(published, layouts, tmp_pa
         (place / "sac+logos+ava1-l14-linearMSE.pth", None, "is a head without its CLIP: give --clip=FOLDER of"),
         (towers, None, "lacks tokenizer.json, or vocab.json and merges.txt: give --clip=FOLDER of"),
         (place / "HPS_v2.1.pt", towers, "lacks tokenizer.json"),
-        (wide, folder, "the weights lack 'vision_model.embeddings.patch_embedding.weight'"),
+        (wide, folder, "the weights lack 'logit_scale'"),
         (tmp_path / "shape.pt", folder, "has shape (32, 3, 14, 14)"),
         (tmp_path / "other", None, "has image_mean [0.5, 0.5, 0.5], and only CLIP's"),
         (folder, towers, None),
@@ -221,8 +218,8 @@ def test_what_a_source_lacks_is_said_and_nothing_left(published, layouts, tmp_pa
     ):
         flags = [] if clip is None else [f"--clip={clip}"]
         assert cli.main(["import-reward", str(source), str(new), *flags]) == (2 if says else 0)
-        if says:
-            assert says in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert (says or "") in shown, shown
         assert new.exists() == (says in (None, "is there already")) and not list(tmp_path.glob(".*"))
 
 
