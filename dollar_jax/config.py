@@ -181,7 +181,7 @@ class LatentRewardSettings:
 class RewardTerm:
     """One reward of the weighted sum."""
 
-    name: str = field(REQUIRED, "One of ours, module:function or path.py:function.")
+    name: str = field(REQUIRED, "One of ours, module:function or path.py:function, or a .part of what it gives.")
     weight: float = field(1.0, "Weight in the sum; 0 holds the reward out: it is measured and never trained on.")
     folder: str | None = field(None, "Folder of the reward's weights, for a reward that has some.")
 
@@ -238,7 +238,9 @@ class RewardConfig:
     @property
     def use_text(self) -> bool:
         """Whether the latent reward model reads the text: as asked, or where a reward may; one's own is taken to."""
-        reads = (t.weight and (":" in t.name or t.name in ("clip", "hpsv2", "pickscore")) for t in self.rewards)
+        reads = (
+            t.weight and (":" in t.name or t.name in ("clip", "viclip", "hpsv2", "pickscore")) for t in self.rewards
+        )
         return any(reads) if self.head.use_text is None else self.head.use_text
 
     @property

@@ -39,6 +39,8 @@ LATENT, JAX, DDPO, DIRECT = (
 )
 GRADIENTS = "tests/test_gradients.py"
 SCORER = "tests/rewards/test_scorer.py"
+HTTP, PUBLISHED = "tests/rewards/test_http.py", "tests/rewards/test_clip.py"
+TORCH = "tests/weights/test_torch_file.py"
 PROGRAM = "tests/test_programs.py"
 LOSSES = "tests/test_losses.py"
 SCHEDULE = "tests/test_schedule.py"
@@ -348,6 +350,23 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ),
         ("jnp.ones(len(raw)), self.settings.statistics_decay)", "jnp.ones(len(raw)), 1.0)", [DIRECT]),
     ],
+    "rewards/reward.py": [
+        # Of several numbers the first is taken for all; each is asked for anew.
+        ("answer[part], len(frames)) for part", "answer[self.parts[0]], len(frames)) for part", [HTTP]),
+        ("key = reward.function if", "key = i if", [HTTP]),
+    ],
+    "weights/torch_file.py": [
+        # A transposed tensor is read in order, a part from the start; a tensor may be larger than its file.
+        ("[size * stride for stride in self.strides]", "None", [TORCH]),
+        ("data, size * self.offset, strides", "data, 0, strides", [TORCH]),
+        ("math.prod(map(int, self.shape)) > count", "False", [TORCH]),
+        ("if argument not in _GLOBALS:", "if False:", [TORCH]),
+    ],
+    "weights/clip.py": [
+        ("red == fox or red[-1] != config.eos_token_id", "red == fox", [PUBLISHED]),
+        ('yield f"{name}.weight", tensor.T', 'yield f"{name}.weight", tensor.T[::-1]', [PUBLISHED]),
+    ],
+    "models/clip.py": [("x += self.temporal_embedding[...].astype(x.dtype)[:, None]", "pass", [PUBLISHED])],
     "rewards/scorer.py": [
         # The captions of another micro-batch, or of rows beside the scored ones.
         ("[self.accumulation - 1 :: self.accumulation]", "[:: self.accumulation]", [SCORER]),

@@ -16,9 +16,10 @@ from dollar_jax.models.embeddings import patchify
 from dollar_jax.models.layers import LayerNorm, Linear, Remat, run_blocks, stack_blocks
 
 Activation = Literal["gelu", "quick_gelu"]
-Fit = Literal["crop", "pad"]
+Fit = Literal["crop", "pad", "stretch"]
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,9 @@ class TowerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """`text` None leaves out the text tower. `dtype`, `param_dtype` and `remat` are ours."""
+    """`text` None leaves out the text tower; so many `frames` attend to one another (ViCLIP, arXiv 2307.06942).
+    `dtype`, `param_dtype` and `remat` are ours.
+    """
 
     vision: TowerConfig
     text: TowerConfig | None
@@ -45,6 +48,7 @@ class CLIPConfig:
     vocab_size: int = 49408
     max_position_embeddings: int = 77
     eos_token_id: int = 49407
+    frames: int = 1
 
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -90,16 +94,21 @@ class VisionTower(nnx.Module):
         # Of the patch's pixels in order (row, column, colour): a convolution without overlap.
         self.patch_embedding = _dense(c, 3 * c.patch_size**2, dim, rngs, bias=False)
         self.position_embedding = _table(c, rngs, patches + 1, dim)
+        self.temporal_embedding = _table(c, rngs, c.frames, dim) if c.frames > 1 else None
         self.pre_layrnorm = LayerNorm(dim, tower.layer_norm_eps, param_dtype=c.param_dtype)
         self.blocks = stack_blocks(lambda r: CLIPBlock(c, tower, r), tower.num_hidden_layers, rngs)
         self.post_layernorm = LayerNorm(dim, tower.layer_norm_eps, param_dtype=c.param_dtype)
         self.config = c
 
-    def __call__(self, pixels: Float[Array, "b s s 3"]) -> Float[Array, "b d"]:
+    def __call__(self, pixels: Float[Array, "n s s 3"]) -> Float[Array, "b d"]:
         c = self.config
         x = self.patch_embedding(patchify(pixels[:, None], (1, c.patch_size, c.patch_size)))
-        first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
-        x = jnp.concatenate([first, x], 1) + self.position_embedding[...].astype(x.dtype)
+        place = self.position_embedding[...].astype(x.dtype)
+        x = (x + place[1:]).reshape(-1, c.frames, *x.shape[1:])
+        if self.temporal_embedding is not None:
+            x += self.temporal_embedding[...].astype(x.dtype)[:, None]
+        first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype) + place[0], (len(x), 1, x.shape[-1]))
+        x = jnp.concatenate([first, x.reshape(len(x), -1, x.shape[-1])], 1)
         x = self.pre_layrnorm(x).astype(c.dtype)
         x = run_blocks(self.blocks, x, None, length=c.vision.num_hidden_layers, remat=c.remat)
         return self.post_layernorm(x[:, 0])
@@ -135,8 +144,8 @@ class CLIP(nnx.Module):
             self.text_projection = _dense(c, c.text.hidden_size, c.projection_dim, rngs, bias=False)
             self.logit_scale = nnx.Param(jnp.full((), 2.6592, c.param_dtype))
 
-    def embed_images(self, pixels: Float[Array, "b s s 3"]) -> Float[Array, "b p"]:
-        """Of pixels made by `preprocess`."""
+    def embed_images(self, pixels: Float[Array, "n s s 3"]) -> Float[Array, "b p"]:
+        """Of pixels made by `preprocess`, of `frames` of them each."""
         return _unit(self.visual_projection(self.vision_model(pixels)))
 
     def embed_text(self, ids: Int[Array, "b l"]) -> Float[Array, "b p"]:
@@ -158,8 +167,12 @@ def preprocess(frames: Float[Array, "b h w 3"], size: int = 224, fit: Fit = "cro
     """Frames in [0, 1] as CLIP's image tower wants them: resized, cut or padded to a square, normalised. "crop" makes
     the shorter edge `size` and takes the middle, as transformers' `CLIPImageProcessor`; "pad" makes the longer edge
     `size` and puts black around it, as HPSv2 does. Bicubic with antialiasing, first along the rows, as PIL's, but
-    without PIL's rounding to bytes after each of these two passes.
+    without PIL's rounding to bytes after each of these two passes. "stretch" is ViCLIP's demonstration: bilinear, with
+    ImageNet's mean and deviation.
     """
+    if fit == "stretch":
+        x = jax.image.resize(frames, (len(frames), size, size, 3), "linear", antialias=False)
+        return (x - jnp.array(_IMAGENET[0])) / jnp.array(_IMAGENET[1])
     h, w = frames.shape[1:3]
     if fit == "crop":
         short = min(h, w)

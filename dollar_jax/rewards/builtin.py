@@ -126,6 +126,7 @@ REWARDS: dict[str, AnyReward] = {
 # Rewards that are read from a folder of weights: the function of `rewards` that reads them.
 LOADERS = {
     "clip": "clip:clip_score",
+    "viclip": "clip:clip_score",
     "hpsv2": "clip:hpsv2",
     "pickscore": "clip:pickscore",
     "aesthetic": "clip:aesthetic",

@@ -35,7 +35,7 @@ def pickscore(folder: Path) -> JaxReward:
 
 
 def clip_score(folder: Path) -> JaxReward:
-    """The cosine of plain CLIP: the alignment of videos and prompts."""
+    """The cosine of plain CLIP, or of ViCLIP, which sees 8 frames together, as the folder is: of prompt and video."""
     return _agreement(folder, "crop", "how well the picture fits its prompt (CLIP)")
 
 
@@ -44,10 +44,14 @@ def _agreement(folder: Path, fit: Fit, meaning: str) -> JaxReward:
     tokenizer, length = clip_tokenizer(folder, config), config.max_position_embeddings
 
     def cosine(params: Params, frames: jax.Array, tokens: jax.Array | None) -> jax.Array:
-        pixels = preprocess(frames.reshape(-1, *frames.shape[2:]), config.image_size, fit)
-        images = network.apply(params, pixels, method="embed_images")
+        if (step := frames.shape[1] // config.frames) == 0:
+            raise ValueError(f"this reward needs clips of at least {config.frames} frames, not {frames.shape[1]}")
+        if together := config.frames > 1:
+            frames = frames[:, ::step][:, : config.frames]
+        pixels = preprocess(frames.reshape(-1, *frames.shape[2:]), config.image_size, "stretch" if together else fit)
+        images = network.apply(params, pixels, method="embed_images").reshape(len(frames), -1, config.projection_dim)
         text = network.apply(params, tokens, method="embed_text")
-        return jnp.einsum("btp,bp->b", images.reshape(*frames.shape[:2], -1), text) / frames.shape[1]
+        return jnp.einsum("btp,bp->b", images, text) / images.shape[1]
 
     def ids(prompts: Sequence[str]) -> np.ndarray:
         return tokenize(tokenizer, prompts, length)[0]

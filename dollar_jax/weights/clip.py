@@ -20,6 +20,7 @@ from dollar_jax.weights.pipeline import load_tokenizer
 from dollar_jax.weights.table import TRANSPOSE, Pairs, Params, Row, Transform, export_stream, import_params
 from dollar_jax.weights.torch_file import read_torch
 
+_LENGTHS = "vision_model.embeddings.temporal_embedding.weight", "text_model.embeddings.position_embedding.weight"
 HEAD = "layers."  # of the tensors of an aesthetic head
 _LIKE = "a published CLIP of its size, such as openai/clip-vit-large-patch14"
 
@@ -35,7 +36,7 @@ CLIP_TABLE = [
     Row("vision_model.embeddings.class_embedding", "vision_model/class_embedding"),
     Row("vision_model.embeddings.patch_embedding.weight", "vision_model/patch_embedding/kernel", _PATCHES),
     Row("text_model.embeddings.token_embedding.weight", "text_model/token_embedding"),
-    Row("{tower}.embeddings.position_embedding.weight", f"{_TOWER}/position_embedding"),
+    Row("{tower}.embeddings.{p}_embedding.weight", f"{_TOWER}/{{p:position|temporal}}_embedding"),
     Row("vision_model.embeddings.position_ids", None),
     Row("text_model.embeddings.position_ids", None),
     Row("{tower}.encoder.layers.{i}.self_attn.{p}.weight", f"{_QKVO}/kernel", TRANSPOSE),
@@ -50,44 +51,42 @@ CLIP_TABLE = [
     Row("logit_scale", "logit_scale"),
 ]
 
-# OpenCLIP's names, and what a pattern's tensor is in transformers' naming.
+# From OpenCLIP's names, and ViCLIP's, to transformers', one after the other.
 _OPENCLIP = [
-    (r"visual\.class_embedding", "vision_model.embeddings.class_embedding"),
-    (r"visual\.conv1\.weight", "vision_model.embeddings.patch_embedding.weight"),
-    (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-    (r"visual\.ln_pre\.(weight|bias)", r"vision_model.pre_layrnorm.\1"),
-    (r"visual\.ln_post\.(weight|bias)", r"vision_model.post_layernorm.\1"),
-    (r"token_embedding\.weight", "text_model.embeddings.token_embedding.weight"),
-    (r"positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    (r"ln_final\.(weight|bias)", r"text_model.final_layer_norm.\1"),
+    (r"^vision_encoder\.", "visual."),
+    (r"^text_encoder\.", ""),
+    (r"^visual\.(?!proj$)", "vision_model."),
+    (r"^(?=transformer|positional|token_embedding|ln_final)", "text_model."),
+    (r"transformer\.resblocks", "encoder.layers"),
+    (r"(?=attn\.)", "self_"),
+    (r"ln_([12])", r"layer_norm\1"),
+    (r"mlp\.c_fc", "mlp.fc1"),
+    (r"mlp\.c_proj", "mlp.fc2"),
+    (r"(class|token)_embedding", r"embeddings.\1_embedding"),
+    (r"conv1", "embeddings.patch_embedding"),
+    (r"temporal_positional_embedding", "embeddings.temporal_embedding.weight"),
+    (r"positional_embedding", "embeddings.position_embedding.weight"),
+    (r"ln_pre", "pre_layrnorm"),
+    (r"ln_post", "post_layernorm"),
+    (r"ln_final", "final_layer_norm"),
+    (r"^visual\.proj$", "visual_projection"),
 ]
-_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.?(weight|bias)")
-_INSIDE = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-_INSIDE["attn.out_proj"] = "self_attn.out_proj"
 
 
 def from_openclip(pairs: Pairs) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors under transformers' names: OpenCLIP's are renamed, split and transposed, others passed on."""
     for name, tensor in pairs:
-        if match := _BLOCK.fullmatch(name):
-            visual, layer, part, leaf = match.groups()
-            prefix = f"{'vision' if visual else 'text'}_model.encoder.layers.{layer}"
-            part = part.rstrip("._")
-            if part == "attn.in_proj":
-                for p, piece in zip("qkv", np.split(tensor, 3), strict=True):
-                    yield f"{prefix}.self_attn.{p}_proj.{leaf}", piece
-                continue
-            name = f"{prefix}.{_INSIDE[part]}.{leaf}" if part in _INSIDE else name
-        elif name == "attn_mask":
-            continue
-        elif name in ("visual.proj", "text_projection"):
-            name, tensor = {"visual.proj": "visual_projection.weight"}.get(name, f"{name}.weight"), tensor.T
-        else:
-            for pattern, theirs in _OPENCLIP:
-                if re.fullmatch(pattern, name):
-                    name = re.sub(pattern, theirs, name)
-                    break
-        yield name, tensor
+        for pattern, theirs in () if name.startswith(("vision_model.", "text_model.")) else _OPENCLIP:
+            name = re.sub(pattern, theirs, name)
+        if ".in_proj_" in name:
+            for p, piece in zip("qkv", np.split(tensor, 3), strict=True):
+                yield name.replace("in_proj_", f"{p}_proj."), piece
+        elif name in ("visual_projection", "text_projection"):
+            yield f"{name}.weight", tensor.T
+        elif name == "temp":  # ViCLIP's temperature
+            yield "logit_scale", -np.log(tensor)
+        elif name != "attn_mask":
+            yield name, tensor.squeeze() if tensor.ndim in (3, 5) else tensor  # ViCLIP's [1 t d] and [d 3 1 p p]
 
 
 def clip_config(fields: Mapping[str, Any], **ours: Any) -> CLIPConfig:
@@ -105,7 +104,7 @@ def clip_config(fields: Mapping[str, Any], **ours: Any) -> CLIPConfig:
     # Files from before transformers knew better say 2, and mean the highest id.
     eos = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
     sizes = vision.patch_size, vision.image_size, text.vocab_size, text.max_position_embeddings
-    return CLIPConfig(tower(vision), tower(text), c.projection_dim, *sizes, eos, **ours)
+    return CLIPConfig(tower(vision), tower(text), c.projection_dim, *sizes, eos, getattr(c, "frames", 1), **ours)
 
 
 def clip_fields(config: CLIPConfig) -> dict[str, Any]:
@@ -163,7 +162,9 @@ def import_reward(source: Path, folder: Path, clip: Path | None = None) -> None:
     image tower of an aesthetic head. Raises FileExistsError, FileNotFoundError or ValueError naming what is missing.
     """
     places = [place for place in (source, clip) if place is not None and place.is_dir()]
-    with new_folder(folder) as draft:
+    if clip not in (None, *places):
+        raise FileNotFoundError(f"--clip={clip} is not a folder")
+    with np.errstate(over="ignore"), new_folder(folder) as draft:
         pairs = read_torch(source) if source.suffix in files.PICKLES else files.read_tensors(source)
         tensors = dict(from_openclip((name.removeprefix("module."), tensor) for name, tensor in pairs))
         if head := any(name.startswith(HEAD) for name in tensors):
@@ -175,14 +176,17 @@ def import_reward(source: Path, folder: Path, clip: Path | None = None) -> None:
         if config is None:
             what = "a head without its CLIP" if head else "of no CLIP that a config.json describes"
             raise ValueError(f"{source} is {what}: give --clip=FOLDER of {_LIKE}")
+        frames, length = (len(tensors.get(name, (None,))) for name in _LENGTHS)
         config = dataclasses.replace(config, param_dtype="float16", text=None if head else config.text)
+        config = dataclasses.replace(config, frames=frames, max_position_embeddings=length)
         try:
             params, layers = _split(tensors.items(), config, clip_network(config))
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         if config.text is not None:
             _tokenizer(source, places, config).save_pretrained(draft)
-        stream = itertools.chain(export_stream(CLIP_TABLE, params), layers.items())
+        written = itertools.chain(export_stream(CLIP_TABLE, params), layers.items())
+        stream = ((name, files.finite(source, name, tensor)) for name, tensor in written)
         dtype = "float32" if head else "float16"
         files.write_component(draft, clip_fields(config), stream, file_name=files.TRANSFORMERS_FILE, dtype=dtype)
 

@@ -68,10 +68,11 @@ class Stored:
     def read(self) -> np.ndarray:
         # Opened anew for each tensor, so that no more than it stays mapped into memory.
         with _opened(self.path) as file:
-            return _finite(self.path, self.name, file.get_tensor(self.name))
+            return finite(self.path, self.name, file.get_tensor(self.name))
 
 
-def _finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+def finite(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    """The tensor; ValueError naming it and its file when it holds what is not finite."""
     if not np.isfinite(array).all():
         raise ValueError(f"{path}: tensor {name!r} holds what is not finite")
     return array

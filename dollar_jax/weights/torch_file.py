@@ -48,8 +48,8 @@ _TAKES |= {"REDUCE": 2, "BUILD": 1, "APPEND": 1, "APPENDS": None}
 
 
 def read_torch(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of each tensor of a state dict, or of that under "state_dict", one at a time; ValueError naming the
-    file when it is damaged, holds anything else, or a tensor that is not finite.
+    """(name, array) of each tensor of a state dict, or of that under "state_dict" or "model"; ValueError naming the
+    file when it is damaged or holds anything else.
     """
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
@@ -59,12 +59,9 @@ def read_torch(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             if pickle.file_size > _MOST:
                 raise ValueError(f"its pickle has more than {_MOST} bytes")
             found = _root(archive.read(pickle))
-            for name, stored in found.get("state_dict", found).items():
+            for name, stored in found.get("state_dict", found.get("model", found)).items():
                 if isinstance(stored, _Stored):
-                    array = stored.read(archive, pickle.filename.removesuffix("data.pkl"))
-                    if not np.isfinite(array).all():
-                        raise ValueError(f"tensor {name!r} holds what is not finite")
-                    yield name, array
+                    yield name, stored.read(archive, pickle.filename.removesuffix("data.pkl"))
     except Exception as error:  # whatever a damaged file leads to
         raise ValueError(f"{path} is no whole file of torch.save with tensors alone: {error}") from error
 

@@ -1,6 +1,7 @@
 """Rewards on CLIP, read from folders as they are published, against the same sums done with transformers."""
 
 import itertools
+import json
 import shutil
 
 import jax
@@ -15,6 +16,7 @@ from transformers import CLIPImageProcessorPil
 from dollar_jax import cli
 from dollar_jax.evaluate.dimensions import load_dimensions
 from dollar_jax.rewards import get_reward
+from dollar_jax.run import read_config as read_run
 from dollar_jax.weights.clip import import_reward, load_clip
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 
@@ -152,6 +154,7 @@ def layouts(published, tmp_path_factory):
     folder, model, _ = published
     place = tmp_path_factory.mktemp("layouts")
     state = {f"module.{name}": tensor.half() for name, tensor in openclip(model).items()}
+    state["module.attn_mask"] = torch.full((16, 16), -torch.inf).triu(1)
     torch.save({"epoch": 3, "optimizer": {"groups": [1, 2], 5: None}, "state_dict": state}, place / "HPS_v2.1.pt")
     sizes = (16, 8, 6, 5, 4, 1)
     linear = [torch.nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
@@ -193,6 +196,89 @@ def test_an_imported_aesthetic_head_is_torchs_on_transformers_images(published, 
     assert np.abs(expected[0] - expected[1]) > 0.5
 
 
+class Block(torch.nn.Module):
+    """A block under the names of OpenAI's, OpenCLIP's and ViCLIP's files."""
+
+    def __init__(self, width, heads, mask=None):
+        super().__init__()
+        self.attn, self.mask = torch.nn.MultiheadAttention(width, heads, batch_first=True), mask
+        self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.mlp = torch.nn.ModuleDict({"c_fc": torch.nn.Linear(width, 64), "c_proj": torch.nn.Linear(64, width)})
+
+    def forward(self, x):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=self.mask)[0]
+        y = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))
+
+
+def random_parameter(*shape):
+    return torch.nn.Parameter(0.3 * torch.randn(shape))
+
+
+class ViCLIPVision(torch.nn.Module):
+    """Its image tower (arXiv 2307.06942): the patches of all frames and one class token attend to one another."""
+
+    def __init__(self, frames):
+        super().__init__()
+        self.conv1 = torch.nn.Conv3d(3, 32, (1, 7, 7), (1, 7, 7), bias=False)
+        self.class_embedding, self.positional_embedding = random_parameter(32), random_parameter(17, 32)
+        self.temporal_positional_embedding, self.proj = random_parameter(1, frames, 32), random_parameter(32, 16)
+        self.ln_pre, self.ln_post = torch.nn.LayerNorm(32), torch.nn.LayerNorm(32)
+        self.transformer = torch.nn.ModuleDict({"resblocks": torch.nn.Sequential(Block(32, 4), Block(32, 4))})
+
+    def forward(self, video):  # [b 3 t h w]
+        x = self.conv1(video).flatten(3).permute(0, 3, 2, 1) + self.positional_embedding[1:, None]  # [b n t d]
+        x = (x + self.temporal_positional_embedding).flatten(1, 2)
+        first = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)
+        x = self.transformer["resblocks"](self.ln_pre(torch.cat([first, x], 1)))
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class ViCLIPText(torch.nn.Module):
+    def __init__(self, words, length):
+        super().__init__()
+        mask = torch.full((length, length), -torch.inf).triu(1)
+        self.token_embedding, self.positional_embedding = torch.nn.Embedding(words, 32), random_parameter(length, 32)
+        blocks = torch.nn.Sequential(Block(32, 4, mask), Block(32, 4, mask))
+        self.transformer = torch.nn.ModuleDict({"resblocks": blocks})
+        self.ln_final, self.text_projection = torch.nn.LayerNorm(32), random_parameter(32, 16)
+
+    def forward(self, ids, ends):
+        x = self.transformer["resblocks"](self.token_embedding(ids) + self.positional_embedding)
+        return self.ln_final(x)[torch.arange(len(ids)), ends] @ self.text_projection
+
+
+def test_viclip_is_its_restatement_on_eight_frames(published, tmp_path):
+    folder, _, tokenizer = published
+    clip = tmp_path / "openai"
+    shutil.copytree(folder, clip)
+    (clip / "config.json").write_text((clip / "config.json").read_text().replace('"gelu"', '"quick_gelu"'))
+    torch.manual_seed(3)
+    model = torch.nn.ModuleDict({"vision_encoder": ViCLIPVision(8), "text_encoder": ViCLIPText(len(tokenizer), 9)})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter + 0.1 * torch.randn_like(parameter)).half().float())
+    torch.save({"model": model.eval().state_dict() | {"temp": torch.tensor(0.02)}}, tmp_path / "ViClip.pth")
+    import_reward(tmp_path / "ViClip.pth", tmp_path / "new", clip)
+    videos = np.random.default_rng(5).uniform(size=(2, 17, 30, 40, 3)).astype(np.float32)
+    taken = torch.tensor(videos[:, ::2][:, :8].reshape(16, 30, 40, 3)).permute(0, 3, 1, 2)
+    sized = torch.nn.functional.interpolate(taken, (28, 28), mode="bilinear", align_corners=False)
+    mean, deviation = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    pixels = ((sized - mean) / deviation).reshape(2, 8, 3, 28, 28).transpose(1, 2)
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=9, truncation=True, return_tensors="pt")
+    ends = (tokens["input_ids"] == tokenizer.eos_token_id).int().argmax(1)
+    with torch.no_grad():
+        video = torch.nn.functional.normalize(model["vision_encoder"](pixels), dim=-1)
+        text = torch.nn.functional.normalize(model["text_encoder"](tokens["input_ids"], ends), dim=-1)
+    reward = get_reward("viclip", str(tmp_path / "new"))
+    np.testing.assert_allclose(reward(videos, PROMPTS), (video * text).sum(-1), atol=1e-4)
+    assert np.abs(reward(videos[:, ::-1], PROMPTS) - reward(videos, PROMPTS)).min() > 1e-3  # it sees time
+    assert load_clip(tmp_path / "new")[2]["logit_scale"] == pytest.approx(np.log(50), rel=1e-3)
+    with pytest.raises(ValueError, match="needs clips of at least 8 frames, not 7"):
+        reward(videos[:, :7], PROMPTS)
+
+
 def test_what_a_source_lacks_is_said_and_nothing_left(published, layouts, tmp_path, capsys):
     folder, place = published[0], layouts[0]
     towers, new = tmp_path / "towers", tmp_path / "new"
@@ -203,7 +289,12 @@ def test_what_a_source_lacks_is_said_and_nothing_left(published, layouts, tmp_pa
     torch.save({"visual.class_embedding": torch.zeros(1280)}, wide)
     broken = openclip(published[1]) | {"visual.conv1.weight": torch.zeros(32, 3, 14, 14)}
     torch.save(broken, tmp_path / "shape.pt")
+    torch.save(openclip(published[1]) | {"logit_scale": torch.tensor(1e5)}, tmp_path / "large.pt")
     shutil.copytree(folder, tmp_path / "other")
+    shutil.copytree(folder, tmp_path / "ends")
+    fields = read_config(folder)
+    fields["text_config"]["eos_token_id"] = 5  # nothing ends with it: the first token would be taken of every prompt
+    (tmp_path / "ends" / "config.json").write_text(json.dumps(fields))
     (tmp_path / "other" / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
     for source, clip, says in (
         (place / "HPS_v2.1.pt", None, "is of no CLIP that a config.json describes: give --clip=FOLDER of"),
@@ -212,6 +303,9 @@ def test_what_a_source_lacks_is_said_and_nothing_left(published, layouts, tmp_pa
         (place / "HPS_v2.1.pt", towers, "lacks tokenizer.json"),
         (wide, folder, "the weights lack 'logit_scale'"),
         (tmp_path / "shape.pt", folder, "has shape (32, 3, 14, 14)"),
+        (tmp_path / "large.pt", folder, "large.pt: tensor 'logit_scale' holds what is not finite"),
+        (tmp_path / "ends", None, "ends lacks tokenizer.json"),
+        (towers, tmp_path / "gone", "gone is not a folder"),
         (tmp_path / "other", None, "has image_mean [0.5, 0.5, 0.5], and only CLIP's"),
         (folder, towers, None),
         (folder, None, "is there already"),
@@ -221,6 +315,34 @@ def test_what_a_source_lacks_is_said_and_nothing_left(published, layouts, tmp_pa
         shown = capsys.readouterr().err
         assert (says or "") in shown, shown
         assert new.exists() == (says in (None, "is there already")) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_published_reward_is_imported_trained_on_and_guarded(published, layouts, tmp_path, capsys):
+    """HPSv2's layout from the file to a run of the demo that ends, and to one that its guard ends."""
+    new = tmp_path / "hpsv2"
+    hps = layouts[0] / "HPS_v2.1.pt"
+    assert cli.main(["import-reward", str(hps), str(new), f"--clip={published[0]}"]) == 0
+    settings = {"steps": 6, "batch_size": 8, "log_every": 1, "data.train_videos": 16, "mesh.fsdp": 8}
+    settings |= {f"reward.{k}": v for k, v in {"samples": 2, "replay": 16, "batch_size": 8, "start_step": 1}.items()}
+    settings |= {"visibility.samples_every": 0}
+    train = ["train", f"--config=demo:vsd+cd+lrm,hpsv2={new}", *(f"--config.{k}={v}" for k, v in settings.items())]
+    assert cli.main([*train, f"--workdir={tmp_path / 'run'}"]) == 0
+    config = read_run(tmp_path / "run")
+    assert config.reward.use_text and [term.label for term in config.reward.rewards] == ["hpsv2"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    cosines = [row[f"reward_{which}"] for row in rows[1:] for which in ("generated", "real")]
+    assert -1 < min(cosines) < max(cosines) < 1 and rows[-1]["reward_std"] > 0
+    guard = ["--config.reward.guard.window=4", "--config.reward.guard.min_correlation=1.0"]
+    capsys.readouterr()
+    assert cli.main([*train, *guard, f"--workdir={tmp_path / 'guarded'}"]) == 6
+    assert "latent and true reward correlate by" in "".join(capsys.readouterr())
+    for path in new.glob("*token*"):
+        path.unlink()
+    assert cli.main([*train, f"--workdir={tmp_path / 'blind'}"]) == 2
+    assert "lacks CLIP's tokenizer" in capsys.readouterr().err and not (tmp_path / "blind").exists()
 
 
 def openclip(model):
