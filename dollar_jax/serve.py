@@ -29,6 +29,8 @@ class Studio:
 
     def __init__(self, workdir: Path, folder: Path, most_waiting: int, longest_prompt: int):
         self.config, self.folder, self.longest_prompt = read_config(workdir), folder, longest_prompt
+        if self.config.data.given_frames:
+            raise ValueError(f"the student of {workdir} continues an image, and the page gives none: use dollar sample")
         self.generator = self._sized = make_generator(self.config)
         self.params = restore_student(workdir, self.generator)
         self._turn, self._places = threading.Lock(), threading.BoundedSemaphore(most_waiting + 1)

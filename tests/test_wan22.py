@@ -18,6 +18,7 @@ from dollar_jax.config import SamplingConfig
 from dollar_jax.data import shapes
 from dollar_jax.generate import Generator, make_generator, video_keys
 from dollar_jax.run import read_config, restore_student
+from dollar_jax.serve import Studio
 from dollar_jax.video import encode_mp4, read_image, read_video, to_uint8, write_video
 from dollar_jax.weights.families import WAN_TI2V
 from dollar_jax.weights.pipeline import load_pipeline
@@ -199,6 +200,8 @@ def test_image_to_video_from_videos_to_diffusers(
     out = tmp_path / "video.gif"
     assert sample(run, out) == 2 and "give --image" in capsys.readouterr().err
     assert sample(run, out, f"--image={picture}", "--scale=1") == 0
+    with pytest.raises(ValueError, match="continues an image"):
+        Studio(run, tmp_path, 1, 100)
     config = read_config(run)
     generator = make_generator(config)
     first = generator.decode(generator.encode(read_image(picture, 32, 32)[None, None]))[0, 0]
