@@ -17,6 +17,4 @@ def run(*names: str) -> None:
     if len(names) != 2:
         raise ValueError("give two names: the published file or folder, and the new folder")
     import_reward(*map(Path, names), clip=FLAGS.clip and Path(FLAGS.clip))
-    print(
-        f"The reward is in {names[1]}; train with --config=NAME:vsd+cd+lrm,REWARD={names[1]}, REWARD as hpsv2 or clip."
-    )
+    print(f"The reward is in {names[1]}; train with --config=NAME:vsd+cd+lrm,REWARD={names[1]}")

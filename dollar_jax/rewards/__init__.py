@@ -11,7 +11,8 @@ that gives several numbers per video, {part: [b]}, is named for each that counts
 
 import functools
 import importlib
-import importlib.util
+import runpy
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,8 @@ def _module(name: str, where: str) -> Any:
 
 @functools.cache
 def _file(path: Path, content: bytes) -> Any:
-    """The module that a file is, one for all the rewards it has while its `content` is the same."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """What a file defines, once for all the rewards it has while its `content` is the same."""
+    return types.SimpleNamespace(**runpy.run_path(str(path)))
 
 
 def load_rewards(terms: Sequence[RewardTerm]) -> list[AnyReward]:

@@ -5,6 +5,7 @@ that read prompts CLIP's tokenizer. Every frame is scored, a clip's reward is th
 precision, in which HPSv2's are published. Where a reward is differentiated, to compare with, layers are computed again.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,22 +25,7 @@ _OURS: Any = {"param_dtype": "float16", "remat": "full"}
 AESTHETIC_LAYERS = (0, 2, 4, 6, 7)
 
 
-def hpsv2(folder: Path) -> JaxReward:
-    """HPSv2, v2.0 or v2.1 as the weights are: the cosine of image and prompt, about 0.27."""
-    return _agreement(folder, "pad", "how people like the picture for its prompt (HPSv2)")
-
-
-def pickscore(folder: Path) -> JaxReward:
-    """PickScore as a cosine, about 0.21: the published model multiplies it by its logit scale, 100."""
-    return _agreement(folder, "crop", "how people would pick the picture for its prompt (PickScore)")
-
-
-def clip_score(folder: Path) -> JaxReward:
-    """The cosine of plain CLIP, or of ViCLIP, which sees 8 frames together, as the folder is: of prompt and video."""
-    return _agreement(folder, "crop", "how well the picture fits its prompt (CLIP)")
-
-
-def _agreement(folder: Path, fit: Fit, meaning: str) -> JaxReward:
+def _agreement(fit: Fit, meaning: str, folder: Path) -> JaxReward:
     config, network, params, _ = load_clip(folder, **_OURS)
     tokenizer, length = clip_tokenizer(folder, config), config.max_position_embeddings
 
@@ -57,6 +43,13 @@ def _agreement(folder: Path, fit: Fit, meaning: str) -> JaxReward:
         return tokenize(tokenizer, prompts, length)[0]
 
     return JaxReward(cosine, meaning, params, ids)
+
+
+# The cosine of picture and prompt, or of ViCLIP's 8 frames together and prompt, as the folder is: about 0.27 for HPSv2,
+# v2.0 or v2.1; about 0.21 for PickScore, which as it is published is multiplied by its logit scale, 100.
+hpsv2 = functools.partial(_agreement, "pad", "how people like the picture for its prompt (HPSv2)")
+pickscore = functools.partial(_agreement, "crop", "how people would pick the picture for its prompt (PickScore)")
+clip_score = functools.partial(_agreement, "crop", "how well the picture fits its prompt (CLIP)")
 
 
 def aesthetic(folder: Path) -> JaxReward:

@@ -35,8 +35,7 @@ class Reward:
         if not self.parts:
             return _one_each(answer, len(frames))
         if not isinstance(answer, Mapping) or not answer.keys() >= {*self.parts}:
-            names = [*answer] if isinstance(answer, Mapping) else type(answer).__name__
-            raise WrongShape(f"the reward gave {names}; it must give {' and '.join(self.parts)} by name")
+            raise WrongShape(f"the reward gave {str(answer)[:60]}; it must give {' and '.join(self.parts)} by name")
         columns = [_one_each(answer[part], len(frames)) for part in self.parts]
         return np.stack(columns, 1) if len(columns) > 1 else columns[0]
 

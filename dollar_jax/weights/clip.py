@@ -130,9 +130,7 @@ def clip_network(config: CLIPConfig) -> Network:
     return make_network(functools.partial(CLIP, config))
 
 
-def load_clip(
-    folder: Path, text: bool = True, **ours: Any
-) -> tuple[CLIPConfig, Network, Params, dict[str, np.ndarray]]:
+def load_clip(folder: Path, text: bool = True, **ours: Any) -> tuple[CLIPConfig, Network, Params, dict[str, Any]]:
     """Configuration, network, parameters, and the tensors of a head, `layers.*`, of a folder of safetensors under
     transformers' or OpenCLIP's names, with or without its text tower; `ours` are dtype, param_dtype and remat.
     """
@@ -177,8 +175,8 @@ def import_reward(source: Path, folder: Path, clip: Path | None = None) -> None:
             what = "a head without its CLIP" if head else "of no CLIP that a config.json describes"
             raise ValueError(f"{source} is {what}: give --clip=FOLDER of {_LIKE}")
         frames, length = (len(tensors.get(name, (None,))) for name in _LENGTHS)
-        config = dataclasses.replace(config, param_dtype="float16", text=None if head else config.text)
-        config = dataclasses.replace(config, frames=frames, max_position_embeddings=length)
+        found = {"frames": frames, "max_position_embeddings": length, "text": None if head else config.text}
+        config = dataclasses.replace(config, param_dtype="float16", **found)
         try:
             params, layers = _split(tensors.items(), config, clip_network(config))
         except ValueError as error:

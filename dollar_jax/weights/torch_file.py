@@ -28,11 +28,9 @@ class _Stored(NamedTuple):
     def read(self, archive: zipfile.ZipFile, root: str) -> np.ndarray:
         _, dtype, key, _, count = self.storage
         data = archive.read(f"{root}data/{key}")
-        if not isinstance(dtype, np.dtype) or len(data) != count * dtype.itemsize:
-            raise ValueError(f"its record {key} has {len(data)} bytes, and not {count} elements")
-        if math.prod(map(int, self.shape)) > count:
-            raise ValueError(f"its record {key} has {count} elements, too few for {self.shape}")
-        size = dtype.itemsize
+        size = dtype.itemsize if isinstance(dtype, np.dtype) else 0
+        if len(data) != size * count or math.prod(map(int, self.shape)) > count:
+            raise ValueError(f"its record {key} has {len(data)} bytes, and not {count} elements, or not {self.shape}")
         strides: Any = [size * stride for stride in self.strides]
         return np.ndarray(self.shape, dtype, data, size * self.offset, strides)
 
