@@ -92,7 +92,7 @@ class Checkpoints:
                 wait, self._failure = True, error
                 told = f"saving step {step} failed, try {attempt + 1} of {TRIES}: {_first_line(error)}"
                 print(f"\n{told}", file=sys.stderr)
-                time.sleep(attempt)
+                time.sleep(1 + attempt)  # TensorStore's threads may still write what is deleted then
         self._give_up(f"step {step}")
 
     def failed(self) -> bool:

@@ -55,7 +55,7 @@ class PretrainConfig:
     vae_phases: tuple[VAEPhase, ...] = field(REQUIRED, "The VAE's training phases, one after another.")
     vae_videos: int = field(4096, "Rendered videos that the VAE is trained on.", low=1)
     text_encoder: Mapping[str, Any] = field(REQUIRED, "The text encoder's own settings.")
-    max_text_length: int = field(12, "Tokens of a caption.", low=1)
+    max_text_length: int = field(12, "Tokens of a caption.", low=1, high=4096)
     transformer: Mapping[str, Any] = field(REQUIRED, "The transformer's own settings.")
     teacher: TeacherTraining = field(TeacherTraining(), "Training of text encoder and transformer.")
     guidance_weight: float = field(1.0, "w of the samples that the finished teacher is measured by.")
@@ -270,7 +270,7 @@ class DataConfig:
     name: str = field(REQUIRED, 'Folder that `dollar prepare` left, or "moving_shapes" for the default domain.')
     given_frames: int = field(0, "1: a clip's first latent frame is given, an image to continue.", low=0, high=1)
     train_videos: int = field(1024, "Rendered training videos of the default domain.", low=1)
-    max_text_length: int = field(512, "Tokens of a caption.", low=1)
+    max_text_length: int = field(512, "Tokens of a caption.", low=1, high=4096)
     corrupt_records: int = field(0, "Damaged records that are skipped before a run stops.", low=0, resumable=True)
     prefetch: int = field(2, "Batches on the devices ahead of the step.", low=1, resumable=True)
 

@@ -4,6 +4,7 @@ What is written survives a kill or a crash. Whatever is read is a regular file: 
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MOST_TEXT = 2**28  # bytes of a text file that is read as a whole
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DEEPEST = 64  # levels of JSON in JSON
 CHECKSUMS = "SHA256SUMS"  # of all files of a folder, as `sha256sum --check` reads it
 
@@ -31,6 +33,7 @@ def write_file(path: str | os.PathLike[str], data: bytes | str, drafts: Path | N
 def new_file(path: str | os.PathLike[str], drafts: Path | None = None) -> Iterator[Path]:
     """A path in the folder of `path`, or in `drafts`, which becomes `path` when the block ends well."""
     path = Path(path)
+    check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A short name of its own: `path`'s may be as long as names can be, and hosts may share the folder.
     draft = (drafts or path.parent) / f".{uuid.uuid4().hex}.partial"
@@ -39,8 +42,21 @@ def new_file(path: str | os.PathLike[str], drafts: Path | None = None) -> Iterat
         sync(draft)
         draft.replace(path)
         sync(path.parent)
+    except OSError as error:
+        if error.filename == str(draft) or error.errno in _FULL:
+            error.filename = str(path)  # what its user knows
+        raise
     finally:
         draft.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError unless a file of that name, and folders on the way to it, can be made."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, where a file is to be written")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {there} is no folder one may write to")
 
 
 @contextlib.contextmanager
@@ -155,10 +171,13 @@ def write_checksums(folder: Path, about: str = "", known: Mapping[str, str] | No
     last. When this returns, all files are on the disk. `known`: as of `checksums`.
     """
     folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
-    lines = [f"# {about}", *(f"{value}  {name}" for name, value in sorted(checksums(folder, known).items()))]
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # the disk takes them in meanwhile
+        synced = pool.map(sync, [folder / name for name in _names(folder)])
+        lines = [f"# {about}", *(f"{value}  {name}" for name, value in sorted(checksums(folder, known).items()))]
+        list(synced)
     text = "".join(f"{line}\n" for line in lines)
     (folder / CHECKSUMS).write_text(f"{text}# {hashlib.sha256(text.encode()).hexdigest()}\n")
-    for path in (folder / CHECKSUMS, *(folder / name for name in _names(folder)), *folders):
+    for path in (folder / CHECKSUMS, *folders):
         sync(path)
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dollar_jax.config import DistillConfig, VisibilityConfig
 from dollar_jax.data.clip import clip_fps
 from dollar_jax.evaluate.vendi import pixel_features, vendi_score
-from dollar_jax.files import new_file
+from dollar_jax.files import new_file, read_arrays
 from dollar_jax.flops import PEAK_TFLOPS, Throughput
 from dollar_jax.generate import DATA_PROMPTS, Generator, video_keys
 from dollar_jax.objectives import SCORE_BINS
@@ -152,9 +152,9 @@ class SampleLogger:
     def _kept(self) -> Shown | None:
         path = self.folder / TEACHER
         if path.is_file() and jax.process_index() == 0:
-            with np.load(path) as stored:
-                if str(stored["key"]) == self._key:
-                    return Shown(*(stored[name] for name in Shown._fields))
+            stored = read_arrays(path)
+            if str(stored["key"]) == self._key:
+                return Shown(*(stored[name] for name in Shown._fields))
         return None
 
 

@@ -47,7 +47,6 @@ Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, Metrics]]
 
 def pretrain(config: PretrainConfig, workdir: Path) -> Path:
     """Trains and measures the teacher; returns its folder, `workdir/teacher`."""
-    workdir.mkdir(parents=True, exist_ok=True)
     vae = train_vae(config, workdir / "vae")
     pipeline = train_teacher(config, vae, workdir / "teacher_training")
     folder = workdir / "teacher"
@@ -189,7 +188,6 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     text, dit = UMT5.network(text_config), WAN_TRANSFORMER.network(dit_config)
     schedule = Schedule("rf", "velocity", shift=c.shift)
 
-    folder.mkdir(parents=True, exist_ok=True)
     cache = folder / "latents.npz"
     if not cache.exists():
         videos, captions = rendered(config.seed, "train", c.videos)

@@ -49,7 +49,6 @@ def record_config(config: DistillConfig, workdir: Path, resumed: bool = True) ->
     """Writes the run's settings into its workdir; raises as `check_config` if the run is `resumed`."""
     if resumed:
         check_config(config, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         write_file(workdir / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dollar_jax import objectives, sharding
 from dollar_jax.config import DistillConfig
 from dollar_jax.distillation import Batch, Distillation, Frozen, References
+from dollar_jax.distributed import gather
 from dollar_jax.files import new_file, read_arrays
 from dollar_jax.program import Program
 from dollar_jax.programs import TrainPrograms
@@ -30,10 +31,12 @@ class Skips:
     def __init__(self, config: DistillConfig, workdir: Path, first: int):
         self.config, self.workdir, self._in_a_row = config, workdir, 0
         self.total = truncate_history(workdir, first, SKIPPED)
-        self._held: tuple[int, Mapping[str, jax.Array], list[str], Batch] | None = None
+        self._held: tuple[int, Mapping[str, jax.Array], Mapping[int, str], Batch] | None = None
 
-    def step(self, step: int, metrics: Mapping[str, jax.Array], names: list[str], batch: Batch) -> None:
-        """Takes in a step and the names of this process's rows; looks at the step before, which has had its time."""
+    def step(self, step: int, metrics: Mapping[str, jax.Array], names: Mapping[int, str], batch: Batch) -> None:
+        """Takes in a step and, by its row, what each of this process's records is called; looks at the step before,
+        which has had its time.
+        """
         self.check()
         self._held = step, metrics, names, batch
 
@@ -44,13 +47,15 @@ class Skips:
         held, self._held = self._held, None
         if held is None:
             return
-        step, metrics, names, batch = held
+        step, metrics, own, batch = held
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         bad = skipped(self.config, values)
         self._in_a_row = self._in_a_row + 1 if bad else 0
         if not bad:
             return
         self.total += 1
+        parts = (json.loads(part) for part in gather(json.dumps([*own.items()]).encode()))
+        names = [name for _, name in sorted({row: name for part in parts for row, name in part}.items())]
         if jax.process_index() == 0:
             line = {"step": step, "because_of": {k: str(values[k]) for k in bad}, "records": names}
             with (self.workdir / SKIPPED).open("a") as file:

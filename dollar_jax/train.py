@@ -5,6 +5,7 @@ latents; they are taken in before a checkpoint, so that a resumed run repeats an
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,19 @@ from dollar_jax.rewards.scorer import Scorer
 from dollar_jax.run import CHECKPOINTS, check_config, read_config, record_config
 from dollar_jax.skips import Skips, explain
 from dollar_jax.state import TrainState, as_items, from_items, to_items
+from dollar_jax.types import Params
 
 
 def train(
-    config: DistillConfig, workdir: Path, generator: Generator, data: Videos, replay_batch: Path | None = None
+    config: DistillConfig,
+    workdir: Path,
+    generator: Generator,
+    data: Videos | Callable[[], Videos],
+    replay_batch: Path | None = None,
 ) -> TrainState:
     """Distils up to step `config.steps`, from the newest checkpoint in `workdir`, and leaves checkpoints,
-    history.jsonl, TensorBoard events and config.json, nothing before the first step can be taken. Stops early, with a
+    history.jsonl, TensorBoard events and config.json, nothing before the first step can be taken; latents that `data`
+    renders, given as a function, only when all else has been checked and the workdir is its own. Stops early, with a
     checkpoint, when config.reward.guard says that the reward is being hacked. Where no checkpoint was saved yet, a run
     may begin anew with other settings. With `replay_batch`, a batch that a step that was not finite left, it prints
     what is not, and trains nothing.
@@ -49,29 +56,26 @@ def train(
         check_config(config, workdir)
     pipeline, rewards = generator.pipeline, load_rewards(config.reward.rewards)
     pixels = pixel_rewards(config.reward, rewards, generator.frames)
-    programs = teacher_programs(config, generator, pixels, score_real=data.has_latents)
+    programs = teacher_programs(config, generator, pixels, score_real=callable(data) or data.has_latents)
     decoder = None
     if rewards or config.visibility.samples_every:
         decoder = sharding.put(pipeline.vae.params, sharding.replicated(programs.mesh))
     reward_params = () if pixels is None else pixels.params(decoder)
     frozen = Frozen(pipeline.transformer.params, generator.null_text, reward_params)
     frozen = sharding.put(frozen, programs.frozen_sharding)
-    scorer = None
-    if rewards:
-        shapes = data.latent_shapes, generator.text_shape
-        scorer = Scorer(config, rewards, pixels, generator.frames, decoder, *shapes)
     rows = sharding.local_rows(programs.batch_sharding.latent, config.batch_size)
-    batches = data.batches(config, rows, vars(programs.batch_sharding))
     guard = config.reward.guard
 
     with owned(workdir) as still_owned, Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
         resumed = bool(checkpoints.latest())
-        if resumed:
-            state = _restore(checkpoints, programs, scorer, batches)
-        else:
-            state = programs.init(jax.random.key(config.seed), frozen.teacher)
-            if config.init is not None:
-                state = _go_on_from(Path(config.init), programs, state)
+        state = None if resumed else _begin(config, programs, frozen.teacher)
+        data = data() if callable(data) else data
+        batches = data.batches(config, rows, vars(programs.batch_sharding))
+        scorer = None
+        if rewards:
+            shapes = data.latent_shapes, generator.text_shape
+            scorer = Scorer(config, rewards, pixels, generator.frames, decoder, *shapes)
+        state = state or _restore(checkpoints, programs, scorer, batches)
         if replay_batch is not None:
             print("\n  ".join(explain(programs, state, frozen, replay_batch)))
             return state
@@ -102,7 +106,8 @@ def train(
                 batch = _global_batch(programs, rows, read["on_device"], tokens, kept)
                 with log.pause("compiling" if busy is None else ""):
                     state, metrics, samples = programs.step(state, frozen, batch)
-                skips.step(step + 1, metrics, data.names_of(read), batch)
+                names = dict(zip(rows.tolist(), data.names_of(read), strict=True))
+                skips.step(step + 1, metrics, names, batch)
                 busy = metrics["student_loss"]
                 if scorer is not None:
                     scorer.collect()
@@ -143,8 +148,14 @@ def train(
     return state
 
 
-def _go_on_from(workdir: Path, programs: TrainPrograms, state: TrainState) -> TrainState:
-    """The state with another run's student, average and fake score; raises FileNotFoundError without one."""
+def _begin(config: DistillConfig, programs: TrainPrograms, teacher: Params) -> TrainState:
+    """The first state; with config.init another run's student, average and fake score are in it, FileNotFoundError if
+    there is none.
+    """
+    state = programs.init(jax.random.key(config.seed), teacher)
+    if config.init is None:
+        return state
+    workdir = Path(config.init)
     read_config(workdir)
     items = _abstract(programs)
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:

@@ -12,6 +12,7 @@ import pytest
 
 from dollar_jax import checkpoint
 from dollar_jax.checkpoint import Checkpoints, NothingWhole, SaveFailed
+from dollar_jax.cli import main
 from dollar_jax.files import CHECKSUMS, find_damage
 
 ITEMS = ("student", "ema", "optimisers")
@@ -85,7 +86,11 @@ def fifo(path):
     os.mkfifo(path)
 
 
-# What happens to step 30, and how the sentence about it begins.
+def older(step):
+    return min((p for p in step.parent.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+
+
+# What happens to the newer of two steps, and how the sentence about it begins.
 DAMAGE = {
     "array truncated": (lambda s: cut(largest(s / "ema")), "has another ema/"),
     "array emptied": (lambda s: cut(largest(s / "ema"), 0), "has another ema/"),
@@ -109,7 +114,7 @@ DAMAGE = {
     "item deleted": (lambda s: shutil.rmtree(s / "ema"), "has no ema"),
     "item emptied": (lambda s: (shutil.rmtree(s / "ema"), (s / "ema").mkdir()), "lacks ema/"),
     "item a file": (lambda s: (shutil.rmtree(s / "ema"), (s / "ema").write_text("x")), "has no ema"),
-    "item of another step": (lambda s: replace(s / "ema", s.parent / "20/ema"), "lacks ema/"),
+    "item of another step": (lambda s: replace(s / "ema", older(s) / "ema"), "lacks ema/"),
     "item of another name": (lambda s: replace(s / "ema", s / "student"), "lacks ema/"),
     "step's metadata garbage": (lambda s: (s / "_CHECKPOINT_METADATA").write_text("{}"), "has another _CHECK"),
     "step's metadata deleted": (lambda s: (s / "_CHECKPOINT_METADATA").unlink(), "lacks _CHECKPOINT_METADATA"),
@@ -118,8 +123,8 @@ DAMAGE = {
     "checksums truncated": (lambda s: cut(s / CHECKSUMS, 0.7), f"has a {CHECKSUMS} that is damaged"),
     "checksums not text": (lambda s: (s / CHECKSUMS).write_bytes(b"\xff\xfe"), f"has no {CHECKSUMS}"),
     "checksums a folder": (lambda s: ((s / CHECKSUMS).unlink(), (s / CHECKSUMS).mkdir()), f"has no {CHECKSUMS}"),
-    "checksums of another step": (lambda s: shutil.copy(s.parent / "20" / CHECKSUMS, s), "is checkpoint of step 20"),
-    "another step under its name": (lambda s: replace(s, s.parent / "20"), "is checkpoint of step 20"),
+    "checksums of another step": (lambda s: shutil.copy(older(s) / CHECKSUMS, s), "is checkpoint of step "),
+    "another step under its name": (lambda s: replace(s, older(s)), "is checkpoint of step "),
     "all deleted": (lambda s: (shutil.rmtree(s), s.mkdir()), f"has no {CHECKSUMS}"),
     "a file in its place": (lambda s: (shutil.rmtree(s), s.write_text("x")), f"has no {CHECKSUMS}"),
 }
@@ -142,6 +147,81 @@ def test_what_is_damaged_is_named_kept_and_not_used(folder, damage, capsys):
         checkpoints.save(30, items(30))
     assert restored(folder) == 30
     assert {p.name for p in folder.iterdir()} == {"20", "30", "30.damaged"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, own_config):
+    """What `dollar train` leaves after two steps, a checkpoint of each, and beside it what it is without the newer."""
+    folder = tmp_path_factory.mktemp("run")
+    changes = {
+        "steps": 2,
+        "batch_size": 8,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 2,
+        "data.train_videos": 16,
+        "mesh.fsdp": 8,
+        "student.ema_decay": 0.5,  # so that the two differ to the eye
+        "student.optimiser.learning_rate": 0.01,
+        "student.optimiser.warmup_steps": 0,
+        "reward.samples": 2,
+        "reward.replay": 16,
+        "reward.batch_size": 8,
+        "reward.updates": 1,
+        "visibility.samples_every": 0,
+        "sampling.num_steps": 2,
+    }
+    config = own_config(folder, changes)
+    assert main(["train", f"--config={config}", f"--workdir={folder / 'run'}"]) == 0
+    shutil.copytree(folder / "run", folder / "before", ignore=shutil.ignore_patterns("2", "metrics*"))
+    return config, folder / "run", folder / "before"
+
+
+def used(command, config, workdir, out):
+    """The exit code of a command on a run, and what it made, but for how long it took."""
+    if command == "train":
+        code = main(["train", f"--config={config}", f"--workdir={workdir}"])
+        return code, used("export", config, workdir, out)[1] if code == 0 else None
+    if command == "export":
+        code, made = main(["export", f"--workdir={workdir}", str(out)]), out / CHECKSUMS
+        return code, made.read_text() if made.exists() else None
+    if command == "sample":
+        made = out.with_suffix(".gif")
+        code = main(["sample", f"--workdir={workdir}", "--prompt=a small blue circle", "--num=1", f"--out={made}"])
+        return code, made.read_bytes() if made.exists() else None
+    (prompts := out.with_suffix(".txt")).write_text("a small blue circle\n")
+    made = out.with_suffix(".json")
+    code = main(
+        ["evaluate", f"--workdir={workdir}", f"--prompts_file={prompts}", f"--out={made}", "--num=1", "--reward=motion"]
+    )
+    rows = json.loads(made.read_text()) if made.exists() else {}
+    return code, {name: rows[name]["motion"] for name in ("student_4", "student_1")} if rows else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "export"])
+def test_no_command_takes_what_is_damaged(run, command, tmp_path, capsys):
+    """Each makes of the step before what it makes when there is no other, and training what it had made."""
+    config, before = run[0], run[2]
+    whole = Path(shutil.copytree(run[1], tmp_path / "whole"))
+    code, expected = used(command, config, whole if command == "train" else before, tmp_path / "expected")
+    assert code == 0 and expected
+    if command != "train":
+        assert used(command, config, whole, tmp_path / "newest")[1] != expected
+    for number, (name, (act, begins)) in enumerate(DAMAGE.items()):
+        workdir = Path(shutil.copytree(whole, tmp_path / "run"))
+        act(workdir / "checkpoints" / "2")
+        capsys.readouterr()
+        assert used(command, config, workdir, tmp_path / str(number)) == (0, expected), name
+        told = capsys.readouterr().err
+        assert f"{workdir}/checkpoints/2 {begins}" in told and f"{workdir}/checkpoints/1 is used instead" in told, name
+        left = {p.name for p in (workdir / "checkpoints").iterdir()}
+        assert left == ({"1", "2", "2.damaged"} if command == "train" else {"1", "2"}), name
+        shutil.rmtree(workdir)
+    shutil.rmtree(whole / "checkpoints" / "1" / "ema")
+    flip(largest(whole / "checkpoints" / "2" / "ema"))
+    assert used(command, config, whole, tmp_path / "none") == (4, None)
+    (last,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith(f"dollar {command}: "))
+    assert "no checkpoint is whole" in last and f"{whole}/checkpoints/1 has no ema" in last
 
 
 def test_when_none_is_whole_all_are_named_and_none_is_moved(folder):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dollar_jax import sharding
+from dollar_jax import sharding, skips
 from dollar_jax import train as loop
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import RewardGuard
@@ -386,6 +386,16 @@ def test_a_bad_batch_is_skipped_named_and_counted(train, whole, config, tmp_path
     assert "skipped step 2: consistency is nan; its records are in" in capsys.readouterr().out
     assert all("student_loss" in line for line in read_history(whole[0]))  # a healthy run skips none
     assert not (whole[0] / "skipped.jsonl").exists()
+
+
+def test_a_skipped_batch_is_named_by_all_processes(config, tmp_path, monkeypatch):
+    """Whose rows lie between each other's; where tokens are shared among them, several have the same."""
+    own, others = {0: "a", 3: "d"}, {1: "b", 2: "c", 3: "d"}
+    monkeypatch.setattr(skips, "gather", lambda mine: [json.dumps([*others.items()]).encode(), mine])
+    noted = skips.Skips(config, tmp_path, 0)
+    noted.step(7, {"consistency": jnp.float32(np.nan)}, own, None)
+    noted.check()
+    assert json.loads((tmp_path / "skipped.jsonl").read_text())["records"] == ["a", "b", "c", "d"]
 
 
 def test_the_batch_of_a_stopped_run_shows_its_row(train, config, generator, data, tmp_path, capsys):

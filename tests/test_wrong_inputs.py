@@ -148,6 +148,10 @@ LINES = [
     (TRAIN + "--config.reward.weight=heavy", "config.reward.weight"),
     (TRAIN + "--config.student.input=sideways", "config.student.input"),
     (TRAIN + "--config.batch.size=3", "no field 'batch'"),
+    (TRAIN + "--config.init=/no/such", "/no/such holds no run"),
+    (TRAIN + "--config.lora.rank=4 --config.lora.targets=('nothing',)", "names no dense layer"),
+    (TRAIN + "--config.lora.rank=4 --config.lora.targets=('[',)", "is no regular expression"),
+    (TRAIN + "--config.lora.rank=999 --config.lora.targets=('.*to_q',)", "config.lora.rank 999 is more than"),
     (TRAIN + "--steps=3", "steps"),
     (TRAIN + "more", "unexpected argument 'more'"),
     *[
@@ -188,6 +192,8 @@ LINES = [
     ("evaluate --videos={bad}/gone", "gone"),
     ("evaluate --videos={bad}", "holds no .mp4"),
     ("evaluate --videos={bad} --features={bad}/gone", "gone"),
+    ("evaluate --workdir={run} --names={bad}/two.txt", "--names goes with --vbench"),
+    ("evaluate --workdir={run} --reward=motion", "--reward goes with --prompts_file"),
     ("evaluate --workdir={run} --vbench={new}", "--prompts_file"),
     ("evaluate --workdir={run} --vbench={new} --prompts_file={bad}/gone.json", "gone.json"),
     ("evaluate --workdir={run} --vbench={new} --prompts_file={bad}/cut.json", "cut.json"),
@@ -199,7 +205,13 @@ LINES = [
     ("export --workdir={run}", "give the new folder"),
     ("export --workdir={run} {new} --shard_size=5", "--shard_size=5"),
     ("export --workdir={run} {new} --dtype=int8", "--dtype"),
+    ("export --workdir={run} {new} --push_to_hub=name", "--push_to_hub=name must be OWNER/NAME"),
+    ("export --workdir={run} {new} --push_to_hub=../..", "'../..'"),
     ("import {bad}/gone", "give two names"),
+    ("import {teacher} {bad}/two.txt/new", "two.txt"),
+    ("import {teacher} {new} --lora={bad}/gone", "gone"),
+    ("import {teacher} {new} --lora={bad}/two.txt", "two.txt is damaged or no safetensors file"),
+    ("import {teacher} {new} --lora={teacher}/transformer", "is no adapter's key"),
     ("import {bad}/gone {new}", "gone"),
     ("import {bad}/two.txt {new}", "two.txt is a file"),
     ("import {bad} {new}", "model_index.json"),
@@ -240,6 +252,8 @@ LINES = [
     ("vbench-score {bad}/some.json", "dimensions are missing"),
     ("vbench-score {bad}/some.json {bad}/other.json --allow_missing", "disagree"),
     ("vbench-score {bad}/runs", "holds no result file"),
+    ("vbench-score {bad}/some.json --allow_missing --json={bad}", "{bad} is a folder"),
+    ("vbench-score {bad}/some.json --allow_missing --json={bad}/two.txt/new.json", "two.txt is no folder"),
     ("vbench-score {bad}/some.json --allow_missing --metrics={bad}/vendi.json", "vendi.json"),
     ("vbench-score {bad}/some.json --allow_missing --metrics={bad}/cut.json", "cut.json"),
     ("vbench-score {bad}/some.json --allow_missing --manifest={bad}/list.json", "list.json"),
@@ -266,10 +280,14 @@ LINES = [
     ("plan --config=demo --topology=v9:2x2", "--topology=v9:2x2"),
     ("plan --config=demo --topology=v5e", "--topology=v5e"),
     ("plan --config=demo --topology=v5e:4x4 --mesh=fsdp=x", "--mesh"),
+    ("plan --config=demo --topology=v5e:4x4 --mesh=fsdp=8,fsdp=2", "says fsdp twice"),
+    ("plan --config=demo --topology=v5e:4x4 --json={bad}", "{bad} is a folder"),
     ("plan --config=demo --topology=v5e:4x4 --video=big", "--video"),
     ("plan --config=demo --topology=v5e:4x4 --what=dance", "--what"),
     ("pretrain --config=wan_1_3b --workdir={new}", "no pretrain settings"),
     ("pretrain --config=demo --workdir={new} --config.pretrain.teacher.steps=0", "config.pretrain.teacher.steps"),
+    ("serve --workdir={run}", "holds no checkpoint"),
+    ("serve --workdir={run} --port=70000", "--port"),
     ("demo --seed=-1 --workdir={new}", "--seed"),
     ("demo --seed=4294967296 --workdir={new}", "--seed"),
     ("reproduce --workdir={new} --seeds=0", "--seeds"),
@@ -310,7 +328,7 @@ def places(tmp_path_factory):
     for name in ("zero.txt", "zero.json"):
         (bad / name).symlink_to("/dev/zero")
     (run / "config.json").write_text(json.dumps({"teacher": "moving_shapes", "data": {"name": "moving_shapes"}}))
-    return {"bad": bad, "run": run, "new": root / "new"}
+    return {"bad": bad, "run": run, "new": root / "new", "teacher": teacher_folder("moving_shapes")}
 
 
 def tree(places):
@@ -362,7 +380,7 @@ def test_weights_that_are_not_finite_are_not_imported(capsys, places, tmp_path):
 def test_there_are_enough_of_them():
     rows = {*LINES, *out_of_range()}
     assert len(rows) + len(TEACHERS) >= 250
-    assert {line.split()[0] for line, _ in rows} == {*cli.COMMANDS} - {"serve"}
+    assert {line.split()[0] for line, _ in rows} == {*cli.COMMANDS}
 
 
 def test_a_reader_that_goes_away_does_not_end_a_command():
@@ -374,3 +392,12 @@ def test_a_reader_that_goes_away_does_not_end_a_command():
             print("x" * 100_000, file=gone, flush=True)
         assert Path(f"/proc/self/fd/{gone.fileno()}").resolve() == Path("/dev/null")
     base.Unbreakable(None).write("nobody listens")
+
+
+def test_a_disk_without_room_for_what_is_said_does_not_end_a_command():
+    with open("/dev/full", "w") as stream:
+        full = base.Unbreakable(stream)
+        print("x" * 100_000, file=full, flush=True)
+        assert Path(f"/proc/self/fd/{full.fileno()}").resolve() == Path("/dev/full")  # there may be room later
+        full.end()
+        assert Path(f"/proc/self/fd/{full.fileno()}").resolve() == Path("/dev/null")

@@ -76,22 +76,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         delattr(FLAGS, flag)
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
-    try:
-        module.define_flags(rest)
-        if any(argument in HELP for argument in rest):
-            usage = f"dollar {name} {command.takes}".rstrip()
-            print(f"{usage}: {command.summary}\n\n{FLAGS.get_help()}")
-            return 0
-        extra = FLAGS([f"dollar {name}", *rest])[1:]
-        if extra and not command.takes:
-            raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
-        check_flags(extra)
-        with contextlib.redirect_stdout(Unbreakable(sys.stdout)), contextlib.redirect_stderr(Unbreakable(sys.stderr)):
+    out, err = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            module.define_flags(rest)
+            if any(argument in HELP for argument in rest):
+                usage = f"dollar {name} {command.takes}".rstrip()
+                print(f"{usage}: {command.summary}\n\n{FLAGS.get_help()}")
+                return 0
+            extra = FLAGS([f"dollar {name}", *rest])[1:]
+            if extra and not command.takes:
+                raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
+            check_flags(extra)
             module.run(*extra)
-    except (*EXPECTED, KeyboardInterrupt) as error:
-        if os.environ.get("DOLLAR_TRACEBACK") and not isinstance(error, KeyboardInterrupt):
-            raise
-        return report_error(name, error)
+        except (*EXPECTED, KeyboardInterrupt) as error:
+            if os.environ.get("DOLLAR_TRACEBACK") and not isinstance(error, KeyboardInterrupt):
+                raise
+            return report_error(name, error)
+        finally:
+            out.end()
+            err.end()
     return 0
 
 

@@ -49,7 +49,7 @@ def check_flags(arguments: Sequence[str] = ()) -> None:
 
 
 class Unbreakable:
-    """A stream whose reader may be gone, as with `| head -1`: what nobody reads must not end a run."""
+    """A stream whose reader may be gone, as with `| head -1`, or whose disk is full: neither must end a run."""
 
     def __init__(self, stream: Any):
         self._stream = io.StringIO() if stream is None else stream
@@ -66,11 +66,18 @@ class Unbreakable:
         with self._tolerant():
             self._stream.flush()
 
+    def end(self) -> None:
+        """Flushes it for the last time: Python's own would make an exit code of what cannot be written."""
+        with self._tolerant(last=True):
+            self._stream.flush()
+
     @contextlib.contextmanager
-    def _tolerant(self) -> Iterator[None]:
+    def _tolerant(self, last: bool = False) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
+        except OSError as error:
+            if not last and not isinstance(error, BrokenPipeError):
+                return  # there may be room again later
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 

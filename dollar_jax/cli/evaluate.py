@@ -33,6 +33,14 @@ def define_flags(_: list[str]) -> None:
     define("bool", "teacher", False, "With --vbench: the teacher's videos.")
 
 
+_GOES_WITH = {
+    "videos": ("reference", "dimensions"),
+    "dimensions": ("clip", "aesthetic"),
+    "vbench": ("names", "fps", "steps", "teacher"),
+    "reward": ("reward_folder",),
+}
+
+
 def run() -> None:
     from dollar_jax.data.clip import MOVING_SHAPES
     from dollar_jax.evaluate.features import alexnet_features, vae_features
@@ -43,6 +51,9 @@ def run() -> None:
     prepare_jax()
     if not FLAGS.workdir and not FLAGS.videos:
         raise ValueError("--workdir or --videos must be given")
+    for flag, names in _GOES_WITH.items():
+        if not FLAGS[flag].value and (idle := next((name for name in names if FLAGS[name].present), None)):
+            raise ValueError(f"--{idle} goes with --{flag}, which is not given")
     if FLAGS.vbench:
         _vbench_videos()
         return
@@ -55,6 +66,8 @@ def run() -> None:
         if not FLAGS.videos:
             out = Path(FLAGS.out or Path(FLAGS.workdir) / "metrics.json")
             if shapes and not FLAGS.prompts_file:
+                if FLAGS.reward:
+                    raise ValueError("--reward goes with --prompts_file here: the run's own rewards are measured")
                 evaluate(
                     Path(FLAGS.workdir), generator, out, FLAGS.quick, features=features, allow_code=FLAGS.allow_code
                 )

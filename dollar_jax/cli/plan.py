@@ -28,11 +28,14 @@ def run() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from tqdm import tqdm
 
+    from dollar_jax.files import check_writable, write_file
     from dollar_jax.plan import planner
     from dollar_jax.plan.chips import parse_mesh
     from dollar_jax.plan.training import training_cost
 
     config = given_config()
+    if FLAGS.json:
+        check_writable(Path(FLAGS.json))  # before hours of compilation
     if FLAGS.mesh:
         config = dataclasses.replace(config, mesh=parse_mesh(FLAGS.mesh))
     rest = (FLAGS.topology, FLAGS.what, planner.parse_video(FLAGS.video) if FLAGS.video else None)
@@ -54,7 +57,7 @@ def run() -> None:
         fields = [f | {"training": cost} for f in fields]
     if FLAGS.json:
         listed = FLAGS.search or FLAGS.what in COMMANDS
-        Path(FLAGS.json).write_text(json.dumps(fields if listed else fields[0], indent=2) + "\n")
+        write_file(FLAGS.json, json.dumps(fields if listed else fields[0], indent=2) + "\n")
     if FLAGS.what in COMMANDS:
         if bad := [p.program for p in found if p.error or not p.fits]:
             raise ValueError(f"{len(bad)} of {len(found)} programs do not compile or fit: {', '.join(bad)}")

@@ -12,7 +12,7 @@ from dollar_jax.cli.base import FLAGS, define, define_workdir, prepare_jax
 def define_flags(_: list[str]) -> None:
     define_workdir()
     define("string", "host", "127.0.0.1", "Where to listen; 0.0.0.0 is open to whoever reaches this machine.")
-    define("integer", "port", 8000, "0 takes a free one.", 0)
+    define("integer", "port", 8000, "0 takes a free one.", 0, 65535)
     define("integer", "queue", 8, "The most requests that wait for their turn.", 0)
     define("integer", "longest_prompt", 1000, "In characters.", 1)
 

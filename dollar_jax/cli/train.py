@@ -21,7 +21,9 @@ def run() -> None:
 
     from dollar_jax import distributed
     from dollar_jax.config import changed
+    from dollar_jax.data.clip import MOVING_SHAPES
     from dollar_jax.data.latents import load_data
+    from dollar_jax.files import open_regular
     from dollar_jax.generate import make_generator
     from dollar_jax.sharding import make_mesh
     from dollar_jax.train import train
@@ -30,13 +32,16 @@ def run() -> None:
     config, workdir = given_config(), Path(FLAGS.workdir)
     if FLAGS.profile:
         config = changed(config, {"visibility.profile_steps": 3})
+    replay = None if FLAGS.replay_batch is None else Path(FLAGS.replay_batch)
+    if replay is not None:
+        open_regular(replay).close()
     processes = FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
     with distributed.joined(*processes, functools.partial(report_error, "train")):
         if not config.reward.rewards and jax.process_index() == 0:
             print("No reward is named, so none is trained on; to name one: --config=NAME:vsd+cd+lrm,hpsv2=FOLDER")
         generator = make_generator(config, mesh=make_mesh(config.mesh))
-        replay = None if FLAGS.replay_batch is None else Path(FLAGS.replay_batch)
-        state = train(config, workdir, generator, load_data(config, generator, workdir), replay)
+        load = functools.partial(load_data, config, generator, workdir)
+        state = train(config, workdir, generator, load if config.data.name == MOVING_SHAPES else load(), replay)
         if replay is None and int(state.step) < config.steps:
             raise EndedEarly(f"the run ended at step {int(state.step)} of {config.steps}, which is saved")
         if replay is None and jax.process_index() == 0:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from dollar_jax.evaluate.manifest import files_of
-from dollar_jax.files import read_text
+from dollar_jax.files import check_writable, read_text
 from dollar_jax.generate import Generator, Sampler, draw_beside
 from dollar_jax.types import Params
 from dollar_jax.video import SUFFIXES, write_video
@@ -72,11 +71,9 @@ def check_output(out: Path) -> None:
     """Raises ValueError or OSError unless `out` can be written: an .mp4, a .gif or, without a suffix, a folder."""
     if out.suffix.lower() not in ("", *SUFFIXES) and not out.is_dir():
         raise ValueError(f"--out={out} must end in {' or '.join(SUFFIXES)}, or be a folder")
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if there == out and is_folder(out) and not out.is_dir():
+    if out.is_file() and is_folder(out):
         raise FileExistsError(f"--out={out} is a file: give a folder, or a name that ends in {' or '.join(SUFFIXES)}")
-    if not (there.is_dir() or there == out) or not os.access(there, os.W_OK):
-        raise PermissionError(f"--out={out} cannot be written: {there} is no folder one may write to")
+    check_writable(out / "video" if is_folder(out) else out)
 
 
 def is_folder(out: Path) -> bool:

@@ -25,12 +25,17 @@ def adapt(network: Network, rank: int, alpha: float, targets: Sequence[str]) -> 
         layers = {"/".join(map(str, path)): part for path, part in nnx.iter_modules(module)}
         dense = {path: part for path, part in layers.items() if isinstance(part, Linear)}
         for target in targets:
-            found = [part for path, part in dense.items() if re.fullmatch(target, path)]
+            try:
+                found = [part for path, part in dense.items() if re.fullmatch(target, path)]
+            except re.error as error:
+                raise ValueError(f"config.lora.targets: {target!r} is no regular expression: {error}") from error
             if not found:
                 known = ", ".join(sorted(dense))
                 raise ValueError(f"config.lora.targets: {target!r} names no dense layer; there are {known}")
             for part in found:
                 *stack, dim_in, dim_out = part.kernel.shape
+                if rank > min(dim_in, dim_out):
+                    raise ValueError(f"config.lora.rank {rank} is more than a layer of {dim_in} × {dim_out} has")
                 part.adapter = Adapter(tuple(stack), dim_in, dim_out, rank, alpha / rank, rngs)
         return module
 

@@ -65,6 +65,8 @@ def parse_mesh(text: str) -> MeshConfig:
     sizes = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
     for part in text.split(","):
         axis, _, size = part.partition("=")
+        if f"{axis}=" in text.partition(part)[0]:
+            raise ValueError(f"--mesh={text} says {axis} twice")
         if axis not in sizes or not size.isdigit():
             raise ValueError(f"--mesh={text}: {part!r} is not one of data, fsdp, context and tensor with its size")
         sizes[axis] = int(size)

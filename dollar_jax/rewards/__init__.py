@@ -68,7 +68,7 @@ def _module(name: str, where: str) -> Any:
         if not Path(where).is_file():
             raise FileNotFoundError(f"there is no file {where}")
         return _file(Path(where).resolve(), Path(where).read_bytes())
-    except Exception as error:  # whatever the user's file does when it is run
+    except (Exception, SystemExit) as error:  # whatever the user's file does when it is run
         raise ValueError(f"the reward {name!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 

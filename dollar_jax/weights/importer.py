@@ -58,7 +58,7 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", ada
 
     total = sum(len(tensors) for tensors in stored.values())
     bar = tqdm(total=total, desc="importing", unit="tensor")
-    with new_folder(folder) as draft, bar:
+    with bar, new_folder(folder) as draft:
         for name in parts:
             save_stream(draft / name / pipelines.IMPORTED, streams[name])
             shutil.copy(found / name / "config.json", draft / name)
