@@ -162,7 +162,10 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray], dtype: str) -> Non
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
     # diffusers and transformers refuse a file that does not say "pt", although the bytes are the same.
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
