@@ -3,9 +3,11 @@
 A test that passes a wrong value to see our own error is named `test_bad_...` and goes unchecked.
 """
 
+import contextlib
 import json
 import os
 import re
+import resource
 import runpy
 import shutil
 import struct
@@ -283,6 +285,22 @@ def wan_folder(tmp_path_factory, save_wan):
     transformer.save_pretrained(folder / "transformer", max_shard_size="20KB")
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
     return folder
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], Any]:
+    """A context in which no file may have more than so many bytes."""
+
+    @contextlib.contextmanager
+    def limit(most: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import http.server
 import json
 import os
 import re
-import resource
 import shutil
 import threading
 
@@ -408,13 +407,8 @@ def test_the_folder_goes_to_the_hub(capsys, adapted, tmp_path, monkeypatch):
     assert "must be OWNER/NAME" in capsys.readouterr().err and not (tmp_path / "third").exists()
 
 
-def test_a_disk_without_room_is_one_sentence(capsys, run, tmp_path):
-    """No file may have more than 5,000 bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
-    try:
+def test_a_disk_without_room_is_one_sentence(capsys, run, tmp_path, full_disk):
+    with full_disk(5000):
         code = cli.main(["export", f"--workdir={run}", str(tmp_path / "new")])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 2 and re.search("dollar export: .* cannot be written: .*File too large", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())

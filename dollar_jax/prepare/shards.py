@@ -1,5 +1,6 @@
 """Clips as the records of a data set: encoded by the teacher's networks, written to one shard for each size."""
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -18,7 +19,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from dollar_jax import sharding
 from dollar_jax.config import MeshConfig, SamplingConfig
 from dollar_jax.data.prepared import fingerprint_programs
-from dollar_jax.files import write_file
+from dollar_jax.files import sync, write_file
 from dollar_jax.generate import Generator, teacher_folder
 from dollar_jax.prepare.clips import Clip, Rejected
 from dollar_jax.prepare.settings import PARTS, PrepareSettings, bucket_name
@@ -149,10 +150,10 @@ class Unit:
                 continue
             if bucket not in self.writers:
                 # One record to a group: training reads them in random order.
-                path = self.parts / f"{self.unit:05d}-{bucket}.shard"
-                self.writers[bucket] = ArrayRecordWriter(str(path), "group_size:1")
+                self.writers[bucket] = ArrayRecordWriter(str(self._path(bucket)), "group_size:1")
                 self.shards[bucket] = {"bucket": bucket, "clips": 0, "bytes": 0}
-            self.writers[bucket].write(record)
+            with _disk():
+                self.writers[bucket].write(record)
             self.shards[bucket]["clips"] += 1
             self.shards[bucket]["bytes"] += len(record)
             if len(self.shown) < _SHOWN and clip.frames is not None:
@@ -161,8 +162,10 @@ class Unit:
     def close(self) -> None:
         for clips in self.waiting.values():
             self._encode(clips)
-        for writer in self.writers.values():
-            writer.close()
+        for bucket, writer in self.writers.items():
+            with _disk():
+                writer.close()
+            sync(self._path(bucket))
         if self.shown:
             sheet = contact_sheet(self.shown)
             write_file(self.parts / f"{self.unit:05d}.jpg", sheet)
@@ -171,6 +174,17 @@ class Unit:
         report = {"videos": self.videos, "shards": [self.shards[bucket] for bucket in sorted(self.shards)]}
         rejected = [{"name": name, "reason": reason} for _, name, reason in sorted(self.rejected)]
         write_file(report_path(self.parts, self.unit), json.dumps({**report, "rejected": rejected}))
+
+    def _path(self, bucket: str) -> Path:
+        return self.parts / f"{self.unit:05d}-{bucket}.shard"
+
+
+@contextlib.contextmanager
+def _disk() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # as ArrayRecord says that there is no room
+        raise OSError(str(error)) from error
 
 
 def report_path(parts: Path, unit: int) -> Path:

@@ -157,6 +157,13 @@ def command(source, teacher, out, *more):
     return ["prepare", f"--source={source}", f"--teacher={teacher}", f"--out={out}", *sizes, *more]
 
 
+def test_a_full_disk_is_told_and_the_job_goes_on_when_there_is_room(whole, settings, generator, tmp_path, full_disk):
+    with full_disk(20_000), pytest.raises(OSError, match=r"File too large.*\.shard"):  # the list of videos has room
+        prepare(settings, generator, tmp_path / "out")
+    prepare(settings, generator, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(whole[0])
+
+
 def test_what_is_not_said_is_the_teachers(videos, teacher, tmp_path, monkeypatch, capsys):
     """Wan's clips are 81 frames of 480 × 832 at 16 per second; 16 seconds hold three."""
     asked = []
