@@ -344,19 +344,28 @@ def owns(workdir: Path, process: int) -> bool:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Checksums of a folder's files, but of those that say when and by which command it was made."""
-    return {k: v for k, v in checksums(folder).items() if k not in ("provenance.json", "SHA256SUMS")}
+    """Checksums of a folder's files, but of those that say when and how it was made, and of the arrays in Orbax's files,
+    whose names are random.
+    """
+    found = {k: v for k, v in checksums(folder).items() if k != "provenance.json" and "/params/" not in k}
+    return found | {str(item.relative_to(folder)): arrays(item) for item in folder.glob("*/params/state")}
+
+
+def arrays(item: Path) -> str:
+    """The checksum of a saved tree's names, types, shapes and values."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(ocp.StandardCheckpointer().restore(item)):
+        array = np.asarray(leaf)
+        total.update(f"{path} {array.dtype} {array.shape}".encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
 
 
 def digest(workdir: Path) -> str:
     """Of all arrays of the newest checkpoint."""
-    step, total = workdir / "checkpoints" / str(newest(workdir)), hashlib.sha256()
-    for item in sorted(p for p in step.iterdir() if p.is_dir() and p.name != "data"):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(ocp.StandardCheckpointer().restore(item)):
-            array = np.asarray(leaf)
-            total.update(f"{step.name} {item.name} {path} {array.dtype} {array.shape}".encode())
-            total.update(np.ascontiguousarray(array).tobytes())
-    return total.hexdigest()
+    step = workdir / "checkpoints" / str(newest(workdir))
+    items = sorted(p for p in step.iterdir() if p.is_dir() and p.name != "data")
+    return f"{step.name}: {[(item.name, arrays(item)) for item in items]}"
 
 
 def main() -> None:
