@@ -344,8 +344,8 @@ def owns(workdir: Path, process: int) -> bool:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Checksums of a folder's files, but of those that say when and how it was made, and of the arrays in Orbax's files,
-    whose names are random.
+    """Checksums of a folder's files, but of those that say when and how it was made, and of the arrays in Orbax's files
+    (whose names are random).
     """
     found = {k: v for k, v in checksums(folder).items() if k != "provenance.json" and "/params/" not in k}
     return found | {str(item.relative_to(folder)): arrays(item) for item in folder.glob("*/params/state")}
