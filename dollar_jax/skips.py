@@ -34,9 +34,7 @@ class Skips:
         self._held: tuple[int, Mapping[str, jax.Array], Mapping[int, str], Batch] | None = None
 
     def step(self, step: int, metrics: Mapping[str, jax.Array], names: Mapping[int, str], batch: Batch) -> None:
-        """Takes in a step and, by its row, what each of this process's records is called; looks at the step before,
-        which has had its time.
-        """
+        """Takes in a step and this process's records by row; looks at the step before, which has had its time."""
         self.check()
         self._held = step, metrics, names, batch
 

@@ -149,9 +149,7 @@ def train(
 
 
 def _begin(config: DistillConfig, programs: TrainPrograms, teacher: Params) -> TrainState:
-    """The first state; with config.init another run's student, average and fake score are in it, FileNotFoundError if
-    there is none.
-    """
+    """The first state, with the student, average and fake score of the run that config.init names, if any."""
     state = programs.init(jax.random.key(config.seed), teacher)
     if config.init is None:
         return state

@@ -27,18 +27,10 @@ def define_flags(_: list[str]) -> None:
     define("string", "names", None, "With --vbench and rewritten prompts: VBench's own, line by line, to name files.")
     define("float", "fps", None, "With --vbench: frames per second of the files; the teacher's by default.", 0.1)
     define("integer", "num", 5, "Videos per prompt.", 1)
-    define("integer", "steps", 4, "With --vbench: sampling steps.", 1)
+    define("integer", "steps", 4, "With --vbench: sampling steps.", 1, 1000)
     define("integer", "seed", 0, "Seed of the noise.")
     define("integer", "batch_size", None, "Videos drawn at a time; by default as many as their size allows.", 1)
     define("bool", "teacher", False, "With --vbench: the teacher's videos.")
-
-
-_GOES_WITH = {
-    "videos": ("reference", "dimensions"),
-    "dimensions": ("clip", "aesthetic"),
-    "vbench": ("names", "fps", "steps", "teacher"),
-    "reward": ("reward_folder",),
-}
 
 
 def run() -> None:
@@ -51,9 +43,10 @@ def run() -> None:
     prepare_jax()
     if not FLAGS.workdir and not FLAGS.videos:
         raise ValueError("--workdir or --videos must be given")
-    for flag, names in _GOES_WITH.items():
-        if not FLAGS[flag].value and (idle := next((name for name in names if FLAGS[name].present), None)):
-            raise ValueError(f"--{idle} goes with --{flag}, which is not given")
+    needs = {"reference": "videos", "dimensions": "videos", "clip": "dimensions", "aesthetic": "dimensions"}
+    for name, flag in (needs | dict.fromkeys(("names", "fps", "steps", "teacher"), "vbench")).items():
+        if FLAGS[name].present and not FLAGS[flag].value:
+            raise ValueError(f"--{name} goes with --{flag}, which is not given")
     if FLAGS.vbench:
         _vbench_videos()
         return

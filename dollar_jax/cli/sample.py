@@ -14,7 +14,7 @@ def define_flags(_: list[str]) -> None:
     define("multi_string", "prompt", [], "What to show; may be given more than once.")
     define("string", "prompts_file", None, "A text file with a prompt per line.")
     define("string", "image", None, "The first frame, of a run or a teacher that continues one: a file.")
-    define("integer", "steps", 4, "Sampling steps.", 1)
+    define("integer", "steps", 4, "Sampling steps.", 1, 1000)
     define("multi_integer", "seed", [0], "Seed of the noise, which all prompts share; may be given more than once.")
     define("integer", "num", 4, "Videos per prompt and seed.", 1)
     define("integer", "batch_size", None, "Videos drawn at a time; by default as many as their size allows.", 1)
