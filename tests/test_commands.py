@@ -18,7 +18,6 @@ TINY = {
     "checkpoint_every": 3,
     "log_every": 1,
     "data.train_videos": 16,
-    "mesh.fsdp": 8,
     "student.timesteps": (1000.0, 700.0, 400.0, 200.0),
     "reward.samples": 2,
     "reward.replay": 16,
@@ -35,10 +34,11 @@ def dollar(*arguments):
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, own_config):
+def workdir(tmp_path_factory, own_config, wan_folder):
     """A run that `dollar train` has left, from a configuration in a file of the user's own."""
     folder = tmp_path_factory.mktemp("run")
-    dollar("train", f"--config={own_config(folder, TINY)}", f"--workdir={folder / 'run'}")
+    own = own_config(folder, TINY | {"teacher": str(wan_folder)})
+    dollar("train", f"--config={own}", f"--workdir={folder / 'run'}")
     return folder / "run"
 
 
@@ -89,7 +89,8 @@ def test_sample_refuses_a_picture_that_no_player_shows(workdir, tmp_path, capsys
     assert "would be a picture of 1024 × 10240" in capsys.readouterr().err
 
 
-def test_evaluate_takes_any_prompts_and_goes_on(workdir, tmp_path, capsys):
+def test_evaluate_takes_any_prompts_and_goes_on(workdir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "TIMED", 1)
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\na small blue/green square\n")
     out = tmp_path / "own.json"
     flags = [f"--workdir={workdir}", f"--prompts_file={tmp_path / 'prompts.txt'}", f"--out={out}", "--num=2"]

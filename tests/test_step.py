@@ -163,7 +163,7 @@ def alone(runner, initial):
 @pytest.mark.parametrize(
     ("changes", "mesh"),
     [
-        ((), {"data": 8}),
+        pytest.param((), {"data": 8}, marks=pytest.mark.slow),
         ((), {"data": 2, "fsdp": 4}),
         ((), {"data": 2, "fsdp": 2, "tensor": 2}),
         ((), {"data": 1, "fsdp": 2, "context": 4}),

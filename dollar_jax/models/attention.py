@@ -125,7 +125,9 @@ def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
     nor a scale. Padding is a segment of its own, which no real query looks at.
     """
     n, m = q.shape[1], k.shape[1]
-    block_q, block_k = _block(n), _block(m)
+    # Wide fp32 heads, as a VAE's, would fill the 16 MiB of vector memory that v5p has for a program.
+    most = 8 if q.shape[-1] * q.dtype.itemsize <= 512 else 4
+    block_q, block_k = _block(n, most), _block(m, most)
     q, k, v = _padded(q * scale, block_q), _padded(k, block_k), _padded(v, block_k)
     queries, keys = q.shape[2], k.shape[2]
     kernel = splash.make_splash_mha(
@@ -144,11 +146,11 @@ def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
     return out[:, :, :n].swapaxes(1, 2)
 
 
-def _block(tokens: int) -> int:
-    """The block, of at most 1,024 tokens, that wastes the least padding."""
+def _block(tokens: int, most: int = 8) -> int:
+    """The block, of at most `most` times 128 tokens, that wastes the least padding."""
     if tokens <= 4 * BLOCK:
         return -(-tokens // BLOCK) * BLOCK
-    return min(range(8 * BLOCK, 3 * BLOCK, -BLOCK), key=lambda size: -(-tokens // size) * size)
+    return min(range(most * BLOCK, (most // 2 - 1) * BLOCK, -BLOCK), key=lambda size: -(-tokens // size) * size)
 
 
 def _padded(x: Float[Array, "b n heads d"], block: int) -> Float[Array, "b heads p d"]:

@@ -286,6 +286,7 @@ class Killed(Exception):
     """Stands for a machine that is gone."""
 
 
+@pytest.mark.slow
 def test_a_run_on_two_buckets_compiles_twice_and_resumes_to_the_bit(
     config, generator, tmp_path, monkeypatch, one_program
 ):
