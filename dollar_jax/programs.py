@@ -219,12 +219,9 @@ def _batch_shapes(
 ) -> Batch:
     rows, float32 = config.batch_size, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     tokens = {} if pixels is None else pixels.tokens([""])
-    return Batch(
-        float32((rows, *latent)),
-        float32((rows, *text)),
-        {name: jax.ShapeDtypeStruct((rows, ids.shape[1]), jnp.int32) for name, ids in tokens.items()},
-        method_of(config).inputs(latent, text),
-    )
+    read = {name: jax.ShapeDtypeStruct((rows, ids.shape[1]), jnp.int32) for name, ids in tokens.items()}
+    kept = method_of(config).inputs(latent, text)
+    return Batch(float32((rows, *latent)), float32((rows, *text)), read, kept)
 
 
 def _batch_sharding(config: DistillConfig, mesh: Mesh, shapes: Batch) -> tuple[Batch, NamedSharding]:

@@ -70,18 +70,11 @@ def init_state(key: Key, start: Params, latent_reward: Params, optimisers: Optim
     """Student, average and fake score start as fp32 copies of `start`, the teacher or new adapters."""
     master = jax.tree.map(lambda x: x.astype(jnp.float32), start)
     none = jnp.zeros(max(rewards, 1))  # Orbax saves nothing that is empty
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        key=key,
-        student=master,
-        ema=jax.tree.map(jnp.copy, master),
-        fake_score=jax.tree.map(jnp.copy, master),
-        latent_reward=latent_reward,
-        reward_statistics=RewardStatistics(none, none, jnp.zeros(())),
-        student_optimiser=optimisers.student.init(master),
-        fake_score_optimiser=optimisers.fake_score.init(master),
-        latent_reward_optimiser=optimisers.latent_reward.init(latent_reward),
-    )
+    networks = {"student": master, **{name: jax.tree.map(jnp.copy, master) for name in ("ema", "fake_score")}}
+    trained = {"student": master, "fake_score": master, "latent_reward": latent_reward}
+    states = {f"{name}_optimiser": getattr(optimisers, name).init(params) for name, params in trained.items()}
+    begun = {"step": jnp.zeros((), jnp.int32), "reward_statistics": RewardStatistics(none, none, jnp.zeros(()))}
+    return TrainState(**begun, **networks, **states, key=key, latent_reward=latent_reward)
 
 
 # The items of a checkpoint and the fields in each, where the latent reward model is called reward head.

@@ -41,11 +41,9 @@ class Dimensions:
 
     def __call__(self, frames: np.ndarray, prompt: str, fps: float) -> dict[str, float]:
         """The dimensions of a video uint8 [t >= 3 h w 3] at so many frames per second."""
-        found = {
-            "temporal_flickering": float(temporal_flicker(frames)),
-            "motion_smoothness_ours": motion_smoothness(frames),
-            "dynamic_degree_ours": float(dynamic_degree(frames, fps)),
-        }
+        found = {"temporal_flickering": float(temporal_flicker(frames))}
+        found["motion_smoothness_ours"] = motion_smoothness(frames)
+        found["dynamic_degree_ours"] = float(dynamic_degree(frames, fps))
         if self.clip is not None:
             images, text = self.clip(frames, prompt)
             found["background_consistency"] = background_consistency(images)

@@ -58,14 +58,9 @@ def describe(
     """What videos are made with besides their prompts and seeds; of several samplers the last one's."""
     frames, height, width = generator.clip
     *others, sampler = samplers
-    return {
-        **{"frames": frames, "height": height, "width": width, "fps": fps},
-        **sampler.description,
-        **({"beside": [other.description for other in others]} if others else {}),
-        "teacher": config.teacher,
-        "weights_sha256": hash_params(sampler.params),
-        "versions": versions(),
-    }
+    made = {"frames": frames, "height": height, "width": width, "fps": fps, **sampler.description}
+    made |= {"beside": [other.description for other in others]} if others else {}
+    return {**made, "teacher": config.teacher, "weights_sha256": hash_params(sampler.params), "versions": versions()}
 
 
 def manifest_path(folder: Path) -> Path:

@@ -88,11 +88,10 @@ def measure(
 def draw_in_turns(
     generator: Generator, rows: dict[str, BoundSampler], prompts: Sequence[str], batch: int, seed: int, rounds: int = 1
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, list[float]]]]:
-    """Per row the videos of all prompts, floats [n t h w 3] in [0, 1], and seconds per video of each batch.
-
-    The seconds are those of the `diffusion`, and with text encoder and decoder in `total`. All prompts are drawn
-    `rounds` times. The rows take turns batch by batch, so that what else the machine does falls on all alike; a
-    first turn, which compiles and warms up, is not counted.
+    """Per row the videos of all prompts, floats [n t h w 3] in [0, 1], and seconds per video of each batch: those of
+    the `diffusion`, and with text encoder and decoder in `total`. All prompts are drawn `rounds` times. The rows take
+    turns batch by batch, so that what else the machine does falls on all alike; a first turn, which compiles, is not
+    counted.
     """
     padded = [*prompts, *prompts[: -len(prompts) % batch]]
     parts = [slice(start, start + batch) for start in range(0, len(padded), batch)]
@@ -142,14 +141,10 @@ def quality(
     if network is not None and vectors is not None:
         # One video per caption, as in the reference: those of the few captions drawn often would bias it.
         scores["frechet"] = frechet_distance(vectors[:count], network.reference)
-    return {
-        **shapes.alignment(drawn[:count], list(plan.captions)),
-        **scores,
-        **{name: float(np.mean([row[name] for row in within])) for name in within[0]},
-        "vendi_std": float(np.std([row["vendi"] for row in within])),
-        "flicker": float(temporal_flicker(drawn).mean()),
-        "net_change": float(net_change(drawn).mean()),
-    }
+    scores |= {name: float(np.mean([row[name] for row in within])) for name in within[0]}
+    scores["vendi_std"] = float(np.std([row["vendi"] for row in within]))
+    scores |= {"flicker": float(temporal_flicker(drawn).mean()), "net_change": float(net_change(drawn).mean())}
+    return {**shapes.alignment(drawn[:count], list(plan.captions)), **scores}
 
 
 def _timed(times: list[float], function: Callable[..., Any], *arguments: Any) -> Any:

@@ -37,18 +37,15 @@ def attention(
     implementation: Implementation = "auto",
     context: ContextParallel | None = None,
 ) -> Float[Array, "b n heads d"]:
-    """softmax(q kᵀ · scale + bias) v with the softmax in fp32; `scale` is 1/√d unless given.
-
-    Keys where `mask` is False, and those from `length` on, get no weight; a query without any key averages
-    all of them. "auto" is Pallas' splash attention on TPU, cuDNN's flash attention on GPU in 16 bits, and
-    XLA elsewhere and wherever there is a mask or bias.
+    """softmax(q kᵀ · scale + bias) v with the softmax in fp32; `scale` is 1/√d unless given. Keys where `mask` is
+    False, and those from `length` on, get no weight; a query without any key averages all of them. "auto" is Pallas'
+    splash attention on TPU, cuDNN's flash attention on GPU in 16 bits, and XLA elsewhere and wherever there is a mask
+    or bias.
 
     On a mesh with a `context` axis (see `models.activation_sharding`) queries are shared over it. So are keys in
-    self-attention, whose `context` says how they meet: "gather" collects all keys on every device,
-    "ulysses" trades tokens for heads. With None the keys are whole everywhere, as those of a text are, and
-    queries or heads that do not divide over the mesh are too.
-
-    Raises ValueError when heads or tokens of self-attention do not divide over the mesh.
+    self-attention, whose `context` says how they meet: "gather" collects all keys on every device, "ulysses" trades
+    tokens for heads; ValueError when heads or tokens do not divide over the mesh. With None the keys are whole
+    everywhere, as those of a text are, and queries or heads that do not divide over the mesh are too.
     """
     kind = implementation if implementation != "auto" else _choose(q, mask is not None or bias is not None)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -130,14 +127,10 @@ def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
     block_q, block_k = _block(n, most), _block(m, most)
     q, k, v = _padded(q * scale, block_q), _padded(k, block_k), _padded(v, block_k)
     queries, keys = q.shape[2], k.shape[2]
-    kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.FullMask((queries, keys))] * q.shape[1]),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(_Q_BLOCKS, block_q), **dict.fromkeys(_KV_BLOCKS, block_k)),
-        head_shards=1,
-        q_seq_shards=1,
-        residual_checkpoint_name=NAME,
-        interpret=activation_sharding.platform() != "tpu",
-    )
+    mask = masks.MultiHeadMask([masks.FullMask((queries, keys))] * q.shape[1])
+    blocks = splash.BlockSizes(**dict.fromkeys(_Q_BLOCKS, block_q), **dict.fromkeys(_KV_BLOCKS, block_k))
+    how = {"head_shards": 1, "q_seq_shards": 1, "interpret": activation_sharding.platform() != "tpu"}
+    kernel = splash.make_splash_mha(mask, block_sizes=blocks, residual_checkpoint_name=NAME, **how)
     segments = None
     if length < keys:
         padding = jnp.asarray(np.arange(keys) >= length, jnp.int32)

@@ -153,13 +153,10 @@ def run_blocks(
 
     x = place(x)
     if remat != "none":
-        policy = {
-            "full": None,
-            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-        }[remat]
+        policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+        policies["attention"] = jax.checkpoint_policies.save_only_these_names("attention")
         # Inside a scan nothing can be merged across the checkpoint, so no barrier is needed.
-        body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
+        body = jax.checkpoint(body, policy=policies[remat], prevent_cse=not scan)
     if scan:
         return jax.lax.scan(body, x, params)[0]
     for i in range(length):

@@ -56,14 +56,11 @@ def prepare(
     workers: int = 4,
     hand_out: Callable[[list[int]], None] | None = None,
 ) -> Summary:
-    """Makes the data set in `out`, or resumes an unfinished job there; a finished one is left as it is.
-
-    Several hosts may write to the same `out`: each of `process_count` takes every `process_count`-th unit, and
-    host 0 then waits for the others and finishes the data set. `hand_out`, if given, is called with the unfinished
-    units and returns when other workers have made them by `encode_units`.
-
-    Raises ValueError before any work for impossible settings or an unusable source, or when `out` holds something
-    else; and in the end when not one video could be used.
+    """Makes the data set in `out`, or resumes an unfinished job there; a finished one is left as it is. Of several
+    hosts that write to the same `out` each takes every `process_count`-th unit, and host 0 waits for the others and
+    finishes. `hand_out`, if given, is called with the unfinished units and returns when others have made them by
+    `encode_units`. Raises ValueError before any work for impossible settings or an unusable source, or when `out` holds
+    something else; and in the end when not one video could be used.
     """
     loader = Loader(settings)
     first = next(loader.items(), None)

@@ -177,17 +177,13 @@ def _speed_table(speed: Speed) -> Table:
     """The paper's table 8.4: medians over the rounds, beside the sampler that evaluates most."""
     medians = {name: {k: float(np.median(v)) for k, v in row.items()} for name, row in speed.items()}
     slowest = max(medians.values(), key=lambda row: row["nfe"])
-    rows = [
-        cells(
-            f"{name.rpartition('_')[0].capitalize()}, {steps(_steps(name))}",
-            f"{row['nfe']:g}",
-            figure(row["diffusion"], 4),
-            f"×{figure(slowest['diffusion'] / row['diffusion'], 1)}",
-            figure(row["total"], 4),
-            figure(100 * row["total"] / slowest["total"], 1),
-        )
-        for name, row in medians.items()
-    ]
+    rows = []
+    for name, row in medians.items():
+        called = f"{name.rpartition('_')[0].capitalize()}, {steps(_steps(name))}"
+        faster = f"×{figure(slowest['diffusion'] / row['diffusion'], 1)}"
+        share = figure(100 * row["total"] / slowest["total"], 1)
+        seconds = figure(row["diffusion"], 4), faster, figure(row["total"], 4), share
+        rows.append(cells(called, f"{row['nfe']:g}", *seconds))
     seconds = ("Diffusion, s per video", "Times faster", "Whole inference, s per video", "Share of the teacher’s, %")
     return Table(cells("Sampler", "NFE", *seconds), rows)
 

@@ -33,17 +33,11 @@ def line_chart(x: np.ndarray, y: np.ndarray, logarithmic: bool) -> dict[str, Any
     if len(x) >= 12:
         lines = [("raw", points(height)), ("mean", points(_smoothed(height)))]
     ticks = _log_ticks(low, high) if logarithmic else _ticks(low, high)
-    return {
-        "width": WIDTH,
-        "height": HEIGHT,
-        "left": LEFT,
-        "right": WIDTH - RIGHT,
-        "rules": [(general(10**tick if logarithmic else tick), float(down(tick))) for tick in ticks],
-        "steps": [(general(tick), float(across(tick))) for tick in (_ticks(start, end) if end > start else [start])],
-        "lines": lines,
-        "dot": (float(across(x[0])), float(down(height[0]))) if len(x) == 1 else None,
-        "last": significant(float(y[-1])),
-    }
+    rules = [(general(10**tick if logarithmic else tick), float(down(tick))) for tick in ticks]
+    steps = [(general(tick), float(across(tick))) for tick in (_ticks(start, end) if end > start else [start])]
+    dot = (float(across(x[0])), float(down(height[0]))) if len(x) == 1 else None
+    frame = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "rules": rules, "steps": steps}
+    return {**frame, "lines": lines, "dot": dot, "last": significant(float(y[-1]))}
 
 
 def dot_chart(rows: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
@@ -54,18 +48,11 @@ def dot_chart(rows: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
     def across(value: float) -> float:
         return round(left + (value - low) / (high - low) * (WIDTH - left - RIGHT), 1)
 
-    return {
-        "width": WIDTH,
-        "height": bottom + BOTTOM,
-        "left": left,
-        "top": TOP,
-        "bottom": bottom,
-        "rules": [(general(tick), across(tick)) for tick in _ticks(low, high)],
-        "rows": [
-            (label, TOP + ROW * i + ROW // 2, across(mean - std), across(mean), across(mean + std))
-            for i, (label, mean, std) in enumerate(rows)
-        ],
-    }
+    rules = [(general(tick), across(tick)) for tick in _ticks(low, high)]
+    at = ((across(mean - std), across(mean), across(mean + std)) for _, mean, std in rows)
+    dots = [(label, TOP + ROW * i + ROW // 2, *x) for i, ((label, _, _), x) in enumerate(zip(rows, at, strict=True))]
+    frame = {"width": WIDTH, "height": bottom + BOTTOM, "left": left, "top": TOP, "bottom": bottom}
+    return {**frame, "rules": rules, "rows": dots}
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:

@@ -124,11 +124,5 @@ REWARDS: dict[str, AnyReward] = {
 }
 
 # Rewards that are read from a folder of weights: the function of `rewards` that reads them.
-LOADERS = {
-    "clip": "clip:clip_score",
-    "viclip": "clip:clip_score",
-    "hpsv2": "clip:hpsv2",
-    "pickscore": "clip:pickscore",
-    "aesthetic": "clip:aesthetic",
-    "onnx": "blackbox:onnx_classifier",
-}
+LOADERS = {"clip": "clip:clip_score", "viclip": "clip:clip_score", "hpsv2": "clip:hpsv2", "pickscore": "clip:pickscore"}
+LOADERS |= {"aesthetic": "clip:aesthetic", "onnx": "blackbox:onnx_classifier"}

@@ -16,12 +16,8 @@ class Monitor:
     def __init__(self, window: int, held_out: list[str]):
         self.names = held_out
         columns = max(len(held_out), 1)  # Orbax saves nothing that is empty
-        self.state = {
-            "pairs": np.full((window, 2), np.nan),
-            "held_out": np.full((window, columns), np.nan),
-            "peak": np.full((columns,), -np.inf),
-            "deviation": np.zeros((columns,)),
-        }
+        rings = {"pairs": np.full((window, 2), np.nan), "held_out": np.full((window, columns), np.nan)}
+        self.state: dict[str, np.ndarray] = {**rings, "peak": np.full(columns, -np.inf), "deviation": np.zeros(columns)}
 
     def add(self, predicted: np.ndarray, true: np.ndarray, held_out: np.ndarray) -> None:
         """Rows of the latent and the true reward [b] and of the held-out ones [b, h]; NaN was not scored."""
