@@ -97,7 +97,9 @@ class StudentConfig:
         (1000.0, 750.0, 500.0, 250.0), "Descending, on the teacher's schedule.", above=0, high=1000
     )
     input: Literal["forward", "backward"] = field("backward", "Real latents noised, or its own way from noise.")
-    timestep_per: Literal["sample", "micro_batch"] = field("sample", "What draws its own; n - 1 or half the forwards.")
+    timestep_per: Literal["sample", "micro_batch"] = field(
+        "sample", "What draws one of n; backward input then costs n - 1 forwards, or (n - 1) / 2."
+    )
     ema_decay: float = field(0.99, "Decay of the average that is CD's target and sampled from.", low=0, high=1)
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The student's optimiser.")
 
@@ -128,7 +130,9 @@ class ConsistencyConfig:
     """Consistency distillation, DOLLAR eq. (8.4-8.6). Distance and boundary values are unknown in the paper."""
 
     weight: float = field(0.5, "β_CD, the weight of L_CD.", low=0)
-    times: Literal["grid", "student"] = field("grid", "The teacher's grid, or the student's times with VSD's forward.")
+    times: Literal["grid", "student"] = field(
+        "grid", "The paper's t_{n+m} on the teacher's grid, or the student's timesteps, which share VSD's forward pass."
+    )
     num_steps: int = field(50, "Steps of the teacher's grid.", low=1)
     skip: int = field(5, "m, the teacher's steps between input and target.", low=1)
     every: int = field(1, "Steps from one with L_CD, 2 m + 4 forwards, to the next; it counts as often as much.", low=1)
@@ -148,8 +152,10 @@ class ConsistencyConfig:
 class FakeScoreConfig:
     """The fake-score network, which learns the student's score by denoising its samples; not without L_VSD."""
 
-    updates: int = field(5, "Updates per update of the student, 3 forwards each; a rollout costs n.", low=1)
-    samples: Literal["fresh", "rollout", "student"] = field("fresh", "New per update, one rollout's, or the student's.")
+    updates: int = field(5, "Updates per update of the student, 3 forwards each.", low=1)
+    samples: Literal["fresh", "rollout", "student"] = field(
+        "fresh", "New ones for each update, one rollout for all (n forwards), or those of the student's loss (none)."
+    )
     loss: Literal["prediction", "x0"] = field("prediction", "Towards the network's target, eq. (8.13), or x0.")
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The fake score's optimiser.")
 
@@ -362,7 +368,7 @@ class DistillConfig:
     batch_size: int = field(64, "Videos to a step, over all devices.", low=1)
     accumulation: int = field(1, "Micro-batches whose gradients are summed within a step.", low=1)
     checkpoint_every: int = field(500, "Steps between checkpoints.", low=1, resumable=True)
-    checkpoint_minutes: float | None = field(60.0, "Most minutes between two, or None.", above=0, resumable=True)
+    checkpoint_minutes: float | None = field(60.0, "Most minutes between two; None: any.", above=0, resumable=True)
     keep_checkpoints: int = field(2, "Newest checkpoints that are kept.", low=1, resumable=True)
     log_every: int = field(10, "Steps between logged metrics.", low=1, resumable=True)
     log_minutes: float = field(5.0, "Minutes after which metrics are logged anyway.", above=0, resumable=True)
