@@ -41,15 +41,12 @@ _TEMPLATES = jinja2.Environment(
 
 
 def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size: int, adapter: bool = False) -> None:
-    """Writes `folder`, which the teacher's diffusers pipeline loads and `dollar import` imports.
-
-    The transformer is the newest student of the run, its average with `ema`, in `dtype` and in files of at
-    most `shard_size` bytes. VAE, text encoder and tokenizer are the teacher's. Adapters (config.lora) are
-    merged into the teacher's weights; or, with `adapter`, the folder holds them alone, for
-    `load_lora_weights` and PEFT. A scheduler of its own refuses every call but the student's, and a manifest says how
-    it is sampled, of what it was made, and what each file's SHA-256 is. The folder appears when it is whole.
-
-    Raises FileNotFoundError, FileExistsError or ValueError naming what is wrong.
+    """Writes `folder`, which the teacher's diffusers pipeline loads and `dollar import` imports. The transformer is the
+    newest student of the run, its average with `ema`, in `dtype` and in files of at most `shard_size` bytes, with
+    adapters (config.lora) merged; or, with `adapter`, the folder holds those alone, for `load_lora_weights` and PEFT.
+    VAE, text encoder and tokenizer are the teacher's. A scheduler of its own refuses every call but the student's, and
+    a manifest says how it is sampled, of what it was made, and what each file's SHA-256 is. The folder appears when it
+    is whole. Raises FileNotFoundError, FileExistsError or ValueError naming what is wrong.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; delete it, or export into another folder")
@@ -83,12 +80,8 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
                 else:
                     shutil.copytree(teacher / name, draft / name)
             shutil.copytree(teacher / "tokenizer", draft / "tokenizer")
-            vllm_omni = {
-                "num_inference_steps": len(times),
-                "denoising_timesteps": [round(t) for t in times],
-                "solver": "sde",
-                "guidance_scale": 1.0,
-            }
+            vllm_omni = {"num_inference_steps": len(times), "denoising_timesteps": [round(t) for t in times]}
+            vllm_omni |= {"solver": "sde", "guidance_scale": 1.0}
             changes = {"scheduler": [module, "StudentScheduler"], "dmd2_config": vllm_omni, "_class_name": pipeline}
             pipelines.write_json(draft / "model_index.json", read_json(teacher / "model_index.json") | changes)
         fields = scheduler_json(schedule, schedule.path)
@@ -99,19 +92,11 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
         for video in sorted((workdir / "videos").glob("*.mp4"))[:1]:
             shutil.copy(video, draft / "sample.mp4")
         settings = public(config, teacher)
-        manifest = {
-            "dollar_jax": __version__,
-            "teacher": {"name": settings["teacher"], "sha256": checksums(teacher / "transformer")},
-            "timesteps": times,
-            "num_train_timesteps": schedule.num_train_timesteps,
-            "shift": schedule.shift,
-            "solver": "predict x0, then noise it to the next timestep",
-            "guidance_scale": 1.0,
-            "step": step,
-            "weights": "moving average" if ema else "raw weights",
-            "seed": config.seed,
-            "config": settings,
-        }
+        of = {"name": settings["teacher"], "sha256": checksums(teacher / "transformer")}
+        manifest: dict[str, Any] = {"dollar_jax": __version__, "teacher": of, "timesteps": times}
+        manifest |= {"num_train_timesteps": schedule.num_train_timesteps, "shift": schedule.shift}
+        manifest |= {"solver": "predict x0, then noise it to the next timestep", "guidance_scale": 1.0, "step": step}
+        manifest |= {"weights": "moving average" if ema else "raw weights", "seed": config.seed, "config": settings}
         path = workdir / "metrics.json"
         metrics = read_json(path) if path.is_file() else {}
         context = {"adapter": adapter, "module": module, "sample": (draft / "sample.mp4").is_file()}
@@ -154,10 +139,9 @@ def public(config: DistillConfig, teacher: Path) -> dict[str, Any]:
 def save_adapter(
     folder: Path, params: Params, config: DistillConfig, family: Family, table: Sequence[Row], dtype: str
 ) -> None:
-    """The adapters for `load_lora_weights`, by the names of the family's own code where it has some, and for PEFT.
-
-    A is [rank, in] and B [out, rank], as dense layers are there, one pair for each layer of a stack. The scale is in
-    B: without an alpha every reader takes it for 1.
+    """The adapters for `load_lora_weights`, by the names of the family's own code where it has some, and for PEFT: A
+    [rank, in] and B [out, rank], one pair for each layer of a stack. The scale is in B: without an alpha every reader
+    takes it for 1.
     """
 
     def kernels(tree: Params, leaf: str) -> Params:

@@ -72,9 +72,8 @@ def measure(
     reward: AnyReward | None,
     network: "NetworkMeasures | None" = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
-    """Per row: alignment, reward, vendi, flicker, nfe, seconds per video, ...; and its videos, uint8 [n t h w 3].
-
-    Every row draws from the same noise. Times are medians over at least `TIMED` batches, see `draw_in_turns`.
+    """Per row: alignment, reward, vendi, flicker, nfe, seconds per video, ...; and its videos, uint8 [n t h w 3]. Every
+    row draws from the same noise. Times are medians over at least `TIMED` batches, see `draw_in_turns`.
     """
     batches = -(-len(plan.prompts) // plan.batch)
     drawn, seconds = draw_in_turns(generator, rows, plan.prompts, plan.batch, plan.seed, -(-TIMED // batches))

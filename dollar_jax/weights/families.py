@@ -59,9 +59,8 @@ class Family:
 
 
 def clean_prompt(text: str) -> str:
-    """A prompt as diffusers' WanPipeline cleans it: HTML entities resolved twice, white space to single spaces.
-
-    As there, ftfy mends broken encodings where it is installed.
+    """A prompt as diffusers' WanPipeline cleans it: HTML entities resolved twice, white space to single spaces. As
+    there, ftfy mends broken encodings where it is installed.
     """
     with contextlib.suppress(ImportError):
         text = importlib.import_module("ftfy").fix_text(text)
