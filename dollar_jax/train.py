@@ -43,11 +43,11 @@ def train(
     """Distils up to step `config.steps`, from the newest checkpoint in `workdir`, and leaves checkpoints,
     history.jsonl, TensorBoard events and config.json, nothing before the first step can be taken; latents that `data`
     renders, given as a function, only when all else has been checked and the workdir is its own. Stops early, with a
-    checkpoint, when config.reward.guard says that the reward is being hacked. Without a checkpoint a run may begin
-    anew with other settings. With `replay_batch`, which a step that was not finite left, it prints what is not, and
-    trains nothing. Raises ValueError for a run with other settings, FloatingPointError for too many steps in a row that were not
-    finite, Preempted after SIGTERM or Ctrl-C, with a checkpoint, SaveFailed when none can be saved, InUse for another's
-    workdir.
+    checkpoint, when config.reward.guard says that the reward is being hacked. Without a checkpoint a run may begin anew
+    with other settings. With `replay_batch`, which a step that was not finite left, it prints what is not, and trains
+    nothing. Raises ValueError for a run with other settings, FloatingPointError for too many steps in a row that were
+    not finite, Preempted after SIGTERM or Ctrl-C, with a checkpoint, SaveFailed when none can be saved, InUse for
+    another's workdir.
     """
     method_of(config).check()
     if Checkpoints(workdir / CHECKPOINTS).latest():
