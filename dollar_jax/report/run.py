@@ -21,8 +21,8 @@ KINDS = {
     "student": ("Student", "distilled"),
     "undistilled": ("Undistilled", "teacher in the student’s place"),
 }
-# Where a metric of the training is drawn, under which heading: the first pattern that is the whole of its name; what
-# it captures is added. What is in no group is folded away.
+# Where a metric of the training is drawn, under which heading: the first pattern that is the whole of its name.
+# What is in no group is folded away.
 CURVES = {
     "Losses": {
         "student_loss": "Student, total loss",
@@ -31,12 +31,15 @@ CURVES = {
         "reward_regression": "Latent reward model, regression loss",
     },
     "Rewards": {
-        r"reward_(?:(.+)_)?generated": "Reward of the student’s samples",
+        "reward_generated": "Reward of the student’s samples",
+        r"reward_(.+)_generated": "Reward of the student’s samples, {}",
         **{term.name: term.curve for term in TERMS if term.sign < 0},
-        r"reward_mean(?:_(.+))?": "Reward, running mean",
+        "reward_mean": "Reward, running mean",
+        r"reward_mean_(.+)": "Reward, running mean, {}",
     },
     "More curves": {
-        r"reward_(?:(.+)_)?real": "Reward of the data’s videos",
+        "reward_real": "Reward of the data’s videos",
+        r"reward_(.+)_real": "Reward of the data’s videos, {}",
         "reward_std": "Reward, running deviation",
         "reward_correlation": "Latent against true reward, correlation",
         "latent_mean": "Latents’ mean",
@@ -173,7 +176,7 @@ def _place(name: str) -> tuple[int, str, str]:
     rows = [(group, *row) for group, patterns in CURVES.items() for row in patterns.items()]
     for place, (group, pattern, heading) in enumerate(rows):
         if match := re.fullmatch(pattern, name):
-            return place, group, ", ".join(filter(None, (heading, *match.groups())))
+            return place, group, heading.format(*match.groups())
     return len(rows), "More curves", _words(name)
 
 
