@@ -353,8 +353,10 @@ def contents(folder: Path) -> dict[str, str]:
 
 def arrays(item: Path) -> str:
     """The checksum of a saved tree's names, types, shapes and values."""
-    total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(ocp.StandardCheckpointer().restore(item)):
+    reader, total = ocp.PyTreeCheckpointer(), hashlib.sha256()
+    # As numpy: the devices that saved it may have been another number.
+    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(item).item_metadata.tree)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(reader.restore(item, restore_args=plain)):
         array = np.asarray(leaf)
         total.update(f"{path} {array.dtype} {array.shape}".encode())
         total.update(np.ascontiguousarray(array).tobytes())
