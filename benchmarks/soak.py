@@ -24,9 +24,7 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -108,11 +106,7 @@ class Soak:
 
     def start(self, *arguments: Any, flaky: bool = True, processes: int = 1, limit: int = 0) -> Group:
         """Starts a command in so many processes, none of which may write a file of more than `limit` bytes."""
-
-        def starve() -> None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+        starved = ["sh", "-c", f'ulimit -f {limit // 512}; exec "$@"', "sh"] if limit else []
         with socket.socket() as s:
             s.bind(("localhost", 0))
             address = f"localhost:{s.getsockname()[1]}"
@@ -124,12 +118,11 @@ class Soak:
                 log.flush()
                 group.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "dollar_jax", *map(str, arguments), *(place if processes > 1 else [])],
+                        [*starved, sys.executable, "-m", "dollar_jax", *map(str, arguments), *place * (processes > 1)],
                         env={**os.environ, "SOAK_FLAKY": "1" if flaky else "", **CACHE},
                         stdout=log,
                         stderr=log,
                         text=True,
-                        preexec_fn=starve if limit else None,
                     )
                 )
         return group
