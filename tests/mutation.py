@@ -520,7 +520,7 @@ def occurrences(file: str, text: str) -> int:
 
 def measure(rows: list[tuple[str, str, str, list[str]]], folder: Path) -> int:
     """Runs the rows' tests in a copy of the repository."""
-    for name in ("dollar_jax", "configs", "tests", "pyproject.toml"):
+    for name in ("dollar_jax", "configs", "tests", "docs", "pyproject.toml"):
         source, target = ROOT / name, folder / name
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
