@@ -117,7 +117,7 @@ def push(folder: Path, name: str) -> str:
         return api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by dollar export").repo_url
     except Exception as error:  # whatever the hub or the network answers, the folder is written
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"{folder} is written, but the hub did not take it as {name}: {first}") from error
+        raise OSError(f"{folder} is written, but not taken: {first}; hf upload {name} '{folder}' retries") from error
 
 
 def public(config: DistillConfig, teacher: Path) -> dict[str, Any]:

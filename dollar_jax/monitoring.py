@@ -1,6 +1,5 @@
 """What a training run shows of itself: samples beside the teacher's, signs of collapse, its log, a profile."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,10 +9,9 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,7 +194,7 @@ class Log:
     """
 
     def __init__(self, workdir: Path, first: int, config: DistillConfig, throughput: Throughput):
-        self.config, self.throughput = config, throughput
+        self.config, self.throughput, self._samples = config, throughput, workdir / SAMPLES
         self.main = jax.process_index() == 0
         self.bar = tqdm(total=config.steps, initial=first, desc="distilling", disable=not self.main, unit="step")
         self._held: tuple[int, Mapping[str, jax.Array], dict[str, float], Looked, float] | None = None
@@ -227,27 +225,15 @@ class Log:
                 if self.wandb is not None:
                     self.wandb.finish()
 
-    @contextlib.contextmanager
-    def pause(self, doing: str) -> Iterator[None]:
-        """Shows on the bar what it waits for, with the seconds so far, and keeps them out of its estimate."""
-        begun, done = time.perf_counter(), threading.Event()
-
-        def tell() -> None:
-            while not done.wait(1):
-                self.bar.set_description_str(f"{doing}, {time.perf_counter() - begun:.0f} s")
-
-        teller = threading.Thread(target=tell, daemon=True)
-        if doing:
-            self.bar.set_description_str(doing)
-            teller.start()
-        try:
-            yield
-        finally:
-            done.set()
-            if doing:
-                teller.join()
-                self.bar.unpause()
-                self.bar.set_description_str("distilling")
+    def wait_for(self, compiled: Future[Any]) -> None:
+        """Shows on the bar that it compiles and for how long, and keeps that out of its estimate; raises as it does."""
+        begun, shown = time.perf_counter(), self.bar.desc
+        while not compiled.done():
+            self.bar.set_description_str(f"compiling, {time.perf_counter() - begun:.0f} s")
+            wait([compiled], 1)
+        self.bar.unpause()
+        self.bar.set_description_str(shown)
+        compiled.result()
 
     def step(
         self, step: int, metrics: Mapping[str, jax.Array], host: dict[str, float], now: bool, samples: Looked = None
@@ -289,16 +275,19 @@ class Log:
             for warning in warnings:
                 self.events.add_text("warning", warning, step)
             if self.wandb is not None:
-                from wandb import Image  # pyright: ignore[reportMissingImports]
+                from wandb import Video  # pyright: ignore[reportMissingImports]
 
-                self.wandb.log({"teacher_left_student_right": Image(sheet), "warnings": len(warnings), "step": step})
+                video = Video(str(self._samples / f"step_{step:06d}.mp4"), format="mp4")
+                seen = {"samples/teacher_left_student_right": video, "samples/warnings": len(warnings)}
+                self.wandb.log({**seen, "step": step})
         if self.main:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
-            for name, value in values.items():
-                self.events.add_scalar(f"{next(g for g, p in GROUPS.items() if re.match(p, name))}/{name}", value, step)
+            grouped = {f"{next(g for g, p in GROUPS.items() if re.match(p, k))}/{k}": v for k, v in values.items()}
+            for name, value in grouped.items():
+                self.events.add_scalar(name, value, step)
             if self.wandb is not None:  # with its step as a value: samples come before the scalars of earlier steps
-                self.wandb.log({**values, "step": step})
+                self.wandb.log({**grouped, "step": step})
             shown = {"loss": values.get("student_loss", math.nan)}
             shown |= {k[7:]: host[k] for k in ("reward_generated", "reward_real") if k in host}
             shown["hours_to_go"] = seconds * (self.config.steps - step) / 3600

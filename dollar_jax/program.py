@@ -1,9 +1,8 @@
 """A function declared for the devices of a mesh, to be listed and compiled: the one place that calls `jax.jit`."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +10,8 @@ from jax.sharding import Mesh
 
 from dollar_jax import sharding
 
-_recordings: "list[list[Program]]" = []
+# What takes time is in libraries: the demo's step is as fast as at level 3, and compiled in two thirds of the time.
+_ON_CPU = {"xla_backend_optimization_level": 1}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,15 +38,13 @@ class Program:
 
         function = self.function if self.mesh is None else sharding.with_mesh(self.mesh, self.function)
         named.__name__ = named.__qualname__ = self.name
-        places = {"in_shardings": self.in_shardings or None, "out_shardings": self.out_shardings}
-        given = {name: value for name, value in places.items() if value is not None}
-        return jax.jit(named, donate_argnums=self.donate, **given)
+        given = {"in_shardings": self.in_shardings or None, "out_shardings": self.out_shardings}
+        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        if platform == "cpu" and not jax.config.read("jax_disable_most_optimizations"):
+            given["compiler_options"] = _ON_CPU
+        return jax.jit(named, donate_argnums=self.donate, **{k: v for k, v in given.items() if v is not None})
 
     def __call__(self, *arguments: Any) -> Any:
-        if _recordings:
-            called = dataclasses.replace(self, arguments=jax.eval_shape(lambda *a: a, *arguments))
-            for recording in _recordings:
-                recording.append(called)
         return self.jitted(*arguments)
 
     def place(self, *arguments: Any) -> tuple[Any, ...]:
@@ -54,16 +52,13 @@ class Program:
         return sharding.put(arguments, self.in_shardings) if self.in_shardings else arguments
 
     def trace(self) -> Any:
-        """`jax.stages.Traced` for the declared arguments: their jaxpr, to be lowered and compiled from there."""
-        return self.jitted.trace(*self.arguments)
+        """`jax.stages.Traced` for the declared arguments, where they belong: a call takes what is compiled from it."""
+        arguments = self.arguments
+        if self.in_shardings:
+            where = jax.tree.broadcast(self.in_shardings, arguments)
+            arguments = jax.tree.map(lambda x, place: x.update(sharding=place), arguments, where)
+        return self.jitted.trace(*arguments)
 
-
-@contextlib.contextmanager
-def recorded() -> Iterator[list[Program]]:
-    """Gives a list of the programs called before the context ends, each with the shapes it was called with."""
-    recording: list[Program] = []
-    _recordings.append(recording)
-    try:
-        yield recording
-    finally:
-        _recordings.remove(recording)
+    def compile(self) -> Any:
+        """`jax.stages.Compiled` for the declared arguments."""
+        return self.trace().lower().compile()

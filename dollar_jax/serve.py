@@ -4,6 +4,7 @@ for, with defaults; POST some of it as a JSON object, such as {"prompt": "a red 
 and 503 when too many wait.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dollar_jax.data.clip import clip_fps
+from dollar_jax.files import parse_json
 from dollar_jax.generate import draw_videos, make_generator, subset, video_keys
 from dollar_jax.run import choose_teacher, read_config, restore_student
 from dollar_jax.video import write_video
@@ -49,6 +51,8 @@ class Studio:
         for name, value, low, high in ("steps", steps, 1, self.config.sampling.num_steps), ("seed", seed, 0, 2**31 - 1):
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"{name} must be a whole number from {low} to {high}")
+        if type(teacher) is not bool:
+            raise ValueError("teacher must be true or false")
         own, clip = self.generator.clip, tuple(clip) if isinstance(clip, list | tuple) else ()
         if [type(n) for n in clip] != [int] * 3 or min(clip) < 1 or math.prod(clip) > _MOST_PIXELS * math.prod(own):
             raise ValueError(f"clip must be frames, height and width, at most {_MOST_PIXELS} times the run's {own}")
@@ -84,16 +88,23 @@ class Studio:
 class Handler(SimpleHTTPRequestHandler):
     """Gives what is in the studio's folder, and draws what is posted."""
 
+    timeout = 60  # seconds that a client may be silent
+    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, "": "application/json"}  # the file `api`
+
     def __init__(self, studio: Studio, *given: Any):
         self.studio = studio
         super().__init__(*given, directory=str(studio.folder))
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError, TimeoutError):  # browsers go away when they like
+            super().handle()
 
     def do_POST(self) -> None:
         size, answer = self.headers.get("Content-Length", ""), {}
         try:
             if not size.isdecimal() or int(size) > _MOST_BYTES:
                 raise ValueError(f"post at most {_MOST_BYTES} bytes of JSON")
-            status, answer = 200, self.studio.sample(json.loads(self.rfile.read(int(size))))
+            status, answer = 200, self.studio.sample(parse_json(self.rfile.read(int(size)).decode(), "the request"))
         except (ValueError, BlockingIOError) as error:
             status, answer = 400 if isinstance(error, ValueError) else 503, {"error": str(error)}
         self.send_response(status)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def train(
     guard = config.reward.guard
 
     with owned(workdir) as still_owned, Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
+        compiled = ThreadPoolExecutor(1).submit(programs.step.compile)  # while the rest is made ready
         resumed = bool(checkpoints.latest())
         state = None if resumed else _begin(config, programs, frozen.teacher)
         data = data() if callable(data) else data
@@ -102,8 +104,9 @@ def train(
                 if scorer is not None:
                     tokens, kept = scorer.inputs(step, captions, read["latent"].shape[1:])
                 batch = _global_batch(programs, rows, read["on_device"], tokens, kept)
-                with log.pause("compiling" if busy is None else ""):
-                    state, metrics, samples = programs.step(state, frozen, batch)
+                if busy is None:
+                    log.wait_for(compiled)
+                state, metrics, samples = programs.step(state, frozen, batch)
                 names = dict(zip(rows.tolist(), data.names_of(read), strict=True))
                 skips.step(step + 1, metrics, names, batch)
                 busy = metrics["student_loss"]

@@ -92,7 +92,7 @@ def test_missing_flags(capsys, arguments, message):
         (["demo", "--wrkdir=x"], ["wrkdir", "Did you mean: workdir"]),
         (["demo", "more"], ["unexpected argument 'more'", "dollar demo --help"]),
         (["demo", "--seed=one"], ["--seed=one", "a whole number"]),
-        (["sample", "--workdir=x", "--prompt=a", "--steps=0"], ["--steps=0", "positive"]),
+        (["sample", "--workdir=x", "--prompt=a", "--steps=0"], ["--steps=0", "range [1, 1000]"]),
         (["evaluate", "--workdir"], ["Missing value", "--workdir"]),
         (["prepare", "--out=x"], ["give either --source", "or --prompts"]),
         (["prepare", "--out=x", "--source=y", "--prompts=z"], ["give either --source", "or --prompts"]),
@@ -222,6 +222,14 @@ def test_settings_on_the_command_line_reach_the_run(monkeypatch):
     assert seen == {"steps": 7, "rate": 0.5}
 
 
+def loaded(code):
+    """What code prints, and the modules that a process which runs it has loaded in the end."""
+    code = f"import sys\ntry:\n  {code}\nfinally: sys.stdout.write(' '.join(['loaded', *sys.modules]))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    said, _, modules = out.rpartition("loaded ")
+    return said, set(modules.split())
+
+
 @pytest.mark.multiprocess
 def test_what_is_quick_imports_nothing_slow(tmp_path):
     (tmp_path / "results.json").write_text('{"subject_consistency": 0.9}')
@@ -229,9 +237,22 @@ def test_what_is_quick_imports_nothing_slow(tmp_path):
         (["--help"], "dollar demo", {"absl", "numpy", "jax", "torch"}),
         (["vbench-score", str(tmp_path / "results.json"), "--allow_missing"], "quality", {"jax", "torch", "orbax"}),
     ):
-        code = f"import sys; from dollar_jax.cli import main; main({arguments}); print(*sys.modules)"
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        assert says in out and not slow & set(out.split())
+        said, modules = loaded(f"from dollar_jax.cli import main; main({arguments})")
+        assert says in said and not slow & modules
+
+
+@pytest.mark.multiprocess
+def test_the_demo_speaks_before_it_loads_what_takes_time(tmp_path):
+    stop = "import builtins; builtins.print = lambda *said, **_: sys.exit(sys.stdout.write(said[0]) and 0)"
+    said, modules = loaded(f"{stop}; from dollar_jax.cli import main; main(['demo', '--workdir={tmp_path}'])")
+    assert "Distilling" in said and not {"jax", "numpy", "orbax", "transformers"} & modules
+
+
+@pytest.mark.multiprocess
+def test_the_shipped_tokenizer_is_read_without_pytorch():
+    read = "from dollar_jax.generate import teacher_folder; from dollar_jax.weights.pipeline import load_tokenizer; "
+    said, modules = loaded(read + "print(load_tokenizer(teacher_folder('moving_shapes') / 'tokenizer')('red'))")
+    assert "input_ids" in said and "transformers" in modules and "torch" not in modules
 
 
 @pytest.mark.multiprocess

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import threading
+from pathlib import Path
 
 import diffusers
 import jax
@@ -23,7 +24,9 @@ from safetensors.numpy import load_file, save_file
 
 from dollar_jax import cli
 from dollar_jax.checkpoint import Checkpoints
-from dollar_jax.generate import make_generator, student_network
+from dollar_jax.data import shapes
+from dollar_jax.experiment import load
+from dollar_jax.generate import SHIPPED_TEACHERS, draw_videos, make_generator, student_network, video_keys
 from dollar_jax.models import lora
 from dollar_jax.run import CHECKPOINTS, read_config, record_config, restore_student
 from dollar_jax.weights.pipeline import load_pipeline
@@ -248,18 +251,70 @@ def test_an_adapter_that_does_not_fit_is_refused(capsys, wan_folder, tmp_path, t
     assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("trained", "folder"), [("run", "exported"), ("adapted", "adapter")])
-def test_the_card_samples_the_same_video_as_we_do(wan_folder, trained, folder, request, assert_card_samples):
-    run, exported = request.getfixturevalue(trained), request.getfixturevalue(folder)
-    config = read_config(run)
+@pytest.fixture(scope="module")
+def of_imported(wan_folder, adapted, tmp_path_factory):
+    """The run of adapters, but its teacher was read by `dollar import`."""
+    folder = tmp_path_factory.mktemp("imported")
+    assert cli.main(["import", str(wan_folder), str(folder / "teacher")]) == 0
+    run = shutil.copytree(adapted, folder / "run")
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_text(text.replace(str(wan_folder), str(folder / "teacher")))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("trained", "flags"), [("run", []), ("adapted", ["--adapter"]), ("of_imported", []), ("of_imported", ["--adapter"])]
+)
+def test_the_card_samples_the_same_video_as_we_do(wan_folder, trained, flags, request, tmp_path, assert_card_samples):
+    run = request.getfixturevalue(trained)
+    exported, config = export(run, tmp_path / "student", *flags), read_config(run)
     generator = make_generator(config)
     params, times = restore_student(run, generator), config.student.timesteps
     drawers = (pipeline_wan, torch_utils)
-    if folder == "adapter":  # the card names a teacher that is not on the hub as it was called here
+    if flags:  # the card names a teacher that is not on the hub as it was called here
         (exported / wan_folder.name).symlink_to(wan_folder)
     snippet, undrawn = assert_card_samples(exported, generator, params, times, (0, 4, 1, 2, 3), drawers)
     assert undrawn == 1  # we draw noise for the clean end too
     np.testing.assert_allclose(snippet["pipe"].scheduler.timesteps, times, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_plain_call_of_diffusers_is_as_aligned_as_our_own_sample(tmp_path, monkeypatch):
+    """The default domain, the shipped teacher in the student's place: what a video shows is read from its frames.
+
+    Give STUDENT_RUN, the folder of a run of `dollar demo`, to compare the student of that.
+    """
+    workdir = Path(os.environ.get("STUDENT_RUN", tmp_path / "run"))
+    if not workdir.exists():
+        params = load_pipeline(SHIPPED_TEACHERS["moving_shapes"]).transformer.params
+        record_config(load("demo"), workdir)
+        with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+            checkpoints.save(1, {"ema": {"ema": jax.tree.map(jnp.asarray, params)}})
+    folder, config = export(workdir, tmp_path / "student"), read_config(workdir)
+    generator = make_generator(config)
+    times, captions = config.student.timesteps, shapes.covering_captions()[::2]
+    prompts = list(map(str, captions))
+    keys, sampler = video_keys(5, len(prompts)), generator.student_sampler(times)
+    ours = np.concatenate(list(draw_videos(generator, sampler, restore_student(workdir, generator), prompts, keys, 12)))
+
+    pipe = diffusers.WanPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    steps = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+    noise = [generator.noise(keys)]
+    for i in range(len(times)):
+        step = jax.vmap(jax.random.fold_in, (0, None))(steps, i)
+        noise.append(jax.vmap(lambda key: jax.random.normal(key, generator.latent_shape))(step))
+    drawn = iter(noise)
+    for module in (pipeline_wan, torch_utils):
+        monkeypatch.setattr(
+            module, "randn_tensor", lambda *_, **__: torch.tensor(np.asarray(next(drawn))).permute(0, 4, 1, 2, 3)
+        )
+    frames, height, width = generator.clip
+    size = {"num_frames": frames, "height": height, "width": width, "max_sequence_length": config.data.max_text_length}
+    theirs = pipe(prompts, num_inference_steps=len(times), guidance_scale=1.0, output_type="np", **size).frames
+    measured = [shapes.alignment(videos, captions)["alignment"] for videos in (ours, np.uint8(np.round(theirs * 255)))]
+    print("alignment by dollar sample and by diffusers:", *measured)
+    assert abs(measured[0] - measured[1]) <= 0.005 and measured[0] > 0.8
 
 
 def test_a_call_that_is_not_the_students_is_refused(exported):
@@ -402,9 +457,12 @@ def test_the_folder_goes_to_the_hub(capsys, adapted, tmp_path, monkeypatch):
 
     assert cli.main(["export", *flags, str(tmp_path / "again")]) == 2
     err = capsys.readouterr().err
-    assert "again is written, but the hub did not take it as someone/student" in err and (tmp_path / "again").is_dir()
-    assert cli.main(["export", f"--workdir={adapted}", "--push_to_hub=student", str(tmp_path / "third")]) == 2
-    assert "must be OWNER/NAME" in capsys.readouterr().err and not (tmp_path / "third").exists()
+    assert "again is written, but not taken: " in err and (tmp_path / "again").is_dir()
+    assert f"hf upload someone/student '{tmp_path / 'again'}' retries" in err
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    for name, message in (("student", "must be OWNER/NAME"), ("someone/student", "needs a token of yours")):
+        assert cli.main(["export", f"--workdir={adapted}", f"--push_to_hub={name}", str(tmp_path / "third")]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "third").exists()
 
 
 def test_a_disk_without_room_is_one_sentence(capsys, run, tmp_path, full_disk):

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import types
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -307,7 +307,7 @@ def test_weights_and_biases_gets_what_tensorboard_gets(make_config, tmp_path, mo
     run = types.SimpleNamespace(log=logged.append, finish=lambda: calls.append("finish"))
     module = types.ModuleType("wandb")
     module.init = lambda **given: calls.append(given) or run  # pyright: ignore[reportAttributeAccessIssue]
-    module.Image = lambda data: data  # pyright: ignore[reportAttributeAccessIssue]
+    module.Video = lambda path, format: (path, format)  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "wandb", module)
     config = make_config({"steps": 2})
     metrics = {"student_loss": jnp.float32(0.25)}
@@ -323,20 +323,26 @@ def test_weights_and_biases_gets_what_tensorboard_gets(make_config, tmp_path, mo
         log.step(2, metrics, {"reward_real": 0.5}, True, seen)
     assert calls[0]["project"] == "distillation" and calls[0]["config"]["steps"] == 2 and calls[1:] == ["finish"]
     shown, scalars = logged
-    assert scalars == read_history(tmp_path)[-1] and scalars["student_loss"] == 0.25
-    assert shown["teacher_left_student_right"].shape == (4, 5, 3) and shown["step"] == 2
+    assert {tag.rpartition("/")[2]: value for tag, value in scalars.items()} == read_history(tmp_path)[-1]
+    assert scalars["loss/student_loss"] == 0.25 and scalars["reward/reward_real"] == 0.5
+    video = str(tmp_path / "samples" / "step_000002.mp4"), "mp4"
+    assert shown == {"samples/teacher_left_student_right": video, "samples/warnings": 0, "step": 2}
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb, or unset it"), Log(tmp_path, 2, config, throughput):
         pass
 
 
 def test_what_the_bar_waits_for_is_not_in_its_estimate(make_config, tmp_path, capfd):
+    def refuse():
+        raise ValueError("no such option")
+
     with Log(tmp_path, 0, make_config({"steps": 2}), Throughput(8, None, None)) as log:
         begun = log.bar.start_t
-        with log.pause("compiling"):
-            assert log.bar.desc.startswith("compiling")
-            time.sleep(1.2)
-        assert log.bar.desc == "distilling" and log.bar.start_t - begun > 1.1
+        with ThreadPoolExecutor(1) as beside:
+            log.wait_for(beside.submit(time.sleep, 1.2))
+            assert log.bar.desc == "distilling" and log.bar.start_t - begun > 1.1
+            with pytest.raises(ValueError, match="no such option"):
+                log.wait_for(beside.submit(refuse))
     assert "compiling, 1 s" in capfd.readouterr().err
 
 

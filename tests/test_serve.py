@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -19,6 +19,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from dollar_jax.checkpoint import Checkpoints
+from dollar_jax.cli import main
 from dollar_jax.run import CHECKPOINTS, record_config
 from dollar_jax.video import read_video
 from dollar_jax.weights.pipeline import load_pipeline
@@ -34,20 +35,20 @@ def url(wan_folder, make_config, tmp_path_factory):
     params = jax.tree.map(jnp.asarray, load_pipeline(wan_folder).transformer.params)
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         checkpoints.save(7, {"ema": {"ema": params}})
-    # A test run in the background ignores Ctrl-C, and so would what it starts.
-    code = "import signal, sys; from dollar_jax.cli import main; "
-    code += "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "serve", f"--workdir={workdir}", "--port=0", "--queue=1"]
+    drafts = tmp_path_factory.mktemp("drafts")
+    command = [sys.executable, "-m", "dollar_jax", "serve", f"--workdir={workdir}", "--port=0", "--queue=1"]
     cache = jax.config.jax_compilation_cache_dir
-    env = os.environ | ({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    env = os.environ | {"TMPDIR": str(drafts)} | ({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})
+    with (workdir / "stderr").open("w") as stderr:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)
     assert server.stdout is not None
     lines = iter(server.stdout.readline, "")
     yield next(found[0] for line in lines if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
-    server.send_signal(signal.SIGINT)
+    server.terminate()
     code = server.wait(60)
     server.stdout.close()
-    assert code == 0
+    assert code == 0 and not list(drafts.iterdir())
+    assert "Traceback" not in (workdir / "stderr").read_text()
 
 
 def post(url, body):
@@ -82,13 +83,19 @@ def test_the_student_and_the_teacher_are_drawn_from_a_seed(url, tmp_path):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"not JSON", "Expecting value"),
+        (b"not JSON", "the request is not valid JSON: Expecting value"),
+        (b"[" * 30_000, "the request is not valid JSON: it is nested too deeply"),
+        (b"\xff\xfe", "can't decode byte 0xff"),
+        (b'{"prompt": "a", "prompt": "b"}', "says 'prompt' twice"),
         ([1], "must be a JSON object with some of prompt"),
         ({"prompt": " "}, "prompt must be a text of 1 to 1000 characters"),
         ({"prompt": "a" * 10_000}, "prompt must be a text of 1 to 1000 characters"),
         ({"prompt": "a" * 100_000}, "post at most 65536 bytes of JSON"),
         ({"prompt": PROMPT, "steps": 0}, "steps must be a whole number from 1 to 50"),
         ({"prompt": PROMPT, "seed": "0"}, "seed must be a whole number"),
+        ({"prompt": PROMPT, "seed": 2**31}, "seed must be a whole number from 0 to 2147483647"),
+        ({"prompt": "\ud800"}, "which is no text"),
+        ({"prompt": PROMPT, "teacher": "yes"}, "teacher must be true or false"),
         ({"prompt": PROMPT, "clip": [17, 320, 320]}, "at most 4 times the run's (17, 32, 32)"),
         ({"prompt": PROMPT, "clip": [16, 32, 32]}, "frames must be 1 + a multiple of 4"),
         ({"prompt": PROMPT, "size": 3}, "some of prompt, steps, seed, teacher, clip"),
@@ -105,6 +112,22 @@ def test_too_many_at_once_are_turned_away(url):
     turned_away = [answer for status, answer in answers if status == 503]
     assert turned_away and all("too many are waiting" in answer["error"] for answer in turned_away)
     assert sum(status == 200 for status, _ in answers) == 6 - len(turned_away) >= 2
+
+
+def test_who_goes_away_disturbs_nobody(url):
+    with socket.create_connection(url.removeprefix("http://").split(":")) as client:
+        body = json.dumps({"prompt": PROMPT, "teacher": True}).encode()
+        client.sendall(b"POST /api HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    assert post(url, {"prompt": PROMPT})[0] == 200
+
+
+@pytest.mark.parametrize("where", [{}, {"host": "no.such.host.invalid"}])
+def test_an_address_that_cannot_be_had_is_named(url, capsys, where):
+    given = {"host": "127.0.0.1", "port": url.rpartition(":")[2]} | where
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    assert main(["serve", "--workdir=nowhere", *flags]) == 2
+    err = capsys.readouterr().err
+    assert f"{' '.join(flags)}: " in err and "--port=0 takes a free one" in err
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from dollar_jax.distributed import Preempted
 from dollar_jax.models import activation_sharding
 from dollar_jax.models import attention as attention_module
 from dollar_jax.monitoring import SampleLogger
-from dollar_jax.program import Program, recorded
+from dollar_jax.program import Program
 from dollar_jax.programs import latent_reward_network, run_programs
 from dollar_jax.rewards import Reward
 from dollar_jax.rewards.methods.lrm import Replay, ScoredLatents
@@ -88,12 +88,20 @@ def one_program():
         }
         key = dataclasses.replace(config, **other)
         if key not in built:
-            built[key] = build(config, *args, **rewards)
+            programs = build(config, *args, **rewards)
+            step = programs.step
+
+            def counted(*arguments):
+                step_traces[key] += 1
+                return step.function(*arguments)
+
+            built[key] = dataclasses.replace(programs, step=dataclasses.replace(step, function=counted))
         return built[key]
 
+    step_traces = collections.Counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "teacher_programs", remembered)
-        yield
+        yield step_traces
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +138,15 @@ def whole(train, called, asked, generator, tmp_path_factory):
 
         return call
 
-    with pytest.MonkeyPatch.context() as patch, recorded() as ran:
+    def recorded(program, *arguments):
+        called.append(dataclasses.replace(program, arguments=jax.eval_shape(lambda *a: a, *arguments)))
+        return program.jitted(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Program, "__call__", recorded)
         for part, name in ((loop.Scorer, "inputs"), (loop.Scorer, "submit"), (SampleLogger, "draw")):
             patch.setattr(part, name, noted(getattr(part, name)))
         state = train(workdir)
-    called.extend(ran)
     return workdir, state
 
 
@@ -202,6 +214,10 @@ def test_a_run_leaves_its_history_and_items(whole, generator, config, check_even
     assert int(state["progress"]["step"]) == STEPS
 
 
+def test_the_step_that_is_compiled_beside_other_work_is_the_one_that_runs(whole, one_program):
+    assert list(one_program.values())[0] == 1
+
+
 def test_the_loop_gives_each_part_what_belongs_together(whole, asked, data, config):
     _, state = whole
     assert [step for step, _, _ in asked["inputs"]] == list(range(STEPS))
@@ -251,6 +267,7 @@ def test_the_loop_goes_from_first_to_last_step_on_a_tpu(generator, data, config,
     monkeypatch.setattr(activation_sharding, "platform", lambda: "tpu")
     monkeypatch.setattr(attention_module, "_splash", lambda *args: chosen.append(1) or splash(*args))
     monkeypatch.setattr(Program, "__call__", traced)
+    monkeypatch.setattr(Program, "compile", lambda self: None)
     visibility = dataclasses.replace(config.visibility, peak_tflops=100.0, samples_every=0)
     loop.train(dataclasses.replace(config, steps=2, visibility=visibility), tmp_path, generator, data)
     lines = history(tmp_path)

@@ -16,6 +16,8 @@ def define_flags(_: list[str]) -> None:
 
 
 def run(*names: str) -> None:
+    from huggingface_hub import get_token
+
     from dollar_jax.export import export_run, push
 
     if len(names) != 1:
@@ -26,6 +28,8 @@ def run(*names: str) -> None:
         raise ValueError(f"--shard_size={FLAGS.shard_size} must be a size such as 500MB or 5GB")
     if FLAGS.push_to_hub and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", FLAGS.push_to_hub):
         raise ValueError(f"--push_to_hub={FLAGS.push_to_hub} must be OWNER/NAME")
+    if FLAGS.push_to_hub and not get_token():
+        raise ValueError("--push_to_hub needs a token of yours: hf auth login, or HF_TOKEN in the environment")
     options = {"ema": FLAGS.ema, "dtype": FLAGS.dtype, "shard_size": int(size[1]) * units[size[2]]}
     export_run(Path(FLAGS.workdir), Path(names[0]), **options, adapter=FLAGS.adapter)
     print(f"The student is in {names[0]}; its README.md says how diffusers samples it.")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import signal
 import tempfile
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -21,10 +22,15 @@ def run() -> None:
     prepare_jax()
     from dollar_jax.serve import Handler, Studio
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
+    try:
+        server = ThreadingHTTPServer((FLAGS.host, FLAGS.port), Handler)
+    except OSError as error:
+        raise OSError(f"--host={FLAGS.host} --port={FLAGS.port}: {error}; --port=0 takes a free one") from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves no folder behind
+    with server, tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
         studio = Studio(Path(FLAGS.workdir), Path(folder), FLAGS.queue, FLAGS.longest_prompt)
-        with ThreadingHTTPServer((FLAGS.host, FLAGS.port), functools.partial(Handler, studio)) as server:
-            print("compiling", flush=True)
-            studio.sample({"prompt": "warm up"})
-            print(f"The student answers at http://{FLAGS.host}:{server.server_port}/ until Ctrl-C.", flush=True)
-            server.serve_forever()
+        print("compiling", flush=True)
+        studio.sample({"prompt": "warm up"})
+        server.RequestHandlerClass = functools.partial(Handler, studio)
+        print(f"The student answers at http://{FLAGS.host}:{server.server_port}/ until Ctrl-C.", flush=True)
+        server.serve_forever()

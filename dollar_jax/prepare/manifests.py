@@ -20,11 +20,10 @@ _LONGEST_ROW = 100  # lines of a CSV; more are an unbalanced quote
 
 
 def list_manifest(path: Path, prompts: bool = False) -> Iterator[Item]:
-    """The rows of a .csv or .tsv with a header, of a .jsonl or of a .json list: a video and a caption each.
-
-    A video lies where its row says, from the manifest's folder or from videos/ in it. A videos.txt names one on each
-    line, whose caption is on the same line of prompts.txt. With `prompts` the caption alone, and a .txt has one on
-    each line. Raises ValueError for a file of another kind, or a CSV without such columns.
+    """The rows of a .csv or .tsv with a header, of a .jsonl or of a .json list: a video and a caption each. A video
+    lies where its row says, from the manifest's folder or from videos/ in it. A videos.txt names one on each line,
+    whose caption is on the same line of prompts.txt. With `prompts` the caption alone, and a .txt has one on each line.
+    Raises ValueError for a file of another kind, or a CSV without such columns.
     """
     needed: list[tuple[str, ...]] = [CAPTION_KEYS] if prompts else [VIDEO_KEYS, CAPTION_KEYS]
     csv_rows = functools.partial(_csv_rows, needed=needed)  # which reads the header at once

@@ -50,13 +50,10 @@ _LONGEST_CAPTION = 1 << 20  # bytes of its file
 
 
 def list_source(source: str) -> Iterator[Item]:
-    """The items of a folder, a manifest, or a .tar or .parquet file; in an order that depends on names only.
-
-    Each folder is read by the manifest in it (MANIFESTS), else as its .tar or .parquet files, else as the videos in
-    it, each with its caption in a .txt or .json of the same name beside it, and the folders under it. `hf:NAME` is a
-    data set of the Hugging Face hub, downloaded as a folder.
-
-    Raises FileNotFoundError or ValueError when it is none of these.
+    """The items of a folder, a manifest, or a .tar or .parquet file; in an order that depends on names only. Each
+    folder is read by the manifest in it (MANIFESTS), else as its .tar or .parquet files, else as the videos in it, each
+    with its caption in a .txt or .json of the same name beside it, and the folders under it. `hf:NAME` is a data set of
+    the Hugging Face hub, downloaded as a folder. Raises FileNotFoundError or ValueError when it is none of these.
     """
     path = Path(_downloaded(source.removeprefix(HUB)) if source.startswith(HUB) else source)
     if not path.exists():
@@ -151,9 +148,8 @@ def _is_listed_where_it_lies(link: Path, root: Path) -> bool:
 
 
 def _list_tar(path: Path) -> Iterator[Item]:
-    """WebDataset's samples: members of one name; a video, and a .txt or .json.
-
-    Only headers are read. A tar that ends too early, or is damaged, gives what it has, and an item that says so.
+    """WebDataset's samples: members of one name; a video, and a .txt or .json. Only headers are read. A tar that ends
+    too early, or is damaged, gives what it has, and an item that says so.
     """
     items: dict[str, Item] = {}
     broken = None
@@ -208,7 +204,6 @@ def _list_parquet(path: Path) -> Iterator[Item]:
 
 def read_caption(item: Item, rng: np.random.Generator | None = None, language: str | None = None) -> str:
     """The caption, stripped: of a list the first, or with `rng` any; of an object by language that of `language`.
-
     Raises Unusable when there is none that is text.
     """
     if "broken" in item:
@@ -307,9 +302,8 @@ class Dataset:
     """A split of a TFDS data set as a source: its records' video and caption features."""
 
     def __init__(self, name: str, split: str):
-        """`name` is a TFDS name, or the folder of a prepared data set.
-
-        Raises ValueError when it does not have one video feature and one text or label feature.
+        """`name` is a TFDS name, or the folder of a prepared data set. Raises ValueError when it does not have one
+        video feature and one text or label feature.
         """
         import tensorflow_datasets as tfds  # slow to import
 

@@ -195,7 +195,7 @@ def save_component(folder: Path, kind: Kind, component: Component, dtype: str, s
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder, by transformers; nothing is looked up on a hub."""
-    from transformers import AutoTokenizer  # slow to import
+    import transformers  # slow, and with AutoTokenizer slower by PyTorch, where that is installed
 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing: the pipeline has no tokenizer")
@@ -203,7 +203,9 @@ def load_tokenizer(folder: Path) -> Any:
         if not path.is_dir():
             open_regular(path).close()
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        plain = read_json(folder / "tokenizer_config.json").get("tokenizer_class") == "TokenizersBackend"
+        reader = transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
+        return reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the library meets in the files
         raise ValueError(f"{folder} holds no tokenizer that transformers can read") from error
 
