@@ -212,7 +212,7 @@ class RewardConfig:
 
     rewards: tuple[RewardTerm, ...] = field((RewardTerm("vivid"),), "The rewards that are summed or held out.")
     method: Literal["lrm", "direct", "ddpo"] = field(
-        "lrm", "Gradients of a latent reward model, or of decoder and JAX rewards; or REINFORCE on the last two steps."
+        "lrm", "lrm: through a latent model of the rewards; direct: decoder and JAX rewards; ddpo: REINFORCE."
     )
     normalise: bool = field(
         True, "Standardise rewards by running statistics; the paper's weight 1.0 is of raw HPSv2, deviation 0.01."

@@ -58,7 +58,7 @@ def list_source(source: str) -> Iterator[Item]:
     path = Path(_downloaded(source.removeprefix(HUB)) if source.startswith(HUB) else source)
     if not path.exists():
         raise FileNotFoundError(f"--source={source} does not exist")
-    if path.is_file():
+    if not path.is_dir():
         archive = {".tar": _list_tar, ".parquet": _list_parquet}.get(path.suffix.lower())
         return list_manifest(path) if archive is None else archive(path)
     if len(manifests := _manifests(path)) > 1:
