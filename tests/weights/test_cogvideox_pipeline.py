@@ -242,7 +242,7 @@ def test_videos_are_prepared_with_an_imported_teacher(folder, generator, make_co
         video, caption = shapes.example(3, "train", i)
         (videos / f"{i}.mp4").write_bytes(encode_mp4(video[:9, :16, :32], fps=8))
         (videos / f"{i}.txt").write_text(str(caption))
-    sizes = ["--frames=9", "--height=8", "--width=16", f"--max_text_length={LENGTH}", "--dtype=float32"]
+    sizes = ["--frames=9", "--height=8", "--width=16", "--clips=1", f"--max_text_length={LENGTH}", "--dtype=float32"]
     assert cli.main(["prepare", f"--source={videos}", f"--teacher={teacher}", f"--out={out}", *sizes]) == 0
     config = make_config({"teacher": str(teacher), "data.name": str(out), "data.max_text_length": LENGTH})
     data = PreparedVideos(config.data).check(config, generator)
