@@ -22,19 +22,20 @@ from dollar_jax.video import read_video, unit_range
 
 @dataclasses.dataclass(frozen=True)
 class PromptVideos:
-    """The videos of a folder by prompt, read one prompt at a time."""
+    """The videos of a folder by prompt, read one prompt at a time; of enlarged ones the pixels as they were."""
 
     paths: dict[str, list[Path]]
+    enlarged: int = 1
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
         """(prompt, uint8 [n t h w 3]); ValueError when a video differs from the first in shape."""
         first: tuple[Path, tuple[int, ...]] | None = None
-        total = sum(map(len, self.paths.values()))
+        total, middle = sum(map(len, self.paths.values())), slice(self.enlarged // 2, None, self.enlarged)
         with tqdm(total=total, desc="measuring", unit="video") as bar:
             for prompt, paths in self.paths.items():
                 clips = []
                 for path in paths:
-                    clips.append(read_video(path))
+                    clips.append(read_video(path)[:, middle, middle])
                     first = first or (path, clips[-1].shape)
                     if clips[-1].shape != first[1]:
                         found = f"{path} has t, h, w = {clips[-1].shape[:3]} and {first[0]} {first[1][:3]}"
@@ -49,16 +50,18 @@ def measure_folder(
     reference: Path | None = None,
     rewards: Mapping[str, AnyReward] | None = None,
     dimensions: Dimensions | None = None,
+    enlarged: int = 1,
 ) -> dict[str, Any]:
-    """Flicker and net change over all videos; diversity, Vendi and LPIPS within prompts with several; `rewards`' means.
-    With `reference`, a folder of other videos, the Fréchet distance to them. The alignment where every prompt is a
-    caption of the default domain and the videos are its 32 × 32 pixels, enlarged or not. With `dimensions` those under
-    "dimensions", as VBench's result files have them, and which of VBench's are left out. Raises FileNotFoundError or
-    ValueError naming the file, or the prompt, that stands in the way.
+    """Flicker and net change over all videos; diversity, Vendi and LPIPS within prompts with several; `rewards`' means;
+    all of the videos as they were before each pixel became `enlarged` × `enlarged`. With `reference`, a folder of other
+    videos, the Fréchet distance to them. The alignment where every prompt is a caption of the default domain and the
+    videos are its 32 × 32 pixels, enlarged or not. With `dimensions` those under "dimensions", as VBench's result files
+    have them, and which of VBench's are left out. Raises FileNotFoundError or ValueError naming the file, or the
+    prompt, that stands in the way.
     """
     if reference is not None and features is None:
         raise ValueError("a Fréchet distance needs a network's features: give --features or --workdir")
-    prompts = PromptVideos(find_videos(folder))
+    prompts = PromptVideos(find_videos(folder), enlarged)
     others = None if reference is None else PromptVideos(find_videos(reference))
     captions = _captions(list(prompts.paths))
     single: dict[str, list[float]] = {}  # one number per video

@@ -138,7 +138,7 @@ def evaluate_prompts(
         write_manifest(folder / name, made | describe(config, generator, fps, [way._replace(description=described)]))
         keys = functools.partial(video_keys, seed, num)
         draw_missing(folder / name, files, keys, generator, [(way.draw, way.params)], batch_size, fps, scale)
-        measured = measure_folder(folder / name, features, rewards=rewards)
+        measured = measure_folder(folder / name, features, rewards=rewards, enlarged=scale)
         medians = {f"{stage}_seconds": statistics.median(times) for stage, times in seconds[name].items()}
         table[name] = {k: v for k, v in measured.items() if isinstance(v, float)} | {"nfe": way.nfe, **medians}
         first = [read_video(folder / name / file_name(prompt, 0)) for prompt in prompts[:SHOWN]]

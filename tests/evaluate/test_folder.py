@@ -58,6 +58,15 @@ def test_real_clips_are_read_as_their_captions_say(folder):
     assert "frechet" not in result and "vendi_network" not in result
 
 
+def test_enlarged_videos_are_measured_as_they_were(folder):
+    seen = []
+    measured = measure_folder(folder, Features("", lambda x: seen.append(x) or means(x)), enlarged=4)
+    for videos, caption in zip(seen, sorted(CAPTIONS, key=str), strict=True):
+        real = np.stack([shapes.render(caption, np.random.default_rng(i)) for i in range(3)])
+        assert videos.shape == real.shape and np.abs(videos.astype(int) - real).mean() < 6
+    assert measured["alignment"] > 0.97
+
+
 def test_diversity_is_within_the_prompts(folder, tmp_path):
     clips = np.random.default_rng(0).integers(0, 256, (2, 4, 16, 16, 3), np.uint8)
     for prompt, clip in zip(("one", "two"), clips, strict=True):

@@ -13,9 +13,9 @@ class Machine:
     def __init__(self, slow=()):
         self.now, self.turns, self.slow = 0.0, [], slow
 
-    def text(self, prompts):
+    def condition(self, prompts):
         self.now += 1
-        return np.array([len(prompt) for prompt in prompts])
+        return (np.array([len(prompt) for prompt in prompts]),)
 
     def decode(self, latent):
         self.now += 2
