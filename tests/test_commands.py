@@ -155,7 +155,9 @@ def test_evaluate_measures_a_run(workdir, few_captions, capsys):
 @pytest.mark.slow
 def test_a_run_folder_makes_evaluate_execute_nothing_unless_allowed(workdir, few_captions, tmp_path, capsys):
     code, proof = tmp_path / "reward.py", tmp_path / "executed"
-    code.write_text(f"open({str(proof)!r}, 'w')\ndef reward(frames, prompts):\n    return frames.mean((1, 2, 3, 4))\n")
+    code.write_text(
+        f"open({str(proof)!r}, 'w').close()\ndef reward(frames, prompts):\n    return frames.mean((1, 2, 3, 4))\n"
+    )
     run = shutil.copytree(workdir, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     config["reward"]["rewards"].append({**config["reward"]["rewards"][0], "name": f"{code}:reward"})

@@ -236,7 +236,9 @@ def clips_of_many_kinds(folder):
     real = Path(found.origin).parent.glob("datasets/data/*.mp4") if found and found.origin else ()
     for path in (*real, *CASES.glob("*.m*")):
         shutil.copy(path, folder)
-    for i, (height, width, count) in enumerate([(48, 64, 150), (64, 48, 150), (36, 36, 150), (48, 64, 3)]):
+    for i, (height, width, count) in enumerate(
+        [(48, 64, 150), (64, 48, 150), (36, 36, 150), (48, 64, 3), *[(48, 64, 150)] * 4]
+    ):
         columns = np.arange(width) + 2 * np.arange(count)[:, None, None]
         video = np.broadcast_to(columns[..., None] * np.array([3, 2, 1]) % 256, (count, height, width, 3))
         (folder / f"{i}.mp4").write_bytes(encode_mp4(video.astype(np.uint8), fps=25))
