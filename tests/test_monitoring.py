@@ -21,7 +21,7 @@ from dollar_jax.distillation import Batch, Distillation, Networks
 from dollar_jax.flops import Throughput, count_flops
 from dollar_jax.generate import Generator
 from dollar_jax.models import activation_sharding
-from dollar_jax.monitoring import Log, Profile, SampleLogger, Shown, make_throughput, readable
+from dollar_jax.monitoring import Log, Profile, SampleLogger, SampleStats, Shown, collapse, make_throughput, readable
 from dollar_jax.programs import step_flops
 from dollar_jax.run import read_history
 from dollar_jax.schedule import Schedule
@@ -86,6 +86,14 @@ def test_a_collapsed_student_raises_the_warning(logger, kind, capsys):
     assert any(message in warning for warning in warnings)
     assert scalars["collapse"] == len(warnings)
     assert f"warning: step 20: {warnings[0]}" in capsys.readouterr().err
+
+
+def test_diversity_is_of_the_videos_beyond_the_first():
+    """Half of the teacher's score, but a sixth of what it has beyond one video alone."""
+    config, teacher = VisibilityConfig(least_diversity=0.4), SampleStats(2.5, 0.0, 1.0)
+    (warning,) = collapse(config, SampleStats(1.25, 0.0, 1.0), teacher)
+    assert "Vendi score of 1.25, the teacher's is 2.50" in warning
+    assert not collapse(config, SampleStats(1.7, 0.0, 1.0), teacher)
 
 
 def test_samples_stand_beside_the_teachers(logger, tmp_path, monkeypatch):
