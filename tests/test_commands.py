@@ -146,7 +146,8 @@ def test_evaluate_measures_a_run(workdir, few_captions, capsys):
     metrics = json.loads(out.read_text())
     assert {"student_4", "student_1", "teacher_2"} <= metrics.keys() and metrics["student_1"]["nfe"] == 1
     made = json.loads(out.with_name("measured_videos.manifest.json").read_text())
-    assert made == metrics["manifest"] | {"shown": made["shown"]}
+    assert made == metrics["manifest"] | {"shown": made["shown"], "nfe": 4}
+    assert all("diffusion_seconds" in row for row in metrics.values() if isinstance(row, dict) and "nfe" in row)
     assert {"prompts_sha256", "seeds", "num", "frames", "fps", "width", "weights_sha256", "versions"} <= made.keys()
     assert (made["sampler"], made["nfe"], made["beside"]) == ("student_4", 4, [{"sampler": "teacher_2", "nfe": 4}])
     assert out.with_suffix(".html").is_file() and "student_4" in capsys.readouterr().out
