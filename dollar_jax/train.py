@@ -66,8 +66,10 @@ def train(
     guard = config.reward.guard
 
     with owned(workdir) as still_owned, Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
-        compiled = ThreadPoolExecutor(1).submit(programs.step.compile)  # while the rest is made ready
-        resumed = bool(checkpoints.latest())
+        resumed, compiled = bool(checkpoints.latest()), None
+        compile_step = functools.partial(ThreadPoolExecutor(1).submit, programs.step.compile)
+        if replay_batch is None and (checkpoints.latest() or 0) < config.steps:
+            compiled = compile_step()  # while the rest is made ready
         state = None if resumed else _begin(config, programs, frozen.teacher)
         data = data() if callable(data) else data
         batches = data.batches(config, rows, vars(programs.batch_sharding))
@@ -105,7 +107,7 @@ def train(
                     tokens, kept = scorer.inputs(step, captions, read["latent"].shape[1:])
                 batch = _global_batch(programs, rows, read["on_device"], tokens, kept)
                 if busy is None:
-                    log.wait_for(compiled)
+                    log.wait_for(compiled or compile_step())
                 state, metrics, samples = programs.step(state, frozen, batch)
                 names = dict(zip(rows.tolist(), data.names_of(read), strict=True))
                 skips.step(step + 1, metrics, names, batch)

@@ -218,6 +218,13 @@ def test_the_step_that_is_compiled_beside_other_work_is_the_one_that_runs(whole,
     assert list(one_program.values())[0] == 1
 
 
+def test_a_run_that_is_over_compiles_no_step(whole, generator, data, config, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(Program, "compile", lambda self: compiled.append(self.name))
+    loop.train(config, shutil.copytree(whole[0], tmp_path / "run"), generator, data)
+    assert not compiled
+
+
 def test_the_loop_gives_each_part_what_belongs_together(whole, asked, data, config):
     _, state = whole
     assert [step for step, _, _ in asked["inputs"]] == list(range(STEPS))
