@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from dollar_jax.files import open_regular, parse_json, read_text
+from dollar_jax.files import open_regular, parse_json, read_json
 
 Item = dict[str, Any]
 Rows = Iterator[tuple[int, Any]]
@@ -139,10 +139,7 @@ def _json_rows(path: Path) -> Rows:
 
 
 def _json_list(path: Path) -> Rows:
-    rows = parse_json(read_text(path), path)
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} must be a list of objects with {VIDEO_KEYS[0]} and {CAPTION_KEYS[0]}")
-    return iter(enumerate(rows, 1))
+    return iter(enumerate(read_json(path, list), 1))
 
 
 def _text_rows(path: Path) -> Rows:
