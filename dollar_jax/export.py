@@ -19,7 +19,7 @@ from dollar_jax.files import checksums, new_folder, read_json, write_checksums
 from dollar_jax.generate import SHIPPED_TEACHERS, teacher_folder
 from dollar_jax.models import lora
 from dollar_jax.objectives import terms
-from dollar_jax.report.measures import MEASURES
+from dollar_jax.report.measures import MEASURES, of_samplers
 from dollar_jax.run import read_config, restore_trained
 from dollar_jax.types import Params
 from dollar_jax.weights import adapter as adapters
@@ -168,7 +168,7 @@ def model_card(
     config: DistillConfig, teacher: Path, manifest: Mapping[str, Any], metrics: Mapping[str, Any], **context: Any
 ) -> str:
     """README.md: what the student is, how diffusers' pipeline samples it, and what its run measured."""
-    measured = {k: v for k, v in metrics.items() if isinstance(v, Mapping) and "nfe" in v}
+    measured = of_samplers(metrics)
     readme = teacher / "README.md"
     theirs = ModelCard.load(readme).data.to_dict() if readme.is_file() else {}
     return _TEMPLATES.get_template("README.md.jinja").render(

@@ -163,12 +163,13 @@ def _vbench_videos() -> None:
 
 def print_table(path: Path) -> None:
     """The rows of a metrics.json on the terminal."""
+    from dollar_jax.report.measures import of_samplers
+
     metrics = read_json(path)
     columns = ("alignment", "reward", "vendi", "flicker", "nfe", "diffusion_seconds")
     print("\n" + f"{'':16}" + "".join(f"{name:>18}" for name in columns))
-    for name, row in metrics.items():
-        if isinstance(row, dict) and "nfe" in row:
-            cells = (f"{row[c]:>18.4g}" if c in row else f"{'–':>18}" for c in columns)
-            print(f"{name:16}" + "".join(cells))
+    for name, row in of_samplers(metrics).items():
+        cells = (f"{row[c]:>18.4g}" if c in row else f"{'–':>18}" for c in columns)
+        print(f"{name:16}" + "".join(cells))
     faster = [f"{k[8:]} steps ×{v:.1f}" for k, v in metrics.items() if k.startswith("speedup_")]
     print(f"faster than the teacher: {', '.join(faster)}; {metrics['seconds']:.0f} s in all")

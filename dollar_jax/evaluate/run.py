@@ -76,7 +76,6 @@ def evaluate(
             described.append(rows[name]._replace(description={"sampler": name, "nfe": rows[name].nfe}))
     made = made_of(plan.prompts, [plan.seed], plan.samples, {}) | describe(config, generator, fps, described)
     write_metrics(manifest_path(folder), made | {"shown": prompts})
-    made = {name: value for name, value in made.items() if name != "nfe"}  # by which a sampler's row is known
     more = {"manifest": made, **({} if features is None else {"features": features.name})}
     return _write(workdir, config, out, table, timings, more, prompts=prompts, videos=shown, notes=notes)
 

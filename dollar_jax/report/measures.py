@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from dollar_jax.report.page import duration, figure, signed, times
 
@@ -43,3 +44,9 @@ MEASURES = {  # the keys are those of a sampler in metrics.json
     "diffusion_seconds": Measure("Diffusion", "time", duration, _faster),
     "total_seconds": Measure("Whole inference", "time", duration, _faster),
 }
+
+
+def of_samplers(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The samplers' rows of a metrics.json by name, and not the other mappings in it; a manifest names its sampler."""
+    rows = {name: row for name, row in metrics.items() if isinstance(row, Mapping) and "sampler" not in row}
+    return {name: row for name, row in rows.items() if {"nfe", "alignment"} & row.keys()}

@@ -12,7 +12,7 @@ import numpy as np
 from dollar_jax.objectives import TERMS
 from dollar_jax.report.charts import line_chart
 from dollar_jax.report.clips import embed
-from dollar_jax.report.measures import MEASURES
+from dollar_jax.report.measures import MEASURES, of_samplers
 from dollar_jax.report.page import Cell, Table, cells, duration, figure, number, significant, steps, times, write_page
 
 COLUMNS = ("alignment", "reward", "vendi", "flicker", "nfe", "diffusion_seconds", "total_seconds")
@@ -84,7 +84,7 @@ def write_report(
     """Writes one HTML file, under 6 MB, that needs no network: tables, videos, curves, settings.
 
     Args:
-        metrics: as in metrics.json; a mapping with "nfe" is a sampler's.
+        metrics: as in metrics.json; see `measures.of_samplers`.
         videos: for each sampler uint8 [prompts, t, h, w, 3], else ValueError; `clips.embed` makes them fit.
         history: one mapping per logged step, `step` and whatever was measured; what is not finite is left out.
         timings: seconds by name.
@@ -94,7 +94,7 @@ def write_report(
         if clips.dtype != np.uint8 or clips.ndim != 5 or len(clips) != len(prompts):
             wanted = f"uint8 [{len(prompts)} prompts, t, h, w, 3]"
             raise ValueError(f"the videos of {key} must be {wanted}, not {clips.dtype} of shape {clips.shape}")
-    samplers = {k: v for k, v in metrics.items() if isinstance(v, Mapping) and {"nfe", "alignment"} & v.keys()}
+    samplers = of_samplers(metrics)
     rows = sampler_rows([*samplers, *videos])
     measured = [row for row in rows if row.key in samplers]
     tables = {"measures": _measures(samplers, measured), "more_measures": _more_measures(samplers, measured)}
