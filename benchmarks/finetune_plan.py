@@ -7,8 +7,7 @@ MaxDiffusion reports 36.0 s a step and 135.9 TFLOP/s a chip for one video over t
 step here is this package's transformer, forward and backward with Adam, at that setting: its denoising loss and
 optimiser, compiled by the TPU's own compiler. No TPU runs; what is read off are memory, operations and the
 roofline bound (see `dollar plan`). The time that is extrapolated takes the same share of the chips' peak as
-MaxDiffusion reaches (its model operations over its time) for the operations of this program.
-"""
+MaxDiffusion reaches (its model operations over its time) for the operations of this program."""
 
 from __future__ import annotations
 

@@ -7,8 +7,7 @@ The latent reward model is given a large weight on `motion`, the length of the o
 as well as movement does; `smoothness` is held out. Once the run goes on whatever happens, once
 config.reward.guard stops it when the held-out reward has fallen by `--max-fall` of its deviations. The table,
 WORKDIR/hacking.md, has the reward of four-step samples, their net change, what the verifier reads in them, and
-the step reached; WORKDIR/hacking.png has their frames.
-"""
+the step reached; WORKDIR/hacking.png has their frames."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@
 Writes the teacher as diffusers would (bf16 shards of 5 GB with an index, real sizes throughout; a text encoder
 of toy size with --small-text) and imports it in a process of its own. With --check the transformer is read back,
 which takes its size in memory, compared with what was written bit by bit, and run once on a short clip. The
-folder holds twice the teacher's size on the disk and is deleted at the end.
-"""
+folder holds twice the teacher's size on the disk and is deleted at the end."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@
 
 The student's four-step samples are drawn and scored once. For each number of them and each variant of the reward
 head one is trained on those alone, by the default experiment's optimiser. The table, WORKDIR/latent_reward.md, has
-the correlation of latent and true reward on the last 256, which no head has seen.
-"""
+the correlation of latent and true reward on the last 256, which no head has seen."""
 
 from __future__ import annotations
 

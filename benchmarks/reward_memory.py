@@ -7,8 +7,7 @@
 DOLLAR's comparison at its real size: 192×320 videos, Wan's VAE decoder, HPSv2's CLIP ViT-H/14 on every
 frame, all in bf16, against the text-image latent reward model. Nothing runs on a TPU: the programs are
 compiled for a v5p chip, and what their temporaries need is read off. The VAE makes 1 + 4n frames; the
-asked number is rounded up to that.
-"""
+asked number is rounded up to that."""
 
 from __future__ import annotations
 

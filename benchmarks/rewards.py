@@ -6,8 +6,7 @@ One student of the default domain is distilled without a reward. From it each wa
 wall-clock time, compilation excluded, with one differentiable and two black-box rewards, on the same data and
 seed; direct gradient needs the first. The table, WORKDIR/rewards.md, says of each: the true reward and
 the alignment of its four-step samples, their Vendi score, the correlation of latent and true reward on
-fresh samples, steps, seconds per step, and what the compiled step needs besides its arguments.
-"""
+fresh samples, steps, seconds per step, and what the compiled step needs besides its arguments."""
 
 from __future__ import annotations
 
@@ -101,8 +100,7 @@ def with_reward(base: DistillConfig, start: Path, name: str, method: Any, weight
     """The same experiment going on from the distilled student, with a reward from the first step.
 
     Of one student's samples, which differ little in their reward, the latent reward model has to see
-    thousands: see docs/rewards.md.
-    """
+    thousands: see docs/rewards.md."""
     reward = dataclasses.replace(
         base.reward,
         rewards=(RewardTerm(name, 1.0, None),),

@@ -4,8 +4,7 @@
 
 Prints JSON: median seconds of a step alone, and of a round of step, scores and `host_seconds` of other work on the
 host; `running` is the share of rounds in which the step was still under way when the scores of the one before were
-taken in. Where taking them in waits for it, that is 0, and a round takes the sum of both.
-"""
+taken in. Where taking them in waits for it, that is 0, and a round takes the sum of both."""
 
 import argparse
 import json

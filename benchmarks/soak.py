@@ -147,8 +147,7 @@ class Soak:
     @functools.cache  # noqa: B019 (there is one soak)
     def quiet(self, processes: int) -> str:
         """The digest of the undisturbed run; notes its time, and the most memory of its first process in each quarter
-        of its steps.
-        """
+        of its steps."""
         name, self.processes = f"quiet{processes}", processes
         (first, *_) = group = self.train(name, flaky=False)
         begun, memory = time.monotonic(), []
@@ -338,8 +337,7 @@ def owns(workdir: Path, process: int) -> bool:
 
 def contents(folder: Path) -> dict[str, str]:
     """Checksums of a folder's files, but of those that say when and how it was made, and of the arrays in Orbax's files
-    (whose names are random).
-    """
+    (whose names are random)."""
     found = {k: v for k, v in checksums(folder).items() if k != "provenance.json" and "/params/" not in k}
     return found | {str(item.relative_to(folder)): arrays(item) for item in folder.glob("*/params/state")}
 

@@ -15,8 +15,7 @@ What the paper leaves unknown is as in systems that distil Wan: learning rates, 
 the student trained on its own intermediate steps.
 
 Every device of the mesh holds a share of all weights (FSDP); the batch of 64 videos is for up to 64 of them,
-with fewer set config.accumulation. Steps and cost are those of configs/wan_1_3b.py, for its reasons.
-"""
+with fewer set config.accumulation. Steps and cost are those of configs/wan_1_3b.py, for its reasons."""
 
 from ml_collections import ConfigDict
 

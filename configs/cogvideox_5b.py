@@ -6,8 +6,7 @@
     dollar train --config=configs/cogvideox_5b.py --workdir=runs/cogvideox_5b
 
 configs/cogvideox_2b.py says how and why. The larger model has rotary embeddings, its noise schedule is not
-shifted, and its latents are scaled otherwise: those of the 2B model cannot be used again.
-"""
+shifted, and its latents are scaled otherwise: those of the 2B model cannot be used again."""
 
 from ml_collections import ConfigDict
 

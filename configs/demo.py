@@ -21,8 +21,7 @@ What was learnt on the way to these values, on two CPU cores:
 * Rotary embeddings are all that tells this network where a token is. 12 heads of 16 learn faster than 4 of 48
   at the same width (mean loss of steps 1,000-1,500: 0.582 against 0.622), random biases on queries and keys
   help at the start, and positions as extra input channels would help more (0.596 against 0.650 at 1,500 steps),
-  but Wan has none. Fewer and larger tokens, patches of (1, 2, 4) or (1, 4, 4), are worse per step.
-"""
+  but Wan has none. Fewer and larger tokens, patches of (1, 2, 4) or (1, 4, 4), are worse per step."""
 
 from ml_collections import ConfigDict
 

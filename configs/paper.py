@@ -11,8 +11,7 @@ timesteps at equal distances; the latent reward model of its tables.
 
 What differs: its teacher, on a DDPM path with a VAE of 12 channels, is not published; Wan 2.1 1.3B is here.
 Wan's VAE takes 1 + 4n frames: the data has 129 where the paper has 128, which are 33 × 24 × 40 latents.
-What the paper leaves unknown is as in configs/wan_1_3b.py.
-"""
+What the paper leaves unknown is as in configs/wan_1_3b.py."""
 
 from ml_collections import ConfigDict
 

@@ -8,8 +8,7 @@
 
 As configs/wan_14b.py: guidance scale 5 and shift 5 are this teacher's too. Its VAE makes 16 × 16 pixels of 4 frames
 one latent position, so that a clip is 27,280 tokens; latents of Wan 2.1's VAE cannot be used again. A row of
-`reward.replay` is 21 MB.
-"""
+`reward.replay` is 21 MB."""
 
 from ml_collections import ConfigDict
 

@@ -8,8 +8,7 @@
     dollar export --workdir=runs/wan22_5b_i2v exported/wan22_5b_i2v
 
 As configs/wan22_5b.py, whose data it trains on: of each clip the first latent frame is given. What was trained on text
-may go on from there: --config.init=runs/wan22_5b.
-"""
+may go on from there: --config.init=runs/wan22_5b."""
 
 from ml_collections import ConfigDict
 

@@ -5,8 +5,7 @@
     dollar export --workdir=runs/wan_14b exported/wan_14b
 
 As configs/wan_1_3b.py, with lower learning rates and more of the forward pass recomputed. The import needs as
-much host memory as its largest parameter, 5.7 GB in bf16.
-"""
+much host memory as its largest parameter, 5.7 GB in bf16."""
 
 from ml_collections import ConfigDict
 

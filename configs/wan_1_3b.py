@@ -19,8 +19,7 @@ pseudo-Huber) and the student's input ("backward", its own way from noise, as us
 student are FastGen's, whose 6,000 iterations count those of the fake score; users of such systems report saturated
 colours from about a thousand on. The latent reward model takes 5 updates a step, 2,000 before it counts. A row of
 `reward.replay` is 17 MB of every host's memory and of a checkpoint; the more of them the latent reward model sees the
-better (docs/rewards.md), so take what your hosts can spare.
-"""
+better (docs/rewards.md), so take what your hosts can spare."""
 
 from ml_collections import ConfigDict
 

@@ -3,8 +3,7 @@
     checkpoints/120/student, ema, fake_score, reward_head, optimisers, progress, data, ..., SHA256SUMS
 
 Items are restored by name, so that sampling reads the student alone. A step's folder appears under its name only when
-it is whole, with the checksums of all its files, and what is not as it was written is not restored.
-"""
+it is whole, with the checksums of all its files, and what is not as it was written is not restored."""
 
 import glob
 import itertools
@@ -48,8 +47,7 @@ class NothingWhole(FileNotFoundError):
 
 class Checkpoints:
     """The checkpoints of a folder. With `keep`, for the run that owns it, the newest `keep` stay, and a damaged one is
-    moved aside to `STEP.damaged` once an older one has been restored. Without, nothing there is removed or moved.
-    """
+    moved aside to `STEP.damaged` once an older one has been restored. Without, nothing there is removed or moved."""
 
     def __init__(self, folder: str | Path, keep: int | None = None):
         self.folder, self.keep = Path(folder).absolute(), keep
@@ -76,8 +74,7 @@ class Checkpoints:
 
     def save(self, step: int, items: Mapping[str, Any], wait: bool = False) -> None:
         """Saves pytrees of arrays, and Grain iterators, whose position is kept, in the background. If it is to `wait`,
-        or an earlier save has failed, it is tried TRIES times before SaveFailed.
-        """
+        or an earlier save has failed, it is tried TRIES times before SaveFailed."""
         # Every process is at the same position, so that one file serves any number of processes.
         args = _by_kind(items, lambda data: ocp.args.JsonSave(data.get_state()), ocp.args.StandardSave)
         wait, path = wait or self.failed(), _Folder(self.folder / str(step))
@@ -123,8 +120,7 @@ class Checkpoints:
     def restore(self, like: Mapping[str, Any]) -> dict[str, Any]:
         """The named items of the newest step in which they are whole; what is wrong with newer ones goes to stderr.
         `like` has arrays or `jax.ShapeDtypeStruct`s; a Grain iterator is moved to the saved position. Raises
-        FileNotFoundError without a checkpoint, NothingWhole, or ValueError when it holds other networks than `like`.
-        """
+        FileNotFoundError without a checkpoint, NothingWhole, or ValueError when it holds other networks than `like`."""
         faults: dict[int, str] = {}
         for step in self.steps():
             path = self.folder / str(step)
@@ -283,8 +279,7 @@ def save_stream(folder: str | Path, arrays: Iterable[tuple[str, np.ndarray]]) ->
 
 def restore_tree(folder: str | Path, shapes: Any, shardings: Any = None) -> Any:
     """The tree saved in a folder with the dtypes of `shapes`, straight into `shardings`, or as numpy arrays. Raises
-    ValueError when the folder is damaged or holds another tree.
-    """
+    ValueError when the folder is damaged or holds another tree."""
     like = abstract(shapes, on_host(shapes) if shardings is None else shardings)
     try:
         tree = v1.load(_Folder(Path(folder).absolute()), like)

@@ -1,8 +1,7 @@
 """Every setting as a frozen dataclass: its default, meaning and range, and whether a resumed run may change it. These
 defaults are the only ones: `configs/*.py` say what an experiment changes, and a config.json written before a field
 existed is read with the field's default. Where the paper gives a value, that is the default; where it leaves a value
-unknown the meaning says so, and the default is what systems that distil Wan use.
-"""
+unknown the meaning says so, and the default is what systems that distil Wan use."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -299,8 +298,7 @@ class SamplingConfig:
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
     """How networks are computed, which changes no more than rounding. Norms, modulation, rotary and timestep embeddings
-    stay fp32, as do the student's and fake score's own weights.
-    """
+    stay fp32, as do the student's and fake score's own weights."""
 
     dtype: Literal["float32", "bfloat16"] = field("bfloat16", "Type of the transformer's matrix products.")
     teacher_dtype: Literal["float32", "bfloat16"] = field("bfloat16", "Of teacher and text encoder.")
@@ -315,8 +313,7 @@ class ComputeConfig:
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters of student and fake score on the frozen teacher (arXiv 2106.09685), whose weights are held once
-    for all three: state, average and checkpoints hold only the adapters.
-    """
+    for all three: state, average and checkpoints hold only the adapters."""
 
     rank: int = field(0, "Rank of the adapters; 0 trains all weights of student and fake score.", low=0)
     alpha: float = field(8.0, "The adapters are scaled by alpha / rank.", above=0)
@@ -417,8 +414,7 @@ DROPPED: dict[str, Dropped] = {}
 
 def distill_config(fields: Any, past: bool = False) -> DistillConfig:
     """The configuration of a ConfigDict or mapping; ValueError naming what is wrong. In a run's config.json (`past`) of
-    an earlier version, a dropped setting is passed over where the run had the value that all runs have now.
-    """
+    an earlier version, a dropped setting is passed over where the run had the value that all runs have now."""
     for path, gone in DROPPED.items():
         *groups, name = path.split(".")
         group: Any = fields

@@ -1,6 +1,5 @@
 """What a step of distillation is given and gives: networks and settings, its batch, and what is to be scored. The
-registered classes cross between host and step, with arrays or, where a program is set up, their shapes or shardings.
-"""
+registered classes cross between host and step, with arrays or, where a program is set up, their shapes or shardings."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ Metrics = dict[str, jax.Array]
 @dataclasses.dataclass(frozen=True)
 class Networks:
     """The apply functions of the step: one diffusion transformer for all roles, the latent reward model, and
-    the JAX rewards of decoded latents, None without any.
-    """
+    the JAX rewards of decoded latents, None without any."""
 
     denoiser: Apply
     latent_reward: Any  # (params, latent, text) → [b]
@@ -67,8 +65,7 @@ class Frozen:
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """What a step takes. `tokens` are the prompts as integers, by the label of the JAX reward that reads them;
-    `reward` is what the reward method has kept of earlier steps (`RewardMethod.inputs`).
-    """
+    `reward` is what the reward method has kept of earlier steps (`RewardMethod.inputs`)."""
 
     latent: Float[Any, "b t h w c"]
     text: Float[Any, "b l d"]
@@ -90,8 +87,7 @@ class Generated:
 class RewardSamples:
     """What the host is to score: n prompts with g latents each, a generated one and for some methods a real one.
     `reward` is NaN where the host has to score. `predicted` is what the latent reward model says, NaN without one, and
-    `scale` what a unit of each trained reward counts. `states` are the last ones of a rollout.
-    """
+    `scale` what a unit of each trained reward counts. `states` are the last ones of a rollout."""
 
     latent: Float[Any, "n g t h w c"]
     reward: Float[Any, "n g r"]
@@ -115,8 +111,7 @@ class References:
 @dataclasses.dataclass(frozen=True)
 class StudentPass:
     """One forward pass of the student from x_t at `t` to the `generated` clean latent. `segments` are the times of
-    L_CD's teacher from x_t on, where that loss shares the pass.
-    """
+    L_CD's teacher from x_t on, where that loss shares the pass."""
 
     params: Params
     references: References
@@ -132,8 +127,7 @@ class Term:
     """A term of the student's loss, `weight(config) * scale(config, step) * mean(loss)`. `loss(distillation,
     student_pass, key)` → one number per sample, and fields of `Generated` that were found on the way; None where the
     reward method adds the gradient itself. The metric `name` is `sign` times the mean. `symbol` is the weight's in
-    DOLLAR eq. (8.12), `label` names the term and `curve` its metric to people.
-    """
+    DOLLAR eq. (8.12), `label` names the term and `curve` its metric to people."""
 
     name: str
     symbol: str

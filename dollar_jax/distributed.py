@@ -30,8 +30,7 @@ def joined(
     """Within it, jax's devices are those of all processes; enter it before the first use of a device. With none of the
     three given, Cloud TPU VMs, GKE and SLURM start several processes, anything else is one. When a process of several
     fails, it ends at once with the exit code that `report` gives: the others would otherwise wait for ever. Raises
-    ValueError when the three do not go together.
-    """
+    ValueError when the three do not go together."""
     several = _start(address, count, index)
     try:
         yield
@@ -74,8 +73,7 @@ class Interrupted(Preempted):
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[int], type[Preempted] | None]]:
     """Gives a function of the step: what has come of SIGTERM, the cloud's notice, and Ctrl-C, of which a second one
-    ends the process at once. Every process must ask once for every step; all are told at the same one.
-    """
+    ends the process at once. Every process must ask once for every step; all are told at the same one."""
     several = jax.process_count() > 1  # for whom JAX listens to SIGTERM
     terminate = contextlib.nullcontext() if several else SignalFlag(signal.SIGTERM)
     with SignalFlag(signal.SIGINT, once="ending after this step; Ctrl-C again ends at once") as interrupt, terminate:
@@ -130,8 +128,7 @@ _LONGEST_WAIT = 24 * 3600 * 1000  # ms; a process that died is noticed long befo
 
 def gather(value: bytes) -> list[bytes]:
     """Every process's value, in the order of processes, through the hosts alone: no running step is waited for. All
-    must call it equally often.
-    """
+    must call it equally often."""
     if jax.process_count() == 1:
         return [value]
     client: Any = distributed.global_state.client

@@ -21,8 +21,7 @@ CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.
 def experiment(base: str | None, variant: str, changes: Mapping[str, Any]) -> ConfigDict:
     """The settings of `base`, a name in configs/ or a path, or the defaults, with `changes` by dotted paths or groups.
     `variant` is one of LOSSES; the others' weights are 0. The rewards of lrm may follow it, as in
-    vsd+cd+lrm,hpsv2=FOLDER,vivid, unless `base` or `changes` name some.
-    """
+    vsd+cd+lrm,hpsv2=FOLDER,vivid, unless `base` or `changes` name some."""
     losses, *rewards = variant.split(",")
     if losses not in LOSSES:
         raise ValueError(f"the variant :{losses} is unknown; there are {', '.join(LOSSES)}")

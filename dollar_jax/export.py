@@ -46,8 +46,7 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
     adapters (config.lora) merged; or, with `adapter`, the folder holds those alone, for `load_lora_weights` and PEFT.
     VAE, text encoder and tokenizer are the teacher's. A scheduler of its own refuses every call but the student's, and
     a manifest says how it is sampled, of what it was made, and what each file's SHA-256 is. The folder appears when it
-    is whole. Raises FileNotFoundError, FileExistsError or ValueError naming what is wrong.
-    """
+    is whole. Raises FileNotFoundError, FileExistsError or ValueError naming what is wrong."""
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; delete it, or export into another folder")
     config = read_config(workdir)
@@ -141,8 +140,7 @@ def save_adapter(
 ) -> None:
     """The adapters for `load_lora_weights`, by the names of the family's own code where it has some, and for PEFT: A
     [rank, in] and B [out, rank], one pair for each layer of a stack. The scale is in B: without an alpha every reader
-    takes it for 1.
-    """
+    takes it for 1."""
 
     def kernels(tree: Params, leaf: str) -> Params:
         return {

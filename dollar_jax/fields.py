@@ -19,8 +19,7 @@ def field(
     default: Any, meaning: str, *, low: Bound = None, high: Bound = None, above: Bound = None, resumable: bool = False
 ) -> Any:
     """A dataclass field that explains itself. `low` and `high` bound a number, or each of a tuple, inclusively, `above`
-    exclusively. A run may be resumed with another value of a `resumable` setting, or of any in a group that is.
-    """
+    exclusively. A run may be resumed with another value of a `resumable` setting, or of any in a group that is."""
     metadata = {"meaning": meaning, "low": low, "high": high, "above": above, "resumable": resumable}
     return dataclasses.field(default=default, metadata=metadata)
 

@@ -1,6 +1,5 @@
 """Files and folders that are there whole or not at all, and readers that nothing in a file can make hang or run out.
-What is written survives a kill or a crash. Whatever is read is a regular file: a pipe or a device may never end.
-"""
+What is written survives a kill or a crash. Whatever is read is a regular file: a pipe or a device may never end."""
 
 import concurrent.futures
 import contextlib
@@ -168,8 +167,7 @@ def checksums(folder: Path, known: Mapping[str, str] | None = None) -> dict[str,
 
 def write_checksums(folder: Path, about: str = "", known: Mapping[str, str] | None = None) -> None:
     """Leaves CHECKSUMS in a folder: `about` in the first line, a line per file, and the checksum of all these in the
-    last. When this returns, all files are on the disk. `known`: as of `checksums`.
-    """
+    last. When this returns, all files are on the disk. `known`: as of `checksums`."""
     folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
     with concurrent.futures.ThreadPoolExecutor() as pool:  # the disk takes them in meanwhile
         synced = pool.map(sync, [folder / name for name in _names(folder)])
@@ -184,8 +182,7 @@ def write_checksums(folder: Path, about: str = "", known: Mapping[str, str] | No
 def find_damage(folder: Path, parts: Iterable[str] = (), about: str = "", share: tuple[int, int] = (0, 1)) -> str:
     """What is wrong with a folder that has CHECKSUMS, in words that go on from its name; empty when it is whole. Only
     its own files and those of `parts`, folders that must be in it, are looked at if any are given, and of those only
-    share (i, n), every n-th file from the i-th, is read. `about` is what the folder must be.
-    """
+    share (i, n), every n-th file from the i-th, is read. `about` is what the folder must be."""
     try:
         text = (folder / CHECKSUMS).read_text()
     except (OSError, ValueError):

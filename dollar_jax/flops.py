@@ -36,8 +36,7 @@ class Throughput:
 def count_flops(jaxpr: Any) -> float:
     """Twice the multiplications of a jaxpr's matrix products and convolutions. A scan's body counts by its length, of a
     condition the dearest branch, a while loop's body once, what is mapped over shards on every device, a Pallas kernel
-    by its grid; of splash attention's backward kernels, not the products that the forward one has made.
-    """
+    by its grid; of splash attention's backward kernels, not the products that the forward one has made."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":

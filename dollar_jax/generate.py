@@ -49,8 +49,7 @@ def transformer_options(compute: ComputeConfig) -> dict[str, Any]:
 
 def load_teacher(name: str, compute: ComputeConfig | None = None, mesh: Mesh | None = None) -> Pipeline:
     """The shipped teacher of that name, or the pipeline folder at that path; in fp32 unless `compute` is given. With a
-    mesh the transformer of an imported folder is restored into its shards there.
-    """
+    mesh the transformer of an imported folder is restored into its shards there."""
     if compute is None:
         return load_pipeline(teacher_folder(name))
     place = None if mesh is None else functools.partial(sharding.shard, mesh)
@@ -73,8 +72,7 @@ def merge_program(config: LoraConfig, mesh: Mesh, teacher: Params, adapters: Par
 class Sampler:
     """One way to draw latents [n t h w c]: (parameters, a key per video [n], a `Condition`'s fields) → latents. Each
     video has its own key, so that batches do not change the videos. `draw` also takes the states of the empty prompt,
-    where `guided`.
-    """
+    where `guided`."""
 
     name: str
     draw: Callable[..., jax.Array]
@@ -126,8 +124,7 @@ class BoundSampler(NamedTuple):
 class Generator:
     """A pipeline's programs, from prompts to frames. Samplers run on `mesh`, this process's first device if none
     is given; text encoder and VAE too, unless it is shared with other processes: then on this one's devices of it.
-    `given`, to be filled, are latents [k h w c] of the first frames by prompt, where the schedule has some given.
-    """
+    `given`, to be filled, are latents [k h w c] of the first frames by prompt, where the schedule has some given."""
 
     pipeline: Pipeline
     max_text_length: int
@@ -245,8 +242,7 @@ class Generator:
     @functools.cache  # noqa: B019
     def show_program(self, shape: tuple[int, ...], shrink: int) -> Program:
         """(parameters, latents of `shape`) → their frames, 1 / `shrink` as wide and high, as uint8; mean and mean
-        square of each latent. All of them are everywhere, for one process to look at.
-        """
+        square of each latent. All of them are everywhere, for one process to look at."""
 
         def show(params: Params, latent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             frames = jnp.nan_to_num(self.frames(params, latent))
@@ -309,8 +305,7 @@ class Generator:
 
 def make_generator(c: DistillConfig, clip: tuple[int, int, int] | None = None, mesh: Mesh | None = None) -> Generator:
     """The teacher of a configuration, ready to sample clips of the size of its data's, or of another. It samples on
-    `mesh`, on all devices of this process if none is given; an imported teacher is restored into its shards there.
-    """
+    `mesh`, on all devices of this process if none is given; an imported teacher is restored into its shards there."""
     mesh, clip = sampling_mesh(c.mesh) if mesh is None else mesh, clip or clip_size(c.data)
     teacher = with_given_frames(load_teacher(c.teacher, c.compute, mesh), c)
     return Generator(teacher, c.data.max_text_length, c.sampling, clip, c.compute.vae_chunk, mesh)
@@ -326,8 +321,7 @@ def with_given_frames(pipeline: Pipeline, c: DistillConfig) -> Pipeline:
 
 def subset(timesteps: Sequence[float], count: int) -> tuple[float, ...]:
     """`count` timesteps for the student, from the noisiest: 4 → 2 is the 1st and the 3rd it knows. More than it knows
-    lie evenly between those, and on the way to the clean end at 0. ValueError for a count below 1.
-    """
+    lie evenly between those, and on the way to the clean end at 0. ValueError for a count below 1."""
     if count < 1:
         raise ValueError(f"the student takes at least 1 step, not {count}")
     known = len(timesteps)
@@ -349,8 +343,7 @@ def _step_keys(keys: jax.Array) -> jax.Array:
 
 def sampling_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """This process's devices: parameters over as much of the run's `fsdp` axis as fits, videos over all. Processes draw
-    on their own, so that none waits for another; the networks must fit into one.
-    """
+    on their own, so that none waits for another; the networks must fit into one."""
     devices = jax.local_devices() if devices is None else devices
     fsdp = len(devices) if config.fsdp == -1 else math.gcd(config.fsdp, len(devices))
     return sharding.make_mesh(MeshConfig(-1, fsdp, 1, 1), devices)
@@ -360,8 +353,7 @@ def draw_videos(
     generator: Generator, draw: Sampler, params: Params, prompts: Sequence[str], keys: jax.Array, batch_size: int
 ) -> Iterator[np.ndarray]:
     """A video per prompt and key [n], uint8 [b t h w 3] batch by batch. The last batch is filled up for the devices,
-    and cut. Batches do not change the videos beyond rounding.
-    """
+    and cut. Batches do not change the videos beyond rounding."""
     batch = generator.samples_at_once(len(prompts), batch_size)
     params = sharding.put(params, sharding.shard(generator.mesh, params))
     for start in range(0, len(prompts), batch):
@@ -378,8 +370,7 @@ def draw_beside(
     batch_size: int | None = None,
 ) -> Iterator[np.ndarray]:
     """A video uint8 [t h w 3] per prompt and key [n], of several samplers side by side; with a progress bar. Without a
-    batch size at most 16 are drawn at a time, and as many as have `PIXELS_AT_ONCE` pixels.
-    """
+    batch size at most 16 are drawn at a time, and as many as have `PIXELS_AT_ONCE` pixels."""
     size = batch_size or generator.samples_at_once(16)
     # The keys anew for each sampler: they share their noise, which JAX takes for a mistake.
     drawn = [draw_videos(generator, draw, params, prompts, keys(), size) for draw, params in samplers]

@@ -1,7 +1,6 @@
 """Counting in programs: matrix products of a jaxpr, and what XLA's optimised HLO does to one chip. XLA's own cost
 analysis counts the body of a loop once, however often it runs, and sees no operation in a Pallas kernel. Here loops
-count as often as they run.
-"""
+count as often as they run."""
 
 import dataclasses
 import functools
@@ -21,8 +20,7 @@ _FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "copy-start"
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """Of one execution on one chip: matrix operations, bytes moved to and from memory, bytes sent by kind. Every result
-    is taken to be written once and read once; what a loop adds to an array in place, alone.
-    """
+    is taken to be written once and read once; what a loop adds to an array in place, alone."""
 
     flops: float
     memory_bytes: float

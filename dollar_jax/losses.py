@@ -1,6 +1,5 @@
 """The losses of DOLLAR over predictions, never over networks: one fp32 number per sample, a mean over its elements.
-Weighting and averaging over the batch are the caller's.
-"""
+Weighting and averaging over the batch are the caller's."""
 
 import math
 from typing import Literal
@@ -22,8 +21,7 @@ def vsd(
 ) -> PerSample:
     """Variational score distillation as a pseudo-target regression (DOLLAR eq. (8.7)-(8.9)). The value is mean(g^2) /
     2, which says nothing about sample quality, and its gradient with respect to `x`, and nothing else, is exactly g /
-    (elements per sample), with g of `vsd_gradient`.
-    """
+    (elements per sample), with g of `vsd_gradient`."""
     x = _fp32(x)
     g = vsd_gradient(x, real, fake, normalisation, floor, nan_to_zero)
     # Equal to x - stop_gradient(x - g), without rounding g away where |x| is much larger.
@@ -43,8 +41,7 @@ def vsd_gradient(
         normalisation: "dmd" divides by each sample's mean |x - real|, "batch" by one such mean over the batch, "none"
             by 1; ValueError for another. The paper does not say; DMD's is usual.
         floor: smallest divisor.
-        nan_to_zero: elements that are not finite become 0 instead of poisoning the step.
-    """
+        nan_to_zero: elements that are not finite become 0 instead of poisoning the step."""
     x, real, fake = (jax.lax.stop_gradient(_fp32(v)) for v in (x, real, fake))
     distance = jnp.abs(x - real)
     if normalisation == "dmd":
@@ -63,8 +60,7 @@ def consistency(student: Latent, target: Latent, distance: Distance = "mse", hub
     """Consistency distillation, lambda d(f_theta, f_theta-) (DOLLAR eq. (8.4), (8.5)). `target` is the EMA student at
     the point the teacher's steps led to; it carries no gradient. `distance`, elementwise with d = student - target:
     "mse" d^2; "huber" d^2 / 2 up to |d| = c and c (|d| - c / 2) beyond; "pseudo_huber" sqrt(d^2 + c^2) - c; ValueError
-    for another, or a huber_c that is not positive. The paper does not say which.
-    """
+    for another, or a huber_c that is not positive. The paper does not say which."""
     if not 0 < huber_c < math.inf:
         raise ValueError(f"huber_c must be positive and finite, not {huber_c!r}.")
     d = _fp32(student) - jax.lax.stop_gradient(_fp32(target))
@@ -86,8 +82,7 @@ def boundary_scalings(
 ) -> tuple[Time, Time]:
     """(c_skip, c_out) of f(x, t) = c_skip x + c_out x0_hat(x, t), [b] each (DOLLAR eq. (8.5)). "lcm", with s =
     timestep_scaling * t and t in timesteps: sigma_data^2 / (s^2 + sigma_data^2) and s / sqrt(s^2 + sigma_data^2), so f
-    is the identity at t <= 0. "none": 0 and 1. ValueError for another kind.
-    """
+    is the identity at t <= 0. "none": 0 and 1. ValueError for another kind."""
     t = _fp32(t)
     if kind == "none":
         return jnp.zeros_like(t), jnp.ones_like(t)
@@ -113,8 +108,7 @@ def policy_gradient(
     x_next: Latent, mean: Latent, deviation: Float[Array, "b #t 1 1 1"], advantage: PerSample
 ) -> PerSample:
     """REINFORCE of a Gaussian step, -A log N(x_next; mean, deviation^2), up to a constant and per element (DOLLAR eq.
-    (8.24)-(8.26)). Only `mean` carries a gradient; none does where the advantage is not finite.
-    """
+    (8.24)-(8.26)). Only `mean` carries a gradient; none does where the advantage is not finite."""
     difference = (jax.lax.stop_gradient(_fp32(x_next)) - _fp32(mean)) / _fp32(deviation)
     advantage = jax.lax.stop_gradient(_fp32(advantage))
     advantage = jnp.where(jnp.isfinite(advantage), advantage, 0.0)
@@ -123,8 +117,7 @@ def policy_gradient(
 
 def reward_regression(predicted: PerSample, reward: PerSample, weight: PerSample) -> PerSample:
     """L_LRM = weight (R(Dec(x)) - R_phi(x))^2 (DOLLAR eq. (8.10)). A row whose reward is not finite or whose weight is
-    0 has value and gradient 0, whatever was predicted: a failed reward call must not reach the parameters.
-    """
+    0 has value and gradient 0, whatever was predicted: a failed reward call must not reach the parameters."""
     predicted, reward = _fp32(predicted), jax.lax.stop_gradient(_fp32(reward))
     weight = _fp32(weight)
     used = jnp.isfinite(reward) & (weight != 0)

@@ -96,8 +96,7 @@ class SampleLogger:
     """Every `samples_every` steps: the student's samples beside the teacher's, and whether they collapse.
     `student(params)` and `teacher()` dispatch, on all processes, what draws `count` samples from the same noise each
     time, in parts; process 0 looks at what comes of it in the background of the next steps. The teacher's are drawn
-    when they are first needed, and kept in `samples/`, by `key`, for a resumed run.
-    """
+    when they are first needed, and kept in `samples/`, by `key`, for a resumed run."""
 
     def __init__(
         self, config: VisibilityConfig, workdir: Path, student: Draw, teacher: Draw, prompts: int, key: str, fps: float
@@ -114,8 +113,7 @@ class SampleLogger:
 
     def draw(self, step: int, params: Params) -> Looked:
         """What becomes of the samples; None but on process 0. It leaves a video in `samples/`, a row per prompt,
-        teacher left and student right, and warnings on stderr.
-        """
+        teacher left and student right, and warnings on stderr."""
         ours, theirs = self._student(params), None if self._known else self._teacher()
         self._known = True
         return None if jax.process_index() else self._background.submit(self._look, step, ours, theirs)
@@ -160,8 +158,7 @@ def make_sample_logger(
     config: DistillConfig, workdir: Path, generator: Generator, teacher: Params, decoder: Params, captions: Any
 ) -> SampleLogger:
     """The sample logger of a run: fixed prompts, fixed noise, the student's own timesteps, the teacher's own steps. The
-    prompts are the configuration's, or `DATA_PROMPTS` of the data's `captions`, with their first frames.
-    """
+    prompts are the configuration's, or `DATA_PROMPTS` of the data's `captions`, with their first frames."""
     c, sampling = config.visibility, config.sampling
     given = captions(DATA_PROMPTS) if c.samples_every and not c.prompts else {}
     generator.given.update(given)
@@ -190,8 +187,7 @@ def make_sample_logger(
 class Log:
     """history.jsonl, TensorBoard events and a progress bar; written by process 0 only. Metrics are fetched one logging
     interval late, so that logging does not wait for the devices; but at a checkpoint at once, so that no state is saved
-    whose metrics are not on disk.
-    """
+    whose metrics are not on disk."""
 
     def __init__(self, workdir: Path, first: int, config: DistillConfig, throughput: Throughput):
         self.config, self.throughput, self._samples = config, throughput, workdir / SAMPLES
@@ -367,8 +363,7 @@ def make_throughput(config: DistillConfig, mesh: Mesh, flops: Callable[[], float
 def readable(metrics: Mapping[str, float]) -> dict[str, float]:
     """The step's metrics as they are looked at. `fake_score_bin_k` is the mean loss at each quarter of the timesteps
     from clean to noise, left out without a sample; `latent_mean_drift` and `latent_std_ratio` set the generated latents
-    against the data's.
-    """
+    against the data's."""
     values = dict(metrics)
     for k in range(SCORE_BINS):
         if (name := f"fake_score_sum_{k}") in values:

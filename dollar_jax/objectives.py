@@ -1,6 +1,5 @@
 """What student and fake score are trained on: rng + schedule + networks, as apply functions, + losses → (scalar,
-auxiliaries). The student's loss is the sum over a table of terms; a new one is a function here and a row in `terms`.
-"""
+auxiliaries). The student's loss is the sum over a table of terms; a new one is a function here and a row in `terms`."""
 
 import dataclasses
 
@@ -23,8 +22,7 @@ SCORE_BINS = 4
 
 def student_input(d: Distillation, params: Params, batch: Batch, key: Key) -> tuple[Latent, Time, Int[Array, " b"]]:
     """x_t at one of the student's own timesteps for each row or all of them, that time, and its index: the real latent
-    noised ("forward"), or where the student itself gets to from noise ("backward").
-    """
+    noised ("forward"), or where the student itself gets to from noise ("backward")."""
     times, x0 = d.config.student.timesteps, batch.latent
     keys = jax.random.split(key, 3)
     rows = x0.shape[:1]
@@ -42,8 +40,7 @@ def student_rows(
     d: Distillation, params: Params, references: References, batch: Batch, key: Key
 ) -> tuple[Latent, list[tuple[Term, PerSample, dict[str, Array]]]]:
     """The generated latents, and the rows of each term of the student's loss with what was found on the way. One
-    forward serves all terms; L_CD too at the student's own, forward-noised timesteps, or by itself.
-    """
+    forward serves all terms; L_CD too at the student's own, forward-noised timesteps, or by itself."""
     c, rows = d.config, terms(d.config)
     keys = jax.random.split(key, 1 + len(rows))
     if c.vsd.weight or c.reward.rewards:
@@ -120,8 +117,7 @@ def consistency(
     d: Distillation, references: References, prediction: Latent, x_t: Latent, times: TimeSteps, text: TextStates
 ) -> PerSample:
     """L_CD, DOLLAR eq. (8.4-8.6): f_θ(x_t), of the student's x̂0 `prediction` there, against f_θ⁻ after the guided
-    teacher's steps through `times` from times[0].
-    """
+    teacher's steps through `times` from times[0]."""
     c, frozen, schedule = d.config.consistency, references.frozen, d.schedule
 
     def f(x: Latent, t: Time, x0: Latent) -> Latent:
@@ -180,8 +176,7 @@ def fake_score(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The denoising loss (8.13) of the fake-score network on samples of the student: new ones, or one of n per row. The
     metrics hold its sum and count in each of SCORE_BINS equal parts of the timesteps too, for an average hides a
-    network that has lost track at one end.
-    """
+    network that has lost track at one end."""
     c, schedule, text = d.config, d.schedule, batch.text
     keys = jax.random.split(key, 3)
     if samples is None:

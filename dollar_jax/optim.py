@@ -35,8 +35,7 @@ def apply_gradient(
     optimiser: Optimiser, grads: Params, carry: tuple[Params, Any], good: Any = True, most: float | None = None
 ) -> tuple[tuple[Params, Any], jax.Array, jax.Array]:
     """New (parameters, optimiser state), the gradient's norm, and whether it was taken: the old stay where the norm is
-    not finite or above `most`, or not `good`. Element by element, so that no second copy is held.
-    """
+    not finite or above `most`, or not `good`. Element by element, so that no second copy is held."""
     params, state = carry
     norm = optax.tree.norm(grads)
     good = good & (norm < jnp.inf if most is None else norm <= most)

@@ -1,6 +1,5 @@
 """`dollar pretrain`: the default domain's teacher from nothing: video VAE, then text encoder and DiT. Progress is
-checkpointed, so a killed run goes on where it was; a finished stage is not run again.
-"""
+checkpointed, so a killed run goes on where it was; a finished stage is not run again."""
 
 import dataclasses
 import functools
@@ -67,8 +66,7 @@ def fit(
     ema_decay: float = 0.0,
 ) -> Params:
     """Muon and Adam with warm-up and cosine; returns the parameters' moving average (themselves for decay 0).
-    Checkpoints into `folder` and goes on from what it finds there.
-    """
+    Checkpoints into `folder` and goes on from what it finds there."""
     steps = training.steps
     share = optax.warmup_cosine_decay_schedule(0, 1, min(200, steps // 10), steps, 0.02)
     optimiser = optax.chain(
@@ -147,8 +145,7 @@ def vae_loss(network: Network, kl_weight: float, params: Params, video: Any, key
 def train_vae(config: PretrainConfig, folder: Path) -> Component:
     """Trains the VAE through `config.vae_phases`, on single frames before clips. Frames are a fiftieth of a clip's work
     and teach most of what there is to learn: from clips alone the same VAE had 17 dB where frames had brought it to 21
-    dB in the same time.
-    """
+    dB in the same time."""
     vae = WanVAEConfig(**config.vae)
     network = WAN_VAE.network(vae)
     key = jax.random.key(config.seed)

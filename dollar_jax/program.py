@@ -18,8 +18,7 @@ _ON_CPU = {"xla_backend_optimization_level": 1}
 class Program:
     """A pure function, and the shapes (trees of `jax.ShapeDtypeStruct`) and places of its arguments. A call with other
     shapes compiles anew. `in_shardings`, one per argument, and `out_shardings` may be prefixes of trees. The arguments
-    that `donate` numbers are gone after a call. Without a mesh it is compiled for wherever its arguments lie.
-    """
+    that `donate` numbers are gone after a call. Without a mesh it is compiled for wherever its arguments lie."""
 
     name: str
     function: Callable[..., Any]

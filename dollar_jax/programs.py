@@ -1,6 +1,5 @@
 """The programs of distillation over a mesh: the one train step, what it starts from, and the student to sample. What
-is planned ahead of time and what runs are both built here. The teacher's networks are in `generate.Generator`.
-"""
+is planned ahead of time and what runs are both built here. The teacher's networks are in `generate.Generator`."""
 
 import dataclasses
 import functools
@@ -34,8 +33,7 @@ from dollar_jax.types import Params
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainPrograms:
     """`step(state, frozen, batch)`, which donates the state; `init(key, teacher)`, the state at the start; and, where
-    there are adapters, `merge(teacher, adapters)`, the student's parameters.
-    """
+    there are adapters, `merge(teacher, adapters)`, the student's parameters."""
 
     mesh: Mesh
     distillation: Distillation
@@ -77,8 +75,7 @@ def train_programs(
 ) -> TrainPrograms:
     """Everything but the weights; raises ValueError, before any compilation, for a mesh that does not fit.
     `pixel_rewards` are the JAX ones of config.reward.rewards, `decoder` the shapes of their decoder's parameters.
-    `score_real`: the data has latents for the latent reward model to learn from beside the generated ones.
-    """
+    `score_real`: the data has latents for the latent reward model to learn from beside the generated ones."""
     method_of(config).check()
     if (first := config.student.timesteps[0]) > schedule.num_train_timesteps:
         raise ValueError(f"config.student.timesteps has {first:g}, and the teacher only {schedule.num_train_timesteps}")
@@ -165,8 +162,7 @@ def run_programs(
     config: DistillConfig, generator: Generator, programs: TrainPrograms, rewards: Sequence[AnyReward]
 ) -> list[Program]:
     """All that `train` executes on the devices from the first step to the last, by shapes alone; of data in several
-    aspect buckets the programs of the first.
-    """
+    aspect buckets the programs of the first."""
     found = [generator.text_program(1, generator.own_mesh), programs.init, programs.step]
     if not all(isinstance(reward, JaxReward) for reward in rewards):
         decoder = generator.pipeline.vae.network.shapes
@@ -226,8 +222,7 @@ def _batch_shapes(
 
 def _batch_sharding(config: DistillConfig, mesh: Mesh, shapes: Batch) -> tuple[Batch, NamedSharding]:
     """Of the batch, and of what is to be scored: few rows on one machine may be everywhere, several machines each
-    score their own.
-    """
+    score their own."""
     rows = samples = sharding.batch_sharding(mesh)
     if config.reward.samples % (mesh.shape["data"] * mesh.shape["fsdp"]) and sharding.host_count(mesh) == 1:
         samples = sharding.replicated(mesh)

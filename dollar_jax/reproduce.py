@@ -1,7 +1,6 @@
 """`dollar reproduce`: the paper's ablation on the default domain, every cell over several seeds, as one page. A cell is
 one method with one seed: trained in `runs/`, measured into `cells/`. Killed and started again, finished cells are read
-back, and the one under way resumes its training.
-"""
+back, and the one under way resumes its training."""
 
 import dataclasses
 import functools
@@ -60,8 +59,7 @@ def reproduce(
 ) -> Path:
     """Runs every cell that is not there yet; returns the page, which lies beside a CSV and a Markdown table. `seeds`
     and `steps` are 3 and the experiment's own, or 2 and a fifth of them when `quick`. Raises ValueError when the
-    workdir holds a cell with other settings.
-    """
+    workdir holds a cell with other settings."""
     start = time.perf_counter()
     base = experiment("vsd+cd+lrm")
     count = seeds or (2 if quick else 3)

@@ -108,8 +108,7 @@ def restore_trained(
     workdir: Path, transformer: Network, config: LoraConfig, ema: bool, mesh: Mesh | None = None
 ) -> tuple[int, Params]:
     """The newest checkpoint's step, and of its student (the average if `ema`) all parameters or the adapters, on `mesh`
-    or in this host's memory. Raises FileNotFoundError.
-    """
+    or in this host's memory. Raises FileNotFoundError."""
     shapes = student_network(transformer, config).shapes
     if config.rank:
         shapes = lora.adapters(shapes)

@@ -17,8 +17,7 @@ from dollar_jax.types import Apply, Keys, Latent, LatentSteps, NullText, Params,
 class Denoiser:
     """A network asked for one text: `apply(params, x_t, t, text)`, by classifier-free guidance (DOLLAR eq. (8.6)); a
     weight w of None or the Python number 0 is a single pass without `null_text`. Where frames are given, `apply` takes
-    their number too.
-    """
+    their number too."""
 
     apply: Apply
     params: Params
@@ -53,8 +52,7 @@ def ode_solve(denoiser: Denoiser, x_t: Latent, times: TimeSteps, eta: float = 0.
     """Takes x_t from times[0] to times[-1] in DDIM steps (DOLLAR eq. (8.14)). `times` is [steps + 1, b], descending,
     and may differ between samples: with m + 1 rows this is the Denoise^m of the consistency loss (DOLLAR eq. (8.5)).
     `key` is one for the batch, or [b]: each sample's noise then does not depend on its neighbours. Raises ValueError
-    for eta > 0 without one.
-    """
+    for eta > 0 without one."""
     if eta != 0 and key is None:
         raise ValueError(f"sampling with eta={eta!r} needs a key; pass one, or use eta=0.")
     keys = None if key is None else _split(key, times.shape[0] - 1)
@@ -76,8 +74,7 @@ def ode_sample(denoiser: Denoiser, noise: Latent, num_steps: int, eta: float = 0
 
 def unipc_sample(denoiser: Denoiser, noise: Latent, num_steps: int) -> Latent:
     """The teacher's sample by UniPC of order 2 (arXiv 2302.04867), the solver Wan is published with: as many network
-    evaluations as `ode_sample`; each state is corrected by the prediction made there before the next is predicted.
-    """
+    evaluations as `ode_sample`; each state is corrected by the prediction made there before the next is predicted."""
     schedule = denoiser.schedule
     times, sigmas = schedules.unipc_grid(schedule, num_steps)
     table = schedules.unipc_table(sigmas)
@@ -110,8 +107,7 @@ def few_step_predictions(denoiser: Denoiser, timesteps: Sequence[float], noise: 
     """The student's clean predictions [n b t h w c] on the way of its sample, which is the last. `timesteps` is static
     and descending, (999, 749, 499, 249) in the paper; `noise` is taken to be the state at the first. `key` is one for
     the batch, or [b]: each sample's noise then does not depend on its neighbours. Raises ValueError for timesteps that
-    do not descend or are out of range.
-    """
+    do not descend or are out of range."""
     times = _student_times(denoiser.schedule, timesteps)
     keys = _split(key, len(timesteps))
 
@@ -127,8 +123,7 @@ def simulate_backward(
     """The student's own input at its k-th timestep, without gradient (backward simulation, DMD2). `k`, one for the
     batch or [b], counts from 0 (pure noise at timesteps[0]). Gives x_t [b t h w c] at t = timesteps[k], that t [b], and
     the states [n b t h w c] at every timestep, those of `few_step_sample` with this key; a sample's stays at x_t after
-    its k-th, and no network runs past max(k). Raises as `few_step_sample`.
-    """
+    its k-th, and no network runs past max(k). Raises as `few_step_sample`."""
     times = _student_times(denoiser.schedule, timesteps)
     last = len(timesteps) - 1
     k = jnp.broadcast_to(jnp.clip(jnp.asarray(k), 0, last), noise.shape[:1])

@@ -9,8 +9,7 @@ The first `given_frames` latent frames of every clip are given (an image's laten
 a = 1 and b = 0, so that neither noise nor a prediction reaches them, in any function below.
 
 Each prediction is a linear mix `m x0 + n eps`, so with x_t it makes a 2x2 system for (x0, eps);
-every conversion below is a row of its inverse. Results are fp32 whatever the input precision.
-"""
+every conversion below is a row of its inverse. Results are fp32 whatever the input precision."""
 
 import functools
 import math
@@ -39,8 +38,7 @@ class Schedule:
     time, u -> shift u / (1 + (shift - 1) u). The `beta` fields, `snr_shift_scale` (CogVideoX divides the
     signal-to-noise ratio by it) and `rescale_zero_snr` (pure noise at the last index; applied after the shift) shape
     the DDPM path only. DOLLAR does not publish its betas. `given_frames`: latent frames that are not generated, which
-    the network is told of. ValueError for a field out of range, or of the other path.
-    """
+    the network is told of. ValueError for a field out of range, or of the other path."""
 
     path: Path
     prediction: Prediction
@@ -120,8 +118,7 @@ def to_x0(schedule: Schedule, prediction: Latent, x_t: Latent, t: Time) -> Laten
 
 def guide(cond: Latent, uncond: Latent, weight: Weight) -> Latent:
     """Classifier-free guidance, v_c + w (v_c - v_0) (DOLLAR eq. (8.6)), with w a number or [b]: diffusers'
-    `guidance_scale` is w + 1, and w = 0 is no guidance.
-    """
+    `guidance_scale` is w + 1, and w = 0 is no guidance."""
     cond, uncond = _at_least_fp32(cond), _at_least_fp32(uncond)
     return cond + _like(jnp.asarray(weight, jnp.float32), cond) * (cond - uncond)
 
@@ -131,8 +128,7 @@ def ddim_step(
 ) -> Latent:
     """One step from t to the earlier t_next (DOLLAR eq. (8.14), with its sigma scaled by eta). eta = 0 is deterministic
     DDIM, which on the rectified-flow path is exactly the Euler step x + (sigma_next - sigma) velocity; eta = 1 draws
-    from the posterior q(x_next | x_t, x0). Raises ValueError for eta > 0 without noise.
-    """
+    from the posterior q(x_next | x_t, x0). Raises ValueError for eta > 0 without noise."""
     mean, sigma = posterior(schedule, x_t, x0, t, t_next, eta)
     if eta == 0:
         return mean
@@ -145,8 +141,7 @@ def posterior(
     schedule: Schedule, x_t: Latent, x0_hat: Latent, t: Time, t_next: Time, eta: float = 1.0
 ) -> tuple[Latent, jax.Array]:
     """Mean and, times eta, standard deviation [b 1 1 1 1] of q(x_next | x_t, x0_hat) (DOLLAR eq. (8.14)); the latter is
-    0 where t_next is the clean end, and [b t 1 1 1] and 0 at given frames, if there are some.
-    """
+    0 where t_next is the clean end, and [b t 1 1 1] and 0 at given frames, if there are some."""
     a, b = _coefficients_like(schedule, t, x_t)
     a_next, b_next = _coefficients_like(schedule, t_next, x_t)
     eps = (x_t - a * x0_hat) / _away_from_zero(b)
@@ -162,8 +157,7 @@ def posterior(
 def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
     """[num_steps + 1] descending fp32 times: the inputs of each step, then the clean end. DDPM: "trailing" spacing,
     999, 979, ..., 19, -1 for 50 steps, as in DOLLAR. Rectified flow: `shift` applied to an even grid from 1 to 0, as in
-    Wan. ValueError for num_steps outside 1..num_train_timesteps.
-    """
+    Wan. ValueError for num_steps outside 1..num_train_timesteps."""
     total = schedule.num_train_timesteps
     if not 1 <= num_steps <= total:
         raise ValueError(f"num_steps must be between 1 and {total}, not {num_steps!r}.")
@@ -178,8 +172,7 @@ def unipc_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarr
     """fp32 network times [num_steps] and noise levels sigma [num_steps + 1], from almost 1 to 0, as diffusers'
     `UniPCMultistepScheduler` with `use_flow_sigmas` makes them, which Wan is published with: the grid ends one training
     step short of the clean end, and the network gets whole times. ValueError for another path than rectified flow, or
-    num_steps outside 1..num_train_timesteps.
-    """
+    num_steps outside 1..num_train_timesteps."""
     total = schedule.num_train_timesteps
     if schedule.path != "rf" or not 1 <= num_steps <= total:
         raise ValueError(f"UniPC takes 1 to {total} steps on a rectified flow, not {num_steps!r} on {schedule.path!r}.")
@@ -195,8 +188,7 @@ def unipc_table(sigmas: np.ndarray) -> np.ndarray:
     Step i has the state x_i that step i - 1 predicted, the state y before it, and the clean predictions
     m_i at x_i, m_{i-1} and m_{i-2}. Columns 0-3 correct x_i to `c0 y + c1 m_i + c2 m_{i-1} + c3 m_{i-2}`,
     and columns 4-6 predict x_{i+1} from the corrected state as `p0 y + p1 m_i + p2 m_{i-1}`; the first
-    row's correction is to be left out. The first and last steps are of order 1.
-    """
+    row's correction is to be left out. The first and last steps are of order 1."""
     sigma = np.asarray(sigmas, np.float64)
     alpha = 1.0 - sigma
     with np.errstate(divide="ignore"):

@@ -1,6 +1,5 @@
 """Where every array of the step lives: a mesh, and one ordered table of (regex, PartitionSpec) for parameters and
-optimiser state alike. The first row that matches a whole path wins; a path that no row matches is an error.
-"""
+optimiser state alike. The first row that matches a whole path wins; a path that no row matches is an error."""
 
 import math
 import re
@@ -95,8 +94,7 @@ def check_batch(mesh: Mesh, name: str, size: int) -> None:
 
 def shard(mesh: Mesh, tree: Any, strict: bool = True) -> Any:
     """A NamedSharding for every leaf of a tree of arrays or shapes, by RULES. Raises ValueError naming a path that no
-    rule matches, or whose shape its spec does not divide; unless `strict` the latter is replicated.
-    """
+    rule matches, or whose shape its spec does not divide; unless `strict` the latter is replicated."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = _name(path)
@@ -147,8 +145,7 @@ def local_rows(where: jax.sharding.Sharding, count: int) -> np.ndarray:
 
 def put(tree: Any, where: Any) -> Any:
     """Host arrays, the same on every process, as global arrays, each device getting its part. `where` may be a prefix
-    of the tree. What is on devices already, whole here or shared over all, is moved.
-    """
+    of the tree. What is on devices already, whole here or shared over all, is moved."""
 
     def place(x: Any, s: NamedSharding) -> jax.Array:
         if isinstance(x, jax.Array) and (s.is_fully_addressable or not x.is_fully_addressable):

@@ -7,8 +7,7 @@ import threading
 
 class SignalFlag:
     """Whether a signal has come while used as a context, in the main thread of Python; in any other it is never set.
-    With `once` the first one sets it, and says so in these words; the next one does what the system does.
-    """
+    With `once` the first one sets it, and says so in these words; the next one does what the system does."""
 
     def __init__(self, number: signal.Signals, once: str = ""):
         self.number, self.once, self._set = number, once, False

@@ -40,8 +40,7 @@ class Skips:
 
     def check(self) -> None:
         """Waits for the last step; FloatingPointError, with its batch in WORKDIR for `explain`, when more than
-        config.max_skipped in a row were skipped.
-        """
+        config.max_skipped in a row were skipped."""
         held, self._held = self._held, None
         if held is None:
             return
@@ -75,8 +74,7 @@ class Skips:
 
 def explain(programs: TrainPrograms, state: TrainState, frozen: Frozen, path: Path) -> list[str]:
     """Sentences that say which metrics, and which rows of a saved batch, are not finite in its step, run again. Raises
-    ValueError for a file that holds no batch of this run.
-    """
+    ValueError for a file that holds no batch of this run."""
     structure = jax.tree.structure(programs.batch_shapes)
     try:
         stored = read_arrays(path)

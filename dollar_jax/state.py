@@ -26,8 +26,7 @@ class RewardStatistics:
 
     def updated(self, reward: Float[Array, "*b k"], weight: Float[Array, "*b"], decay: float) -> "RewardStatistics":
         """With more rewards [..., k], those not finite left out, the old ones' weight decayed once; unchanged when all
-        of `weight` is 0. Chan et al.'s centred moments: a large mean costs the variance no precision.
-        """
+        of `weight` is 0. Chan et al.'s centred moments: a large mean costs the variance no precision."""
         weight = jnp.where(jnp.isfinite(reward).all(-1), weight, 0.0)[..., None]
         reward = jnp.where(weight > 0, reward, 0.0)
         rows = tuple(range(reward.ndim - 1))

@@ -10,8 +10,7 @@ Algorithm 29 takes a step on L_FT of its own; eq. (8.12), and this program, sum 
 method adds is in its file of `rewards.methods`.
 
 An update whose losses or gradient are not finite is not taken, nor is any after it in the step: a bad batch changes
-nothing but the count of steps, and shows in the metrics (`skipped`).
-"""
+nothing but the count of steps, and shows in the metrics (`skipped`)."""
 
 import dataclasses
 import functools
@@ -41,8 +40,7 @@ Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics, RewardSa
 def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, Any] = MappingProxyType({})) -> Step:
     """step(state, frozen, batch) → (state, metrics, what is to be scored or None); pure, to be jitted over a mesh.
     `on_devices` has, for each field of the state that lies in
-    host memory, where on the devices it goes when it is needed; what becomes of it stays there.
-    """
+    host memory, where on the devices it goes when it is needed; what becomes of it stays there."""
     config, method = d.config, method_of(d.config)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics, RewardSamples | None]:
@@ -141,8 +139,7 @@ def micro_batches(batch: Batch, count: int) -> Batch:
 
 def _accumulated(loss: Callable[..., Any], params: Params, micro: Any, key: jax.Array) -> tuple[Params, Any]:
     """Gradients and auxiliary numbers of `loss(params, rows, key)`, averaged over the micro-batches; of an auxiliary
-    array every micro-batch's, [count, ...].
-    """
+    array every micro-batch's, [count, ...]."""
     grad = jax.grad(loss, has_aux=True)
     count = jax.tree.leaves(micro)[0].shape[0]
     keys = jax.random.split(key, count)

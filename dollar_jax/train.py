@@ -1,6 +1,5 @@
 """`dollar train`: the host's loop around the one compiled step. While it runs, host rewards score the last step's
-latents; they are taken in before a checkpoint, so that a resumed run repeats an uninterrupted one to the bit.
-"""
+latents; they are taken in before a checkpoint, so that a resumed run repeats an uninterrupted one to the bit."""
 
 import dataclasses
 import functools
@@ -48,8 +47,7 @@ def train(
     with other settings. With `replay_batch`, which a step that was not finite left, it prints what is not, and trains
     nothing. Raises ValueError for a run with other settings, FloatingPointError for too many steps in a row that were
     not finite, Preempted after SIGTERM or Ctrl-C, with a checkpoint, SaveFailed when none can be saved, InUse for
-    another's workdir.
-    """
+    another's workdir."""
     method_of(config).check()
     if Checkpoints(workdir / CHECKPOINTS).latest():
         check_config(config, workdir)

@@ -45,8 +45,7 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float = 8
     """Writes frames uint8 [t, h, w, 3] to `path`: H.264 for .mp4, an endless loop for .gif. `scale` is how many pixels
     wide and high each pixel becomes (nearest neighbour). H.264 keeps colour at half the resolution: use at least 2 for
     small videos, or their colours bleed. A .gif rounds the time of a frame to 10 ms. Raises ValueError for another
-    suffix or frames of another kind.
-    """
+    suffix or frames of another kind."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"cannot write {str(path)!r}: a video's name must end in {' or '.join(SUFFIXES)}")
@@ -59,8 +58,7 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float = 8
 
 def encode_mp4(frames: np.ndarray, fps: float = 8, crf: int = 18) -> bytes:
     """frames uint8 [t, h, w, 3] as an H.264 .mp4, yuv420p and BT.709, which every player knows. Odd sizes are padded by
-    repeating the last row or column. `crf` is x264's quality: 18 looks lossless, 51 is worst.
-    """
+    repeating the last row or column. `crf` is x264's quality: 18 looks lossless, 51 is worst."""
     frames = _checked(frames)
     _, height, width, _ = frames.shape
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")

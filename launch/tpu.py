@@ -7,8 +7,7 @@
 Every command may be given again: it does what is still missing. `run` makes the slice, installs the
 committed tree on every worker, starts the command on all of them and follows worker 0; after a
 preemption the same line makes the slice anew, and the run goes on from its newest checkpoint.
-Arguments may stand in a file, one a line: python launch/tpu.py run @wan.flags -- …
-"""
+Arguments may stand in a file, one a line: python launch/tpu.py run @wan.flags -- …"""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Eight virtual CPU devices, a reused random key is an error, annotated shapes are checked.
 
-A test that passes a wrong value to see our own error is named `test_bad_...` and goes unchecked.
-"""
+A test that passes a wrong value to see our own error is named `test_bad_...` and goes unchecked."""
 
 import contextlib
 import json
@@ -104,8 +103,7 @@ def shown_events(workdir: Path) -> list[tuple[int, str, float | None]]:
     """(step, tag, value) of every event that TensorBoard shows of a run, in its order, videos without a value.
 
     A file is a row of records: length, its checksum, so many bytes, their checksum. Where a run starts again, what
-    came before it at its step or later is not shown.
-    """
+    came before it at its step or later is not shown."""
     shown: list[tuple[int, str, float | None]] = []
     for path in sorted((workdir / "events").iterdir()):
         data, at = path.read_bytes(), 0
@@ -124,8 +122,7 @@ def shown_events(workdir: Path) -> list[tuple[int, str, float | None]]:
 def check_events() -> Callable[[Path], list[int]]:
     """Asserts that a run's TensorBoard events are its history: no resumption has doubled or lost one.
 
-    Returns the steps that have a video.
-    """
+    Returns the steps that have a video."""
 
     def check(workdir: Path) -> list[int]:
         lines = [json.loads(line) for line in (workdir / "history.jsonl").read_text().splitlines()]
@@ -308,8 +305,7 @@ def assert_card_samples(monkeypatch):
     """The card's own snippet, executed in its folder, draws the video that we draw from the same noise.
 
     `axes` turns our latents' axes into diffusers'; `drawers` are the modules of diffusers that draw noise.
-    Gives the snippet's variables, and how many of our draws of noise it did not make.
-    """
+    Gives the snippet's variables, and how many of our draws of noise it did not make."""
     import torch
 
     from dollar_jax.sampling import Denoiser, few_step_sample

@@ -6,8 +6,7 @@ not found exactly once in its file says so, and nothing is run. The rows tell wh
 whoever changes the code changes its rows with it, and whoever writes code nobody could break unseen adds some.
 
 Not collected by pytest: all rows take some 20 minutes of a core. Tests are named by their file, or as
-`file::test`; of a file the first test that fails ends a row.
-"""
+`file::test`; of a file the first test that fails ends a row."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Makes what tests/real_geometry.sh starts from: a tiny Wan as from the hub, a tiny CLIP, clips with captions.
 
-python tests/real_geometry.py FOLDER HEIGHT WIDTH FRAMES
-"""
+python tests/real_geometry.py FOLDER HEIGHT WIDTH FRAMES"""
 
 import sys
 from pathlib import Path

@@ -2,8 +2,7 @@
 
 The networks are linear in their parameters, so that each gradient is a sum of products. Nothing here is taken
 from the package but what `take_step` needs to run its step; where that draws random numbers, the same keys are
-split in the same way.
-"""
+split in the same way."""
 
 import dataclasses
 

@@ -282,8 +282,7 @@ def test_the_card_samples_the_same_video_as_we_do(wan_folder, trained, flags, re
 def test_the_plain_call_of_diffusers_is_as_aligned_as_our_own_sample(tmp_path, monkeypatch):
     """The default domain, the shipped teacher in the student's place: what a video shows is read from its frames.
 
-    Give STUDENT_RUN, the folder of a run of `dollar demo`, to compare the student of that.
-    """
+    Give STUDENT_RUN, the folder of a run of `dollar demo`, to compare the student of that."""
     workdir = Path(os.environ.get("STUDENT_RUN", tmp_path / "run"))
     if not workdir.exists():
         params = load_pipeline(SHIPPED_TEACHERS["moving_shapes"]).transformer.params

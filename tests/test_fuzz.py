@@ -1,8 +1,7 @@
 """Any bytes in the place of a file of ours end in a ValueError or an OSError, which the commands say in a sentence.
 
 CORPUS is what was found once, and what is known to break readers; it runs with every suite. `pytest -m slow` has
-hypothesis look for more.
-"""
+hypothesis look for more."""
 
 import json
 import struct

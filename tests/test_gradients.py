@@ -1,8 +1,7 @@
 """Each term of the losses alone, against its gradient worked out on paper.
 
 Every network says one velocity for a whole sample, u = b + c m, with m the mean of the sample's text. A clean
-prediction is x_t - σ u then, and its derivative is -σ in b and -σ m in c: no random number is left in a gradient.
-"""
+prediction is x_t - σ u then, and its derivative is -σ in b and -σ m in c: no random number is left in a gradient."""
 
 import dataclasses
 import functools
@@ -102,8 +101,7 @@ def decode(params, latent):
 def drawn_timesteps(alone=False):
     """σ of the student's input in each row, and what noise made it: by the keys that the step splits.
 
-    `alone` is the input that consistency distillation draws where there is nothing else.
-    """
+    `alone` is the input that consistency distillation draws where there is nothing else."""
     student, _, _ = jax.random.split(jax.random.fold_in(jax.random.key(0), 3), 3)
     key = jax.random.split(jax.random.split(student, 1)[0], 4)[0]
     index_key, noise_key = jax.random.split(key)[::-1] if alone else jax.random.split(key, 3)[:2]

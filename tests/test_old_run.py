@@ -1,7 +1,6 @@
 """A run that version 0.1.0 left: it reads, is sampled, measured and exported, and goes on.
 
-The archive holds what `dollar train` of that version wrote with `SETTINGS` and the teacher of `wan_folder`.
-"""
+The archive holds what `dollar train` of that version wrote with `SETTINGS` and the teacher of `wan_folder`."""
 
 import json
 import tarfile

@@ -256,8 +256,7 @@ def test_adapters_are_the_same_on_eight_devices(runner):
 def test_one_compilation_and_donated_state(base, initial):
     """Twenty steps with changing batches: the state goes round in its own shardings, in its own memory.
 
-    A warning that a donated buffer was not usable would be an error.
-    """
+    A warning that a donated buffer was not usable would be an error."""
     state = base.start(initial)
     for seed in range(20):
         old = state

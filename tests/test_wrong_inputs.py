@@ -1,8 +1,7 @@
 """Wrong inputs of every command: exit code 2, one sentence that names the thing, no traceback, nothing left behind.
 
 A row is a command line and what the sentence must say. {run}, {bad} and {new} are folders: a run without a checkpoint,
-the wrong files of FILES, and one that must not come to be. Rows of ranges are made of the settings themselves.
-"""
+the wrong files of FILES, and one that must not come to be. Rows of ranges are made of the settings themselves."""
 
 import json
 import os

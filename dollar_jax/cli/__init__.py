@@ -17,8 +17,7 @@ HELP = ("-h", "--help", "-help")
 
 class Command(NamedTuple):
     """`takes` names the arguments besides flags, if any. The command's file has `define_flags`, which declares the
-    flags of a list of arguments and may take some out, and `run`, which gets the arguments that are no flags.
-    """
+    flags of a list of arguments and may take some out, and `run`, which gets the arguments that are no flags."""
 
     summary: str
     takes: str = ""

@@ -31,8 +31,7 @@ def define(kind: str, name: str, default: Any, *rest: Any) -> None:
 
 def check_flags(arguments: Sequence[str] = ()) -> None:
     """Raises ValueError for a path in a bucket, which would pass for a folder's, and for a flag whose value is empty or
-    no number that makes sense: --config's check themselves.
-    """
+    no number that makes sense: --config's check themselves."""
     for text in [*arguments, *(f"--{name}={FLAGS[name].value}" for name in FLAGS if name != "prompt")]:
         if found := re.match(r"(?:--[^=]+=)?[a-z0-9]+://([^/]*)", text):
             mend = f"mount it, as in gcsfuse {found[1]} /mnt/bucket, and give its path there"

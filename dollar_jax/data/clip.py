@@ -14,8 +14,7 @@ SETTINGS = "prepare.json"  # in the folder of a data set that is being prepared
 
 def clip_size(config: DataConfig) -> tuple[int, int, int]:
     """Frames, height and width of the data's clips; of the first bucket where there are several. Raises
-    FileNotFoundError or ValueError when the folder holds no prepared data set.
-    """
+    FileNotFoundError or ValueError when the folder holds no prepared data set."""
     if config.name == MOVING_SHAPES:
         return shapes.FRAMES, shapes.SIZE, shapes.SIZE
     settings = read_about(Path(config.name))["settings"]

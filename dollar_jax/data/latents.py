@@ -63,8 +63,7 @@ class EncodedVideos:
         """Shuffled batches without end, of each only `rows` if given; ValueError for fewer videos than a batch. The
         position that is checkpointed counts whole batches, so that a run may go on with other processes. A batch maps
         to `latent`, `text` and `index`, the places in `captions`; with the shardings of the step's batch its arrays
-        also come as "on_device", placed ahead of time.
-        """
+        also come as "on_device", placed ahead of time."""
         if len(self) < config.batch_size:
             raise ValueError(f"there are {len(self)} training videos, fewer than config.batch_size {config.batch_size}")
         rows = np.arange(config.batch_size) if rows is None else rows
@@ -93,8 +92,7 @@ def load_programs(config: DistillConfig, generator: Generator) -> list[Program]:
 
 def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> Videos:
     """The training data of config.data: a prepared data set, or the default domain. The latter is rendered and encoded
-    into `workdir/data` the first time. Of several processes the first does that, and the others wait for its file.
-    """
+    into `workdir/data` the first time. Of several processes the first does that, and the others wait for its file."""
     if config.data.name != MOVING_SHAPES:
         return PreparedVideos(config.data).check(config, generator)
     folder, count = workdir / "data", config.data.train_videos

@@ -15,8 +15,7 @@ def prefetch(
 ) -> grain.IterDataset:
     """Batches whose arrays a thread also puts on the devices, `config.data.prefetch` batches ahead of the step. They
     hold this process's `rows` of the step's batch. The position that is checkpointed is that of the last batch taken,
-    not of the last one put there.
-    """
+    not of the last one put there."""
     if sharding is None:
         return batches
 

@@ -67,8 +67,7 @@ class Records:
 
     def readable(self, index: int) -> dict[str, Any]:
         """The record of that index, or the next one that is not damaged in its place. So a damaged record moves none of
-        the others, and processes need not tell each other of it.
-        """
+        the others, and processes need not tell each other of it."""
         for i in range(len(self)):
             record = self[(index + i) % len(self)]
             if record is not None:
@@ -78,8 +77,7 @@ class Records:
 
 class PreparedVideos:
     """A data set of `dollar prepare`: latents (or their posterior), text states and captions, or prompts alone. Raises
-    FileNotFoundError or ValueError for a folder that holds none, or one for other captions' length.
-    """
+    FileNotFoundError or ValueError for a folder that holds none, or one for other captions' length."""
 
     def __init__(self, config: DataConfig):
         self.folder, self.config = Path(config.name), config
@@ -143,8 +141,7 @@ class PreparedVideos:
     ) -> grain.DatasetIterator:
         """Shuffled batches without end, of each only `rows` if given; as those of `EncodedVideos`. Buckets take turns
         in proportion to their clips; one that has fewer clips than a batch is left out, and said to be. Raises
-        ValueError when none is left.
-        """
+        ValueError when none is left."""
         whole = {name: part for name, part in self.buckets.items() if len(part) >= config.batch_size}
         for name in self.buckets.keys() - whole.keys():
             tqdm.write(f"bucket {name} is left out: {len(self.buckets[name])} clips are fewer than a batch")

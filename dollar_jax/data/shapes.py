@@ -1,8 +1,7 @@
 """The default domain: captioned videos of one shape moving over a plain background. A caption names five attributes, "a
 small red circle moving left slowly". Everything else varies without a caption and is what diversity measures: position,
 exact radius, speed and colour, the background's grey and its tint. `verify` reads the five attributes back off every
-frame of a video.
-"""
+frame of a video."""
 
 import dataclasses
 import itertools
@@ -80,8 +79,7 @@ def covering_captions() -> list[Caption]:
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Signed distance in pixels to the outline of `shape` centred at 0 (negative inside). `radius` is that of the disc
-    of equal area, so that size and shape are independent.
-    """
+    of equal area, so that size and shape are independent."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
@@ -172,8 +170,7 @@ def verify(video: np.ndarray) -> Reading:
     """Reads the attributes off every frame of a video [t, 32, 32, 3], uint8 or float in [0, 1]. The object is what
     differs in chroma from the background (which varies in luma only). Each frame's soft mask is fitted with every shape
     over position and radius; the best overlap names the shape. Direction and speed come from the fitted positions of
-    the nearest five frames; an object that stands still has neither.
-    """
+    the nearest five frames; an object that stands still has neither."""
     frames = unit_range(video).astype(np.float32)
     chroma = frames - frames.mean(-1, keepdims=True)
     chroma = chroma - np.median(chroma, (0, 1, 2))

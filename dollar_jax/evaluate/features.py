@@ -1,7 +1,6 @@
 """Videos as feature vectors, for diversity and for the Fréchet distance. Two networks: the teacher's own VAE encoder,
 which is always at hand, and AlexNet with weights the user gives (torchvision's names), with LPIPS's heads (Zhang et
-al., arXiv 1801.03924) if they are among them.
-"""
+al., arXiv 1801.03924) if they are among them."""
 
 import dataclasses
 import functools
@@ -61,8 +60,7 @@ _convolve = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC
 def alexnet_features(folder: Path) -> Features:
     """AlexNet's last convolution, a mean over space: its mean over time and its mean change in time, d = 512. Frames
     are resized to 224 × 224. With LPIPS's heads `lin0` … `lin4` the LPIPS distance too, a mean over frames, which takes
-    frames as they are. Raises FileNotFoundError or ValueError naming what the folder lacks.
-    """
+    frames as they are. Raises FileNotFoundError or ValueError naming what the folder lacks."""
     weights = {name: np.asarray(value, np.float32) for name, value in read_tensors(folder)}
     wanted = [f"features.{i}.{part}" for i, _, _ in _CONVOLUTIONS for part in ("weight", "bias")]
     if missing := [name for name in wanted if name not in weights]:

@@ -47,8 +47,7 @@ def file_name(prompt: str, index: int) -> str:
 
 def find_videos(folder: Path) -> dict[str, list[Path]]:
     """The .mp4 and .gif files of a folder by prompt: as its manifest says, or by `{prompt}-{index}.mp4`; others are
-    their own prompt. Raises FileNotFoundError when there is no folder or no video in it.
-    """
+    their own prompt. Raises FileNotFoundError when there is no folder or no video in it."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
     # macOS leaves a hidden ._NAME.mp4, which is no video, beside every file on a foreign disk.
@@ -93,8 +92,7 @@ def draw_missing(
 ) -> int:
     """Draws those of `rows` that the folder lacks, each written once it is drawn; how many this process has drawn. A
     row is the name of a file, the prompt, and which of `keys` its noise comes from. Every process draws its own share,
-    so killed and started again, on as many or fewer hosts, the folder ends with the same videos.
-    """
+    so killed and started again, on as many or fewer hosts, the folder ends with the same videos."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     missing = [row for row in rows[jax.process_index() :: jax.process_count()] if row[0] not in there]
     if missing:

@@ -7,8 +7,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½) of Gaussians with the moments of a [n >= 2, d] and b [m >= 2, d].
 
     Biased upwards for few samples, the more so the more features there are: compare only distances of equally many
-    samples to the same reference. Raises ValueError for other shapes, or values that are not finite.
-    """
+    samples to the same reference. Raises ValueError for other shapes, or values that are not finite."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"the Fréchet distance needs features [n >= 2, d] twice, not shapes {a.shape} and {b.shape}")

@@ -73,8 +73,7 @@ def measure(
     network: "NetworkMeasures | None" = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
     """Per row: alignment, reward, vendi, flicker, nfe, seconds per video, ...; and its videos, uint8 [n t h w 3]. Every
-    row draws from the same noise. Times are medians over at least `TIMED` batches, see `draw_in_turns`.
-    """
+    row draws from the same noise. Times are medians over at least `TIMED` batches, see `draw_in_turns`."""
     batches = -(-len(plan.prompts) // plan.batch)
     drawn, seconds = draw_in_turns(generator, rows, plan.prompts, plan.batch, plan.seed, -(-TIMED // batches))
     metrics = {}
@@ -90,8 +89,7 @@ def draw_in_turns(
     """Per row the videos of all prompts, floats [n t h w 3] in [0, 1], and seconds per video of each batch: those of
     the `diffusion`, and with text encoder and decoder in `total`. All prompts are drawn `rounds` times. The rows take
     turns batch by batch, so that what else the machine does falls on all alike; a first turn, which compiles, is not
-    counted.
-    """
+    counted."""
     padded = [*prompts, *prompts[: -len(prompts) % batch]]
     parts = [slice(start, start + batch) for start in range(0, len(padded), batch)]
     frames: dict[str, list[np.ndarray]] = {name: [] for name in rows}

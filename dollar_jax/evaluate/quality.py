@@ -10,8 +10,7 @@ from dollar_jax.video import unit_range
 def temporal_flicker(videos: np.ndarray) -> np.ndarray:
     """VBench's temporal flickering of videos [..., t >= 2, h, w, c]: (255 - mean |f_{t+1} - f_t|) / 255, [...]. 1 is a
     frozen video: the score rewards stillness, so read it against the teacher's and not as the higher the better.
-    VBench's own number is the mean over videos of static scenes, which it picks, and of 8-bit frames.
-    """
+    VBench's own number is the mean over videos of static scenes, which it picks, and of 8-bit frames."""
     videos = np.asarray(videos)
     if videos.ndim < 4 or videos.shape[-4] < 2:
         raise ValueError(f"flicker needs videos [..., t >= 2, h, w, c], not shape {videos.shape}")
@@ -21,8 +20,7 @@ def temporal_flicker(videos: np.ndarray) -> np.ndarray:
 def net_change(videos: np.ndarray) -> np.ndarray:
     """How much further apart frames half a video away are than neighbours, as mean absolute difference. What moves
     leaves its place ever more; what only flickers differs from its neighbour as much as from any other frame. 0 for a
-    frozen video and for independent noise; videos [..., t >= 3, h, w, c] give [...], at most 1.
-    """
+    frozen video and for independent noise; videos [..., t >= 3, h, w, c] give [...], at most 1."""
     videos = np.asarray(videos)
     if videos.ndim < 4 or videos.shape[-4] < 3:
         raise ValueError(f"net change needs videos [..., t >= 3, h, w, c], not shape {videos.shape}")

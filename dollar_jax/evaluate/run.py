@@ -51,8 +51,7 @@ def evaluate(
     """Samples and measures the run in `workdir`; writes `out`, and beside it the page and videos of `outputs`.
     `timings` are the seconds of what came before, by name. With a network's `features` also the diversity and the
     Fréchet distance they tell of. A run's rewards that are code of its own are left out, and named, unless
-    `allow_code`: a run folder may come from anybody. Raises ValueError when `out` does not end in .json.
-    """
+    `allow_code`: a run folder may come from anybody. Raises ValueError when `out` does not end in .json."""
     begun = time.perf_counter()
     _, folder = outputs(out)
     config = read_config(workdir)
@@ -115,8 +114,7 @@ def evaluate_prompts(
     allow_code: bool = False,
 ) -> dict[str, Any]:
     """As `evaluate` with `num` videos of any prompts, for a teacher of any domain: what a folder's videos can tell.
-    Each sampler has a folder of videos beside `out`, of which a second start draws the missing.
-    """
+    Each sampler has a folder of videos beside `out`, of which a second start draws the missing."""
     begun = time.perf_counter()
     _, folder = outputs(out)
     config = read_config(workdir)
@@ -151,8 +149,7 @@ def evaluate_prompts(
 
 def outputs(out: Path) -> tuple[Path, Path]:
     """The page and the folder of videos beside a JSON file: report.html and videos/ beside metrics.json, which are
-    the run's own, and for any other file those of its name.
-    """
+    the run's own, and for any other file those of its name."""
     if out.suffix != ".json":
         raise ValueError(f"--out={out} must end in .json: the page and the videos are named after it")
     if out.name == "metrics.json":

@@ -1,6 +1,5 @@
 """VBench (Huang et al., arXiv 2311.17982): its aggregate scores. Nothing here needs jax, so that it answers at once.
-Normalisation and weights are those of VBench's own `scripts/constant.py`.
-"""
+Normalisation and weights are those of VBench's own `scripts/constant.py`."""
 
 import dataclasses
 import json
@@ -48,8 +47,7 @@ class VBenchScore:
 
 def aggregate(scores: Mapping[str, float], allow_missing: bool = False) -> VBenchScore:
     """Quality, Semantic and Total of shares in [0, 1] by dimension name; ValueError naming dimensions that are missing.
-    With `allow_missing` the averages are over the dimensions that are there, and do not compare with published ones.
-    """
+    With `allow_missing` the averages are over the dimensions that are there, and do not compare with published ones."""
     missing = [name for name in DIMENSIONS if name not in scores]
     if missing and not allow_missing:
         mend = "add their result files, or pass --allow_missing for averages over those given"
@@ -73,8 +71,7 @@ def read_results(paths: Iterable[Path]) -> dict[str, float]:
     """The shares in [0, 1] that result files hold between them, by dimension name. A file is `{dimension: [score,
     ...]}`, as VBench writes it, or `{dimension: score}`; names may be spelt with spaces, hyphens or capitals. A file
     with a score above 1 is in percent throughout. Raises FileNotFoundError, or ValueError naming the file and what is
-    wrong in it.
-    """
+    wrong in it."""
     found: dict[str, tuple[float, Path]] = {}
     for path in paths:
         for name, score in _shares(path, _read(path)).items():
@@ -98,8 +95,7 @@ def bootstrap(value: Any, score: float) -> tuple[float, float] | None:
     """The middle 95 % of the mean score when prompts are drawn anew, with all their videos, as many as there are.
     Videos of one prompt resemble one another, so that drawing videos would give too narrow an interval. `value` is
     VBench's `[mean, [{"video_path", "video_results"}, ...]]`, `score` the mean as a share. None without such a list of
-    at least two prompts, or where its mean is not the score: VBench weighs some dimensions otherwise.
-    """
+    at least two prompts, or where its mean is not the score: VBench weighs some dimensions otherwise."""
     rows = value[1] if isinstance(value, list) and len(value) > 1 and isinstance(value[1], list) else []
     prompts: dict[str, list[float]] = {}
     for row in rows:

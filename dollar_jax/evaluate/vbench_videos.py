@@ -12,8 +12,7 @@ from dollar_jax.types import Params
 def read_vbench_prompts(path: Path, num: int) -> dict[str, int]:
     """How many videos each prompt of a list needs: `num`, and five times as many for temporal flickering. The list is
     VBench's `VBench_full_info.json`, which says what each prompt is for, or a text file with a prompt per line, which
-    does not. Raises FileNotFoundError, or ValueError naming what is wrong in the file.
-    """
+    does not. Raises FileNotFoundError, or ValueError naming what is wrong in the file."""
     if path.suffix != ".json":
         return dict.fromkeys(read_prompts(path), num)
     counts: dict[str, int] = {}
@@ -26,8 +25,7 @@ def read_vbench_prompts(path: Path, num: int) -> dict[str, int]:
 def pair_names(prompts: Path, names: Path) -> dict[str, str]:
     """The prompt to draw by the name of its files: line i of `prompts` is the rewritten line, or row, i of `names`.
     `names` is a text file, or VBench_full_info.json. A name that comes twice keeps its first prompt. Raises
-    FileNotFoundError, or ValueError when the two do not pair.
-    """
+    FileNotFoundError, or ValueError when the two do not pair."""
     long, short = _lines(prompts), _lines(names)
     if len(long) != len(short):
         short = list(dict.fromkeys(short))
@@ -84,8 +82,7 @@ def write_videos(
 ) -> int:
     """Draws what is missing of `{prompt}-{0...}.mp4` in `folder`; how many this process has drawn. With `prompts` the
     keys of `counts` only name the files, and `prompts` holds what is drawn for each. Video i of a prompt starts from
-    the i-th noise of `seed`. Raises ValueError for a prompt that cannot name a file.
-    """
+    the i-th noise of `seed`. Raises ValueError for a prompt that cannot name a file."""
     rows = [(video_name(p, i), p if prompts is None else prompts[p], i) for p, n in counts.items() for i in range(n)]
     most = max(counts.values())
     return draw_missing(folder, rows, lambda: video_keys(seed, most), generator, [(draw, params)], batch_size, fps)

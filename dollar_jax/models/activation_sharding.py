@@ -1,6 +1,5 @@
 """Where activations live on the mesh of `jax.sharding.use_abstract_mesh`; without one nothing happens. Axes: `data` and
-`fsdp` share the rows of a batch, `context` the tokens of a sequence, `tensor` heads and channels.
-"""
+`fsdp` share the rows of a batch, `context` the tokens of a sequence, `tensor` heads and channels."""
 
 import math
 from collections.abc import Callable

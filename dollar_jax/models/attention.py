@@ -45,8 +45,7 @@ def attention(
     On a mesh with a `context` axis (see `models.activation_sharding`) queries are shared over it. So are keys in
     self-attention, whose `context` says how they meet: "gather" collects all keys on every device, "ulysses" trades
     tokens for heads; ValueError when heads or tokens do not divide over the mesh. With None the keys are whole
-    everywhere, as those of a text are, and queries or heads that do not divide over the mesh are too.
-    """
+    everywhere, as those of a text are, and queries or heads that do not divide over the mesh are too."""
     kind = implementation if implementation != "auto" else _choose(q, mask is not None or bias is not None)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if mask is not None or bias is not None:
@@ -119,8 +118,7 @@ def _lengths(k: Array, length: int | None) -> Array | None:
 
 def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
     """Pallas' kernel over sequences padded to whole blocks; interpreted where there is no TPU. It knows neither a batch
-    nor a scale. Padding is a segment of its own, which no real query looks at.
-    """
+    nor a scale. Padding is a segment of its own, which no real query looks at."""
     n, m = q.shape[1], k.shape[1]
     # Wide fp32 heads, as a VAE's, would fill the 16 MiB of vector memory that v5p has for a program.
     most = 8 if q.shape[-1] * q.dtype.itemsize <= 512 else 4

@@ -14,8 +14,7 @@ Latent = Float[Array, "b t2 h2 w2 z"]
 
 class CausalCache:
     """What causal layers remember between two chunks of a clip, in the order in which they run: `carried`, the last
-    frames each saw in the chunk before, None at the start; `left` fills with those of this chunk.
-    """
+    frames each saw in the chunk before, None at the start; `left` fills with those of this chunk."""
 
     def __init__(self, carried: list[Array] | None = None):
         self.first = carried is None
@@ -56,8 +55,7 @@ def in_chunks(
 
 class ChunkedVAE(nnx.Module):
     """Frames in [-1, 1] ↔ raw latents, channels last. A model says what becomes of one chunk of frames or latent
-    frames, and in `sizes` how many are in the first chunk and in the others.
-    """
+    frames, and in `sizes` how many are in the first chunk and in the others."""
 
     encode_chunk: Callable[..., Array]
     decode_chunk: Callable[..., Array]

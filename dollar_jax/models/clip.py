@@ -1,7 +1,6 @@
 """CLIP's image and text towers, structured as transformers' `CLIPModel`; the base of most image rewards. Radford et
 al., arXiv 2103.00020. Images come as frames in [0, 1]; `preprocess` makes of them what the image tower expects, and is
-traced with it.
-"""
+traced with it."""
 
 import dataclasses
 from typing import Literal
@@ -37,8 +36,7 @@ class TowerConfig:
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
     """`text` None leaves out the text tower; so many `frames` attend to one another (ViCLIP, arXiv 2307.06942).
-    `dtype`, `param_dtype` and `remat` are ours.
-    """
+    `dtype`, `param_dtype` and `remat` are ours."""
 
     vision: TowerConfig
     text: TowerConfig | None
@@ -168,8 +166,7 @@ def preprocess(frames: Float[Array, "b h w 3"], size: int = 224, fit: Fit = "cro
     the shorter edge `size` and takes the middle, as transformers' `CLIPImageProcessor`; "pad" makes the longer edge
     `size` and puts black around it, as HPSv2 does. Bicubic with antialiasing, first along the rows, as PIL's, but
     without PIL's rounding to bytes after each of these two passes. "stretch" is ViCLIP's demonstration: bilinear, with
-    ImageNet's mean and deviation.
-    """
+    ImageNet's mean and deviation."""
     if fit == "stretch":
         x = jax.image.resize(frames, (len(frames), size, size, 3), "linear", antialias=False)
         return (x - jnp.array(_IMAGENET[0])) / jnp.array(_IMAGENET[1])

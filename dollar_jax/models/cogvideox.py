@@ -1,8 +1,7 @@
 """CogVideoX's text-to-video diffusion transformer, named as diffusers' `CogVideoXTransformer3DModel`. Text and video
 are one sequence in every block; they share all weights but the modulation. The parts that condition on an image are
 left out, and so are the patches in time of version 1.5. As in our Wan, norms, modulation, rotary embedding, timestep
-embedding and the residual sums are fp32 whatever `dtype` is.
-"""
+embedding and the residual sums are fp32 whatever `dtype` is."""
 
 import dataclasses
 
@@ -27,8 +26,7 @@ IsText = Bool[Array, "n 1"]
 class CogVideoXConfig:
     """Fields and defaults as in diffusers' `CogVideoXTransformer3DModel`; those after the blank are ours. The defaults
     are the 2B model, whose positions are sinusoids added to the video's tokens. The 5B model has 42 layers, 48 heads
-    and rotary embeddings. The samples' sizes are latent ones, but for the frames.
-    """
+    and rotary embeddings. The samples' sizes are latent ones, but for the frames."""
 
     num_attention_heads: int = 30
     attention_head_dim: int = 64
@@ -200,8 +198,7 @@ class CogVideoXTransformer(nnx.Module):
 
 def sinusoids(grid: tuple[int, int, int], c: CogVideoXConfig) -> Float[Array, "n d"]:
     """What is added to the video's tokens where there are no rotary embeddings; fp32. Sines, then cosines, first of t,
-    then of w, then of h: the reference's order.
-    """
+    then of w, then of h: the reference's order."""
     scales = (c.temporal_interpolation_scale, c.spatial_interpolation_scale, c.spatial_interpolation_scale)
     rows = [np.arange(size, dtype=np.float32) / np.float32(s) for size, s in zip(grid, scales, strict=True)]
     parts = []
@@ -214,8 +211,7 @@ def sinusoids(grid: tuple[int, int, int], c: CogVideoXConfig) -> Float[Array, "n
 def positions(grid: tuple[int, int, int], c: CogVideoXConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the rotary embedding sees the rows of t, h and w. Frames are counted. A picture of another size than the
     training's is laid over it, as large as fits with its sides in proportion, in the middle; CogVideoXPipeline does
-    that for version 1.0.
-    """
+    that for version 1.0."""
     t, h, w = grid
     base_h, base_w = c.sample_height // c.patch_size, c.sample_width // c.patch_size
     if h / w > base_h / base_w:

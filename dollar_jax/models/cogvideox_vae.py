@@ -2,8 +2,7 @@
 or 2 latent frames, at a time, and every convolution in time gets the last frames it saw from the chunk before
 (`CausalCache`). Unlike Wan's, this is not how the whole clip would be computed: a group norm runs over the frames of
 its chunk, so the chunks' length is part of the model. The first chunk also takes the frames that are left over, and its
-first frame stands alone in time.
-"""
+first frame stands alone in time."""
 
 import dataclasses
 import itertools
@@ -26,8 +25,7 @@ FRAME_CHUNK, LATENT_CHUNK = 8, 2
 @dataclasses.dataclass(frozen=True)
 class CogVideoXVAEConfig:
     """Fields and defaults as in diffusers' `AutoencoderKLCogVideoX`; those after the blank are ours. `sample_height`
-    and `sample_width` are what the VAE was made for; nothing here depends on them.
-    """
+    and `sample_width` are what the VAE was made for; nothing here depends on them."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -69,8 +67,7 @@ class CogVideoXVAEConfig:
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(t, h, w, c) of the latent of a clip; ValueError when it does not divide. The decoder takes latent frames in
-        pairs after the first three, so that an even number of them would become more frames than were encoded.
-        """
+        pairs after the first three, so that an even number of them would become more frames than were encoded."""
         time, space = self.temporal_compression_ratio, self.scale_factor_spatial
         if (frames - 1) % (LATENT_CHUNK * time) or height % space or width % space:
             wanted = f"frames must be 1 + a multiple of {LATENT_CHUNK * time}, height and width multiples of {space}"
@@ -262,8 +259,7 @@ class CogVideoXVAE(ChunkedVAE):
 
     def sizes(self, count: int, latent: bool, chunk: int | None) -> tuple[int, int]:
         """Frames in the first chunk, which also takes those that are left over, and in the others; ValueError for a
-        `chunk` that is not the model's own.
-        """
+        `chunk` that is not the model's own."""
         if chunk not in (None, LATENT_CHUNK):
             why = "its norms run over a chunk, so that the length is part of the model"
             raise ValueError(f"CogVideoX's VAE takes {LATENT_CHUNK} latent frames at a time, not {chunk}: {why}")

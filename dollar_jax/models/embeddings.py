@@ -41,16 +41,14 @@ def axis_angles(position: np.ndarray, axis: int, dim: int) -> np.ndarray:
 
 def over_grid(parts: Sequence[np.ndarray], grid: tuple[int, int, int]) -> Float[Array, "n d"]:
     """Tables of single axes side by side for every token of the grid; fp32. The host makes the small tables only: one
-    of all tokens would be a constant of many megabytes in the program.
-    """
+    of all tokens would be a constant of many megabytes in the program."""
     full = [jnp.broadcast_to(p.astype(np.float32), (*grid, p.shape[-1])) for p in parts]
     return jnp.concatenate(full, axis=-1).reshape(-1, sum(p.shape[-1] for p in parts))
 
 
 def rotary_tables(positions: tuple[np.ndarray, np.ndarray, np.ndarray], dims: tuple[int, int, int]) -> Rotary:
     """Cosine and sine of every token's rotation angles: channels first of t, then of h, then of w. `positions` are
-    those of the rows of each axis, `dims` the head's channels that each axis turns.
-    """
+    those of the rows of each axis, `dims` the head's channels that each axis turns."""
     grid = len(positions[0]), len(positions[1]), len(positions[2])
     angles = [axis_angles(p, i, d) for i, (p, d) in enumerate(zip(positions, dims, strict=True))]
     return over_grid([np.cos(a) for a in angles], grid), over_grid([np.sin(a) for a in angles], grid)

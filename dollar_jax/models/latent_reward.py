@@ -1,6 +1,5 @@
 """DOLLAR's latent reward model, which predicts a pixel reward from the latent (tables 8.9 to 8.11, eqs. 8.10 and 8.11).
-Every latent frame is scored alone and the scores are averaged, or a video is convolved over time too.
-"""
+Every latent frame is scored alone and the scores are averaged, or a video is convolved over time too."""
 
 from typing import Any
 
@@ -18,8 +17,7 @@ class LatentRewardModel(nnx.Module):
     its agreement with text of that width. The paper averages the text before the attention, but a softmax over a single
     key is 1, and the score ignores the latent; here the feature attends over the text's tokens, and their sum is
     scored. With 12 channels and the published kernels the image model has 189,441 parameters, the text-image model
-    763,009 without group norms.
-    """
+    763,009 without group norms."""
 
     def __init__(self, c: Any, channels: int, text_dim: int | None, rngs: nnx.Rngs, dtype: str = "float32") -> None:
         self.config, self.text_dim, self.dtype = c, text_dim, jnp.dtype(dtype)

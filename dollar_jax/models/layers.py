@@ -22,8 +22,7 @@ _small = nnx.initializers.normal(0.02)
 
 class Adapter(nnx.Module):
     """scale · x D U of low rank (LoRA, arXiv 2106.09685), zero at first: D [*l, in, rank], U [*l, rank, out]. `layers`
-    is the leading shape of a stack of layers.
-    """
+    is the leading shape of a stack of layers."""
 
     def __init__(
         self, layers: tuple[int, ...], dim_in: int, dim_out: int, rank: int, scale: float, rngs: nnx.Rngs
@@ -140,8 +139,7 @@ def run_blocks(
 ) -> Array:
     """x ← block(x, *args) for each of the stacked `blocks` in turn. `scan` compiles one block whatever their number;
     without it the loop is unrolled. `remat` says what the backward pass keeps of a block: everything ("none"), its
-    input only ("full"), its input and the outputs of the dense layers ("dots") or of attention ("attention").
-    """
+    input only ("full"), its input and the outputs of the dense layers ("dots") or of attention ("attention")."""
     graphdef, params = nnx.split(blocks)
 
     def body(x: Array, layer: nnx.State) -> tuple[Array, None]:

@@ -17,8 +17,7 @@ NAME = "adapter"
 
 def adapt(network: Network, rank: int, alpha: float, targets: Sequence[str]) -> Network:
     """The network with adapters of `rank`, scaled by alpha / rank, on the dense layers whose whole path, such as
-    `blocks/attn1/to_q`, a regular expression of `targets` matches; ValueError for one that matches none.
-    """
+    `blocks/attn1/to_q`, a regular expression of `targets` matches; ValueError for one that matches none."""
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
         module = network.build(rngs)

@@ -1,7 +1,6 @@
 """The text encoders of Wan and CogVideoX: the encoder halves of UMT5 and of T5 1.1. Named as in transformers'
 `UMT5EncoderModel` and `T5EncoderModel`. They differ in one thing: every layer of UMT5 has a relative position bias of
-its own, while those of T5 share one.
-"""
+its own, while those of T5 share one."""
 
 import dataclasses
 import math
@@ -25,8 +24,7 @@ Bias = Float[Array, "1 heads l l"]
 class UMT5Config:
     """Fields and defaults as in transformers' `UMT5Config`; those after the blank are ours. Wan uses UMT5-XXL: d_model
     4096, d_kv 64, d_ff 10240, 24 layers, 64 heads, vocabulary 256384. CogVideoX uses T5 1.1 XXL: the same with a
-    vocabulary of 32128 and `shared_position_bias`.
-    """
+    vocabulary of 32128 and `shared_position_bias`."""
 
     vocab_size: int = 250112
     d_model: int = 512
@@ -128,8 +126,7 @@ def zero_padding(states: States, mask: Int[Array, "b l"]) -> States:
 def position_buckets(length: int, c: UMT5Config) -> np.ndarray:
     """int32 [query, key]: the bucket of the distance key - query (Raffel et al., arXiv 1910.10683). Half of the buckets
     are for keys after the query. In each half, the near half stand for one distance each; the others widen
-    logarithmically up to `relative_attention_max_distance`, beyond which all share the last.
-    """
+    logarithmically up to `relative_attention_max_distance`, beyond which all share the last."""
     half = c.relative_attention_num_buckets // 2
     near = half // 2
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]

@@ -1,7 +1,6 @@
 """The video transformer of Wan 2.1 and 2.2's TI2V, named as diffusers' `WanTransformer3DModel`. As in the reference,
 norms, modulation, rotary and timestep embedding and residual sums are fp32 whatever `dtype` is, and the weights of
-timestep embedder, residual stream's norms and modulation tables whatever `param_dtype` is.
-"""
+timestep embedder, residual stream's norms and modulation tables whatever `param_dtype` is."""
 
 import dataclasses
 import math
@@ -175,8 +174,7 @@ class WanTransformer(nnx.Module):
         self, x: Float[Array, "b t h w c"], t: Float[Array, " b"], text: Float[Array, "b l d"], given: int = 0
     ) -> Float[Array, "b t h w out"]:
         """`t` in [0, 1000]; `text` comes with padded rows zeroed and, as in Wan, not masked. The tokens of the first
-        `given` latent frames have the time 0 instead, as TI2V's of an image (a time for every token in diffusers).
-        """
+        `given` latent frames have the time 0 instead, as TI2V's of an image (a time for every token in diffusers)."""
         c = self.config
         grid = self._grid(x.shape[1:])
         # Height and width get 2⌊head_dim / 6⌋ channels each and time the rest.

@@ -3,8 +3,7 @@ a latent frame of its own, every further four share one: 1 + 4n frames become 1 
 backwards only. `encode` and `decode` take the whole clip, or `chunk` latent frames at a time in the memory of a chunk,
 with the same result: layers that look back get the last frames they saw from `CausalCache`. The temporal strided
 convolution passes the first frame through, and the temporal upsampling neither doubles nor sees it. With `is_residual`,
-as in Wan 2.2, a shortcut without parameters goes around every level.
-"""
+as in Wan 2.2, a shortcut without parameters goes around every level."""
 
 import dataclasses
 from typing import Any
@@ -113,8 +112,7 @@ def _conv2d(x: Array, kernel: Array, stride: int = 1) -> Array:
 
 def _see_only_now(kernel: Array, identity: bool) -> Array:
     """A fresh kernel that ignores the past, and with `identity` repeats its input once or twice: an image VAE is then
-    at once a video VAE of still frames, from which training on clips goes on.
-    """
+    at once a video VAE of still frames, from which training on clips goes on."""
     now = kernel[-1]
     if identity:
         dim_in, dim_out = kernel.shape[-2:]
@@ -124,8 +122,7 @@ def _see_only_now(kernel: Array, identity: bool) -> Array:
 
 class CausalConv3d(_Conv):
     """A 3D convolution that looks back in time: out[t] sees in[t-k+1 .. t], zeros before the clip. One 2D convolution
-    per temporal tap, on XLA's CPU backend 4 to 5 times faster than its 3D one.
-    """
+    per temporal tap, on XLA's CPU backend 4 to 5 times faster than its 3D one."""
 
     def __init__(
         self,

@@ -52,8 +52,7 @@ def chips(topology: str) -> tuple[Sequence[Any], Chip]:
 
 def host_devices(topology: str, devices: Sequence[Any]) -> Sequence[Any]:
     """The devices of one host, as a topology of their own: for some devices of a larger one libtpu 0.0.42 aborts at
-    the first collective.
-    """
+    the first collective."""
     if len({device.process_index for device in devices}) == 1:
         return devices
     kind, _, shape = topology.partition(":")

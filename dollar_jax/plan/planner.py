@@ -1,6 +1,5 @@
 """`dollar plan`: the very programs that will run, compiled for TPU chips that need not be there. The time is a bound:
-the slowest of matrix products, memory traffic and collectives at the chip's peaks, as if all three overlapped.
-"""
+the slowest of matrix products, memory traffic and collectives at the chip's peaks, as if all three overlapped."""
 
 import contextlib
 import dataclasses

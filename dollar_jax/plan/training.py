@@ -16,8 +16,7 @@ from dollar_jax.rewards.methods import method_of
 
 def forwards(config: DistillConfig) -> dict[str, float]:
     """F per video and update of the student by part, on average: a forward is 1, its backward 2. Not in it: what is
-    computed again, VAE, text encoder, rewards and their latent model, optimisers.
-    """
+    computed again, VAE, text encoder, rewards and their latent model, optimisers."""
     n, cd, fake, reward = len(config.student.timesteps), config.consistency, config.fake_score, config.reward
     forward, vsd = config.student.input == "forward", config.vsd
     draws = config.batch_size // config.accumulation if config.student.timestep_per == "sample" else 1
@@ -42,8 +41,7 @@ def training_cost(
 ) -> tuple[dict[str, Any], str]:
     """`forwards`, TFLOP of one, and chip-hours to the last update at 30 and 50 % of the peak; and that in words. Of a
     tpu7x they are those of a device, half a chip. `video` is height, width and frames, unless the data's own; raises
-    ValueError as `planner.plan`.
-    """
+    ValueError as `planner.plan`."""
     architecture, parts = architecture_of(config), forwards(config)
     clip = clip_size(config.data) if video is None else (video[2], *video[:2])
     network = architecture.family.transformer.network(dataclasses.replace(architecture.transformer, attention="xla"))

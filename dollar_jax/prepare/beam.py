@@ -1,7 +1,6 @@
 """`dollar prepare --beam`: the units of a job as the elements of an Apache Beam pipeline, on any of its runners.
 Workers write whole units into a folder that all of them share. A unit that is interrupted and retried, or made twice,
-ends with the same bytes as without Beam.
-"""
+ends with the same bytes as without Beam."""
 
 from __future__ import annotations
 

@@ -33,8 +33,7 @@ def _linear(transfer: int) -> np.ndarray:
 
 def to_bt709(codes: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
     """R'G'B' codes uint16 [h, w, 3], white 65280, as uint8 [h, w, 3] for a BT.709 screen (BT.1886). Of HDR, light up to
-    0.7 of reference white is kept, and the rest up to 1000 cd/m² bent to end at white.
-    """
+    0.7 of reference white is kept, and the rest up to 1000 cd/m² bent to end at white."""
     light = _linear(transfer)[np.minimum(codes, 65280)]
     if transfer == ColorTrc.ARIB_STD_B67:  # from scene to display: gamma 1.2 of a screen of 1000 cd/m²
         luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)

@@ -60,8 +60,7 @@ def prepare(
     hosts that write to the same `out` each takes every `process_count`-th unit, and host 0 waits for the others and
     finishes. `hand_out`, if given, is called with the unfinished units and returns when others have made them by
     `encode_units`. Raises ValueError before any work for impossible settings or an unusable source, or when `out` holds
-    something else; and in the end when not one video could be used.
-    """
+    something else; and in the end when not one video could be used."""
     loader = Loader(settings)
     first = next(loader.items(), None)
     if first is None:

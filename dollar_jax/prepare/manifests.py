@@ -23,8 +23,7 @@ def list_manifest(path: Path, prompts: bool = False) -> Iterator[Item]:
     """The rows of a .csv or .tsv with a header, of a .jsonl or of a .json list: a video and a caption each. A video
     lies where its row says, from the manifest's folder or from videos/ in it. A videos.txt names one on each line,
     whose caption is on the same line of prompts.txt. With `prompts` the caption alone, and a .txt has one on each line.
-    Raises ValueError for a file of another kind, or a CSV without such columns.
-    """
+    Raises ValueError for a file of another kind, or a CSV without such columns."""
     needed: list[tuple[str, ...]] = [CAPTION_KEYS] if prompts else [VIDEO_KEYS, CAPTION_KEYS]
     csv_rows = functools.partial(_csv_rows, needed=needed)  # which reads the header at once
     readers: dict[str, Any] = {".csv": csv_rows, ".tsv": csv_rows, ".jsonl": _json_rows, ".json": _json_list}
@@ -54,8 +53,7 @@ def column(path: Path, names: list[str], keys: tuple[str, ...]) -> str:
 
 def encoding_of(start: bytes) -> tuple[str, str]:
     """Encoding and `errors` of a text that begins so: UTF-16 where it says so, as Windows writes it; else UTF-8, whose
-    other bytes become lone surrogates: they may name a file, but are no caption.
-    """
+    other bytes become lone surrogates: they may name a file, but are no caption."""
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16", "replace"
     return "utf-8-sig", "surrogateescape"

@@ -18,8 +18,7 @@ class PrepareSettings:
     """Everything that decides the bytes of the data set; a resumed job must have the same settings. Either `source`
     (see `sources.list_source`) or `prompts` (see `sources.list_manifest`) is None. `split` is that of a TFDS source.
     `frames`, `buckets`, `fps`, `crop` and `clips` are those of `videos.ClipSettings`. With `sample` a record holds one
-    sample of the VAE's posterior, otherwise its mean and standard deviation.
-    """
+    sample of the VAE's posterior, otherwise its mean and standard deviation."""
 
     source: str | None
     split: str
@@ -73,8 +72,7 @@ def bucket_name(size: tuple[int, int]) -> str:
 
 def remember_settings(settings: PrepareSettings, out: Path) -> None:
     """Writes the settings into `out`, or compares them with those of the job that was begun there; ValueError when they
-    differ, or when `out` holds something else.
-    """
+    differ, or when `out` holds something else."""
     path = out / SETTINGS
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
     if path.exists():

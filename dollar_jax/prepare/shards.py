@@ -47,8 +47,7 @@ def prepare_programs(generator: Generator, clip: tuple[int, int, int], batch: in
 
 def latents_features(settings: PrepareSettings, channels: int, text_dim: int, time: int, space: int) -> Any:
     """The TFDS features of a record: latents [t, h, w, channels] of `time` frames, with one latent pixel for `space` ×
-    `space` pixels, and text states [tokens, text_dim] without padding.
-    """
+    `space` pixels, and text states [tokens, text_dim] without padding."""
     tensor = functools.partial(tfds.features.Tensor, dtype=np.dtype(settings.dtype), encoding="bytes")
     sides = [{side // space for side in sides} for sides in zip(*settings.buckets, strict=True)]
     latent = tensor(shape=(time, *(next(iter(s)) if len(s) == 1 else None for s in sides), channels))
@@ -117,8 +116,7 @@ class Encoder:
 
 class Unit:
     """Writes the shards of one unit of the list, which counts as finished once its report exists, which `close` writes
-    last. What a killed job left of an unfinished unit is deleted and made again.
-    """
+    last. What a killed job left of an unfinished unit is deleted and made again."""
 
     def __init__(self, out: Path, unit: int, encoder: Encoder):
         self.out, self.parts, self.unit, self.encoder = out, out / PARTS, unit, encoder

@@ -7,8 +7,7 @@ A source is listed as items, one JSON object per video, without opening a video:
 `video` is a file ({"path"}, with "folder" as a manifest names it), a span of bytes in a tar file ({"path", "offset",
 "size"}), a row of a parquet file ({"path", "group", "row", "column"}) or a record of a TFDS split ({"record"}).
 `caption` is what the source says, whatever its type; in its place `captions` are the files or spans it may be in, of
-which the first that holds one counts. `broken` in an item says what was wrong with it already.
-"""
+which the first that holds one counts. `broken` in an item says what was wrong with it already."""
 
 import contextlib
 import functools
@@ -53,8 +52,7 @@ def list_source(source: str) -> Iterator[Item]:
     """The items of a folder, a manifest, or a .tar or .parquet file; in an order that depends on names only. Each
     folder is read by the manifest in it (MANIFESTS), else as its .tar or .parquet files, else as the videos in it, each
     with its caption in a .txt or .json of the same name beside it, and the folders under it. `hf:NAME` is a data set of
-    the Hugging Face hub, downloaded as a folder. Raises FileNotFoundError or ValueError when it is none of these.
-    """
+    the Hugging Face hub, downloaded as a folder. Raises FileNotFoundError or ValueError when it is none of these."""
     path = Path(_downloaded(source.removeprefix(HUB)) if source.startswith(HUB) else source)
     if not path.exists():
         raise FileNotFoundError(f"--source={source} does not exist")
@@ -149,8 +147,7 @@ def _is_listed_where_it_lies(link: Path, root: Path) -> bool:
 
 def _list_tar(path: Path) -> Iterator[Item]:
     """WebDataset's samples: members of one name; a video, and a .txt or .json. Only headers are read. A tar that ends
-    too early, or is damaged, gives what it has, and an item that says so.
-    """
+    too early, or is damaged, gives what it has, and an item that says so."""
     items: dict[str, Item] = {}
     broken = None
     try:
@@ -204,8 +201,7 @@ def _list_parquet(path: Path) -> Iterator[Item]:
 
 def read_caption(item: Item, rng: np.random.Generator | None = None, language: str | None = None) -> str:
     """The caption, stripped: of a list the first, or with `rng` any; of an object by language that of `language`.
-    Raises Unusable when there is none that is text.
-    """
+    Raises Unusable when there is none that is text."""
     if "broken" in item:
         raise Unusable(item["broken"])
     if "captions" not in item:
@@ -303,8 +299,7 @@ class Dataset:
 
     def __init__(self, name: str, split: str):
         """`name` is a TFDS name, or the folder of a prepared data set. Raises ValueError when it does not have one
-        video feature and one text or label feature.
-        """
+        video feature and one text or label feature."""
         import tensorflow_datasets as tfds  # slow to import
 
         if Path(name).is_dir():

@@ -1,7 +1,6 @@
 """Clips from video files: decoded, turned upright, resampled in time, scaled to cover a size and cropped to it.
 
-A frame becomes what a good player shows on a BT.709 screen; docs/data.md has the table.
-"""
+A frame becomes what a good player shows on a BT.709 screen; docs/data.md has the table."""
 
 import dataclasses
 import math
@@ -44,8 +43,7 @@ class Unusable(ValueError):
 class ClipSettings:
     """What is cut out of a video. `buckets` are the (height, width) a clip may have; a video goes to the one nearest to
     its own shape, is scaled to cover it and cropped to it. With `fps` the frame nearest to each tick of that rate is
-    taken, with None every frame. Up to `clips` clips of `frames` frames follow each other from the video's start.
-    """
+    taken, with None every frame. Up to `clips` clips of `frames` frames follow each other from the video's start."""
 
     frames: int
     buckets: tuple[tuple[int, int], ...]
@@ -56,8 +54,7 @@ class ClipSettings:
 
 def read_clips(file: Any, settings: ClipSettings, rng: np.random.Generator) -> list[np.ndarray]:
     """The clips, uint8 [t, h, w, 3], of a path or an open binary file; `rng` places a random crop. Raises Unusable when
-    there is no whole clip in it. Clips before damage count, and nothing after the last clip wanted is read.
-    """
+    there is no whole clip in it. Clips before damage count, and nothing after the last clip wanted is read."""
     try:
         with av.open(f"file:{file}" if isinstance(file, str) else file) as container:
             stream = shown_stream(container.streams.video)
@@ -104,8 +101,7 @@ def hard_cut(clip: np.ndarray) -> int | None:
     """The first frame of another shot in a clip uint8 [t, h, w, 3]; None for one shot. PySceneDetect's
     AdaptiveDetector, on RGB: a frame differs from the one before by at least 15 of 255 on average, and by 3 times as
     much as its two neighbours on either side do, which tells a cut from motion. After a flash, which is no cut, the
-    picture from before is back.
-    """
+    picture from before is back."""
     rows, columns = (max(side // 64, 1) for side in clip.shape[1:3])
     small = clip[:, ::rows, ::columns].astype(np.float32)
     change = np.abs(np.diff(small, axis=0)).mean((1, 2, 3))
@@ -127,8 +123,7 @@ def array_frames(video: np.ndarray) -> Iterator[Timed]:
 
 def resample(frames: Iterable[Timed], fps: float | None) -> Iterator[av.VideoFrame]:
     """The frame nearest in time to each tick of `fps` from the first frame on; with None, every frame. The last frame
-    stays for its own duration. Of two equally near frames the earlier one is taken.
-    """
+    stays for its own duration. Of two equally near frames the earlier one is taken."""
     if fps is None:
         yield from (frame for _, _, frame in frames)
         return

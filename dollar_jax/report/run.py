@@ -88,8 +88,7 @@ def write_report(
         videos: for each sampler uint8 [prompts, t, h, w, 3], else ValueError; `clips.embed` makes them fit.
         history: one mapping per logged step, `step` and whatever was measured; what is not finite is left out.
         timings: seconds by name.
-        notes: paragraphs below the table.
-    """
+        notes: paragraphs below the table."""
     for key, clips in videos.items():
         if clips.dtype != np.uint8 or clips.ndim != 5 or len(clips) != len(prompts):
             wanted = f"uint8 [{len(prompts)} prompts, t, h, w, 3]"

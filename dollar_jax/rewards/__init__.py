@@ -28,8 +28,7 @@ __all__ = ["LOADERS", "REWARDS", "AnyReward", "JaxReward", "Reward", "WrongShape
 
 def get_reward(name: str, folder: str | None = None) -> AnyReward:
     """The reward of that name (see the module), its weights read from `folder` if it has any. Raises ValueError or
-    OSError with one sentence when there is no such reward or weights.
-    """
+    OSError with one sentence when there is no such reward or weights."""
     if name in LOADERS:
         if folder is None:
             raise ValueError(f"the reward {name!r} needs its weights: give their folder in the term's `folder`")

@@ -34,8 +34,7 @@ def vivid(frames: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
 
 def compressibility(frames: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     """Minus the bits per pixel of a clip's frames, side by side in one JPEG; [b] (Black et al., arXiv 2305.13301). One
-    file per clip, for a small frame's file is mostly header.
-    """
+    file per clip, for a small frame's file is mostly header."""
     del prompts
     rewards = []
     for clip in to_uint8(frames):
@@ -74,8 +73,7 @@ def motion(frames: Float[Array, "b t h w 3"]) -> Float[Array, " b"]:
     """Mean length of the optical flow in pixels per frame, where there is something to see move. A proxy of VBench's
     dynamic degree, and as easily misled: noise counts as motion. The flow is Lucas and Kanade's, least squares of
     brightness constancy over a window, so it sees motions of a pixel or two per frame; pixels count by the weaker of
-    the window's two directions of contrast.
-    """
+    the window's two directions of contrast."""
     dy, dx, weaker = optical_flow(frames)
     length = jnp.sqrt(jnp.square(dy) + jnp.square(dx) + 1e-12)
     weight = jax.lax.stop_gradient(jnp.maximum(weaker, 0.0))

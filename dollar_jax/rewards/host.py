@@ -1,7 +1,6 @@
 """Runs a host reward beside the training, whatever it does: raises, hangs, or answers nonsense. Every call has a thread
 of its own that may be left behind, for a thread cannot be killed: a scorer that hangs costs its timeout, not the run.
-Calls that fail are tried again, then their samples are skipped.
-"""
+Calls that fail are tried again, then their samples are skipped."""
 
 import collections
 import os
@@ -20,8 +19,7 @@ class HostScorer:
     """One reward's calls: `submit` frames, go on, `collect` the rewards later. Neither ever raises. Well-behaved
     rewards come back whatever the timing, so that a run can be repeated exactly. After a call that took longer than
     `timeout` seconds the reward is left out for 1, then 2, 4, … rounds, so that waiting for it costs a long run next to
-    nothing. `faults` counts what went wrong by kind; the first of each kind is a warning.
-    """
+    nothing. `faults` counts what went wrong by kind; the first of each kind is a warning."""
 
     def __init__(self, name: str, reward: AnyReward, timeout: float, retries: int):
         self.name, self.reward = name, reward

@@ -1,6 +1,5 @@
 """Is the reward being hacked? What its latent model and the held-out rewards say of fresh samples. Fresh samples are
-the student's, scored before anything has learned from them.
-"""
+the student's, scored before anything has learned from them."""
 
 import numpy as np
 
@@ -10,8 +9,7 @@ from dollar_jax.config import RewardGuard
 class Monitor:
     """Rings over the last `window` fresh samples: latent and true reward, and the held-out rewards. `peak` and
     `deviation` are the highest mean that a held-out reward had over a full window, and its standard deviation in that
-    window. All of `state` is checkpointed.
-    """
+    window. All of `state` is checkpointed."""
 
     def __init__(self, window: int, held_out: list[str]):
         self.names = held_out

@@ -22,8 +22,7 @@ class WrongShape(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Reward:
     """A host reward: `function` takes NumPy frames and the prompts; `parts` are those that count of the rewards by name
-    that it answers with, if it does.
-    """
+    that it answers with, if it does."""
 
     function: Callable[[np.ndarray, Sequence[str]], Any]
     meaning: str
@@ -44,8 +43,7 @@ class Reward:
 class JaxReward:
     """A reward inside the jitted step: `function(params, frames, tokens)` → [b], traceable. `params` are arguments of
     the step, not constants in it. `tokenize` turns prompts into the integers [b, l] that the function gets, for it
-    cannot see text; without it `tokens` is None.
-    """
+    cannot see text; without it `tokens` is None."""
 
     function: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
     meaning: str

@@ -1,6 +1,5 @@
 """What happens to rewards on the host: scoring beside the devices, the replay, and what is known of both. While the
-devices run a step, host rewards score what the previous one generated; they reach the student one step later.
-"""
+devices run a step, host rewards score what the previous one generated; they reach the student one step later."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -29,8 +28,7 @@ Shape = tuple[int, ...]
 @dataclasses.dataclass(frozen=True)
 class _Pending:
     """A step's samples under way and their text, all of them on every process. `here` are those rows that this process
-    scores, and `finite` whether the latents of these are. `shape` is that of the latents of the step's batch.
-    """
+    scores, and `finite` whether the latents of these are. `shape` is that of the latents of the step's batch."""
 
     samples: RewardSamples
     text: Any
@@ -42,8 +40,7 @@ class _Pending:
 class Scorer:
     """Scores this process's share of each step's latents, one step behind the devices. What was scored goes to all
     processes, so that each has the same replay, and stops when the others do. `decode(params, latent)` gives frames in
-    [0, 1]; it is dispatched like a step and not waited for.
-    """
+    [0, 1]; it is dispatched like a step and not waited for."""
 
     def __init__(
         self,
@@ -92,15 +89,13 @@ class Scorer:
 
     def inputs(self, step: int, captions: Sequence[str], shape: Shape) -> tuple[dict[str, np.ndarray], Any]:
         """`tokens` and `reward` of the `Batch` of a step on latents of `shape`. The tokens are of this process's
-        captions; the rest is the same on every process.
-        """
+        captions; the rest is the same on every process."""
         tokens = {} if self.pixels is None else self.pixels.tokens(captions)
         return tokens, self.memories[shape].take(step) if shape in self.memories else None
 
     def submit(self, samples: RewardSamples, batch: Mapping[str, np.ndarray], captions: Sequence[str]) -> None:
         """Has the latents of a step scored, which the devices may still be computing. `batch` and `captions` are this
-        process's rows of the step's batch.
-        """
+        process's rows of the step's batch."""
         count, kinds = samples.latent.shape[:2]
         here = sharding.local_rows(samples.latent.sharding, count)
         # What is scored is of the last micro-batch, every accumulation-th row, and evenly from that.
@@ -190,8 +185,7 @@ class LocalRows:
 
 def decode_program(decode: Decode, decoder: Params, latent: Any) -> Program:
     """(decoder, latents [n g t h w c]) → frames as one batch, of zeros where a latent is not finite; whether it is.
-    `decoder` and `latent` are arrays, or their shapes with their shardings.
-    """
+    `decoder` and `latent` are arrays, or their shapes with their shardings."""
 
     def decode_finite(params: Params, latent: jax.Array) -> tuple[jax.Array, jax.Array]:
         latent = latent.reshape(-1, *latent.shape[2:])
@@ -213,8 +207,7 @@ def local_rows(x: jax.Array) -> np.ndarray:
 
 def of_all_processes(here: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """All rows in order, of which each process has those that `here` numbers; the devices are not asked. Of a row that
-    several have, the first one's counts, so that all have the same.
-    """
+    several have, the first one's counts, so that all have the same."""
     found = gather(np.column_stack([here, rows]).astype(np.float64).tobytes())
     table = np.concatenate([np.frombuffer(part).reshape(-1, 1 + rows.shape[1]) for part in found])
     _, first = np.unique(table[:, 0], return_index=True)

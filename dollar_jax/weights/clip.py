@@ -132,8 +132,7 @@ def clip_network(config: CLIPConfig) -> Network:
 
 def load_clip(folder: Path, text: bool = True, **ours: Any) -> tuple[CLIPConfig, Network, Params, dict[str, Any]]:
     """Configuration, network, parameters, and the tensors of a head, `layers.*`, of a folder of safetensors under
-    transformers' or OpenCLIP's names, with or without its text tower; `ours` are dtype, param_dtype and remat.
-    """
+    transformers' or OpenCLIP's names, with or without its text tower; `ours` are dtype, param_dtype and remat."""
     config = clip_config(files.read_config(folder), **ours)
     config = config if text else dataclasses.replace(config, text=None)
     network = clip_network(config)
@@ -157,8 +156,7 @@ def _split(pairs: Pairs, config: CLIPConfig, network: Network) -> tuple[Params, 
 def import_reward(source: Path, folder: Path, clip: Path | None = None) -> None:
     """Writes `folder` as the rewards on CLIP are read, of a folder of safetensors, or of one such file or torch's, with
     transformers' or OpenCLIP's names. What `source` lacks is that of the folder `clip`: config.json, tokenizer, and the
-    image tower of an aesthetic head. Raises FileExistsError, FileNotFoundError or ValueError naming what is missing.
-    """
+    image tower of an aesthetic head. Raises FileExistsError, FileNotFoundError or ValueError naming what is missing."""
     places = [place for place in (source, clip) if place is not None and place.is_dir()]
     if clip not in (None, *places):
         raise FileNotFoundError(f"--clip={clip} is not a folder")

@@ -1,7 +1,6 @@
 """The families of teachers: a diffusers pipeline's networks, schedule and habits, one record for each.
 
-Another family is one more record in FAMILIES, beside its networks in `models` and their tables.
-"""
+Another family is one more record in FAMILIES, beside its networks in `models` and their tables."""
 
 import contextlib
 import dataclasses
@@ -38,8 +37,7 @@ class Family:
     at a time where memory counts. `entries` of model_index.json tell it from other families of its class; `unsupported`
     ones must be absent, null or false, each with what asks for it. `cleans_prompts`: prompts go through `clean_prompt`.
     `image_pipeline` is the class that gives the same networks a clip's first frame, by a time for every token.
-    `native` are the names of the transformer's modules in the code it was published with, by those in diffusers.
-    """
+    `native` are the names of the transformer's modules in the code it was published with, by those in diffusers."""
 
     pipeline: str
     transformer: Kind
@@ -60,8 +58,7 @@ class Family:
 
 def clean_prompt(text: str) -> str:
     """A prompt as diffusers' WanPipeline cleans it: HTML entities resolved twice, white space to single spaces. As
-    there, ftfy mends broken encodings where it is installed.
-    """
+    there, ftfy mends broken encodings where it is installed."""
     with contextlib.suppress(ImportError):
         text = importlib.import_module("ftfy").fix_text(text)
     return " ".join(html.unescape(html.unescape(text)).split())

@@ -25,8 +25,7 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", ada
     """Writes `folder`, which `load_pipeline` restores straight into a mesh's sharding: tokenizer and configurations as
     they are, transformer and text encoder as Orbax in `dtype`, the VAE in fp32, an `adapter` (see `read_changes`)
     merged. In memory are one parameter with all its layers, one tensor and the adapter. All is checked before the first
-    tensor is read, and `folder` appears when it is whole. Raises FileNotFoundError, FileExistsError or ValueError.
-    """
+    tensor is read, and `folder` appears when it is whole. Raises FileNotFoundError, FileExistsError or ValueError."""
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; delete it, or import into another folder")

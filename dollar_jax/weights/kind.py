@@ -21,8 +21,7 @@ class Kind:
     """A class of networks of diffusers or transformers. The fields of `config` but OURS are those of config.json.
     `fixed` are further ones with the only value that is supported, or a function of the configuration that makes it,
     which a file that leaves them out means too; `note` goes into a refusal. `required` must be in the file, all where
-    it is None. `given` are fields of OURS that the kind decides, `extra` fields that are written and not read.
-    """
+    it is None. `given` are fields of OURS that the kind decides, `extra` fields that are written and not read."""
 
     library: Literal["diffusers", "transformers"]
     class_name: str

@@ -87,8 +87,7 @@ def load_pipeline(
     """Loads a folder of one of FAMILIES, with `transformer_options` (dtype, remat, …). `param_dtype` is what
     transformer and text encoder are held in; the VAE stays fp32. An imported transformer is restored into the shardings
     that `place` gives for its shapes; all else comes as numpy arrays, or `without_transformer` as its shapes. Raises
-    FileNotFoundError or ValueError naming the file, tensor or field that is wrong.
-    """
+    FileNotFoundError or ValueError naming the file, tensor or field that is wrong."""
     folder = Path(folder)
     check_whole(folder)
     parts = read_parts(folder, param_dtype, **transformer_options)

@@ -31,8 +31,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def tensor_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a folder: the one file, a lone variant such as model.fp16.safetensors, or the shards of
     an index; where there are both, diffusers follows the index and transformers the file, and so is it here. Raises
-    FileNotFoundError for none, several variants, or a missing shard; pickles are never opened.
-    """
+    FileNotFoundError for none, several variants, or a missing shard; pickles are never opened."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
@@ -115,8 +114,7 @@ def write_component(
     shard_size: int | None = None,
 ) -> None:
     """Writes config.json and safetensors, with floating tensors in `dtype`; more than `shard_size` bytes become several
-    files and an index, one at a time in memory. Files appear under their names only when all are complete.
-    """
+    files and an index, one at a time in memory. Files appear under their names only when all are complete."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; weights can be written as one of {sorted(_DTYPES)}")
     folder = Path(folder)

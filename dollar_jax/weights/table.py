@@ -3,8 +3,7 @@
     Row("blocks.{i}.{a}.to_q.weight", "blocks/{a:attn1|attn2}/to_q/kernel", TRANSPOSE)
 
 A field `{name:regex}` of the path is repeated as `{name}` in the source. The field `{i}`, in the source only, is the
-position on the parameter's leading axis. The first row whose path matches a parameter is its row.
-"""
+position on the parameter's leading axis. The first row whose path matches a parameter is its row."""
 
 import dataclasses
 import math
@@ -70,8 +69,7 @@ class _Place(NamedTuple):
 
 def import_params(table: Sequence[Row], tensors: Mapping[str, np.ndarray] | Pairs, shapes: Params) -> Params:
     """Parameters as numpy arrays like `shapes` (see `Network.shapes`). Raises ValueError naming a tensor that has no
-    place, comes twice, is missing or has another shape.
-    """
+    place, comes twice, is missing or has another shape."""
     pairs = list(cast(Pairs, tensors.items() if isinstance(tensors, Mapping) else tensors))
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -85,8 +83,7 @@ def stream_params(
     table: Sequence[Row], tensors: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], shapes: Params
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(path, array) of one parameter after another, of which only one is held. The names and shapes of all `tensors`
-    are checked as in `import_params` before the first is `read`.
-    """
+    are checked as in `import_params` before the first is `read`."""
     expected: dict[str, Any] = flatten_dict(shapes, sep="/")
     places = _places(table, expected)
     skips = [re.escape(row.source).replace(r"\{i\}", r"\d+") for row in table if row.path is None]

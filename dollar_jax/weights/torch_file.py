@@ -1,6 +1,5 @@
 """Reads the tensors of a file of `torch.save` without torch, and without unpickling: the opcodes of its pickle are read
-as data, none is run, and what no dictionary of tensors needs is refused by name. The format: torch/serialization.py.
-"""
+as data, none is run, and what no dictionary of tensors needs is refused by name. The format: torch/serialization.py."""
 
 import math
 import pickletools
@@ -47,8 +46,7 @@ _TAKES |= {"REDUCE": 2, "BUILD": 1, "APPEND": 1, "APPENDS": None}
 
 def read_torch(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of each tensor of a state dict, or of that under "state_dict" or "model"; ValueError naming the
-    file when it is damaged or holds anything else.
-    """
+    file when it is damaged or holds anything else."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):

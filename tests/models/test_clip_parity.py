@@ -194,8 +194,7 @@ def test_preprocessing_is_pils_in_floats(shape):
 def test_preprocessing_is_transformers_up_to_pils_rounding(shape):
     """PIL rounds to bytes after each of two passes: at most 0.5 / 255 each, which contrast overshoots amplify.
 
-    So this cannot be 1e-4; it is less than 1.5 grey levels at the worst pixel and a third of one on average.
-    """
+    So this cannot be 1e-4; it is less than 1.5 grey levels at the worst pixel and a third of one on average."""
     pictures = np.random.default_rng(1).integers(0, 256, (2, *shape, 3), np.uint8)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     theirs = processor([Image.fromarray(p) for p in pictures], return_tensors="np")["pixel_values"]

@@ -46,8 +46,7 @@ class Memory(Protocol):
 class RewardMethod:
     """Rewards that are only measured. A method overrides what it does otherwise. `inputs` crosses from host to step as
     `Batch.reward`; `add_gradient`, `candidates`, `predict` and `learn` are its part of the jitted step; `memory` is its
-    part of the host, checkpointed under the name `stored_as`.
-    """
+    part of the host, checkpointed under the name `stored_as`."""
 
     term: ClassVar[Term | None] = None
     differentiates_pixels: ClassVar[bool] = False
@@ -110,8 +109,7 @@ class RewardMethod:
 
     def learn(self, d: Distillation, optimisers: Optimisers, state: TrainState, scored: Scored) -> Learned:
         """The state with new statistics and latent reward model, and the samples with the trained rewards' scale. A
-        method that learns does so first, and then calls this.
-        """
+        method that learns does so first, and then calls this."""
         c, statistics, samples = self.settings, state.reward_statistics, scored.samples
         if not c.trained:
             return state, samples, {}
@@ -160,8 +158,7 @@ def scored_rows(x: Array, count: int) -> Array:
 
 def random_run(latent: Latent, frames: int | None, key: Key) -> Latent:
     """A run of so many consecutive latent frames from a random one of each clip, or for None the whole. A causal VAE
-    decodes the run as a clip of its own, whose first latent frame is one frame of pixels.
-    """
+    decodes the run as a clip of its own, whose first latent frame is one frame of pixels."""
     if frames is None or frames >= latent.shape[1]:
         return latent
     start = jax.random.randint(key, latent.shape[:1], 0, latent.shape[1] - frames + 1)

@@ -33,8 +33,7 @@ def rollout(
 ) -> tuple[Float[Array, "b s t h w c"], Latent]:
     """The student from noise by the DDPM posterior, without gradient: its states at the last three timesteps, or two if
     there are no more, and the clean latent. The steps between those are the last whose outcome is random. Of
-    `clip` it takes shape and given frames.
-    """
+    `clip` it takes shape and given frames."""
     params = jax.lax.stop_gradient(params)
     times = [jnp.full(len(text), t) for t in d.config.student.timesteps]
     keys = jax.random.split(key, len(times))
@@ -50,8 +49,7 @@ def policy(
     d: Distillation, params: Params, states: Float[Array, "b s t h w c"], text: TextStates, advantage: PerSample
 ) -> tuple[Float[Array, ""], Metrics]:
     """L_FT of DDPO: -A Σ log p_θ(x_next | x_t) over the steps between `states`, per element of the latent. No
-    importance weight corrects for the rollouts' being a step or two old by the time their rewards are here.
-    """
+    importance weight corrects for the rollouts' being a step or two old by the time their rewards are here."""
     times = [jnp.full(len(text), t) for t in d.config.student.timesteps[-states.shape[1] :]]
     total = jnp.zeros(())
     for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
