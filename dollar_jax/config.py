@@ -99,7 +99,11 @@ class StudentConfig:
     timestep_per: Literal["sample", "micro_batch"] = field(
         "sample", "What draws one of n; backward input then costs n - 1 forwards, or (n - 1) / 2."
     )
+    sampler: Literal["renoise", "ode"] = field(
+        "renoise", "To its next timestep: noised anew, or a DDIM step (Euler's on a flow), in sampling too."
+    )
     ema_decay: float = field(0.99, "Decay of the average that is CD's target and sampled from.", low=0, high=1)
+    ema_start: int = field(0, "Steps in which that average is the student itself; FastVideo's are 200.", low=0)
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The student's optimiser.")
 
     def __post_init__(self) -> None:
@@ -113,6 +117,13 @@ class VSDConfig:
 
     weight: float = field(1.0, "Weight of L_VSD.", low=0)
     guidance_weight: float = field(3.5, "The paper's w in v_c + w (v_c - v_∅); diffusers' guidance scale is w + 1.")
+    guidance_by_step: tuple[float, ...] = field((), "Factors of w, one for each student timestep; empty for 1.")
+    guidance_range: tuple[float, float] = field(
+        (0.0, 1000.0), "Timesteps at which the teacher is guided (arXiv 2404.07724).", low=0, high=1000
+    )
+    guidance_time: Literal["score", "noisier"] = field(
+        "score", "Of the guided part: the score's, or one of its own above the student's (arXiv 2511.22677; 1 F more)."
+    )
     normalisation: Literal["dmd", "batch", "none"] = field("dmd", "What the gradient is divided by; see losses.vsd.")
     floor: float = field(1e-6, "Smallest divisor of the normalisation.", above=0)
     nan_to_zero: bool = field(False, "Replace what is not a number in the gradient by 0.")
@@ -122,6 +133,8 @@ class VSDConfig:
     def __post_init__(self) -> None:
         if self.score_range[0] > self.score_range[1]:
             raise ValueError(f"config.vsd.score_range must ascend, not {self.score_range}")
+        if self.guidance_range[0] > self.guidance_range[1]:
+            raise ValueError(f"config.vsd.guidance_range must ascend, not {self.guidance_range}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,6 +407,8 @@ class DistillConfig:
         if rest:
             parts = f"{self.accumulation} micro-batches"
             raise ValueError(f"config.batch_size {self.batch_size} does not divide into {parts}")
+        if (found := len(self.vsd.guidance_by_step)) not in (0, known := len(self.student.timesteps)):
+            raise ValueError(f"config.vsd.guidance_by_step has {found} factors for {known} of config.student.timesteps")
         if self.fake_score.samples == "rollout" and self.student.input == "forward":
             raise ValueError("config.fake_score.samples 'rollout' needs config.student.input 'backward'")
         if self.reward.rewards and rows % self.reward.samples:

@@ -60,7 +60,8 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
     student = parts["transformer"]
     step, params = restore_trained(workdir, student.network, config.lora, ema)
     pipeline = (config.data.given_frames and family.image_pipeline) or family.pipeline
-    times, module = config.student.timesteps, f"student_{schedule.path}"
+    times, ode = config.student.timesteps, config.student.sampler == "ode"
+    module = f"student_{'ode_' * ode}{schedule.path}"
 
     with new_folder(folder) as draft:
         if adapter:
@@ -80,13 +81,13 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
                     shutil.copytree(teacher / name, draft / name)
             shutil.copytree(teacher / "tokenizer", draft / "tokenizer")
             vllm_omni = {"num_inference_steps": len(times), "denoising_timesteps": [round(t) for t in times]}
-            vllm_omni |= {"solver": "sde", "guidance_scale": 1.0}
+            vllm_omni |= {"solver": "ode" if ode else "sde", "guidance_scale": 1.0}
             changes = {"scheduler": [module, "StudentScheduler"], "dmd2_config": vllm_omni, "_class_name": pipeline}
             pipelines.write_json(draft / "model_index.json", read_json(teacher / "model_index.json") | changes)
         fields = scheduler_json(schedule, schedule.path)
         pipelines.write_json(draft / "scheduler" / "scheduler_config.json", {**fields, TIMESTEPS: times})
         code = _TEMPLATES.get_template("scheduler.py.jinja")
-        code = code.render(scheduler=fields["_class_name"], path=schedule.path, field=TIMESTEPS)
+        code = code.render(scheduler=fields["_class_name"], path=schedule.path, field=TIMESTEPS, ode=ode)
         (draft / "scheduler" / f"{module}.py").write_text(code)
         for video in sorted((workdir / "videos").glob("*.mp4"))[:1]:
             shutil.copy(video, draft / "sample.mp4")
@@ -94,7 +95,8 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
         of = {"name": settings["teacher"], "sha256": checksums(teacher / "transformer")}
         manifest: dict[str, Any] = {"dollar_jax": __version__, "teacher": of, "timesteps": times}
         manifest |= {"num_train_timesteps": schedule.num_train_timesteps, "shift": schedule.shift}
-        manifest |= {"solver": "predict x0, then noise it to the next timestep", "guidance_scale": 1.0, "step": step}
+        way = "a DDIM step" if ode else "noise it"
+        manifest |= {"solver": f"predict x0, then {way} to the next timestep", "guidance_scale": 1.0, "step": step}
         manifest |= {"weights": "moving average" if ema else "raw weights", "seed": config.seed, "config": settings}
         path = workdir / "metrics.json"
         metrics = read_json(path) if path.is_file() else {}

@@ -134,6 +134,7 @@ class Generator:
     mesh: Mesh = dataclasses.field(default_factory=lambda: sampling_mesh(MeshConfig(), jax.local_devices()[:1]))
     host: Mesh | None = None  # for this process alone, where its devices are not to be taken from `mesh`
     given: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    student_ode: bool = False  # config.student.sampler
 
     @functools.cached_property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -298,7 +299,8 @@ class Generator:
 
         def draw(params: Params, keys: jax.Array, text: jax.Array, given: Any) -> jax.Array:
             denoiser = self._denoiser(params, text)
-            return sampling.few_step_sample(denoiser, timesteps, self.noise(keys, given), _step_keys(keys))
+            start = denoiser, timesteps, self.noise(keys, given), _step_keys(keys)
+            return sampling.few_step_sample(*start, self.student_ode)
 
         return Sampler("student_sampler", draw, self, guided=False)
 
@@ -308,7 +310,8 @@ def make_generator(c: DistillConfig, clip: tuple[int, int, int] | None = None, m
     `mesh`, on all devices of this process if none is given; an imported teacher is restored into its shards there."""
     mesh, clip = sampling_mesh(c.mesh) if mesh is None else mesh, clip or clip_size(c.data)
     teacher = with_given_frames(load_teacher(c.teacher, c.compute, mesh), c)
-    return Generator(teacher, c.data.max_text_length, c.sampling, clip, c.compute.vae_chunk, mesh)
+    ode = c.student.sampler == "ode"
+    return Generator(teacher, c.data.max_text_length, c.sampling, clip, c.compute.vae_chunk, mesh, student_ode=ode)
 
 
 def with_given_frames(pipeline: Pipeline, c: DistillConfig) -> Pipeline:

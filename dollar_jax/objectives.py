@@ -15,7 +15,7 @@ from dollar_jax.config import ConsistencyConfig, DistillConfig, VSDConfig
 from dollar_jax.distillation import Batch, Distillation, Generated, Metrics, References, StudentPass, Term
 from dollar_jax.rewards.methods import METHODS, method_of
 from dollar_jax.schedule import Schedule
-from dollar_jax.types import Key, Latent, LatentSteps, Params, PerSample, TextStates, Time, TimeSteps
+from dollar_jax.types import Key, Latent, LatentSteps, Params, PerSample, TextStates, Time, TimeSteps, Weight
 
 SCORE_BINS = 4
 
@@ -32,7 +32,8 @@ def student_input(d: Distillation, params: Params, batch: Batch, key: Key) -> tu
     if d.config.student.input == "forward":
         t = jnp.asarray(times, jnp.float32)[index]
         return schedules.add_noise(d.schedule, x0, noise, t), t, index
-    x_t, t, _ = sampling.simulate_backward(d.denoiser(params, batch.text), times, noise, index, keys[2])
+    ode = d.config.student.sampler == "ode"
+    x_t, t, _ = sampling.simulate_backward(d.denoiser(params, batch.text), times, noise, index, keys[2], ode)
     return x_t, t, index
 
 
@@ -73,27 +74,53 @@ def student(
     return total, (metrics, Generated(lax.stop_gradient(generated), **found))
 
 
-def score_times(config: VSDConfig, schedule: Schedule, key: Key, batch: int) -> Time:
-    """Random times at which scores are compared: uniform over `score_range`, then shifted."""
+def score_times(config: VSDConfig, schedule: Schedule, key: Key, batch: int, above: Time | None = None) -> Time:
+    """Random times at which scores are compared: uniform over `score_range`, or its part `above`, then shifted."""
     low, high = config.score_range
-    u = low + (high - low) * jax.random.uniform(key, (batch,))
-    return schedules.time_from_uniform(dataclasses.replace(schedule, shift=config.score_shift), u)
+    shifted = dataclasses.replace(schedule, shift=config.score_shift)
+    if above is not None:
+        low = jnp.clip(schedules.uniform_from_time(shifted, above), low, high)
+    return schedules.time_from_uniform(shifted, low + (high - low) * jax.random.uniform(key, (batch,)))
 
 
-def vsd(d: Distillation, references: References, generated: Latent, text: TextStates, key: Key) -> PerSample:
-    """L_VSD of generated latents, DOLLAR eq. (8.7-8.9): guided teacher against fake score."""
+def vsd_guidance(config: DistillConfig, student_t: Time, t: Time) -> Weight:
+    """w of VSD for rows generated at the student's timesteps `student_t` and guided at `t`; a number if it is one."""
+    c, weight = config.vsd, config.vsd.guidance_weight
+    if c.guidance_by_step:
+        nearest = jnp.argmin(jnp.abs(student_t[:, None] - jnp.asarray(config.student.timesteps)), 1)
+        weight = weight * jnp.asarray(c.guidance_by_step)[nearest]
+    low, high = c.guidance_range
+    return weight if (low, high) == (0, 1000) else jnp.where((low <= t) & (t <= high), weight, 0.0)
+
+
+def vsd(
+    d: Distillation, references: References, generated: Latent, student_t: Time, text: TextStates, key: Key
+) -> PerSample:
+    """L_VSD of latents generated at the student's timesteps `student_t`, DOLLAR eq. (8.7-8.9): guided teacher against
+    fake score. With `guidance_time` "noisier" in the form of Decoupled DMD (arXiv 2511.22677, eq. (6)): the teacher
+    without guidance is compared at one time, and w (x̂0_c - x̂0_∅) comes from another, with noise of its own."""
     c, frozen = d.config.vsd, references.frozen
     keys, x = jax.random.split(key), lax.stop_gradient(generated)
     t = score_times(c, d.schedule, keys[0], len(x))
     x_t = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), t)
-    real = d.denoiser(frozen.teacher, text, frozen.null_text, c.guidance_weight).x0(x_t, t)
+    if c.guidance_time == "score" or not c.guidance_weight:
+        weight = vsd_guidance(d.config, student_t, t)
+        real = d.denoiser(frozen.teacher, text, frozen.null_text, weight).x0(x_t, t)
+    else:
+        keys = jax.random.split(jax.random.fold_in(key, 2))
+        noisier = score_times(c, d.schedule, keys[0], len(x), student_t)
+        x_n = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), noisier)
+        null_text = jnp.broadcast_to(frozen.null_text, text.shape)
+        cond, uncond = (d.denoiser(frozen.teacher, s).x0(x_n, noisier) for s in (text, null_text))
+        guided = schedules.guide(cond, uncond, vsd_guidance(d.config, student_t, noisier)) - cond
+        real = d.denoiser(frozen.teacher, text).x0(x_t, t) + guided
     fake = d.denoiser(lax.stop_gradient(references.fake_score), text).x0(x_t, t)
     generated, real, fake = schedules.generated(d.schedule, generated, real, fake)
     return losses.vsd(generated, real, fake, c.normalisation, c.floor, nan_to_zero=c.nan_to_zero)
 
 
 def vsd_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict[str, Array]]:
-    return vsd(d, p.references, p.generated, p.batch.text, key), {}
+    return vsd(d, p.references, p.generated, p.t, p.batch.text, key), {}
 
 
 def student_segments(config: DistillConfig, schedule: Schedule) -> Float[Array, "m n"]:
@@ -165,10 +192,10 @@ def consistency_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSamp
 
 def rollout(d: Distillation, student_params: Params, batch: Batch, key: Key) -> LatentSteps:
     """The student's predictions at all its timesteps, on its own way from noise; without gradient."""
-    noise_key, key = jax.random.split(key)
+    (noise_key, key), student = jax.random.split(key), d.config.student
     denoiser = d.denoiser(lax.stop_gradient(student_params), batch.text)
     noise = d.start(batch.latent, noise_key)
-    return sampling.few_step_predictions(denoiser, d.config.student.timesteps, noise, key)
+    return sampling.few_step_predictions(denoiser, student.timesteps, noise, key, student.sampler == "ode")
 
 
 def fake_score(

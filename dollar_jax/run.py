@@ -101,6 +101,7 @@ def choose_student(
     """The newest student of the run in `steps` steps."""
     timesteps, params = subset(config.student.timesteps, steps), restore_student(workdir, generator, ema)
     described = {"sampler": "student", "steps": steps, "timesteps": timesteps}
+    described |= {"solver": "ode"} if generator.student_ode else {}
     return BoundSampler(generator.student_sampler(timesteps), params, steps, described)
 
 

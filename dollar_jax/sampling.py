@@ -98,32 +98,37 @@ def unipc_sample(denoiser: Denoiser, noise: Latent, num_steps: int) -> Latent:
     return lax.scan(step, (start, start, zero, zero), inputs)[0][0]
 
 
-def few_step_sample(denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, key: Keys) -> Latent:
+def few_step_sample(
+    denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, key: Keys, ode: bool = False
+) -> Latent:
     """The student's sample: predict x0, re-noise to the next timestep, repeat; raises as `few_step_predictions`."""
-    return few_step_predictions(denoiser, timesteps, noise, key)[-1]
+    return few_step_predictions(denoiser, timesteps, noise, key, ode)[-1]
 
 
-def few_step_predictions(denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, key: Keys) -> LatentSteps:
+def few_step_predictions(
+    denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, key: Keys, ode: bool = False
+) -> LatentSteps:
     """The student's clean predictions [n b t h w c] on the way of its sample, which is the last. `timesteps` is static
     and descending, (999, 749, 499, 249) in the paper; `noise` is taken to be the state at the first. `key` is one for
-    the batch, or [b]: each sample's noise then does not depend on its neighbours. Raises ValueError for timesteps that
-    do not descend or are out of range."""
+    the batch, or [b]: each sample's noise then does not depend on its neighbours. With `ode` the way to the next
+    timestep is a DDIM step, without fresh noise. Raises ValueError for timesteps that do not descend or are out of
+    range."""
     times = _student_times(denoiser.schedule, timesteps)
     keys = _split(key, len(timesteps))
 
     def step(x: Latent, inputs):
-        return _student_step(denoiser, x, *inputs)
+        return _student_step(denoiser, x, *inputs, ode)
 
     return lax.scan(step, noise.astype(jnp.float32), (times[:-1], times[1:], keys))[1]
 
 
 def simulate_backward(
-    denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, k: int | jax.Array, key: Keys
+    denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, k: int | jax.Array, key: Keys, ode: bool = False
 ) -> tuple[Latent, Time, LatentSteps]:
     """The student's own input at its k-th timestep, without gradient (backward simulation, DMD2). `k`, one for the
     batch or [b], counts from 0 (pure noise at timesteps[0]). Gives x_t [b t h w c] at t = timesteps[k], that t [b], and
-    the states [n b t h w c] at every timestep, those of `few_step_sample` with this key; a sample's stays at x_t after
-    its k-th, and no network runs past max(k). Raises as `few_step_sample`."""
+    the states [n b t h w c] at every timestep, those of `few_step_sample` with this key and `ode`; a sample's stays at
+    x_t after its k-th, and no network runs past max(k). Raises as `few_step_sample`."""
     times = _student_times(denoiser.schedule, timesteps)
     last = len(timesteps) - 1
     k = jnp.broadcast_to(jnp.clip(jnp.asarray(k), 0, last), noise.shape[:1])
@@ -137,7 +142,7 @@ def simulate_backward(
         running = (index < k).reshape(-1, *(1,) * (x.ndim - 1))
 
         def advance(x: Latent) -> Latent:
-            x_next, _ = _student_step(denoiser, x, t, t_next, step_key)
+            x_next, _ = _student_step(denoiser, x, t, t_next, step_key, ode)
             return jnp.where(running, x_next, x)
 
         return lax.cond(index < jnp.max(k), advance, lambda x: x, x), x
@@ -159,10 +164,14 @@ def _student_times(schedule: Schedule, timesteps: Sequence[float]) -> jax.Array:
     return jnp.asarray([*steps, schedules.CLEAN], jnp.float32)
 
 
-def _student_step(denoiser: Denoiser, x: Latent, t: jax.Array, t_next: jax.Array, key: Keys) -> tuple[Latent, Latent]:
+def _student_step(
+    denoiser: Denoiser, x: Latent, t: jax.Array, t_next: jax.Array, key: Keys, ode: bool
+) -> tuple[Latent, Latent]:
     """The next state, and the prediction that it was made of."""
     t, t_next = (jnp.full(x.shape[:1], time, jnp.float32) for time in (t, t_next))
     x0 = denoiser.x0(x, t)
+    if ode:
+        return schedules.ddim_step(denoiser.schedule, x, x0, t, t_next), x0
     return schedules.add_noise(denoiser.schedule, x0, _noise(key, x), t_next), x0
 
 

@@ -227,6 +227,12 @@ def time_from_uniform(schedule: Schedule, u: Time) -> Time:
     return total * _shift(schedule, u) if schedule.path == "rf" else jnp.clip(jnp.floor(total * u), 0, total - 1)
 
 
+def uniform_from_time(schedule: Schedule, t: Time) -> Time:
+    """The u that `time_from_uniform` takes to t."""
+    s = jnp.clip(t / schedule.num_train_timesteps, 0.0, 1.0)
+    return s / (schedule.shift - (schedule.shift - 1.0) * s)
+
+
 @functools.lru_cache
 def _ddpm_table(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
     """fp32 (a, b) for t = -1, 0, ..., computed in fp64."""

@@ -64,7 +64,10 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
         (student, student_optimiser), norm, good = apply_gradient(
             optimisers.student, grads, (state.student, optimiser), _finite(metrics | aux), config.max_gradient_norm
         )
-        average = optax.incremental_update(student, ema, 1 - config.student.ema_decay)
+        share = 1 - config.student.ema_decay
+        if config.student.ema_start:
+            share = jnp.where(state.step < config.student.ema_start, 1.0, share)
+        average = optax.incremental_update(student, ema, share)
         metrics, average = metrics | aux | {"student_gradient": norm}, select(good, average, ema)
 
         # The fake score, where L_VSD asks for it: on new samples of the new student, or on those there are

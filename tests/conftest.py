@@ -325,7 +325,7 @@ def assert_card_samples(monkeypatch):
         @jax.jit
         def draw(params, noise, text):
             denoiser = Denoiser(pipeline.transformer.network.apply, params, pipeline.schedule, text)
-            return few_step_sample(denoiser, times, noise, jax.random.key(3))
+            return few_step_sample(denoiser, times, noise, jax.random.key(3), generator.student_ode)
 
         latent = draw(params, noise, generator.text([prompt]))
         ours = generator.decode(latent)[0]

@@ -82,7 +82,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         # The target of consistency is the student itself.
         ("References(full(ema), full", "References(full(state.student), full", [GRADIENTS]),
         # The average forgets as fast as it should remember.
-        ("student, ema, 1 - config.student.ema_decay", "student, ema, config.student.ema_decay", [ALGORITHM]),
+        ("share = 1 - config.student.ema_decay", "share = config.student.ema_decay", [ALGORITHM]),
         # The average is of the student before its update.
         ("incremental_update(student, ema,", "incremental_update(state.student, ema,", [ALGORITHM]),
         # The same noise in every micro-batch.
@@ -120,10 +120,13 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("shift=config.score_shift", "shift=schedule.shift", [ALGORITHM]),
         # The real score without guidance; the fake one in its place.
         (
-            "text, frozen.null_text, c.guidance_weight).x0(x_t, t)\n    fake =",
-            "text, frozen.null_text, 0.0).x0(x_t, t)\n    fake =",
+            "text, frozen.null_text, weight).x0(x_t, t)\n    else",
+            "text, frozen.null_text, 0.0).x0(x_t, t)\n    else",
             [GRADIENTS],
         ),
+        # Decoupled guidance at the score's own state, or below the student's timestep.
+        ("x0(x_n, noisier) for s", "x0(x_t, t) for s", [f"{ALGORITHM}::test_step_is_algorithm_29[decoupled]"]),
+        ("low = jnp.clip(schedules.unif", "high = jnp.clip(schedules.unif", [OBJECTIVES]),
         ("generated, real, fake, c.normalisation", "generated, fake, real, c.normalisation", [GRADIENTS]),
         # A given frame is in a loss; it is noise.
         (

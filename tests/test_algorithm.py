@@ -204,6 +204,15 @@ def shifted(shift, u):
     return shift * u / (1 + (shift - 1) * u)
 
 
+def following(c, p, x, now, then, text, key):
+    """The state at the student's next timestep, and its prediction."""
+    time = np.full(len(x), now)
+    x0 = clean(p, x, time, text)
+    if c.student.sampler == "ode":
+        return x + (then - now) / 1000 * denoise(p, x, time, text), x0
+    return (1 - then / 1000) * x0 + then / 1000 * normal(key, x0.shape), x0
+
+
 def student_input(c, p, x0, text, key):
     keys = jax.random.split(key, 3)
     if c.student.timestep_per == "sample":
@@ -216,24 +225,43 @@ def student_input(c, p, x0, text, key):
         return wide(1 - t / 1000) * x0 + wide(t / 1000) * noise, t, index
     states = [noise]
     for now, then, k in zip(TIMES, TIMES[1:], jax.random.split(keys[2], len(TIMES)), strict=False):
-        x = clean(p, states[-1], np.full(len(x0), now), text)
-        states.append((1 - then / 1000) * x + then / 1000 * normal(k, x.shape))
+        states.append(following(c, p, states[-1], now, then, text, k)[0])
     return np.stack([states[k][row] for row, k in enumerate(index)]), t, index
 
 
-def score_times(c, key, count):
+def score_times(c, key, count, above=None):
     low, high = c.vsd.score_range
+    if above is not None:  # σ = s u / (1 + (s - 1) u) solved for u
+        sigma = above / 1000
+        low = np.clip(sigma / (c.vsd.score_shift * (1 - sigma) + sigma), low, high)
     u = low + (high - low) * np.asarray(jax.random.uniform(key, (count,)), np.float64)
     return 1000 * shifted(c.vsd.score_shift, u)
 
 
-def vsd(c, frozen, fake_score, x, text, key):
+def vsd_guidance(c, t_student, t):
+    factors = c.vsd.guidance_by_step or [1.0] * len(TIMES)
+    low, high = c.vsd.guidance_range
+    by_step = np.array([factors[TIMES.index(time)] for time in t_student])
+    return wide(c.vsd.guidance_weight * by_step * ((t >= low) & (t <= high)))
+
+
+def vsd(c, frozen, fake_score, x, t_student, text, key):
     """Value, and the gradient in x."""
     keys = jax.random.split(key)
     t = score_times(c, keys[0], len(x))
     s = wide(t / 1000)
     x_t = (1 - s) * x + s * normal(keys[1], x.shape)
-    real = x_t - s * guided(frozen["teacher"], x_t, t, text, frozen["null_text"], c.vsd.guidance_weight)
+    teacher, null = frozen["teacher"], frozen["null_text"]
+    if c.vsd.guidance_time == "score":
+        real = x_t - s * guided(teacher, x_t, t, text, null, vsd_guidance(c, t_student, t))
+    else:
+        keys = jax.random.split(jax.random.fold_in(key, 2))
+        noisier = score_times(c, keys[0], len(x), t_student)
+        s2 = wide(noisier / 1000)
+        x_n = (1 - s2) * x + s2 * normal(keys[1], x.shape)
+        difference = denoise(teacher, x_n, noisier, text)
+        difference = difference - denoise(teacher, x_n, noisier, np.broadcast_to(null, text.shape))
+        real = clean(teacher, x_t, t, text) - vsd_guidance(c, t_student, noisier) * s2 * difference
     fake = x_t - s * denoise(fake_score, x_t, t, text)
     distance = np.abs(x - real)
     norm = {"dmd": distance.mean((1, 2, 3, 4), keepdims=True), "batch": distance.mean(), "none": 1.0}
@@ -349,7 +377,7 @@ def student_gradient(c, state, frozen, beta, x0, text, tokens, key):
     in_x, metrics, total = np.zeros_like(x), {}, 0.0
     elsewhere = jax.tree.map(np.zeros_like, p)
     if c.vsd.weight:
-        metrics["vsd"], slope = vsd(c, frozen, state["fake_score"], x, text, k_vsd)
+        metrics["vsd"], slope = vsd(c, frozen, state["fake_score"], x, t, text, k_vsd)
         total, in_x = total + c.vsd.weight * metrics["vsd"], in_x + c.vsd.weight * slope
     if cd.weight and (state["step"] + 1) % cd.every:
         metrics["consistency"] = 0.0
@@ -404,13 +432,13 @@ def policy_gradient(c, p, states, text, advantage):
     return gradient, {"policy": total}
 
 
-def rollout(p, shape, text, key):
+def rollout(c, p, shape, text, key):
     """The student's predictions at all its timesteps."""
     k_noise, key = jax.random.split(key)
     x, predictions = normal(k_noise, shape), []
     for now, then, k in zip(TIMES, (*TIMES[1:], 0.0), jax.random.split(key, len(TIMES)), strict=True):
-        predictions.append(clean(p, x, np.full(len(x), now), text))
-        x = (1 - then / 1000) * predictions[-1] + then / 1000 * normal(k, shape)
+        x, prediction = following(c, p, x, now, then, text, k)
+        predictions.append(prediction)
     return np.stack(predictions)
 
 
@@ -500,7 +528,7 @@ def plain_step(c, state, frozen, batch, host_rewards):
     elif c.fake_score.samples == "rollout":
         k_fake, key = jax.random.split(k_fake)
         pairs = zip(micro, jax.random.split(key, count), strict=True)
-        samples = [rollout(new["student"], rows[0].shape, rows[1], key) for rows, key in pairs]
+        samples = [rollout(c, new["student"], rows[0].shape, rows[1], key) for rows, key in pairs]
     for key in jax.random.split(k_fake, c.fake_score.updates if c.vsd.weight else 0):
         keys = jax.random.split(key, count)
         parts = [
@@ -515,7 +543,7 @@ def plain_step(c, state, frozen, batch, host_rewards):
     metrics |= average(auxiliaries) if auxiliaries else {}
 
     # The average.
-    d = c.student.ema_decay
+    d = c.student.ema_decay if state["step"] >= c.student.ema_start else 0.0
     new["ema"] = jax.tree.map(lambda old, x: d * old + (1 - d) * x, state["ema"], new["student"])
     new["step"] = state["step"] + 1
     if not r.rewards:
@@ -612,6 +640,24 @@ CASES = {
     ),
     "cd-grid": ({"vsd.weight": 0.0, "reward.rewards": (), "consistency.times": "grid"}, {}),
     "cd-student": ({"vsd.weight": 0.0, "reward.rewards": (), "consistency.times": "student"}, {}),
+    "decoupled": (
+        {"student.input": "forward", "vsd.guidance_time": "noisier", "vsd.guidance_by_step": (0.2, 1.5, 1.0, 0.7)}
+        | {"vsd.guidance_range": (400.0, 950.0)},
+        {},
+    ),
+    "guidance-by-step": (
+        {
+            "student.input": "forward",
+            "vsd.guidance_by_step": (0.2, 1.5, 1.0, 0.7),
+            "vsd.guidance_range": (300.0, 700.0),
+        },
+        {},
+    ),
+    "ode": (
+        {"student.input": "backward", "student.sampler": "ode", "fake_score.samples": "rollout"}
+        | {"student.ema_start": FIRST_STEP + 1},
+        {},
+    ),
     "direct-backward": ({"reward.method": "direct", "student.input": "backward", "reward.remat": False}, {}),
 }
 

@@ -301,12 +301,14 @@ def constant(params, x, t, text):
     return params["k"] * like(text.mean((1, 2)), x) * jnp.ones_like(x)
 
 
+@pytest.mark.parametrize("time", ["score", "noisier"])
 @pytest.mark.parametrize("w", [0.0, 2.5])
-def test_guidance_is_the_papers_w_form(make_config, w):
+def test_guidance_is_the_papers_w_form(make_config, w, time):
     """v_c + w (v_c - v_∅): diffusers' form, v_∅ + s (v_c - v_∅), would be off by one v_c - v_∅."""
     config = make_config(
         {
             "vsd.guidance_weight": w,
+            "vsd.guidance_time": time,
             "vsd.normalisation": "none",
             "consistency.guidance_weight": w,
             "consistency.boundary": "none",
@@ -320,7 +322,8 @@ def test_guidance_is_the_papers_w_form(make_config, w):
     real = 1.3 * (c + w * (c - null))
 
     distillation, fake_score = Distillation(config, networks, schedule), {"k": jnp.float32(0.6)}
-    vsd = objectives.vsd(distillation, references(None, fake_score, frozen), generated, args["text"], jax.random.key(3))
+    student_t, compared = jnp.full(BATCH, 500.0), references(None, fake_score, frozen)
+    vsd = objectives.vsd(distillation, compared, generated, student_t, args["text"], jax.random.key(3))
     np.testing.assert_allclose(vsd, 0.5 * (0.6 * c - real) ** 2, rtol=1e-5)
     cd = consistency(
         config, schedule, networks, frozen.teacher, frozen, generated, args["x0"], [600.0, 0.0], args["text"]
@@ -429,3 +432,13 @@ def test_score_times_cover_their_range_and_shift(make_config):
     u = t / 1000 / (3 - 2 * t / 1000)  # the shift undone
     assert 0.2 <= u.min() < 0.203 and 0.597 < u.max() <= 0.6
     assert np.abs(np.histogram(u, 8, (0.2, 0.6))[0] - 512).max() < 5 * np.sqrt(512)
+
+
+@pytest.mark.parametrize(("at", "low"), [(900.0, 0.75), (0.0, 0.2), (1000.0, 0.8)])
+def test_noisier_score_times_lie_above_the_students(make_config, at, low):
+    """σ = 3 u / (1 + 2 u) is 0.9 at u = 3/4; above the range's end only that is left."""
+    config = make_config({"vsd.score_range": (0.2, 0.8), "vsd.score_shift": 3.0})
+    t = objectives.score_times(config.vsd, RF, jax.random.key(0), 4096, jnp.full(4096, at))
+    u = np.asarray(t) / 1000 / (3 - 2 * np.asarray(t) / 1000)
+    np.testing.assert_allclose([u.min(), u.max()], [low, 0.8], atol=1e-3)
+    assert u.mean() == pytest.approx((low + 0.8) / 2, abs=0.015)

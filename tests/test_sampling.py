@@ -285,6 +285,17 @@ def test_single_step_student_is_its_prediction():
     np.testing.assert_array_equal(t, [999.0, 999.0])
 
 
+@pytest.mark.parametrize("schedule", GAUSSIANS[2:4], ids=name)
+def test_an_ode_student_takes_the_teachers_steps_at_its_own_timesteps(schedule):
+    noise, text, key = normal(9, 3, 1, 2, 2, 1), text_states(3), jax.random.key
+    denoiser = Denoiser(gaussian_apply(schedule), {}, schedule, text)
+    few = sampling.few_step_sample(denoiser, STUDENT, noise, key(3), ode=True)
+    times = jnp.broadcast_to(jnp.array([*STUDENT, sch.CLEAN])[:, None], (5, 3))
+    np.testing.assert_allclose(few, sampling.ode_solve(denoiser, noise, times), rtol=1e-5, atol=1e-6)
+    _, _, states = sampling.simulate_backward(denoiser, STUDENT, noise, 3, key(4), ode=True)
+    np.testing.assert_allclose(states[3], sampling.ode_solve(denoiser, noise, times[:4]), rtol=1e-5, atol=1e-6)
+
+
 def test_backward_simulation_stops_at_a_traced_k_and_runs_no_further():
     schedule = Schedule("ddpm", "v")
     noise, text = normal(11, 4, 1, 2, 1, 1), text_states(4)

@@ -43,4 +43,5 @@ def weightless_generator(
         architecture.schedule,
     )
     pipeline = with_given_frames(pipeline, config)
-    return Generator(pipeline, config.data.max_text_length, config.sampling, clip, config.compute.vae_chunk, mesh)
+    settings = config.data.max_text_length, config.sampling, clip, config.compute.vae_chunk, mesh
+    return Generator(pipeline, *settings, student_ode=config.student.sampler == "ode")

@@ -25,7 +25,7 @@ def forwards(config: DistillConfig) -> dict[str, float]:
     alone = not (vsd.weight or reward.rewards)
     parts = {"student": 3.0} if alone else {"student's input": way, "student": 3.0}
     if vsd.weight:
-        parts["VSD"] = 2 + bool(vsd.guidance_weight)
+        parts["VSD"] = 2 + bool(vsd.guidance_weight) * (1 + (vsd.guidance_time == "noisier"))
     if cd.weight:
         own = 0 if alone or (forward and cd.times == "student") else 3
         parts["CD"] = (own + cd.skip * (1 + bool(cd.guidance_weight)) + 1) / cd.every

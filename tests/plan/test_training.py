@@ -20,6 +20,7 @@ CASES = {
     "everything new": {},
     "one rollout": {"student.timestep_per": "micro_batch", "fake_score.samples": "rollout"},
     "student's samples": {"student.input": "forward", "fake_score.samples": "student", "consistency.times": "student"},
+    "decoupled guidance": {"vsd.guidance_time": "noisier"},
     "cd alone, unguided": {"vsd.weight": 0.0, "consistency.guidance_weight": 0.0, "consistency.skip": 2},
 }
 
