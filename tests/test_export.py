@@ -377,7 +377,7 @@ def test_the_manifest_says_what_the_folder_is(wan_folder, folder, request):
 def test_the_card_tells_of_the_run(wan_folder, run, exported, tmp_path):
     card = (exported / "README.md").read_text()
     data = ModelCard(card).data
-    assert (data.library_name, data.license, data.base_model) == ("diffusers", "other", wan_folder.name)
+    assert (data.to_dict()["library_name"], data.license, data.base_model) == ("diffusers", "other", wan_folder.name)
     assert {r.metric_type: r.metric_value for r in data.eval_results} == METRICS["student_3"]
     assert "7 steps" in card and "moving average" in card and "1000, 700, 400" in card
     assert "| consistency distillation (CD), β_CD | 0.5 |" in card
