@@ -62,6 +62,10 @@ class PretrainConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = field("float16", "Type of the weights on disk.")
     checkpoint_every: int = field(500, "Steps between checkpoints.", low=1)
 
+    def __post_init__(self) -> None:
+        if not self.vae_phases and self.init is None:
+            raise ValueError("config.pretrain.vae_phases is empty, and config.pretrain.init names no VAE to take over")
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:

@@ -45,7 +45,20 @@ Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, Metrics]]
 
 
 def pretrain(config: PretrainConfig, workdir: Path) -> Path:
-    """Trains and measures the teacher; returns its folder, `workdir/teacher`."""
+    """Trains and measures the teacher; returns its folder, `workdir/teacher`. Raises ValueError before any work for
+    settings of which no networks can be made."""
+    vae_config, text, dit = networks(config)
+    if (text.d_model, vae_config.z_dim) != (dit.text_dim, dit.in_channels):
+        found = f"text_encoder.d_model and vae.z_dim {text.d_model, vae_config.z_dim}"
+        raise ValueError(
+            f"config.pretrain.{found} must be transformer.text_dim and in_channels {dit.text_dim, dit.in_channels}"
+        )
+    for phase in config.vae_phases:
+        vae_config.latent_shape(min(phase.frames, shapes.FRAMES), shapes.SIZE, shapes.SIZE)
+        if phase.frames > shapes.FRAMES:
+            raise ValueError(
+                f"config.pretrain.vae_phases has frames {phase.frames}, and the videos have {shapes.FRAMES}"
+            )
     vae = train_vae(config, workdir / "vae")
     pipeline = train_teacher(config, vae, workdir / "teacher_training")
     folder = workdir / "teacher"
@@ -53,6 +66,13 @@ def pretrain(config: PretrainConfig, workdir: Path) -> Path:
     metrics = measure(config, load_pipeline(folder))  # what was written, in its dtype
     write_provenance(config, metrics, folder)
     return folder
+
+
+def networks(config: PretrainConfig) -> tuple[WanVAEConfig, UMT5Config, WanConfig]:
+    """The configurations of VAE, text encoder and transformer; ValueError naming a setting that makes no network."""
+    kinds = {"vae": WAN_VAE, "text_encoder": UMT5, "transformer": WAN_TRANSFORMER}
+    made = (kind.own(getattr(config, name), f"config.pretrain.{name}") for name, kind in kinds.items())
+    return tuple(made)  # pyright: ignore[reportReturnType]
 
 
 def fit(
@@ -146,7 +166,7 @@ def train_vae(config: PretrainConfig, folder: Path) -> Component:
     """Trains the VAE through `config.vae_phases`, on single frames before clips. Frames are a fiftieth of a clip's work
     and teach most of what there is to learn: from clips alone the same VAE had 17 dB where frames had brought it to 21
     dB in the same time."""
-    vae = WanVAEConfig(**config.vae)
+    vae = networks(config)[0]
     network = WAN_VAE.network(vae)
     key = jax.random.key(config.seed)
     params = load_pipeline(config.init).vae.params if config.init else Program("init", network.init)(key)
@@ -181,7 +201,7 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     """Trains text encoder and DiT together, as a rectified flow on the VAE's normalised latents."""
     c = config.teacher
     tokenizer = build_tokenizer(shapes.VOCABULARY)
-    text_config, dit_config = UMT5Config(**config.text_encoder), WanConfig(**config.transformer)
+    vae_config, text_config, dit_config = networks(config)
     text, dit = UMT5.network(text_config), WAN_TRANSFORMER.network(dit_config)
     schedule = Schedule("rf", "velocity", shift=c.shift)
 
@@ -195,7 +215,7 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     mean, std, captions = stored["mean"], stored["std"], stored["captions"].tolist()
     axes = (0, 1, 2, 3)
     moments = {"latents_mean": mean.mean(axes), "latents_std": np.sqrt(mean.var(axes) + (std**2).mean(axes))}
-    vae_config = WanVAEConfig(**{**config.vae, **{name: tuple(x.tolist()) for name, x in moments.items()}})
+    vae_config = dataclasses.replace(vae_config, **{name: tuple(x.tolist()) for name, x in moments.items()})
     latents = np.asarray(normalise(jnp.asarray(mean), vae_config))
     ids, mask = tokenize(tokenizer, captions, config.max_text_length)
     null_ids, null_mask = tokenize(tokenizer, [""], config.max_text_length)

@@ -106,6 +106,7 @@ TEACHERS = [
 ]
 
 TRAIN = "train --config=demo --workdir={new} "
+PRETRAIN = "pretrain --config=demo --workdir={new} --config.pretrain."
 LINES = [
     *[(f"train --workdir={{new}} --config={{bad}}/{name}", name) for name in FILES if name.endswith(".py")],
     ("train --workdir={new} --config={bad}/pipe.py", "pipe.py"),
@@ -286,6 +287,15 @@ LINES = [
     ("plan --config=demo --topology=v5e:4x4 --what=dance", "--what"),
     ("pretrain --config=wan_1_3b --workdir={new}", "no pretrain settings"),
     ("pretrain --config=demo --workdir={new} --config.pretrain.teacher.steps=0", "config.pretrain.teacher.steps"),
+    (PRETRAIN + "vae_phases=()", "config.pretrain.vae_phases is empty"),
+    (PRETRAIN + "vae_phases[0].frames=4", "frames must be 1 + a multiple of 4"),
+    (PRETRAIN + "vae_phases[0].frames=401", "config.pretrain.vae_phases has frames 401"),
+    (PRETRAIN + "transformer.num_layers=0", "config.pretrain.transformer: num_layers is 0"),
+    (PRETRAIN + "transformer.ffn_dim=-8", "config.pretrain.transformer: ffn_dim is -8"),
+    (PRETRAIN + "transformer.text_dim=7", "config.pretrain.text_encoder.d_model"),
+    (PRETRAIN + "vae.base_dim=0", "config.pretrain.vae: base_dim is 0"),
+    (PRETRAIN + "text_encoder.d_model=100000000", "config.pretrain.text_encoder: d_model is 100000000"),
+    ("train --config=demo --workdir=/proc/x", "/proc/x cannot be used"),
     ("serve --workdir={run}", "holds no checkpoint"),
     ("serve --workdir={run} --port=70000", "--port"),
     ("demo --seed=-1 --workdir={new}", "--seed"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -167,6 +168,8 @@ def report_error(name: str, error: BaseException) -> int:
 def _sentence(error: Exception) -> str:
     """The error in one line: absl names every missing flag on a line of its own."""
     text = str(error)
+    if isinstance(error, OSError) and error.filename and error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS):
+        return f"{error.filename} cannot be used ({error.strerror}): check the path, and whether it may be written to"
     if missing := re.findall(r"^flag (--\w+)=None: Flag ", text, re.MULTILINE):
         return f"{' and '.join(missing)} must be given"
     text = " ".join(line.strip() for line in text.splitlines() if line.strip())

@@ -32,6 +32,7 @@ def define_flags(_: list[str]) -> None:
     clips += f"{_SECONDS} seconds hold at the teacher's rate, such as 3 for Wan; 1 for the shipped teacher."
     define("integer", "clips", None, clips, 1)
     define("bool", "sample", False, "Keep a sample of the VAE's posterior, not its mean and deviation.")
+    define("bool", "latents", False, "Use the latents in tar files as rCM's, of the teacher's own VAE and scale.")
     define("enum", "dtype", "float16", ["float16", "float32"], "Of latents and text states on disk.")
     define("integer", "max_text_length", None, "Tokens of a caption; 512 but for the shipped teacher.", 1)
     define("integer", "seed", 0, "Seed of random crops and samples.")
@@ -76,6 +77,7 @@ def run() -> None:
     given: dict[str, Any] = {name: FLAGS[name].value for name in names}
     if FLAGS.source and os.path.exists(FLAGS.source):  # a path, from wherever the job is resumed
         given["source"] = os.path.abspath(FLAGS.source)
+    given["sample"] = FLAGS.sample or FLAGS.latents
     given |= {"frames": frames, "fps": fps or None, "clips": clips, "vae_chunk": chunk, "teacher_dtype": dtype}
     given["buckets"] = tuple(map(_size, FLAGS.buckets or ())) or ((height, width),)
     given["max_text_length"] = FLAGS.max_text_length or (12 if shipped else 512)

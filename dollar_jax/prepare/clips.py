@@ -16,13 +16,15 @@ from dollar_jax.prepare.videos import Unusable, array_frames, clips_of, hard_cut
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """The `number`-th clip of the `index`-th video of the list; `frames`, uint8 [t, h, w, 3], is None for a prompt."""
+    """The `number`-th clip of the `index`-th video of the list: `frames`, uint8 [t, h, w, 3], or in their place a
+    `latent`, float32 [t, h, w, c]; or neither for a prompt."""
 
     index: int
     number: int
     name: str
     caption: str
-    frames: np.ndarray | None
+    frames: np.ndarray | None = None
+    latent: np.ndarray | None = None
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -68,7 +70,9 @@ class Loader:
                 choice = any_of if self.settings.caption == "random" else None
                 caption = sources.read_caption(item, choice, self.settings.language)
                 if self.settings.prompts is not None:
-                    return [Clip(index, 0, item["name"], caption, None)]
+                    return [Clip(index, 0, item["name"], caption)]
+                if self.settings.latents:
+                    return [Clip(index, 0, item["name"], caption, latent=sources.read_latent(item))]
                 clips = read_clips(sources.open_video(item), settings, rng)
         except Unusable as reason:
             return readable(str(reason))

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from dollar_jax.data.prepared import NAME, SPLIT, fingerprint
 from dollar_jax.files import new_file, read_json, write_file
 from dollar_jax.generate import Generator
-from dollar_jax.prepare.clips import Loader
+from dollar_jax.prepare.clips import Clip, Loader
 from dollar_jax.prepare.settings import PARTS, PrepareSettings, bucket_name, remember_settings
 from dollar_jax.prepare.shards import PREVIEW, Encoder, Unit, report_path
 from dollar_jax.prepare.sources import Item
@@ -66,6 +66,9 @@ def prepare(
     if first is None:
         raise ValueError(f"there is nothing to prepare in {settings.source or settings.prompts}")
     encoder = Encoder(settings, generator)
+    if settings.latents:
+        found = (clip for item in loader.items() for clip in loader(0, item) if isinstance(clip, Clip))
+        encoder.check(next((clip.latent for clip in found if clip.latent is not None), None))
     remember_settings(settings, out)
     parts = out / PARTS
     if not parts.exists():

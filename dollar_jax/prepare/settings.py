@@ -39,6 +39,7 @@ class PrepareSettings:
     language: str | None = None  # of an object of captions by language
     keep_cuts: bool = False  # clips that cross a hard cut
     vae_chunk: int | None = None  # latent frames that the VAE makes at a time; None is the whole batch
+    latents: bool = False  # the source's own, of this teacher's VAE and as the teacher takes them
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of the text encoder's weights
 
     def __post_init__(self) -> None:
@@ -48,6 +49,10 @@ class PrepareSettings:
             raise ValueError("videos of a TFDS data set carry no times: leave out --fps")
         if len(set(self.buckets)) != len(self.buckets) or not self.buckets:
             raise ValueError(f"the buckets must be different sizes, not {self.buckets}")
+        if self.latents and not self.sample:
+            raise ValueError("latents of others are one sample each, without its deviation: add --sample")
+        if self.latents and (self.prompts or (self.source or "").startswith(TFDS) or len(self.buckets) > 1):
+            raise ValueError("--latents are those of a --source of tar files, of one size")
         if self.prompts is not None and len(self.buckets) > 1:
             raise ValueError("prompts alone have no shape of their own: give one size, not several buckets")
 

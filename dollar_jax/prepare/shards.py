@@ -28,6 +28,7 @@ from dollar_jax.program import Program
 from dollar_jax.weights.pipeline import load_pipeline
 
 PREVIEW = "preview.jpg"
+_MOST_CHANGED = 0.5  # of a latent's norm, decoded and encoded again
 _SHOWN, _MOMENTS, _THUMBNAIL = 8, 6, 96  # of a preview: clips, frames of each, their height in pixels
 
 
@@ -86,17 +87,40 @@ class Encoder:
         self.features = latents_features(settings, *sizes)
         self._serializer = ExampleSerializer(self.features.get_serialized_info())
 
+    def check(self, latent: np.ndarray | None) -> None:
+        """Raises ValueError for a latent that the teacher's decoder and encoder do not give back, as one of another VAE
+        or scale, and for none at all."""
+        source, shape = self.settings.source, None if latent is None else latent.shape
+        if latent is None or shape != self.latent:
+            raise ValueError(
+                f"{source} must hold latents of shape {self.latent}, as clips of these settings have: "
+                f"{'there is none' if latent is None else f'the first is of shape {shape}'}"
+            )
+        frames = self.generator.decode(np.repeat(latent[None], self.batch, 0))
+        back = self.generator.encode(np.round(255 * frames).astype(np.uint8))[0]
+        change = np.linalg.norm(back - latent) / np.linalg.norm(latent)
+        if not change < _MOST_CHANGED:
+            raise ValueError(
+                f"the first latent of {source} differs by {change:.0%} from what this teacher's VAE makes of "
+                "its video: it is of another VAE, or not scaled as the teacher takes it"
+            )
+
     def records(self, clips: list[Clip]) -> Iterator[tuple[Clip, bytes | str]]:
         """Each of at most `batch` clips of one size with its serialised record, or with the reason why it has none."""
         spare = self.batch - len(clips)
         texts = self.generator.text([clip.caption for clip in clips] + [""] * spare)
         mean = std = None
-        if self.settings.prompts is None:
+        if self.settings.prompts is None and not self.settings.latents:
             frames = np.stack([clip.frames for clip in clips])  # type: ignore[arg-type]
             frames = np.concatenate([frames, np.zeros((spare, *frames.shape[1:]), np.uint8)])
             mean, std = self.generator.encode_posterior(frames)
         for i, clip in enumerate(clips):
             arrays = {"text": texts[i, : 1 + max(np.flatnonzero(np.any(texts[i], -1)), default=0)]}
+            if clip.latent is not None:
+                arrays["latent"] = clip.latent
+                if clip.latent.shape != self.latent:
+                    yield clip, f"its latent is of shape {clip.latent.shape}, and not {self.latent} as of the clips"
+                    continue
             if mean is not None and std is not None:
                 if self.settings.sample:
                     noise = np.random.default_rng([self.settings.seed, clip.index, clip.number])

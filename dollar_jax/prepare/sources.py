@@ -5,7 +5,8 @@ A source is listed as items, one JSON object per video, without opening a video:
     {"name": "cats/1.mp4", "video": {"path": …}, "caption": "a cat"}
 
 `video` is a file ({"path"}, with "folder" as a manifest names it), a span of bytes in a tar file ({"path", "offset",
-"size"}), a row of a parquet file ({"path", "group", "row", "column"}) or a record of a TFDS split ({"record"}).
+"size"}, with "latent" where it is one), a row of a parquet file ({"path", "group", "row", "column"}) or a record of a
+TFDS split ({"record"}).
 `caption` is what the source says, whatever its type; in its place `captions` are the files or spans it may be in, of
 which the first that holds one counts. `broken` in an item says what was wrong with it already."""
 
@@ -36,12 +37,13 @@ from dollar_jax.prepare.manifests import (
     readable,
 )
 from dollar_jax.prepare.videos import SUFFIXES, Unusable
+from dollar_jax.weights.torch_file import read_torch
 
 _PICKLED = "what is pickled can run code and is not read"
 _LATENTS = "it does not say which VAE made it, nor how it is scaled"
-INSTEAD = dict.fromkeys(("pth", "pt", "pkl", "pickle"), _PICKLED) | dict.fromkeys(
-    ("npy", "npz", "safetensors"), _LATENTS
-)
+_TORCH = ("pth", "pt")
+INSTEAD = dict.fromkeys((*_TORCH, "pkl", "pickle"), _PICKLED) | dict.fromkeys(("npy", "npz", "safetensors"), _LATENTS)
+_PARTS = ("latent", "embed", "prompt")  # of a sample of rCM's: NAME.latent.pth, NAME.embed.pth, NAME.prompt.txt
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 _NO_CAPTION = ("", "nan", "none", "null", "n/a")
 TFDS, HUB = "tfds:", "hf:"
@@ -146,8 +148,8 @@ def _is_listed_where_it_lies(link: Path, root: Path) -> bool:
 
 
 def _list_tar(path: Path) -> Iterator[Item]:
-    """WebDataset's samples: members of one name; a video, and a .txt or .json. Only headers are read. A tar that ends
-    too early, or is damaged, gives what it has, and an item that says so."""
+    """WebDataset's samples: members of one name; a video or latent, and a .txt or .json. Only headers are read. A tar
+    that ends too early, or is damaged, gives what it has, and an item that says so."""
     items: dict[str, Item] = {}
     broken = None
     try:
@@ -156,6 +158,8 @@ def _list_tar(path: Path) -> Iterator[Item]:
                 tar.members = []  # type: ignore[assignment]  # tarfile would keep every header
                 folder, _, base = member.name.removeprefix("./").rpartition("/")
                 stem, _, kind = base.rpartition(".")
+                whole, _, part = stem.rpartition(".") if kind in (*_TORCH, "txt") else ("", "", "")
+                stem, part = (whole, part) if whole and part in _PARTS else (stem, "")
                 if member.isdir() or base.startswith("."):  # what macOS adds to each file
                     continue
                 name = f"{path.name}/{folder + '/' if folder else ''}{stem}"
@@ -169,7 +173,9 @@ def _list_tar(path: Path) -> Iterator[Item]:
                     item["captions"].insert(0, span)
                 elif kind.lower() == "json":
                     item["captions"].append({**span, "json": True})
-                elif kind in INSTEAD:
+                elif part == "latent" and member.isfile():
+                    item.setdefault("video", {**span, "latent": True})
+                elif kind in INSTEAD and part != "embed":
                     item["instead"] = kind
             assert tar.fileobj
             tar.fileobj.seek(tar.offset)
@@ -244,6 +250,8 @@ def _text(value: Any, rng: np.random.Generator | None, language: str | None) -> 
 def open_video(item: Item) -> Any:
     """What `read_clips` opens; raises Unusable for a missing or empty file."""
     video = item["video"]
+    if "latent" in video:
+        raise Unusable("holds a latent and no video: --latents uses those of the teacher's own VAE")
     if "row" in video:
         return _parquet_video(video)
     if "offset" in video:
@@ -259,6 +267,17 @@ def open_video(item: Item) -> Any:
     if not path.stat().st_size:
         raise Unusable("is empty")
     return str(path)
+
+
+def read_latent(item: Item) -> np.ndarray:
+    """The latent, float32 [t, h, w, c], of a sample of rCM's, a torch tensor [c, t, h, w]; raises Unusable."""
+    if "latent" not in item["video"]:
+        raise Unusable("holds no latent: leave out --latents")
+    try:
+        ((_, latent),) = read_torch(io.BytesIO(_read(item["video"])))
+        return np.asarray(latent, np.float32).reshape(latent.shape[-4:]).transpose(1, 2, 3, 0)
+    except ValueError as error:
+        raise Unusable(f"has a latent that cannot be read: {error}") from error
 
 
 def _parquet_video(place: dict[str, Any]) -> Any:

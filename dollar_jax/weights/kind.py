@@ -56,6 +56,17 @@ class Kind:
                 self._check(file, name, fields.get(name, value(config)), value(config))
         return config
 
+    def own(self, fields: Mapping[str, Any], where: str) -> Any:
+        """The configuration of settings in place of a file: what they leave out has its default; ValueError naming the
+        setting that is wrong, or unknown."""
+        hints = get_type_hints(self.config)
+        if unknown := sorted(fields.keys() - hints.keys()):
+            raise ValueError(f"{where} has no {unknown[0]}; there are {', '.join(hints)}")
+        try:
+            return self.config(**{name: typed(value, hints[name], name, where) for name, value in fields.items()})
+        except TypeError as error:
+            raise ValueError(f"{where}: {error}") from error
+
     def _check(self, file: object, name: str, found: Any, value: Any) -> None:
         if not callable(value) and found != value:
             raise ValueError(f"{file} has {name} = {found!r}, not {value!r}: {self.note}")

@@ -6,7 +6,7 @@ import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -44,22 +44,26 @@ _TAKES = {"TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2, "S
 _TAKES |= {"REDUCE": 2, "BUILD": 1, "APPEND": 1, "APPENDS": None}
 
 
-def read_torch(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of each tensor of a state dict, or of that under "state_dict" or "model"; ValueError naming the
-    file when it is damaged or holds anything else."""
+def read_torch(path: Path | IO[bytes]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of each tensor of a state dict, or of that under "state_dict" or "model"; of a tensor alone its
+    name is "". ValueError naming the file when it is damaged or holds anything else."""
     try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        with open_regular(path) if isinstance(path, Path) else path as file, zipfile.ZipFile(file) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise ValueError("it is compressed")
             (pickle,) = (record for record in archive.infolist() if record.filename.endswith("/data.pkl"))
             if pickle.file_size > _MOST:
                 raise ValueError(f"its pickle has more than {_MOST} bytes")
             found = _root(archive.read(pickle))
+            if isinstance(found, _Stored):
+                found = {"": found}
             for name, stored in found.get("state_dict", found.get("model", found)).items():
                 if isinstance(stored, _Stored):
                     yield name, stored.read(archive, pickle.filename.removesuffix("data.pkl"))
     except Exception as error:  # whatever a damaged file leads to
-        raise ValueError(f"{path} is no whole file of torch.save with tensors alone: {error}") from error
+        raise ValueError(
+            f"{path if isinstance(path, Path) else 'it'} is no whole file of torch.save with tensors alone: {error}"
+        ) from error
 
 
 def _root(pickle: bytes) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -9,20 +10,23 @@ import random
 import shutil
 import signal
 import sys
+import tarfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import torch
 
 from dollar_jax import cli
+from dollar_jax.data import shapes
 from dollar_jax.prepare import job, shards
 from dollar_jax.prepare.clips import Loader
 from dollar_jax.prepare.job import prepare
-from dollar_jax.prepare.settings import remember_settings
+from dollar_jax.prepare.settings import PrepareSettings, remember_settings
 from dollar_jax.prepare.videos import ClipSettings, read_clips
 from dollar_jax.video import encode_mp4
 
@@ -427,3 +431,63 @@ def test_a_source_is_the_same_by_a_relative_path_and_an_older_job_goes_on(settin
     remember_settings(settings, tmp_path / "out")
     with pytest.raises(ValueError, match="begun with language = None, not 'en'"):
         remember_settings(replace(settings, language="en"), tmp_path / "out")
+
+
+def tar_of_latents(path, samples):
+    """A tar as rCM's: NAME.latent.pth, NAME.embed.pth and NAME.prompt.txt of each sample."""
+    with tarfile.open(path, "w") as tar:
+        for name, (latent, prompt) in samples.items():
+            data = io.BytesIO()
+            torch.save(latent, data)
+            files = {"latent.pth": data.getvalue(), "embed.pth": b"not read", "prompt.txt": prompt.encode()}
+            for kind, content in files.items():
+                info = tarfile.TarInfo(f"{name}.{kind}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def test_latents_of_the_teachers_own_vae_are_taken_as_they_are(settings, tmp_path, monkeypatch, capsys):
+    own = PrepareSettings(**asdict(settings) | {"teacher": "moving_shapes", "source": str(tmp_path / "latents.tar")})
+    own = replace(own, frames=shapes.FRAMES, buckets=((shapes.SIZE, shapes.SIZE),), sample=True, latents=True)
+    generator = shards.load_generator(own)
+    videos, captions = zip(*(shapes.example(3, "train", i) for i in range(3)), strict=True)
+    captions = [str(caption) for caption in captions]
+    latents = generator.encode(np.stack(videos))
+    as_torch = [torch.from_numpy(x.transpose(3, 0, 1, 2).copy()) for x in latents]
+    good = {f"00{i}": (as_torch[i].bfloat16(), f"{captions[i]}\n") for i in range(3)}
+    bad = {"3": (as_torch[0][:, :1].clone(), "one frame"), "4": ({"a": Path("x")}, "code"), "5": (as_torch[0], "")}
+    bad["6"] = (as_torch[0] * torch.nan, "not finite")
+    tar_of_latents(tmp_path / "latents.tar", good | bad)
+    summary = prepare(own, generator, tmp_path / "out")
+    assert (summary.clips, summary.rejected) == (3, 4)
+    found = {record["name"].decode(): record for record in records(tmp_path / "out")}
+    assert sorted(found) == [f"latents.tar/00{i}" for i in range(3)]
+    for i in range(3):
+        record = found[f"latents.tar/00{i}"]
+        np.testing.assert_allclose(record["latent"], latents[i], atol=2**-6)  # bfloat16
+        assert record["caption"].decode() == captions[i] and "latent_std" not in record
+        states = generator.text([captions[i]])[0]
+        np.testing.assert_allclose(record["text"], states[: len(record["text"])], atol=1e-6)
+        assert not states[len(record["text"]) :].any()
+    rejected = (tmp_path / "out" / "rejected.jsonl").read_text()
+    reasons = {row["name"]: row["reason"] for row in map(json.loads, rejected.splitlines())}
+    assert "its latent is of shape (1," in reasons["latents.tar/3"]
+    assert "'pathlib" in reasons["latents.tar/4"] and "which no tensor needs" in reasons["latents.tar/4"]
+    assert reasons["latents.tar/5"] == "has no caption" and "not finite" in reasons["latents.tar/6"]
+    # Those of another VAE, or on another scale, are refused before anything is written.
+    for wrong in (3 * as_torch[0], as_torch[0].flip(0), torch.randn(as_torch[0].shape)):
+        tar_of_latents(tmp_path / "latents.tar", {"0": (wrong.clone(), "a square")})
+        with pytest.raises(ValueError, match="not scaled as the teacher takes it"):
+            prepare(own, generator, tmp_path / "wrong")
+        assert not (tmp_path / "wrong").exists()
+    # By the command, and without the flag.
+    tar_of_latents(tmp_path / "latents.tar", good)
+    argv = ["dollar", "prepare", f"--source={own.source}", "--dtype=float32"]
+    monkeypatch.setattr(sys, "argv", [*argv, f"--out={tmp_path / 'command'}", "--latents"])
+    cli.main()
+    assert "3 clips of 3 in the list; 0 rejected" in capsys.readouterr().out
+    again = {record["name"].decode(): record["latent"] for record in records(tmp_path / "command")}
+    assert all(np.array_equal(again[name], record["latent"]) for name, record in found.items())
+    with pytest.raises(ValueError, match="none of the 3 videos could be used"):
+        prepare(replace(own, latents=False), generator, tmp_path / "plain")
+    assert "--latents uses those" in (tmp_path / "plain" / "rejected.jsonl").read_text()
