@@ -39,7 +39,7 @@ def get_config(losses: str = "vsd+cd") -> ConfigDict:
             "weight": 0.03,
             "start_step": 400,
             "updates": 5,
-            "replay": 256,
+            "replay": 512,
             "optimiser": {"learning_rate": 1e-4, "final_ratio": 0.1, "b2": 0.99, "weight_decay": 0.0, "clip_norm": 1.0},
         },
     }

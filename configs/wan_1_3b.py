@@ -18,8 +18,8 @@ pseudo-Huber) and the student's input ("backward", its own way from noise, as us
 β_FT counts standard deviations of the reward; the paper's 1.0 with HPSv2 is 0.01 of them. 1,200 updates of the
 student are FastGen's, whose 6,000 iterations count those of the fake score; users of such systems report saturated
 colours from about a thousand on. The latent reward model takes 5 updates a step, 2,000 before it counts. A row of
-`reward.replay` is 17 MB of every host's memory and of a checkpoint; the more of them the latent reward model sees the
-better (docs/rewards.md), so take what your hosts can spare."""
+`reward.replay` is 17 MB of every host's memory and of a checkpoint, 8 where no reward reads prompts; 64 chips add 128 a
+step. The more of them the latent reward model sees the better (docs/rewards.md): take what your hosts can spare."""
 
 from ml_collections import ConfigDict
 
@@ -46,6 +46,6 @@ def get_config(losses: str = "vsd+cd") -> ConfigDict:
         "fake_score.samples": "rollout",
         "vsd": {"guidance_weight": 4.0, "score_shift": 5.0},
         "consistency": {"guidance_weight": 4.0, "every": 2},
-        "reward": {"start_step": 400, "updates": 5, "optimiser.learning_rate": 1e-3},
+        "reward": {"start_step": 400, "updates": 5, "replay": 512, "optimiser.learning_rate": 1e-3},
     }
     return experiment(None, losses, changes)

@@ -129,6 +129,17 @@ def train_programs(
     return TrainPrograms(mesh, distillation, step, Program("init", init, begun, mesh, at, state_sharding), merge)
 
 
+def shared_rewards(config: DistillConfig, mesh: Mesh) -> DistillConfig:
+    """The configuration as it is run on a mesh: where several hosts each score their own samples, reward.samples and
+    reward.batch_size are raised to the next numbers that divide over its data × fsdp, and samples a micro-batch."""
+    shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], config.batch_size // config.accumulation
+    if sharding.host_count(mesh) == 1 or not config.reward.rewards or rows % shards:
+        return config
+    up = {name: -(-getattr(config.reward, name) // shards) * shards for name in ("samples", "batch_size")}
+    up["samples"] = next(n for n in range(up["samples"], rows + 1, shards) if rows % n == 0)
+    return dataclasses.replace(config, reward=dataclasses.replace(config.reward, **up))
+
+
 def teacher_programs(
     config: DistillConfig,
     generator: Generator,

@@ -22,7 +22,7 @@ from dollar_jax.distributed import gather, preemption
 from dollar_jax.generate import Generator
 from dollar_jax.lock import owned
 from dollar_jax.monitoring import Log, Profile, make_sample_logger, make_throughput
-from dollar_jax.programs import TrainPrograms, step_flops, teacher_programs
+from dollar_jax.programs import TrainPrograms, shared_rewards, step_flops, teacher_programs
 from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.pixels import pixel_rewards
@@ -51,6 +51,7 @@ def train(
     method_of(config).check()
     if Checkpoints(workdir / CHECKPOINTS).latest():
         check_config(config, workdir)
+    asked, config = config, shared_rewards(config, generator.mesh)
     pipeline, rewards = generator.pipeline, load_rewards(config.reward.rewards)
     pixels = pixel_rewards(config.reward, rewards, generator.frames)
     programs = teacher_programs(config, generator, pixels, score_real=callable(data) or data.has_latents)
@@ -85,7 +86,7 @@ def train(
         sample_logger = make_sample_logger(config, workdir, generator, frozen.teacher, decoder, data.some_captions)
         flops = functools.partial(step_flops, config, generator, pixels, data.has_latents)
         throughput = make_throughput(config, programs.mesh, flops)
-        record_config(config, workdir, resumed)
+        record_config(asked, workdir, resumed)
         with (
             Log(workdir, first, config, throughput) as log,
             Profile(config.visibility.profile_steps, workdir, first) as profile,

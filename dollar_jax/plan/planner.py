@@ -28,7 +28,7 @@ from dollar_jax.plan.chips import Chip, chips, host_devices
 from dollar_jax.plan.teachers import architecture_of, weightless_generator
 from dollar_jax.prepare.shards import prepare_programs
 from dollar_jax.program import Program
-from dollar_jax.programs import run_programs, step_flops, teacher_programs
+from dollar_jax.programs import run_programs, shared_rewards, step_flops, teacher_programs
 from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.pixels import PixelRewards, pixel_rewards
 
@@ -153,6 +153,7 @@ def _jobs(config: DistillConfig, topology: str, what: What | Whole, video: Video
     devices, chip = chips(topology)
     clip = _clip(config, video)
     generator = weightless_generator(config, architecture_of(config), clip, sharding.make_mesh(config.mesh, devices))
+    config = shared_rewards(config, generator.mesh)
     generator = dataclasses.replace(generator, host=sharding.host_mesh(host_devices(topology, devices)))
     pixels = pixel_rewards(config.reward, load_rewards(config.reward.rewards), generator.frames)
     programs = programs_of(what, config, generator, pixels)

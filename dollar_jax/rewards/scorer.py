@@ -82,7 +82,8 @@ class Scorer:
         copies = {name: {k: np.array(v) for k, v in part.items()} for name, part in parts.items()}
         self.monitor.state = copies["monitor"]
         for shape, memory in self.memories.items():
-            memory.state = copies[self._name(shape)]
+            stored = copies[self._name(shape)]  # by version 0.1.0 with text that is not read
+            memory.state = {k: v[tuple(map(slice, memory.state[k].shape))] for k, v in stored.items()}
 
     def _name(self, shape: Shape) -> str:
         return f"{self.method.stored_as}_{'x'.join(map(str, shape))}"

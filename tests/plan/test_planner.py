@@ -14,11 +14,12 @@ import jax
 import pytest
 
 from dollar_jax import cli, sharding
-from dollar_jax.config import MeshConfig
+from dollar_jax.config import MeshConfig, changed
 from dollar_jax.plan import chips as chips_module
 from dollar_jax.plan import planner
 from dollar_jax.plan.chips import Chip, chips, parse_mesh
 from dollar_jax.plan.teachers import architecture_of
+from dollar_jax.programs import shared_rewards
 from dollar_jax.weights.pipeline import save_pipeline
 from dollar_jax.weights.wan import WAN_TRANSFORMER
 
@@ -68,11 +69,17 @@ def test_a_plan_of_an_import_holds_the_teacher_and_leaves_the_state(virtual, mak
     assert 7 * weights / 8 < found.output_gib < 7 * weights / 7
 
 
-def test_rewards_that_the_hosts_of_a_slice_cannot_share_are_refused(virtual, make_config, monkeypatch):
-    """As in the run itself, where each host scores samples of its own."""
+def test_rewards_are_shared_by_the_hosts_of_a_slice(virtual, make_config, monkeypatch):
+    """As in the run itself, where each host scores samples of its own: so many more that each has as many."""
     monkeypatch.setattr(sharding, "host_count", lambda mesh: 2)
-    with pytest.raises(ValueError, match="reward.samples is 2, which does not divide over data × fsdp = 4"):
-        planner.plan(make_config({**TINY, "reward.samples": 2}), "v5e:2x4")
+    few = make_config({**TINY, "batch_size": 40, "reward.samples": 2, "reward.batch_size": 5})
+    (job,) = planner._jobs(few, "v5e:2x4", "train")
+    assert job.config.reward.samples == 4 and job.config.reward.batch_size == 8
+    mesh = sharding.make_mesh(few.mesh, jax.devices()[:8])  # 4 shards of a batch of 40
+    for asked, shared in {1: 4, 4: 4, 5: 8, 10: 20, 20: 20}.items():
+        assert shared_rewards(changed(few, {"reward.samples": asked}), mesh).reward.samples == shared
+    monkeypatch.setattr(sharding, "host_count", lambda mesh: 1)
+    assert shared_rewards(few, mesh) is few
 
 
 def test_what_prepare_sample_and_evaluate_execute_is_planned(virtual, make_config):

@@ -384,7 +384,7 @@ def test_tar_members_need_not_be_neighbours_and_pickles_stay_shut(tmp_path):
         ]:
             add(tar, name, data)
         add(tar, "1.txt", b"")
-        add(tar, "3.latent.pth", b"?")
+        add(tar, "3.state.pth", b"?")
         add(tar, "4.latent.npy", b"?")
         link = tarfile.TarInfo("5.mp4")
         link.type, link.linkname = tarfile.LNKTYPE, "1.mp4"
@@ -393,7 +393,7 @@ def test_tar_members_need_not_be_neighbours_and_pickles_stay_shut(tmp_path):
     found = [
         ("a.tar/1", "first", b"one"),
         ("a.tar/2.v1", "second", b"two"),
-        ("a.tar/3.latent", "holds a .pth and no video: what is pickled can run code and is not read"),
+        ("a.tar/3.state", "holds a .pth and no video: what is pickled can run code and is not read"),
         ("a.tar/4.latent", "holds a .npy and no video: it does not say which VAE made it, nor how it is scaled"),
         ("a.tar/5", "is a link inside a tar file"),
     ]

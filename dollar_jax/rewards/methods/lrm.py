@@ -62,6 +62,7 @@ class LatentReward(RewardMethod):
     def inputs(self, latent: Shape, text: Shape) -> ScoredLatents:
         c = self.settings
         rows = c.updates, c.batch_size
+        text = (text[0] if c.use_text else 1, text[1])  # that is not read
         shapes = (*rows, *c.scored_shape(latent)), (*rows, *text), (*rows, len(c.trained)), rows
         return ScoredLatents(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
 
@@ -103,7 +104,7 @@ class LatentReward(RewardMethod):
     def _scored(self, text: TextStates, samples: RewardSamples) -> ScoredLatents:
         """The samples of this step as rows [n g, ...]."""
         latent, reward = flat(samples.latent), flat(samples.reward)[:, np.array(self.settings.trained)]
-        text = jnp.repeat(text, samples.latent.shape[1], 0)
+        text = jnp.repeat(text if self.settings.use_text else text[:, :1], samples.latent.shape[1], 0)
         return ScoredLatents(latent, text, reward, jnp.ones(len(latent)))
 
 
@@ -125,7 +126,8 @@ class Replay:
     def add(self, samples: RewardSamples, text: np.ndarray, reward: np.ndarray) -> None:
         """Over the oldest rows; rows of which a reward is not finite are left out."""
         good = np.isfinite(reward).all(-1).ravel()
-        rows = {"latent": flat(samples.latent), "text": text.repeat(reward.shape[1], 0), "reward": flat(reward)}
+        text = text[:, : self.state["text"].shape[1]].repeat(reward.shape[1], 0)
+        rows = {"latent": flat(samples.latent), "text": text, "reward": flat(reward)}
         rows = {name: np.asarray(value)[good] for name, value in rows.items()}
         rows["weight"] = np.ones(good.sum(), np.float32)
         slots = (int(self.state["added"]) + np.arange(good.sum())) % len(self.state["weight"])
