@@ -4,9 +4,9 @@ The experiments in configs/ travel in the wheel as `dollar_jax.configs`, which p
 the other packages.
 """
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 setup(
-    packages=[*find_packages(include=["dollar_jax", "dollar_jax.*"]), "dollar_jax.configs"],
+    packages=[*find_namespace_packages(include=["dollar_jax", "dollar_jax.*"]), "dollar_jax.configs"],
     package_dir={"dollar_jax.configs": "configs"},
 )
