@@ -78,8 +78,8 @@ def clip(folder: Path) -> None:
 def videos(folder: Path, height: int, width: int, frames: int) -> None:
     rng = np.random.default_rng(0)
     for i, caption in enumerate(shapes.covering_captions()[:8]):
-        start, step = rng.integers(0, 100, 3), rng.integers(-8, 8, 3)
-        grey = start + step * np.arange(2 * frames)[:, None] % 256  # CogVideoX takes every other one
+        start, step = rng.integers(60, 160, 3), rng.integers(-4, 5, 3)
+        grey = start + step * np.arange(2 * frames)[:, None]  # CogVideoX takes every other one
         clip = np.broadcast_to(grey[:, None, None], (len(grey), height, width, 3)).astype(np.uint8)
         write_video(folder / f"{i}.mp4", clip, 16)
         (folder / f"{i}.txt").write_text(f"{caption}\n")
