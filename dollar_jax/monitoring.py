@@ -223,12 +223,12 @@ class Log:
 
     def wait_for(self, compiled: Future[Any]) -> None:
         """Shows on the bar that it compiles and for how long, and keeps that out of its estimate; raises as it does."""
-        begun, shown = time.perf_counter(), self.bar.desc
+        begun = time.perf_counter()
         while not compiled.done():
             self.bar.set_description_str(f"compiling, {time.perf_counter() - begun:.0f} s")
             wait([compiled], 1)
         self.bar.unpause()
-        self.bar.set_description_str(shown)
+        self.bar.set_description_str("distilling")
         compiled.result()
 
     def step(

@@ -323,7 +323,11 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         # The host's part: the same rows in every step; rows that do not belong together.
         ("default_rng([self.seed, step])", "default_rng([self.seed, 0])", [SCORER]),
         ("default_rng([self.seed, step])", "default_rng([0, step])", [SCORER]),
-        ("text.repeat(reward.shape[1], 0), ", "np.tile(text, (reward.shape[1], 1, 1)), ", [SCORER]),
+        (
+            'text[:, : self.state["text"].shape[1]].repeat(reward.shape[1], 0)',
+            'np.tile(text[:, : self.state["text"].shape[1]], (reward.shape[1], 1, 1))',
+            [SCORER],
+        ),
         ("np.isfinite(reward).all(-1).ravel()", "np.isfinite(reward).any(-1).ravel()", [SCORER]),
         ('(int(self.state["added"]) + np.arange(good.sum()))', "np.arange(good.sum())", [SCORER]),
     ],

@@ -112,6 +112,12 @@ def alone(launch, tmp_path_factory):
     return workdir, train(launch, workdir, 1, 4, **{"mesh.data": 2, "mesh.fsdp": 2})
 
 
+@pytest.mark.multiprocess
+def test_two_processes_take_a_step_and_show_samples(launch, tmp_path):
+    (line,) = train(launch, tmp_path / "run", 2, 1, steps=1, **{"mesh.data": 2, "visibility.samples_every": 1})
+    assert line["step"] == 1 and "reward_generated" in line and "sample_vendi" in line
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_train_as_one_and_their_checkpoint_serves_another_number(launch, alone, tmp_path):
