@@ -177,6 +177,17 @@ class FakeScoreConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GANConfig:
+    """A discriminator on the fake score's features, which tells noised real latents from the student's, as in DMD2
+    (arXiv 2405.14867). It is in the fake score's state, and has its optimiser."""
+
+    weight: float = field(0.0, "Weight of the student's -log D; DMD2's is 0.005, FastGen's 0.03.", low=0)
+    fake_score_weight: float = field(0.01, "Weight of the discriminator's loss beside the fake score's.", low=0)
+    depth: float = field(0.5, "Share of the fake score's blocks before the features.", above=0, high=1)
+    width: int = field(128, "Channels of the head.", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class LatentRewardSettings:
     """The latent reward model; see `models.latent_reward`."""
 
@@ -397,6 +408,7 @@ class DistillConfig:
     vsd: VSDConfig = field(VSDConfig(), "Variational score distillation.")
     consistency: ConsistencyConfig = field(ConsistencyConfig(), "Consistency distillation.")
     fake_score: FakeScoreConfig = field(FakeScoreConfig(), "The fake-score network.")
+    gan: GANConfig = field(GANConfig(), "The discriminator.")
     reward: RewardConfig = field(RewardConfig(), "The rewards.")
     visibility: VisibilityConfig = field(VisibilityConfig(), "What a run shows of itself.", resumable=True)
     pretrain: PretrainConfig | None = field(None, "How `dollar pretrain` trains a teacher.", resumable=True)
@@ -413,6 +425,8 @@ class DistillConfig:
             raise ValueError(f"config.batch_size {self.batch_size} does not divide into {parts}")
         if (found := len(self.vsd.guidance_by_step)) not in (0, known := len(self.student.timesteps)):
             raise ValueError(f"config.vsd.guidance_by_step has {found} factors for {known} of config.student.timesteps")
+        if self.gan.weight and not self.vsd.weight:
+            raise ValueError("config.gan.weight needs the fake score: set config.vsd.weight")
         if self.fake_score.samples == "rollout" and self.student.input == "forward":
             raise ValueError("config.fake_score.samples 'rollout' needs config.student.input 'backward'")
         if self.reward.rewards and rows % self.reward.samples:

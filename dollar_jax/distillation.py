@@ -25,12 +25,13 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The apply functions of the step: one diffusion transformer for all roles, the latent reward model, and
-    the JAX rewards of decoded latents, None without any."""
+    """The apply functions of the step: one diffusion transformer for all roles, the latent reward model, the JAX
+    rewards of decoded latents, None without any, and the discriminator, on parameters of the fake score."""
 
     denoiser: Apply
     latent_reward: Any  # (params, latent, text) → [b]
     pixel_rewards: PixelRewards | None = None
+    discriminator: Any = None  # (params, x_t, t, text, given frames, early=) → prediction and logit [b], or that alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Distillation:
     def start(self, clip: Latent, key: Key) -> Latent:
         """Noise, with the given frames of `clip`: where sampling starts."""
         return schedules.keep_given(self.schedule, clip, jax.random.normal(key, clip.shape))
+
+    def logit(self, params: Params, text: TextStates, x_t: Latent, t: Time, early: bool = True) -> Any:
+        """The discriminator's; not `early`, of the fake score's prediction and it."""
+        given = [k] if (k := self.schedule.given_frames) else []
+        return self.networks.discriminator(params, x_t, t, text, *given, early=early)
 
     def denoiser(self, params: Params, text: TextStates, *guidance: Any) -> Denoiser:
         """`guidance` is null text and weight."""

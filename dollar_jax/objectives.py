@@ -203,7 +203,8 @@ def fake_score(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The denoising loss (8.13) of the fake-score network on samples of the student: new ones, or one of n per row. The
     metrics hold its sum and count in each of SCORE_BINS equal parts of the timesteps too, for an average hides a
-    network that has lost track at one end."""
+    network that has lost track at one end. With a discriminator its loss, -log D(real) - log(1 - D(generated)), is
+    added, on the same times and noise."""
     c, schedule, text = d.config, d.schedule, batch.text
     keys = jax.random.split(key, 3)
     if samples is None:
@@ -217,19 +218,34 @@ def fake_score(
     t = score_times(c.vsd, schedule, keys[1], len(generated))
     eps = jax.random.normal(keys[2], generated.shape)
     x_t = schedules.add_noise(schedule, generated, eps, t)
-    prediction = d.denoiser(params, text).prediction(x_t, t)
+    aux, more = {}, 0.0
+    if c.gan.weight:
+        prediction, logit = d.logit(params, text, x_t, t, early=False)
+        real = d.logit(params, text, schedules.add_noise(schedule, batch.latent, eps, t), t)
+        aux["discriminator"] = (jax.nn.softplus(-real) + jax.nn.softplus(logit)).mean()
+        more = c.gan.fake_score_weight * aux["discriminator"]
+    else:
+        prediction = d.denoiser(params, text).prediction(x_t, t)
     if c.fake_score.loss == "x0":
         prediction, goal = schedules.to_x0(schedule, prediction, x_t, t), generated
     else:
         goal = schedules.target(schedule, generated, eps, t)
     each = losses.denoising(*schedules.generated(schedule, prediction, goal))
     bins = jnp.clip(t * SCORE_BINS / schedule.num_train_timesteps, 0, SCORE_BINS - 1).astype(jnp.int32)
-    aux = {"fake_score": each.mean()}
+    aux["fake_score"] = each.mean()
     for k in range(SCORE_BINS):
         inside = bins == k
         aux[f"fake_score_sum_{k}"] = jnp.where(inside, each, 0.0).sum()
         aux[f"fake_score_count_{k}"] = inside.sum().astype(jnp.float32)
-    return each.mean(), lax.stop_gradient(aux)
+    return each.mean() + more, lax.stop_gradient(aux)
+
+
+def gan_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict[str, Array]]:
+    """-log D of the generated latents, noised; non-saturating, as in DMD2 (arXiv 2405.14867)."""
+    keys = jax.random.split(key)
+    t = score_times(d.config.vsd, d.schedule, keys[0], len(p.t))
+    x_t = schedules.add_noise(d.schedule, p.generated, jax.random.normal(keys[1], p.x_t.shape), t)
+    return jax.nn.softplus(-d.logit(lax.stop_gradient(p.references.fake_score), p.batch.text, x_t, t)), {}
 
 
 VSD = Term("vsd", "", "variational score distillation (VSD)", "VSD loss", lambda config: config.vsd.weight, vsd_term)
@@ -247,7 +263,8 @@ CONSISTENCY = Term(
 def terms(config: DistillConfig) -> tuple[Term | None, ...]:
     """Rows of the table for a run. A term draws from the key of its place, so that new ones go to the end."""
     vsd, cd = VSD if config.vsd.weight else None, CONSISTENCY if config.consistency.weight else None
-    return vsd, cd, method_of(config).term
+    return vsd, cd, method_of(config).term, *((GAN,) if config.gan.weight else ())
 
 
-TERMS = (VSD, CONSISTENCY, *(method.term for method in METHODS.values() if method.term is not None))
+GAN = Term("gan", "", "adversarial loss (GAN)", "Adversarial loss", lambda config: config.gan.weight, gan_term)
+TERMS = (VSD, CONSISTENCY, *(method.term for method in METHODS.values() if method.term is not None), GAN)

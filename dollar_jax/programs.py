@@ -16,6 +16,7 @@ from dollar_jax.distillation import Batch, Distillation, Frozen, Networks
 from dollar_jax.flops import count_flops
 from dollar_jax.generate import DATA_PROMPTS, Generator, merge_program, student_network
 from dollar_jax.models import lora
+from dollar_jax.models.feature_head import FeatureHead
 from dollar_jax.models.latent_reward import LatentRewardModel
 from dollar_jax.models.network import Network, make_network
 from dollar_jax.optim import make_optimiser
@@ -25,7 +26,7 @@ from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.pixels import PixelRewards
 from dollar_jax.rewards.scorer import decode_program
 from dollar_jax.schedule import Schedule
-from dollar_jax.state import Optimisers, TrainState, init_state
+from dollar_jax.state import GAN_HEAD, Optimisers, TrainState, init_state
 from dollar_jax.step import make_step
 from dollar_jax.types import Params
 
@@ -87,14 +88,22 @@ def train_programs(
         make_optimiser(config.fake_score.optimiser, config.steps * config.fake_score.updates),
         make_optimiser(config.reward.optimiser, config.steps * config.reward.updates),
     )
-    adapted = student_network(transformer, config.lora)
+    adapted, gan_head = student_network(transformer, config.lora), None
+    if config.gan.weight:
+        if not score_real:
+            raise ValueError("config.gan.weight needs real latents, and the data has none")
+        x = (jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in (latent_shape, (), text_shape))
+        look = functools.partial(transformer.apply, tap=config.gan.depth, early=True)
+        sizes = jax.eval_shape(look, transformer.shapes, *x).shape[-1], config.gan.width
+        gan_head = make_network(lambda rngs: FeatureHead(*sizes, rngs, config.compute.dtype))
 
     def init(key: jax.Array, teacher: Params) -> TrainState:
         state_key, head_key = jax.random.split(key)
         start = teacher
         if config.lora.rank:
             start = lora.adapters(adapted.init(jax.random.fold_in(key, 2)))
-        return init_state(state_key, start, head.init(head_key), optimisers, len(config.reward.trained))
+        new = None if gan_head is None else gan_head.init(jax.random.fold_in(key, 3))
+        return init_state(state_key, start, head.init(head_key), optimisers, len(config.reward.trained), new)
 
     state_shapes = jax.eval_shape(init, jax.random.key(0), transformer.shapes)
     on_chips = sharding.shard(mesh, state_shapes)
@@ -109,7 +118,7 @@ def train_programs(
     given = ((mesh.shape["data"] * mesh.shape["fsdp"], *shape) for shape in (latent_shape, (), text_shape))
     given = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in given)
     jax.eval_shape(sharding.with_mesh(mesh, transformer.apply), transformer.shapes, *given)
-    networks = _networks(config, transformer, adapted, head, pixel_rewards)
+    networks = _networks(config, transformer, adapted, (head, gan_head), pixel_rewards)
     distillation = Distillation(config, networks, schedule, score_real)
     update = make_step(distillation, optimisers, {f: getattr(on_chips, f) for f in offload})
 
@@ -206,19 +215,28 @@ def latent_reward_network(config: DistillConfig, channels: int, text_dim: int) -
 
 
 def _networks(
-    config: DistillConfig, transformer: Network, adapted: Network, head: Network, pixel_rewards: PixelRewards | None
+    config: DistillConfig, transformer: Network, adapted: Network, heads: tuple[Network, Network | None], pixels: Any
 ) -> Networks:
-    """Of the transformer and the same with adapters; each is told by the structure of its parameters."""
+    """Of the transformer and the same with adapters; each is told by the structure of its parameters. `heads` are the
+    latent reward model and the discriminator's."""
+    head, gan_head = heads
     structure, use_text = jax.tree.structure(adapted.shapes), config.reward.use_text
 
-    def denoiser(params: Params, *args: Any) -> jax.Array:
+    def denoiser(params: Params, *args: Any, **tap: Any) -> Any:
+        params = {name: value for name, value in params.items() if name != GAN_HEAD}
         network = adapted if jax.tree.structure(params) == structure else transformer
-        return network.apply(params, *args)
+        return network.apply(params, *args, **tap)
+
+    def discriminator(params: Params, *args: Any, early: bool) -> Any:
+        assert gan_head is not None
+        found = denoiser(params, *args, tap=config.gan.depth, early=early)
+        logit = functools.partial(gan_head.apply, params[GAN_HEAD])
+        return logit(found) if early else (found[0], logit(found[1]))
 
     def latent_reward(params: Params, latent: jax.Array, text: jax.Array) -> jax.Array:
         return head.apply(params, latent, text if use_text else None)
 
-    return Networks(denoiser, latent_reward, pixel_rewards)
+    return Networks(denoiser, latent_reward, pixels, discriminator)
 
 
 def _batch_shapes(

@@ -117,7 +117,8 @@ def few_step_predictions(
     keys = _split(key, len(timesteps))
 
     def step(x: Latent, inputs):
-        return _student_step(denoiser, x, *inputs, ode)
+        t, t_next, step_key = inputs
+        return _student_step(denoiser, x, t, t_next, step_key, ode)
 
     return lax.scan(step, noise.astype(jnp.float32), (times[:-1], times[1:], keys))[1]
 

@@ -25,8 +25,8 @@ FSDP = ("fsdp", "context")
 ALL = ("fsdp", "context", "tensor")
 
 RULES: tuple[tuple[str, P], ...] = (
-    # The latent reward model is small. In checkpoints it is the reward head.
-    (r"(.*/)?(latent_reward|reward_head).*", P()),
+    # The latent reward model, in checkpoints the reward head, and the discriminator's head are small.
+    (r"(.*/)?(latent_reward|reward_head|gan_head).*", P()),
     (r"reward_statistics/.*", P()),
     # Low-rank adapters: [layer, in, rank] and [layer, rank, out].
     (r"(.*/)?blocks/.*/adapter/down", P(None, FSDP, None)),

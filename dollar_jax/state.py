@@ -65,12 +65,19 @@ class Optimisers:
     latent_reward: optax.GradientTransformation
 
 
-def init_state(key: Key, start: Params, latent_reward: Params, optimisers: Optimisers, rewards: int) -> TrainState:
+GAN_HEAD = "gan_head"  # among the fake score's parameters: the discriminator's own
+
+
+def init_state(
+    key: Key, start: Params, latent_reward: Params, optimisers: Optimisers, rewards: int, gan_head: Params | None = None
+) -> TrainState:
     """Student, average and fake score start as fp32 copies of `start`, the teacher or new adapters."""
     master = jax.tree.map(lambda x: x.astype(jnp.float32), start)
     none = jnp.zeros(max(rewards, 1))  # Orbax saves nothing that is empty
     networks = {"student": master, **{name: jax.tree.map(jnp.copy, master) for name in ("ema", "fake_score")}}
-    trained = {"student": master, "fake_score": master, "latent_reward": latent_reward}
+    if gan_head is not None:
+        networks["fake_score"] = networks["fake_score"] | {GAN_HEAD: gan_head}
+    trained = {"student": master, "fake_score": networks["fake_score"], "latent_reward": latent_reward}
     states = {f"{name}_optimiser": getattr(optimisers, name).init(params) for name, params in trained.items()}
     begun = {"step": jnp.zeros((), jnp.int32), "reward_statistics": RewardStatistics(none, none, jnp.zeros(()))}
     return TrainState(**begun, **networks, **states, key=key, latent_reward=latent_reward)

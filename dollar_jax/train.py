@@ -29,7 +29,7 @@ from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.rewards.scorer import Scorer
 from dollar_jax.run import CHECKPOINTS, check_config, read_config, record_config
 from dollar_jax.skips import Skips, explain
-from dollar_jax.state import TrainState, as_items, from_items, to_items
+from dollar_jax.state import GAN_HEAD, TrainState, as_items, from_items, to_items
 from dollar_jax.types import Params
 
 
@@ -156,11 +156,13 @@ def _begin(config: DistillConfig, programs: TrainPrograms, teacher: Params) -> T
     if config.init is None:
         return state
     workdir = Path(config.init)
-    read_config(workdir)
     items = _abstract(programs)
+    if not read_config(workdir).gan.weight:
+        items["fake_score"]["fake_score"].pop(GAN_HEAD, None)
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         parts = checkpoints.restore({name: items[name] for name in ("student", "ema", "fake_score")})
-    return dataclasses.replace(state, **{k: v for item in parts.values() for k, v in item.items()})
+    found = {k: v for item in parts.values() for k, v in item.items()}
+    return dataclasses.replace(state, **found | {"fake_score": {**state.fake_score, **found["fake_score"]}})
 
 
 def _abstract(programs: TrainPrograms) -> dict[str, Any]:

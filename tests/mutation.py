@@ -124,6 +124,13 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
             "text, frozen.null_text, 0.0).x0(x_t, t)\n    else",
             [GRADIENTS],
         ),
+        # The discriminator is shown generated latents as real ones; the student is to be found out.
+        (
+            "schedules.add_noise(schedule, batch.latent, eps, t), t)",
+            "x_t, t)",
+            [f"{ALGORITHM}::test_step_is_algorithm_29[gan]"],
+        ),
+        ("softplus(-d.logit", "softplus(d.logit", [f"{ALGORITHM}::test_step_is_algorithm_29[gan]"]),
         # Decoupled guidance at the score's own state, or below the student's timestep.
         ("x0(x_n, noisier) for s", "x0(x_t, t) for s", [f"{ALGORITHM}::test_step_is_algorithm_29[decoupled]"]),
         ("low = jnp.clip(schedules.unif", "high = jnp.clip(schedules.unif", [OBJECTIVES]),

@@ -75,6 +75,13 @@ def denoise(p, x, t, text):
     return own + (text.mean(1) @ p["words"]["kernel"])[:, None, None, None]
 
 
+def discriminator(p, x, t, text, early):
+    """Of the denoiser's own output, averaged over the video, so that its gradient reaches every parameter."""
+    features = denoise(p, x, t, text)
+    logit = features.mean((1, 2, 3)) @ p["gan_head"]["kernel"]
+    return logit if early else (features, logit)
+
+
 def head(p, latent, text):
     features = latent.mean((1, 2, 3)) @ p["mean"]["kernel"] + (latent**2).mean((1, 2, 3)) @ p["square"]["kernel"]
     return features + text.mean(1) @ p["words"]["kernel"] + p["bias"]
@@ -111,7 +118,7 @@ def take_step(config, state, frozen, batch, host_rewards):
         ]
     )
     pixels = pixel_rewards(config.reward, rewards, decode)
-    networks = Networks(denoise, head, pixels)
+    networks = Networks(denoise, head, pixels, discriminator)
     optimisers = Optimisers(
         make_optimiser(config.student.optimiser, 9),
         make_optimiser(config.fake_score.optimiser, 18),
@@ -121,8 +128,9 @@ def take_step(config, state, frozen, batch, host_rewards):
     step = jax.jit(make_step(distillation, optimisers))
     parameters = pixels.params(np.float32(DECODER)) if pixels else ()
     there = Frozen(*jax.tree.map(jnp.float32, (frozen["teacher"], frozen["null_text"])), parameters)
+    gan_head = jax.tree.map(jnp.float32, state["fake_score"].get("gan_head"))
     start = init_state(
-        jax.random.key(5), state["student"], jax.tree.map(jnp.float32, state["reward_head"]), optimisers, 2
+        jax.random.key(5), state["student"], jax.tree.map(jnp.float32, state["reward_head"]), optimisers, 2, gan_head
     )
     here = dataclasses.replace(
         start,
@@ -177,7 +185,26 @@ def clean(p, x, t, text):
 
 def clean_gradient(grad, x, t, text):
     """The gradient of Σ grad · x̂0 in the denoiser's parameters."""
-    grad = -wide(t / 1000) * grad
+    return denoise_gradient(-wide(t / 1000) * grad, x, t, text)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def of_logit(p, grad):
+    """The gradient of Σ grad · logit in the denoiser's output."""
+    return np.broadcast_to(wide(grad) * p["gan_head"]["kernel"] / np.prod(LATENT[:3]), (len(grad), *LATENT))
+
+
+def discriminator_gradient(p, grad, x, t, text):
+    """The gradient of Σ grad · logit in the fake score's parameters."""
+    of_head = grad @ denoise(p, x, t, text).mean((1, 2, 3))
+    return denoise_gradient(of_logit(p, grad), x, t, text) | {"gan_head": {"kernel": of_head}}
+
+
+def denoise_gradient(grad, x, t, text):
+    """The gradient of Σ grad · velocity in the denoiser's parameters."""
     return {
         "linear": {"kernel": np.einsum("bthwi,bthwo->io", x, grad)},
         "bias": np.einsum("bthwc,b->c", grad, t / 1000),
@@ -350,7 +377,7 @@ def some_frames(c, latent, key):
 
 def student_gradient(c, state, frozen, beta, x0, text, tokens, key):
     """Gradient of L_VSD + β_CD L_CD + β_FT L_FT, metrics, and the generated latents with their rewards."""
-    k_input, k_vsd, k_consistency, k_cut = jax.random.split(key, 4)
+    k_input, k_vsd, k_consistency, k_cut, *k_gan = jax.random.split(key, 5 if c.gan.weight else 4)
     p, cd = state["student"], c.consistency
     own = np.stack([np.linspace(a, b, cd.skip + 1) for a, b in zip(TIMES, (*TIMES[1:], 0.0), strict=True)], 1)
 
@@ -411,6 +438,15 @@ def student_gradient(c, state, frozen, beta, x0, text, tokens, key):
         in_cut = -beta * sum(w * slope for w, slope in zip(scale, slopes, strict=True)) / len(cut)
         for row, i, slope in zip(range(0, len(x), len(x) // len(cut)), begin, in_cut, strict=True):
             in_x[row, i : i + len(slope)] += slope
+    if c.gan.weight:
+        fake, keys = state["fake_score"], jax.random.split(k_gan[0])
+        score_t = score_times(c, keys[0], len(x))
+        s = wide(score_t / 1000)
+        logit = discriminator(fake, (1 - s) * x + s * normal(keys[1], x.shape), score_t, text, True)
+        metrics["gan"] = -np.log(sigmoid(logit)).mean()
+        total += c.gan.weight * metrics["gan"]
+        slope = of_logit(fake, (sigmoid(logit) - 1) / len(x)) @ fake["linear"]["kernel"].T
+        in_x = in_x + c.gan.weight * (1 - s) * slope
     metrics |= {"student_loss": total, "latent_mean": x.mean(), "latent_std": x.std()}
     metrics |= {"data_mean": x0.mean(), "data_std": x0.std()}
     gradient = jax.tree.map(np.add, clean_gradient(in_x, x_t, t, text), elsewhere)
@@ -461,10 +497,24 @@ def fake_score_gradient(c, p, student, x0, text, samples, key):
         gradient = clean_gradient(-2 * d / d.size / s, x_t, t, text)
     each = (d**2).mean((1, 2, 3, 4))
     metrics = {"fake_score": each.mean()}
+    if c.gan.weight:
+        x_real = (1 - s) * x0 + s * noise
+        made, real = (discriminator(p, y, t, text, True) for y in (x_t, x_real))
+        metrics["discriminator"] = -np.log(sigmoid(real) * (1 - sigmoid(made))).mean()
+        share = c.gan.fake_score_weight / len(x)
+        more = discriminator_gradient(p, share * sigmoid(made), x_t, t, text)
+        less = discriminator_gradient(p, share * (sigmoid(real) - 1), x_real, t, text)
+        gradient = _sum(gradient, more, less)
     for k in range(4):
         inside = (t >= 250 * k) & (t < 250 * (k + 1))
         metrics |= {f"fake_score_sum_{k}": each[inside].sum(), f"fake_score_count_{k}": inside.sum()}
     return gradient, metrics
+
+
+def _sum(*trees):
+    """Of trees that share a part, that of each part."""
+    names = set().union(*trees)
+    return {name: jax.tree.map(lambda *x: sum(x), *(t[name] for t in trees if name in t)) for name in names}
 
 
 def head_regression(p, latent, text, reward, weight):
@@ -658,11 +708,13 @@ CASES = {
         | {"student.ema_start": FIRST_STEP + 1},
         {},
     ),
+    "gan": ({"student.input": "forward", "gan.weight": 0.4, "gan.fake_score_weight": 0.7, "reward.rewards": ()}, {}),
+    "gan-latent": ({"student.input": "backward", "gan.weight": 0.4, "fake_score.loss": "x0"}, HOST),
     "direct-backward": ({"reward.method": "direct", "student.input": "backward", "reward.remat": False}, {}),
 }
 
 
-def draw_start():
+def draw_start(gan):
     """Networks that all differ, statistics that are known, and a batch for every step."""
     rng = np.random.default_rng(3)
 
@@ -676,6 +728,8 @@ def draw_start():
     latent_model = {name: {"kernel": rng.normal(size=4) / 2} for name in ("mean", "square")}
     latent_model |= {"words": {"kernel": rng.normal(size=5) / 2}, "bias": np.array(0.3)}
     state = {name: network() for name in ("student", "ema", "fake_score")} | {"reward_head": latent_model}
+    if gan:
+        state["fake_score"]["gan_head"] = {"kernel": rng.normal(size=4)}
     state["statistics"] = {"mean": np.array([0.4, -0.2]), "variance": np.array([0.3, 0.8]), "count": np.array(6.0)}
     state["step"] = FIRST_STEP
     for name in ("student", "fake_score", "reward_head"):
@@ -714,7 +768,7 @@ def draw_batches(config, rng):
 def test_step_is_algorithm_29(make_config, case):
     changes, host_rewards = CASES[case]
     config = make_config({**BASE, **changes})
-    state, frozen, rng = draw_start()
+    state, frozen, rng = draw_start(bool(config.gan.weight))
     # In the precision that the step is given them in.
     state, frozen, batches = jax.tree.map(
         lambda x: np.float64(np.float32(x)) if np.asarray(x).dtype == float else x,

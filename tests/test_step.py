@@ -220,6 +220,23 @@ def test_initial_state_is_the_same_on_eight_devices(runner, base, initial):
 LORA = (("lora.rank", 2), ("lora.targets", ("blocks/attn./to_(q|v|out)", "blocks/ffn/proj_(in|out)")))
 
 
+def test_a_discriminator_is_in_the_fake_scores_state_beside_adapters(runner):
+    """It is 0 at first, so that both losses are known, and learns."""
+    run = runner(*LORA, ("gan.weight", 0.1), ("mesh.data", 2), ("mesh.fsdp", 2))
+    items = host(to_items(run.program.init(jax.random.key(0), run.frozen.teacher)))
+    state, history = run.run(items, 2)
+    first, second = history
+    np.testing.assert_allclose(first["gan"], np.log(2), rtol=1e-6)
+    losses = first["vsd"] + 0.5 * first["consistency"] + 0.1 * first["gan"]
+    np.testing.assert_allclose(first["student_loss"], losses, rtol=1e-5)
+    assert 0 < abs(second["gan"] - np.log(2)) < 0.5 and first["discriminator"] < 2 * np.log(2) + 0.1
+    paths = set(flatten_dict(state["fake_score"]["fake_score"], sep="/"))
+    assert {p.split("/")[0] for p in paths if "adapter" not in p} == {"gan_head"}
+    assert not any("gan_head" in p for p in flatten_dict(state["student"], sep="/"))
+    changed = jax.tree.map(lambda a, b: (a != b).any(), *(x["fake_score"]["fake_score"] for x in (items, state)))
+    assert all(jax.tree.leaves(changed["gan_head"]["score"])) and changed["gan_head"]["hidden"]["kernel"]
+
+
 def test_adapters_start_where_the_whole_network_does(runner, base, initial, alone):
     """The same losses in the first step; then only adapters have moved, and they are all the state holds."""
     adapted = runner(*LORA)

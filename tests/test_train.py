@@ -18,7 +18,7 @@ import pytest
 from dollar_jax import sharding, skips
 from dollar_jax import train as loop
 from dollar_jax.checkpoint import Checkpoints
-from dollar_jax.config import RewardGuard
+from dollar_jax.config import GANConfig, RewardGuard
 from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.distillation import RewardSamples
 from dollar_jax.distributed import Preempted
@@ -447,6 +447,8 @@ def test_a_run_goes_on_from_another_ones_student(train, whole, config, tmp_path)
     for name in ("student", "ema", "fake_score"):
         jax.tree.map(np.testing.assert_array_equal, state[name], expected[name])
     assert int(state["progress"]["step"]) == 0
+    state = train(tmp_path / "gan", dataclasses.replace(begun, gan=GANConfig(weight=0.1)))
+    assert state["fake_score"]["fake_score"].keys() - expected["fake_score"]["fake_score"].keys() == {"gan_head"}
     with pytest.raises(FileNotFoundError, match="nowhere holds no run"):
         train(tmp_path / "other", dataclasses.replace(begun, init=str(tmp_path / "nowhere")))
 

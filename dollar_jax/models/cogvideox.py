@@ -4,6 +4,7 @@ left out, and so are the patches in time of version 1.5. As in our Wan, norms, m
 embedding and the residual sums are fp32 whatever `dtype` is."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from dollar_jax.models import activation_sharding, embeddings
 from dollar_jax.models.attention import ContextParallel, Implementation, attention
 from dollar_jax.models.embeddings import Rotary, rotate
-from dollar_jax.models.layers import MLP, FeedForward, LayerNorm, Linear, Remat, check_compute, run_blocks, stack_blocks
+from dollar_jax.models.layers import MLP, FeedForward, LayerNorm, Linear, Remat, check_compute, run_tapped, stack_blocks
 
 _zeros = nnx.initializers.zeros
 Tokens = Float[Array, "b n d"]
@@ -160,9 +161,9 @@ class CogVideoXTransformer(nnx.Module):
         self.proj_out = Linear(c.dim, c.patch_size**2 * c.out_channels, **last, **dense)
 
     def __call__(
-        self, x: Float[Array, "b t h w c"], t: Float[Array, " b"], text: Float[Array, "b l d"]
-    ) -> Float[Array, "b t h w out"]:
-        """`t` in [0, 999]; every row of `text` is attended to, as in CogVideoX those of padding are."""
+        self, x: Float[Array, "b t h w c"], t: Float[Array, " b"], text: Float[Array, "b l d"], **tap: Any
+    ) -> Any:
+        """`t` in [0, 999]; every row of `text` is attended to, as in CogVideoX those of padding are; `tap` is Wan's."""
         c = self.config
         grid, patch = self._grid(x.shape[1:]), c.patch
         # Whole rows, as in Wan.
@@ -183,9 +184,12 @@ class CogVideoXTransformer(nnx.Module):
         rotary = jax.tree.map(lambda table: activation_sharding.pad_tokens(table, axis=0), rotary)
         is_text = jnp.arange(y.shape[1])[:, None] < length
         compute = {"length": c.num_layers, "remat": c.remat, "scan": c.scan_layers}
-        y = run_blocks(self.blocks, y, time, is_text, rotary, tokens, **compute)
+        y, features = run_tapped(self.blocks, y, time, is_text, rotary, tokens, **compute, **tap)
+        if tap.get("early"):
+            return features[:, length:tokens]
         y = self.norm_out(self.norm_final(y[:, length:tokens]), time)
-        return embeddings.unpatchify(self.proj_out(y), grid, patch)
+        v = embeddings.unpatchify(self.proj_out(y), grid, patch)
+        return (v, features[:, length:tokens]) if tap else v
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         c, (t, h, w, channels) = self.config, shape

@@ -135,12 +135,15 @@ def stack_blocks(build: Callable[[nnx.Rngs], Block], length: int, rngs: nnx.Rngs
 
 
 def run_blocks(
-    blocks: nnx.Module, x: Array, *args: Any, length: int, remat: Remat = "none", scan: bool = True
+    blocks: nnx.Module, x: Array, *args: Any, length: int, remat: Remat = "none", scan: bool = True, first: int = 0
 ) -> Array:
-    """x ← block(x, *args) for each of the stacked `blocks` in turn. `scan` compiles one block whatever their number;
-    without it the loop is unrolled. `remat` says what the backward pass keeps of a block: everything ("none"), its
-    input only ("full"), its input and the outputs of the dense layers ("dots") or of attention ("attention")."""
+    """x ← block(x, *args) for the stacked `blocks` from `first` up to `length` in turn. `scan` compiles one block
+    whatever their number; without it the loop is unrolled. `remat` says what the backward pass keeps of a block:
+    everything ("none"), its input only ("full"), its input and the outputs of the dense layers ("dots") or of attention
+    ("attention")."""
     graphdef, params = nnx.split(blocks)
+    if first or length < len(jax.tree.leaves(params)[0]):
+        params = jax.tree.map(lambda p: p[first:length], params)
 
     def body(x: Array, layer: nnx.State) -> tuple[Array, None]:
         return place(nnx.merge(graphdef, layer)(x, *args)), None
@@ -157,6 +160,15 @@ def run_blocks(
         body = jax.checkpoint(body, policy=policies[remat], prevent_cse=not scan)
     if scan:
         return jax.lax.scan(body, x, params)[0]
-    for i in range(length):
+    for i in range(length - first):
         x, _ = body(x, jax.tree.map(lambda p, i=i: p[i], params))
     return x
+
+
+def run_tapped(
+    blocks: nnx.Module, x: Array, *args: Any, length: int, tap: float | None = None, early: bool = False, **how: Any
+) -> tuple[Array, Array]:
+    """`run_blocks`, and x after the share `tap` of the blocks; `early`, no block after those runs."""
+    block = 0 if tap is None else max(1, round(tap * length))
+    features = run_blocks(blocks, x, *args, length=block, **how) if block else x
+    return features if early else run_blocks(blocks, features, *args, length=length, first=block, **how), features

@@ -4,7 +4,7 @@ timestep embedder, residual stream's norms and modulation tables whatever `param
 
 import dataclasses
 import math
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from dollar_jax.models.layers import (
     RMSNorm,
     check_compute,
     layer_norm,
-    run_blocks,
+    run_tapped,
     stack_blocks,
 )
 
@@ -171,10 +171,16 @@ class WanTransformer(nnx.Module):
         self.scale_shift_table = nnx.Param(_table(rngs, 2, c.dim))
 
     def __call__(
-        self, x: Float[Array, "b t h w c"], t: Float[Array, " b"], text: Float[Array, "b l d"], given: int = 0
-    ) -> Float[Array, "b t h w out"]:
+        self,
+        x: Float[Array, "b t h w c"],
+        t: Float[Array, " b"],
+        text: Float[Array, "b l d"],
+        given: int = 0,
+        **tap: Any,
+    ) -> Any:
         """`t` in [0, 1000]; `text` comes with padded rows zeroed and, as in Wan, not masked. The tokens of the first
-        `given` latent frames have the time 0 instead, as TI2V's of an image (a time for every token in diffusers)."""
+        `given` latent frames have the time 0 instead, as TI2V's of an image (a time for every token in diffusers).
+        With a `tap` (of `run_tapped`) the tokens [b n dim] there come beside the velocity, or alone and `early`."""
         c = self.config
         grid = self._grid(x.shape[1:])
         # Height and width get 2⌊head_dim / 6⌋ channels each and time the rest.
@@ -192,11 +198,14 @@ class WanTransformer(nnx.Module):
         text = activation_sharding.constrain(text, None, None)
         y = self.patch_embedding(activation_sharding.constrain(y, activation_sharding.CONTEXT, None))
         how = {"length": c.num_layers, "remat": c.remat, "scan": c.scan_layers}
-        y = run_blocks(self.blocks, y, text, modulation, rotary, tokens, clean, **how)
+        y, features = run_tapped(self.blocks, y, text, modulation, rotary, tokens, clean, **how, **tap)
+        if tap.get("early"):
+            return features[:, :tokens]
         shift, scale = _by_token(self.scale_shift_table[...] + time[:, :, None], y.shape[1], clean)
         y = self.proj_out(layer_norm(y, c.eps) * (1 + scale) + shift)
         y = activation_sharding.constrain(y, activation_sharding.CONTEXT, None)
-        return unpatchify(y[:, :tokens], grid, c.patch_size)
+        velocity = unpatchify(y[:, :tokens], grid, c.patch_size)
+        return (velocity, features[:, :tokens]) if tap else velocity
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         c, (*size, channels) = self.config, shape

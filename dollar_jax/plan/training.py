@@ -32,6 +32,8 @@ def forwards(config: DistillConfig) -> dict[str, float]:
     parts["rewards"] = method_of(config).forwards()
     if vsd.weight:
         parts["fake score"] = 3.0 * fake.updates
+        if config.gan.weight:
+            parts["GAN"] = 3 * config.gan.depth * (1 + fake.updates)
         parts["its samples"] = {"fresh": fake.updates * (1 + way), "rollout": n, "student": 0.0}[fake.samples]
     return {name: float(value) for name, value in parts.items() if value}
 

@@ -28,6 +28,7 @@ CURVES = {
         "student_loss": "Student, total loss",
         **{term.name: term.curve for term in TERMS if term.sign > 0},
         "fake_score": "Fake score, denoising loss",
+        "discriminator": "Discriminator, loss",
         "reward_regression": "Latent reward model, regression loss",
     },
     "Rewards": {

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ CASES = {
     "everything new": {},
     "one rollout": {"student.timestep_per": "micro_batch", "fake_score.samples": "rollout"},
     "student's samples": {"student.input": "forward", "fake_score.samples": "student", "consistency.times": "student"},
+    "gan": {"gan.weight": 0.1, "gan.depth": 0.25},
     "decoupled guidance": {"vsd.guidance_time": "noisier"},
     "cd alone, unguided": {"vsd.weight": 0.0, "consistency.guidance_weight": 0.0, "consistency.skip": 2},
 }
@@ -33,23 +35,27 @@ def test_forwards_are_the_rows_that_reach_the_network_and_come_back(case):
     config = changed(config, fields | CASES[case])
     rows = collections.Counter()
 
-    @jax.custom_vjp
-    def seen(x):
-        jax.debug.callback(lambda: rows.update(forward=len(x)))
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def seen(x, share):
+        jax.debug.callback(lambda: rows.update(forward=share * len(x)))
         return x
 
-    def back(_, grad):
-        jax.debug.callback(lambda: rows.update(backward=len(grad)))
+    def back(share, _, grad):
+        jax.debug.callback(lambda: rows.update(backward=share * len(grad)))
         return (grad,)
 
-    seen.defvjp(lambda x: (seen(x), None), back)
+    seen.defvjp(lambda x, share: (seen(x, share), None), back)
 
-    def apply(params, x_t, t, text):
-        return seen(params["w"] * x_t)
+    def apply(params, x_t, t, text, share=1.0):
+        return seen(params["w"] * x_t, share)
+
+    def discriminator(params, *args, early):
+        y = apply(params, *args, share=config.gan.depth if early else 1.0)
+        return y.mean((1, 2, 3, 4)) if early else (y, y.mean((1, 2, 3, 4)))
 
     optimiser = make_optimiser(config.student.optimiser, 10)
     optimisers = Optimisers(optimiser, optimiser, optimiser)
-    network = Networks(apply, lambda params, latent, text: latent.mean((1, 2, 3, 4)))
+    network = Networks(apply, lambda params, latent, text: latent.mean((1, 2, 3, 4)), None, discriminator)
     step = jax.jit(make_step(Distillation(config, network, Schedule("rf", "velocity")), optimisers))
     params = {"w": jnp.float32(0.5)}
     state = init_state(jax.random.key(0), params, {"w": jnp.zeros(1)}, optimisers, 0)
