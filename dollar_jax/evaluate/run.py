@@ -15,20 +15,12 @@ import numpy as np
 
 from dollar_jax.config import DistillConfig, RewardTerm
 from dollar_jax.data.clip import clip_fps
+from dollar_jax.evaluate import measure as measuring
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.files import draw_missing, file_name
 from dollar_jax.evaluate.folder import measure_folder
 from dollar_jax.evaluate.manifest import describe, made_of, manifest_path, write_manifest
-from dollar_jax.evaluate.measure import (
-    TIMED,
-    default_plan,
-    draw_in_turns,
-    measure,
-    network_measures,
-    percentages,
-    samplers,
-    speedups,
-)
+from dollar_jax.evaluate.measure import default_plan, draw_in_turns, measure, percentages, samplers, speedups
 from dollar_jax.evaluate.metrics import write_metrics
 from dollar_jax.generate import Generator, video_keys
 from dollar_jax.report.run import write_report
@@ -59,7 +51,7 @@ def evaluate(
     terms, reward = _reward(workdir, config, allow_code)
     rewards = ", ".join(term.label for term in terms if term.weight)
     rows = samplers(generator, restore_student(workdir, generator), config.student.timesteps)
-    network = None if features is None else network_measures(features, quick)
+    network = None if features is None else measuring.network_measures(features, quick)
     table, videos = measure(generator, rows, plan, reward, network)
     teacher, chosen = f"teacher_{config.sampling.num_steps}", plan.spread(SHOWN)
     shown = {name: clips[chosen] for name, clips in videos.items()}
@@ -127,7 +119,7 @@ def evaluate_prompts(
     files = [(file_name(prompt, i), prompt, i) for prompt in prompts for i in range(num)]
     batch = generator.samples_at_once(len(prompts))
     few = list(itertools.islice(itertools.cycle(prompts), batch))
-    _, seconds = draw_in_turns(generator, ways, few, batch, seed, TIMED)
+    _, seconds = draw_in_turns(generator, ways, few, batch, seed, measuring.TIMED)
     table, shown, made = {}, {}, made_of(prompts, [seed], num, {name: prompt for name, prompt, _ in files})
     scale = max(1, 256 // generator.clip[2])  # small videos lose their colours in H.264
     stride = scale * max(1, generator.clip[2] // 256)

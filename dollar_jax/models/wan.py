@@ -12,21 +12,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dollar_jax.models import activation_sharding
+from dollar_jax.models import activation_sharding, layers
 from dollar_jax.models.attention import ContextParallel, Implementation, attention
 from dollar_jax.models.embeddings import Rotary, patchify, rotary_tables, rotate, timestep_embedding, unpatchify
-from dollar_jax.models.layers import (
-    MLP,
-    FeedForward,
-    LayerNorm,
-    Linear,
-    Remat,
-    RMSNorm,
-    check_compute,
-    layer_norm,
-    run_tapped,
-    stack_blocks,
-)
+from dollar_jax.models.layers import MLP, FeedForward, LayerNorm, Linear, Remat, RMSNorm, run_tapped, stack_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +46,7 @@ class WanConfig:
     def __post_init__(self) -> None:
         if self.qk_norm != "rms_norm_across_heads":
             raise ValueError(f"qk_norm is {self.qk_norm!r}; Wan has only 'rms_norm_across_heads'")
-        check_compute(self)
+        layers.check_compute(self)
         if self.attention_head_dim % 2 or self.freq_dim % 2:
             found = f"attention_head_dim {self.attention_head_dim} and freq_dim {self.freq_dim}"
             raise ValueError(f"{found} must be even, for rotations and for sine and cosine pairs")
@@ -152,7 +141,7 @@ class WanBlock(nnx.Module):
         return (x + self.ffn(y) * gate2).astype(self.dtype)
 
     def _modulate(self, x: Array, shift: Array, scale: Array) -> Array:
-        return (layer_norm(x, self.eps) * (1 + scale) + shift).astype(self.dtype)
+        return (layers.layer_norm(x, self.eps) * (1 + scale) + shift).astype(self.dtype)
 
 
 class WanTransformer(nnx.Module):
@@ -202,7 +191,7 @@ class WanTransformer(nnx.Module):
         if tap.get("early"):
             return features[:, :tokens]
         shift, scale = _by_token(self.scale_shift_table[...] + time[:, :, None], y.shape[1], clean)
-        y = self.proj_out(layer_norm(y, c.eps) * (1 + scale) + shift)
+        y = self.proj_out(layers.layer_norm(y, c.eps) * (1 + scale) + shift)
         y = activation_sharding.constrain(y, activation_sharding.CONTEXT, None)
         velocity = unpatchify(y[:, :tokens], grid, c.patch_size)
         return (velocity, features[:, :tokens]) if tap else velocity

@@ -25,17 +25,8 @@ from typing import Any
 import numpy as np
 
 from dollar_jax.files import parse_json
-from dollar_jax.prepare.manifests import (
-    CAPTION_KEYS,
-    MANIFESTS,
-    VIDEO_KEYS,
-    Item,
-    column,
-    encoding_of,
-    first_of,
-    list_manifest,
-    readable,
-)
+from dollar_jax.prepare import manifests
+from dollar_jax.prepare.manifests import CAPTION_KEYS, Item, column, first_of, list_manifest, readable
 from dollar_jax.prepare.videos import SUFFIXES, Unusable
 from dollar_jax.weights.torch_file import read_torch
 
@@ -82,7 +73,7 @@ def _downloaded(name: str) -> str:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    return [folder / name for name in MANIFESTS if (folder / name).is_file()]
+    return [folder / name for name in manifests.MANIFESTS if (folder / name).is_file()]
 
 
 def _several(folder: Path) -> str:
@@ -198,7 +189,7 @@ def _list_parquet(path: Path) -> Iterator[Item]:
     import pyarrow.parquet
 
     file, number = pyarrow.parquet.ParquetFile(path), itertools.count()
-    video, caption = (column(path, file.schema_arrow.names, keys) for keys in (VIDEO_KEYS, CAPTION_KEYS))
+    video, caption = (column(path, file.schema_arrow.names, keys) for keys in (manifests.VIDEO_KEYS, CAPTION_KEYS))
     for group in range(file.num_row_groups):
         for row, text in enumerate(file.read_row_group(group, columns=[caption]).column(0).to_pylist()):
             place = {"path": str(path), "group": group, "row": row, "column": video}
@@ -216,7 +207,7 @@ def read_caption(item: Item, rng: np.random.Generator | None = None, language: s
     for place in item["captions"]:
         try:
             data = _read(place)
-            text: Any = data.decode(*encoding_of(data))
+            text: Any = data.decode(*manifests.encoding_of(data))
             if data and (place.get("json") or place["path"].endswith(".json")):
                 fields = parse_json(text, "it")
                 text = first_of(fields, CAPTION_KEYS) if isinstance(fields, dict) else None
