@@ -92,7 +92,7 @@ def test_sample_refuses_a_picture_that_no_player_shows(workdir, tmp_path, capsys
 
 
 def test_evaluate_takes_any_prompts_and_goes_on(workdir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "TIMED", 1)
+    monkeypatch.setattr(evaluation.measuring, "TIMED", 1)
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\na small blue/green square\n")
     out = tmp_path / "own.json"
     flags = [f"--workdir={workdir}", f"--prompts_file={tmp_path / 'prompts.txt'}", f"--out={out}", "--num=2"]
