@@ -1,7 +1,12 @@
 """Every benchmark starts: what it imports is declared, and its arguments are those its first lines tell of."""
 
+import importlib.util
+import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,3 +28,46 @@ def test_a_benchmark_explains_itself(path, monkeypatch, capsys):
     assert commands
     for flag in re.findall(r"--[\w-]+", " ".join(commands)):
         assert re.search(rf"(?<!\w){flag}\b", shown.partition("options:")[2]), flag
+
+
+GPU = FILES[0].with_name("gpu.py")
+IMPLEMENTATIONS = {"JAX", "PyTorch, eager"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs pip install -e '.[test]'")
+def test_the_gpu_benchmark_runs_on_a_cpu_at_tiny_size(tmp_path):
+    """Every row is timed, and both implementations count the same operations: those of the network's definition."""
+    command = [sys.executable, str(GPU), "--size=tiny", "--rivals", "eager", f"--json={tmp_path / 'gpu.json'}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(GPU.parents[1])}
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    rows = {(row["by"], row["what"]): row for row in found["rows"]}
+    assert not [row for row in rows.values() if "skipped" in row]
+    assert all(row["seconds"] > 0 and row["mfu"] is None for row in rows.values())
+    times = {"student, 4 steps": 4, "student, 2 steps": 2, "student, 1 step": 1, "teacher, 50 steps": 100}
+    # 2 layers of 32 channels on 2 × 2 × 2 tokens, 8 tokens of text of 32 channels.
+    embed = 8 * 64 * 32 + 256 * 32 + 32 * 32 + 6 * 32 * 32 + 8 * 32 * 32 + 8 * 32 * 32
+    layer = 4 * 8 * 32 * 32 + 2 * 8 * 8 * 32 + 2 * (8 + 8) * 32 * 32 + 2 * 8 * 8 * 32 + 2 * 8 * 32 * 64
+    forward = 2 * (embed + 2 * layer + 8 * 32 * 64) / 1e12
+    for by in IMPLEMENTATIONS:
+        assert rows[by, "forward"]["tflop"] == pytest.approx(forward)
+        assert rows[by, "student's update"]["tflop"] == pytest.approx(3 * forward)
+    assert {what: round(rows["JAX", what]["tflop"] / forward) for what in times} == times
+    assert rows["JAX", "whole step"]["tflop"] > 10 * forward and rows["JAX", "decode"]["tflop"] > 0
+    assert len(shown.splitlines()) == 2 + len(rows) and found["versions"].keys() >= {"jax", "torch", "diffusers"}
+
+
+def test_a_gpu_benchmark_without_time_or_gpu_names_what_it_leaves_out(tmp_path, monkeypatch, capsys):
+    benchmark = runpy.run_path(str(GPU))
+    rows = benchmark["Rows"]("JAX", 2.0, tmp_path / "rows.json", end=0.0)
+    rows.add("forward", 1.0, lambda: pytest.fail("there is no time left"))
+    rows.end = float("inf")
+    rows.add("decode", 1.0, lambda: lambda: [][0])
+    rows.add("update", 1.0, lambda: lambda: None)
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert written[2]["mfu"] == pytest.approx(written[2]["tflops_per_second"] / 2.0)
+    *_, forward, decode = benchmark["table"](written).splitlines()
+    assert forward == "JAX, forward: left out, no time left"
+    assert decode == "JAX, decode: left out, IndexError: list index out of range"
+    assert benchmark["why_not"]("eager", "wan_1_3b") in ("PyTorch sees no GPU", "torch is not installed")
