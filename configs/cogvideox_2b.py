@@ -33,7 +33,7 @@ def get_config(losses: str = "vsd+cd") -> ConfigDict:
         "sampling.guidance_weight": 5.0,
         "student": {"timesteps": (999.0, 749.0, 499.0, 249.0), "timestep_per": "micro_batch", "optimiser": adam},
         "vsd.score_range": (0.02, 0.98),
-        "consistency": {"guidance_weight": 5.0, "every": 2},
+        "consistency": {"guidance_weight": 5.0, "every": 2, "distance": "mse"},
         "fake_score": {"samples": "rollout", "optimiser": adam},
         "reward": {
             "weight": 0.03,

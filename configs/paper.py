@@ -29,7 +29,7 @@ def get_config(losses: str = "vsd+cd") -> ConfigDict:
         "student": {"timesteps": (1000.0, 750.0, 500.0, 250.0), "input": "forward", "timestep_per": "sample"},
         "fake_score.samples": "fresh",
         "vsd.guidance_weight": 3.5,
-        "consistency": {"guidance_weight": 7.5, "every": 1},
+        "consistency": {"guidance_weight": 7.5, "every": 1, "distance": "pseudo_huber"},
         "reward": {"samples": 8, "batch_size": 8, "start_step": 1000, "updates": 1},  # one per device
     }
     return experiment("wan_1_3b", losses, changes)

@@ -193,6 +193,8 @@ class LatentRewardSettings:
 
     width: int = field(128, "Channels.", low=1)
     use_text: bool | None = field(None, "Score the agreement with the text; None where a reward reads prompts.")
+    depth: float | None = field(None, "Reads the teacher's features after this share of its blocks.", above=0, high=1)
+    time: float = field(250.0, "Timestep of the noise at which it reads them.", low=0, high=1000)
     stem_kernel: int = field(4, "Kernel of the first convolution.", low=1)
     stem_stride: int = field(4, "Stride of the first convolution.", low=1)
     stem_padding: int = field(1, "Padding of the first convolution.", low=0)
@@ -274,7 +276,7 @@ class RewardConfig:
         reads = (
             t.weight and (":" in t.name or t.name in ("clip", "viclip", "hpsv2", "pickscore")) for t in self.rewards
         )
-        return any(reads) if self.head.use_text is None else self.head.use_text
+        return self.head.depth is not None or (any(reads) if self.head.use_text is None else self.head.use_text)
 
     @property
     def held_out(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ registered classes cross between host and step, with arrays or, where a program 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,13 @@ class Distillation:
     networks: Networks
     schedule: Schedule
     score_real: bool = True
+
+    def reading(self, teacher: Params) -> Distillation:
+        """With the teacher for the latent reward model, where that reads its features."""
+        if self.config.reward.head.depth is None:
+            return self
+        latent_reward = functools.partial(self.networks.latent_reward, teacher=teacher)
+        return dataclasses.replace(self, networks=dataclasses.replace(self.networks, latent_reward=latent_reward))
 
     def start(self, clip: Latent, key: Key) -> Latent:
         """Noise, with the given frames of `clip`: where sampling starts."""

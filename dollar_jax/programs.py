@@ -25,7 +25,7 @@ from dollar_jax.rewards import AnyReward, JaxReward
 from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.pixels import PixelRewards
 from dollar_jax.rewards.scorer import decode_program
-from dollar_jax.schedule import Schedule
+from dollar_jax.schedule import Schedule, add_noise
 from dollar_jax.state import GAN_HEAD, Optimisers, TrainState, init_state
 from dollar_jax.step import make_step
 from dollar_jax.types import Params
@@ -89,13 +89,19 @@ def train_programs(
         make_optimiser(config.reward.optimiser, config.steps * config.reward.updates),
     )
     adapted, gan_head = student_network(transformer, config.lora), None
+
+    def on_features(depth: float, width: int) -> Network:
+        x = (jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in (latent_shape, (), text_shape))
+        look = functools.partial(transformer.apply, tap=depth, early=True)
+        dim = jax.eval_shape(look, transformer.shapes, *x).shape[-1]
+        return make_network(lambda rngs: FeatureHead(dim, width, rngs, config.compute.dtype))
+
+    if (depth := config.reward.head.depth) is not None:
+        head = on_features(depth, config.reward.head.width)
     if config.gan.weight:
         if not score_real:
             raise ValueError("config.gan.weight needs real latents, and the data has none")
-        x = (jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in (latent_shape, (), text_shape))
-        look = functools.partial(transformer.apply, tap=config.gan.depth, early=True)
-        sizes = jax.eval_shape(look, transformer.shapes, *x).shape[-1], config.gan.width
-        gan_head = make_network(lambda rngs: FeatureHead(*sizes, rngs, config.compute.dtype))
+        gan_head = on_features(config.gan.depth, config.gan.width)
 
     def init(key: jax.Array, teacher: Params) -> TrainState:
         state_key, head_key = jax.random.split(key)
@@ -118,13 +124,13 @@ def train_programs(
     given = ((mesh.shape["data"] * mesh.shape["fsdp"], *shape) for shape in (latent_shape, (), text_shape))
     given = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in given)
     jax.eval_shape(sharding.with_mesh(mesh, transformer.apply), transformer.shapes, *given)
-    networks = _networks(config, transformer, adapted, (head, gan_head), pixel_rewards)
+    networks = _networks(config, schedule, transformer, adapted, (head, gan_head), pixel_rewards)
     distillation = Distillation(config, networks, schedule, score_real)
-    update = make_step(distillation, optimisers, {f: getattr(on_chips, f) for f in offload})
 
-    def put_back(*args: Any) -> Any:
+    def put_back(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
         # Explicitly: the TPU's compiler refuses to write slices of an output into host memory.
-        state, *others = update(*args)
+        step = make_step(distillation.reading(frozen.teacher), optimisers, {f: getattr(on_chips, f) for f in offload})
+        state, *others = step(state, frozen, batch)
         host = {f: jax.device_put(getattr(state, f), getattr(state_sharding, f)) for f in offload}
         return dataclasses.replace(state, **host), *others
 
@@ -215,11 +221,11 @@ def latent_reward_network(config: DistillConfig, channels: int, text_dim: int) -
 
 
 def _networks(
-    config: DistillConfig, transformer: Network, adapted: Network, heads: tuple[Network, Network | None], pixels: Any
+    config: DistillConfig, schedule: Schedule, transformer: Network, adapted: Network, heads: Any, pixels: Any
 ) -> Networks:
     """Of the transformer and the same with adapters; each is told by the structure of its parameters. `heads` are the
     latent reward model and the discriminator's."""
-    head, gan_head = heads
+    (head, gan_head), c = heads, config.reward.head
     structure, use_text = jax.tree.structure(adapted.shapes), config.reward.use_text
 
     def denoiser(params: Params, *args: Any, **tap: Any) -> Any:
@@ -228,13 +234,18 @@ def _networks(
         return network.apply(params, *args, **tap)
 
     def discriminator(params: Params, *args: Any, early: bool) -> Any:
-        assert gan_head is not None
         found = denoiser(params, *args, tap=config.gan.depth, early=early)
         logit = functools.partial(gan_head.apply, params[GAN_HEAD])
         return logit(found) if early else (found[0], logit(found[1]))
 
-    def latent_reward(params: Params, latent: jax.Array, text: jax.Array) -> jax.Array:
-        return head.apply(params, latent, text if use_text else None)
+    def latent_reward(params: Params, latent: jax.Array, text: jax.Array, teacher: Params | None = None) -> jax.Array:
+        if teacher is None:
+            return head.apply(params, latent, text if use_text else None)
+        # The same noise for all, so that a latent has one score.
+        t, noise = jnp.full(len(latent), c.time), jax.random.normal(jax.random.key(0), latent.shape[1:])
+        x_t = add_noise(schedule, latent, jnp.broadcast_to(noise, latent.shape), t)
+        given = [k] if (k := schedule.given_frames) else []
+        return head.apply(params, transformer.apply(teacher, x_t, t, text, *given, tap=c.depth, early=True))
 
     return Networks(denoiser, latent_reward, pixels, discriminator)
 

@@ -103,6 +103,7 @@ def losses_by_row(d: Distillation, state: TrainState, frozen: Frozen, batch: Bat
     count, key = d.config.accumulation, jax.random.split(jax.random.fold_in(state.key, state.step), 3)[0]
     full = functools.partial(full_params, d.config.lora.rank, frozen.teacher)
     reward = state.latent_reward, state.reward_statistics
+    d = d.reading(frozen.teacher)
     references = References(full(state.ema), full(state.fake_score), *reward, frozen, state.step)
 
     def rows(inputs: tuple[Batch, Key]) -> dict[str, jax.Array]:

@@ -14,6 +14,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from dollar_jax import step as step_module
 from dollar_jax.config import OptimiserConfig
 from dollar_jax.distillation import Batch, Frozen
+from dollar_jax.models.feature_head import FeatureHead
+from dollar_jax.models.network import make_network
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.optim import make_optimiser
 from dollar_jax.programs import latent_reward_network, train_programs
@@ -213,6 +215,23 @@ def test_initial_state_is_the_same_on_eight_devices(runner, base, initial):
         jax.tree.map(np.testing.assert_array_equal, initial[name][name], host(teacher()))
     kernel = state.student_optimiser[1][0].mu["blocks"]["attn1"]["to_q"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 4, 16)
+
+
+def test_a_latent_reward_on_features_is_its_head_on_the_teachers_of_the_noised_latent(runner):
+    run = runner(("reward.head.depth", 0.5), ("reward.head.time", 250.0))
+    state = run.program.init(jax.random.key(0), run.frozen.teacher)
+    state, metrics, samples = run.step(state, make_batch(0))
+    assert metrics["latent_reward"] == 0 and not np.asarray(samples.predicted).any()  # as it starts
+    head, batch = host(state.latent_reward), make_batch(1)
+    _, _, samples = run.step(state, batch)
+    latent = np.asarray(samples.latent).reshape(-1, *LATENT)
+    text = np.repeat(batch.text[:: ROWS // len(samples.latent)], 2, 0)
+    noise = np.asarray(jax.random.normal(jax.random.key(0), LATENT))
+    noised, t = jnp.asarray(0.75 * latent + 0.25 * noise), jnp.full(len(latent), 250.0)
+    tokens = jax.jit(functools.partial(NETWORK.apply, tap=0.5, early=True))(teacher(), noised, t, jnp.asarray(text))
+    expected = make_network(lambda rngs: FeatureHead(16, 128, rngs)).apply(head, tokens)
+    assert np.ptp(expected) > 1e-4
+    np.testing.assert_allclose(np.ravel(samples.predicted), expected, rtol=1e-3, atol=1e-5)
 
 
 # Low-rank adapters

@@ -13,6 +13,7 @@ from dollar_jax.distillation import Batch, Distillation, Frozen, Networks
 from dollar_jax.experiment import load
 from dollar_jax.optim import make_optimiser
 from dollar_jax.plan.training import forwards, training_cost
+from dollar_jax.rewards.methods.lrm import ScoredLatents
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import Optimisers, init_state
 from dollar_jax.step import make_step
@@ -22,6 +23,11 @@ CASES = {
     "one rollout": {"student.timestep_per": "micro_batch", "fake_score.samples": "rollout"},
     "student's samples": {"student.input": "forward", "fake_score.samples": "student", "consistency.times": "student"},
     "gan": {"gan.weight": 0.1, "gan.depth": 0.25},
+    "latent reward on features": {
+        "reward.rewards": ({"name": "vivid"},),
+        "reward.head.depth": 0.25,
+        **{f"reward.{name}": value for name, value in (("samples", 2), ("batch_size", 8), ("updates", 3))},
+    },
     "decoupled guidance": {"vsd.guidance_time": "noisier"},
     "cd alone, unguided": {"vsd.weight": 0.0, "consistency.guidance_weight": 0.0, "consistency.skip": 2},
 }
@@ -53,13 +59,18 @@ def test_forwards_are_the_rows_that_reach_the_network_and_come_back(case):
         y = apply(params, *args, share=config.gan.depth if early else 1.0)
         return y.mean((1, 2, 3, 4)) if early else (y, y.mean((1, 2, 3, 4)))
 
+    def latent_reward(params, latent, text):
+        share = config.reward.head.depth
+        return params["w"] * (latent if share is None else seen(latent, share)).mean((1, 2, 3, 4))
+
     optimiser = make_optimiser(config.student.optimiser, 10)
     optimisers = Optimisers(optimiser, optimiser, optimiser)
-    network = Networks(apply, lambda params, latent, text: latent.mean((1, 2, 3, 4)), None, discriminator)
+    network = Networks(apply, latent_reward, None, discriminator)
     step = jax.jit(make_step(Distillation(config, network, Schedule("rf", "velocity")), optimisers))
     params = {"w": jnp.float32(0.5)}
     state = init_state(jax.random.key(0), params, {"w": jnp.zeros(1)}, optimisers, 0)
-    batch = Batch(jnp.ones((4, 1, 2, 2, 1)), jnp.ones((4, 1, 1)))
+    scored = ScoredLatents(jnp.ones((3, 8, 1, 2, 2, 1)), jnp.ones((3, 8, 1, 1)), jnp.ones((3, 8, 1)), jnp.ones((3, 8)))
+    batch = Batch(jnp.ones((4, 1, 2, 2, 1)), jnp.ones((4, 1, 1)), {}, scored)
     steps = 120
     for _ in range(steps):
         state, _, _ = step(state, Frozen(params, jnp.zeros((1, 1, 1))), batch)

@@ -59,6 +59,11 @@ class LatentReward(RewardMethod):
     predicts = True
     stored_as = "replay"
 
+    def forwards(self) -> float:
+        c = self.settings
+        read = 3 + (c.updates * c.batch_size + 2 * c.samples) / self.config.batch_size
+        return (c.head.depth or 0.0) * read
+
     def inputs(self, latent: Shape, text: Shape) -> ScoredLatents:
         c = self.settings
         rows = c.updates, c.batch_size
