@@ -8,10 +8,11 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed  # its store of keys and values has no public name
@@ -31,20 +32,45 @@ def joined(
     three given, Cloud TPU VMs, GKE and SLURM start several processes, anything else is one. When a process of several
     fails, it ends at once with the exit code that `report` gives: the others would otherwise wait for ever. Raises
     ValueError when the three do not go together."""
-    several = _start(address, count, index)
+    several, over = _start(address, count, index), threading.Event()
+    if several:
+        threading.Thread(target=_watch, args=(lambda: _end(report(ProcessLost())), over), daemon=True).start()
     try:
         yield
     except BaseException as error:
         if not several:
             raise
         lost = isinstance(error, jax.errors.JaxRuntimeError) and re.search(_LOST, str(error))
-        code = report(ProcessLost() if lost else error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Leaving in an orderly way would wait for the others, who wait for this one.
-        os._exit(code)
+        _end(report(ProcessLost() if lost else error))
     if several:
-        jax.distributed.shutdown()
+        over.set()
+        jax.distributed.shutdown()  # waits for the others
+
+
+def _end(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Leaving in an orderly way would wait for the others, who wait for this one.
+    os._exit(code)
+
+
+def _watch(lost: Callable[[], NoReturn], over: threading.Event) -> None:
+    """Calls `lost` when a process has given no sign of life for HEARTBEAT_SECONDS, or process 0, which keeps them, is
+    gone. JAX's own check, later, ends this process without a sentence."""
+    client, me = distributed.global_state.client, distributed.global_state.process_id
+    assert client is not None
+    seen: dict[str, tuple[bytes, float]] = {}  # the last sign of each process, and when it came
+    for beat in itertools.count():
+        try:
+            client.key_value_set_bytes(f"alive/{me}", b"%d" % beat, allow_overwrite=True)
+            signs = client.key_value_dir_get_bytes("alive/")
+        except jax.errors.JaxRuntimeError:
+            return None if over.is_set() else lost()
+        now = time.monotonic()
+        seen = {name: seen[name] if name in seen and seen[name][0] == sign else (sign, now) for name, sign in signs}
+        if any(now - when > HEARTBEAT_SECONDS for _, when in seen.values()):
+            lost()
+        time.sleep(HEARTBEAT_SECONDS / 6)
 
 
 class ProcessLost(ConnectionError):
@@ -106,7 +132,7 @@ def _start(address: str | None, count: int | None, index: int | None) -> bool:
         if not address.rpartition(":")[2].isdigit():
             raise ValueError(f"--coordinator_address={address} has no port; it is HOST:PORT of process 0")
     try:
-        jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=2 * HEARTBEAT_SECONDS)
     except RuntimeError as error:
         raise ValueError(f"the processes could not find each other: {str(error).splitlines()[0]}") from error
     return True

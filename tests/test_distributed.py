@@ -167,6 +167,33 @@ def test_a_lost_process_ends_the_others(under_way):
     assert "another process of this run died" in shown and "Traceback" not in shown
 
 
+WAITING = """
+import sys, time
+from dollar_jax import distributed
+distributed.HEARTBEAT_SECONDS = 10
+with distributed.joined(sys.argv[1], 2, int(sys.argv[2]), lambda error: print(error) or error.exit_code):
+    print("joined", flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_process_that_waits_ends_when_another_misses_its_heartbeats():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WAITING, address]
+    pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
+    with subprocess.Popen([*command, "0"], **pipes) as first, subprocess.Popen([*command, "1"], **pipes) as second:
+        for process in (first, second):
+            while process.stdout.readline() != "joined\n":
+                assert process.poll() is None
+        second.kill()
+        assert "another process of this run died" in first.communicate(timeout=120)[0]
+        assert first.returncode == 7
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_an_error_in_one_process_ends_all_with_its_message(under_way):
