@@ -12,6 +12,9 @@ import numpy as np
 PEAK_TFLOPS = {"TPU v4": 275.0, "TPU v5 lite": 197.0, "TPU v5": 459.0, "TPU v6 lite": 918.0, "TPU7x": 1153.5}
 PEAK_TFLOPS |= {"NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0}
 
+# What the TPU's compiler hands out of a device's memory, as libtpu says.
+HBM_GIB = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x": 94.75}
+
 # The share of a kernel's products that is not made for the second time: k qᵀ is, and in dq also v doᵀ.
 NEW = {"splash_mha_dkv": 3 / 4, "splash_mha_dq": 1 / 3}
 

@@ -23,7 +23,7 @@ from dollar_jax.models.activation_sharding import row_by_row
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
-from dollar_jax.program import Program
+from dollar_jax.program import BESIDE, Program
 from dollar_jax.schedule import keep_given
 from dollar_jax.types import Params
 from dollar_jax.video import read_image, side_by_side, signed_range, to_uint8
@@ -255,7 +255,7 @@ class Generator:
             return pixels, latent.mean(axes), jnp.square(latent).mean(axes)
 
         program = self._vae_program("show_samples", show, jax.ShapeDtypeStruct(shape, jnp.float32), self.mesh)
-        return dataclasses.replace(program, out_shardings=sharding.replicated(self.mesh))
+        return dataclasses.replace(program, out_shardings=sharding.replicated(self.mesh), share=BESIDE)
 
     def samples_at_once(self, total: int, most: int | None = None) -> int:
         """How many of `total` videos are drawn together: as many as are small, or `most`, filled up for the mesh."""

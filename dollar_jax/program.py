@@ -9,7 +9,9 @@ import jax
 from jax.sharding import Mesh
 
 from dollar_jax import sharding
+from dollar_jax.flops import HBM_GIB
 
+BESIDE = 0.85  # share of a device's memory for what decodes beside the state of a run
 # What takes time is in libraries: the demo's step is as fast as at level 3, and compiled in two thirds of the time.
 _ON_CPU = {"xla_backend_optimization_level": 1}
 
@@ -18,7 +20,8 @@ _ON_CPU = {"xla_backend_optimization_level": 1}
 class Program:
     """A pure function, and the shapes (trees of `jax.ShapeDtypeStruct`) and places of its arguments. A call with other
     shapes compiles anew. `in_shardings`, one per argument, and `out_shardings` may be prefixes of trees. The arguments
-    that `donate` numbers are gone after a call. Without a mesh it is compiled for wherever its arguments lie."""
+    that `donate` numbers are gone after a call. Without a mesh it is compiled for wherever its arguments lie. On a TPU
+    the compiler keeps to that `share` of a device's memory, where others lie beside it."""
 
     name: str
     function: Callable[..., Any]
@@ -27,6 +30,7 @@ class Program:
     in_shardings: tuple[Any, ...] = ()
     out_shardings: Any = None
     donate: tuple[int, ...] = ()
+    share: float = 1.0
 
     @functools.cached_property
     def jitted(self) -> Any:
@@ -38,9 +42,12 @@ class Program:
         function = self.function if self.mesh is None else sharding.with_mesh(self.mesh, self.function)
         named.__name__ = named.__qualname__ = self.name
         given = {"in_shardings": self.in_shardings or None, "out_shardings": self.out_shardings}
-        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
-        if platform == "cpu" and not jax.config.read("jax_disable_most_optimizations"):
+        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        if device.platform == "cpu" and not jax.config.read("jax_disable_most_optimizations"):
             given["compiler_options"] = _ON_CPU
+        if self.share < 1 and device.device_kind in HBM_GIB:
+            most = int(1024 * self.share * HBM_GIB[device.device_kind])
+            given["compiler_options"] = {"xla_tpu_max_hbm_size_mib": most}
         return jax.jit(named, donate_argnums=self.donate, **{k: v for k, v in given.items() if v is not None})
 
     def __call__(self, *arguments: Any) -> Any:

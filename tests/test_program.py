@@ -1,11 +1,14 @@
 """A declared program: compiled as declared, told apart by its name, and known to have run."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dollar_jax import program as module
 from dollar_jax import sharding
 from dollar_jax.config import MeshConfig
 from dollar_jax.program import Program
@@ -52,3 +55,11 @@ def test_without_a_mesh_any_arguments_are_taken_from_where_they_are():
     there = jax.device_put(np.arange(3), jax.devices()[5])
     assert double(there).devices() == {jax.devices()[5]}
     assert double(np.arange(4)).tolist() == [0, 2, 4, 6]
+
+
+def test_what_lies_beside_others_keeps_to_its_share_of_a_tpus_memory(program, monkeypatch):
+    given = []
+    monkeypatch.setattr(module.jax, "jit", lambda function, **options: given.append(options))
+    monkeypatch.setitem(module.HBM_GIB, jax.devices()[0].device_kind, 2.0)
+    _ = program.jitted, dataclasses.replace(program, share=0.75).jitted
+    assert [options.get("compiler_options", {}).get("xla_tpu_max_hbm_size_mib") for options in given] == [None, 1536]

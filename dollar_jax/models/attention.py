@@ -121,7 +121,8 @@ def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
     nor a scale. Padding is a segment of its own, which no real query looks at."""
     n, m = q.shape[1], k.shape[1]
     # Wide fp32 heads, as a VAE's, would fill the 16 MiB of vector memory that v5p has for a program.
-    most = 8 if q.shape[-1] * q.dtype.itemsize <= 512 else 4
+    width = q.shape[-1] * q.dtype.itemsize
+    most = 8 if width <= 512 else 4 if width <= 2048 else 2
     block_q, block_k = _block(n, most), _block(m, most)
     q, k, v = _padded(q * scale, block_q), _padded(k, block_k), _padded(v, block_k)
     queries, keys = q.shape[2], k.shape[2]
@@ -139,7 +140,7 @@ def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
 
 def _block(tokens: int, most: int = 8) -> int:
     """The block, of at most `most` times 128 tokens, that wastes the least padding."""
-    if tokens <= 4 * BLOCK:
+    if tokens <= min(4, most) * BLOCK:
         return -(-tokens // BLOCK) * BLOCK
     return min(range(most * BLOCK, (most // 2 - 1) * BLOCK, -BLOCK), key=lambda size: -(-tokens // size) * size)
 

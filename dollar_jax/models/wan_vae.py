@@ -262,8 +262,11 @@ def repeat_up(
     x: Float[Array, "b t h w c"], dim: int, time: int, space: int, first: bool
 ) -> Float[Array, "b t2 h2 w2 d"]:
     """Every channel repeated over blocks of time × space × space values; the clip's `first` frame is not doubled."""
-    x = jnp.repeat(x, dim * time * space**2 // x.shape[-1], -1)
-    x = rearrange(x, "b t h w (c i j k) -> b (t i) (h j) (w k) c", i=time, j=space, k=space)
+    values, share = time * space**2, max(1, x.shape[-1] // dim)  # channels that fill the block of one
+    x = jnp.repeat(x, max(1, dim // x.shape[-1]), -1)
+    # Slices of whole channels: a short last axis is 128 long on a TPU.
+    parts = jnp.stack([x[..., i * share // values :: share] for i in range(values)])
+    x = rearrange(parts, "(i j k) b t h w c -> b (t i) (h j) (w k) c", i=time, j=space, k=space)
     return x[:, time - 1 :] if first else x
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from dollar_jax.config import MeshConfig
-from dollar_jax.flops import PEAK_TFLOPS
+from dollar_jax.flops import HBM_GIB, PEAK_TFLOPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Chip:
     link_gbps: float
 
 
-# https://cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x, whose chips are two devices; the memory as libtpu says.
+# https://cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x, whose chips are two devices.
 CHIPS = {
-    "v5e": Chip(15.75, PEAK_TFLOPS["TPU v5 lite"], 819, 200),
-    "v5p": Chip(95.74, PEAK_TFLOPS["TPU v5"], 2765, 600),
-    "v6e": Chip(31.25, PEAK_TFLOPS["TPU v6 lite"], 1640, 448),
-    "tpu7x": Chip(94.75, PEAK_TFLOPS["TPU7x"], 3690, 300),
+    "v5e": Chip(HBM_GIB["TPU v5 lite"], PEAK_TFLOPS["TPU v5 lite"], 819, 200),
+    "v5p": Chip(HBM_GIB["TPU v5"], PEAK_TFLOPS["TPU v5"], 2765, 600),
+    "v6e": Chip(HBM_GIB["TPU v6 lite"], PEAK_TFLOPS["TPU v6 lite"], 1640, 448),
+    "tpu7x": Chip(HBM_GIB["TPU7x"], PEAK_TFLOPS["TPU7x"], 3690, 300),
 }
 
 

@@ -13,7 +13,7 @@ from dollar_jax import sharding
 from dollar_jax.config import DistillConfig
 from dollar_jax.distillation import RewardSamples
 from dollar_jax.distributed import gather
-from dollar_jax.program import Program
+from dollar_jax.program import BESIDE, Program
 from dollar_jax.rewards.host import HostScorer
 from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.methods.base import Memory
@@ -197,7 +197,7 @@ def decode_program(decode: Decode, decoder: Params, latent: Any) -> Program:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (decoder, latent))
     mesh: Any = getattr(rows, "mesh", None)
     places = (None, rows) if mesh is None else (sharding.replicated(mesh), rows)
-    return Program("decode_for_rewards", decode_finite, shapes, mesh, places, (rows, rows))
+    return Program("decode_for_rewards", decode_finite, shapes, mesh, places, (rows, rows), share=BESIDE)
 
 
 def local_rows(x: jax.Array) -> np.ndarray:

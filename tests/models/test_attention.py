@@ -70,6 +70,7 @@ def test_the_tpu_kernel_gives_the_numbers_of_xla(n, m, length, dtype, tolerance)
 def test_blocks_waste_little():
     assert module._block(7_680) == 768 and module._block(32_760) in (512, 1024) and module._block(512) == 512
     assert module._block(70) == 128 and module._block(6_240, 4) == 256
+    assert module._block(512, 2) == 256 and module._block(3_520, 2) == 256 and module._block(200, 2) == 256
     for tokens in (4_095, 7_680, 17_776, 32_760, 75_600):
         block = module._block(tokens)
         assert block % 128 == 0 and -tokens % block < 0.03 * tokens
