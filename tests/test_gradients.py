@@ -43,6 +43,7 @@ ALONE = {
     "reward.rewards": (),
     "reward.weight": BETA,
     "reward.samples": 2,
+    "reward.head.use_text": True,
     "reward.updates": 1,
     "reward.statistics_decay": 1.0,
 }

@@ -126,7 +126,7 @@ def test_batch_and_scored_shapes_of_the_latent_reward(build, real):
     built, _ = build(changes, [RED, KEPT], score_real=real)
     batch, scored = shapes_of(built)
     cut = (1, *LATENT[1:])
-    kept = ScoredLatents(latent=(2, 6, *cut), text=(2, 6, *TEXT), reward=(2, 6, 1), weight=(2, 6))
+    kept = ScoredLatents(latent=(2, 6, *cut), text=(2, 6, 1, TEXT[1]), reward=(2, 6, 1), weight=(2, 6))
     assert batch == Batch((8, *LATENT), (8, *TEXT), {"red": (8, 5)}, kept)
     kinds = 1 + real
     assert scored == RewardSamples(

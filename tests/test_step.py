@@ -486,7 +486,7 @@ def test_jax_rewards_are_learned_from_in_the_same_step(make_config):
     changes = {"mesh.data": 4, "reward.head.use_text": False, "reward.latent_frames": 1}
     runner = pixel_runner(make_config, **changes)
     scored = jax.tree.map(np.zeros_like, make_batch(0).reward)
-    scored = dataclasses.replace(scored, latent=scored.latent[:, :, :1])  # runs of one frame
+    scored = dataclasses.replace(scored, latent=scored.latent[:, :, :1], text=scored.text[:, :, :1])  # as it is kept
     state = runner.program.init(jax.random.key(0), runner.frozen.teacher)
     head = host(state.latent_reward)
     state, metrics, samples = runner.step(state, pixel_batch(0, scored))
