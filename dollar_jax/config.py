@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from dollar_jax.fields import REQUIRED, field, from_config, merged, plain, settings
 
 LARGEST_SEED = 2**32 - 1
+Range = tuple[float, float]
 Offloaded = Literal["ema", "student_optimiser", "fake_score_optimiser"]
 
 
@@ -96,16 +97,10 @@ class OptimiserConfig:
 class StudentConfig:
     """The student: its timesteps, and what it is trained on. The paper does not settle `input`."""
 
-    timesteps: tuple[float, ...] = field(
-        (1000.0, 750.0, 500.0, 250.0), "Descending, on the teacher's schedule.", above=0, high=1000
-    )
+    timesteps: tuple[float, ...] = field((1000.0, 750.0, 500.0, 250.0), "Of the teacher, falling.", above=0, high=1000)
     input: Literal["forward", "backward"] = field("backward", "Real latents noised, or its own way from noise.")
-    timestep_per: Literal["sample", "micro_batch"] = field(
-        "sample", "What draws one of n; backward input then costs n - 1 forwards, or (n - 1) / 2."
-    )
-    sampler: Literal["renoise", "ode"] = field(
-        "renoise", "To its next timestep: noised anew, or a DDIM step (Euler's on a flow), in sampling too."
-    )
+    timestep_per: Literal["sample", "micro_batch"] = field("sample", "What draws one of n: costs in docs/recipe.md.")
+    sampler: Literal["renoise", "ode"] = field("renoise", "To the next: noised anew, or by DDIM, on a flow Euler.")
     ema_decay: float = field(0.99, "Decay of the average that is CD's target and sampled from.", low=0, high=1)
     ema_start: int = field(0, "Steps in which that average is the student itself; FastVideo's are 200.", low=0)
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The student's optimiser.")
@@ -122,12 +117,8 @@ class VSDConfig:
     weight: float = field(1.0, "Weight of L_VSD.", low=0)
     guidance_weight: float = field(3.5, "The paper's w in v_c + w (v_c - v_∅); diffusers' guidance scale is w + 1.")
     guidance_by_step: tuple[float, ...] = field((), "Factors of w, one for each student timestep; empty for 1.")
-    guidance_range: tuple[float, float] = field(
-        (0.0, 1000.0), "Timesteps at which the teacher is guided (arXiv 2404.07724).", low=0, high=1000
-    )
-    guidance_time: Literal["score", "noisier"] = field(
-        "score", "Of the guided part: the score's, or one of its own above the student's (arXiv 2511.22677; 1 F more)."
-    )
+    guidance_range: Range = field((0.0, 1000.0), "Timesteps with guidance (arXiv 2404.07724).", low=0, high=1000)
+    guidance_time: Literal["score", "noisier"] = field("score", "Of the guided part; noisier as in arXiv 2511.22677.")
     normalisation: Literal["dmd", "batch", "none"] = field("dmd", "What the gradient is divided by; see losses.vsd.")
     floor: float = field(1e-6, "Smallest divisor of the normalisation.", above=0)
     nan_to_zero: bool = field(False, "Replace what is not a number in the gradient by 0.")
@@ -146,9 +137,7 @@ class ConsistencyConfig:
     """Consistency distillation, DOLLAR eq. (8.4-8.6). Distance and boundary values are unknown in the paper."""
 
     weight: float = field(0.5, "β_CD, the weight of L_CD.", low=0)
-    times: Literal["grid", "student"] = field(
-        "grid", "The paper's t_{n+m} on the teacher's grid, or the student's timesteps, which share VSD's forward pass."
-    )
+    times: Literal["grid", "student"] = field("grid", "The paper's, on the teacher's grid, or the student's timesteps.")
     num_steps: int = field(50, "Steps of the teacher's grid.", low=1)
     skip: int = field(5, "m, the teacher's steps between input and target.", low=1)
     every: int = field(1, "Steps from one with L_CD, 2 m + 4 forwards, to the next; it counts as often as much.", low=1)
@@ -169,9 +158,7 @@ class FakeScoreConfig:
     """The fake-score network, which learns the student's score by denoising its samples; not without L_VSD."""
 
     updates: int = field(5, "Updates per update of the student, 3 forwards each.", low=1)
-    samples: Literal["fresh", "rollout", "student"] = field(
-        "fresh", "New ones for each update, one rollout for all (n forwards), or those of the student's loss (none)."
-    )
+    samples: Literal["fresh", "rollout", "student"] = field("fresh", "Drawn anew, by one rollout, or the student's.")
     loss: Literal["prediction", "x0"] = field("prediction", "Towards the network's target, eq. (8.13), or x0.")
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The fake score's optimiser.")
 
@@ -240,12 +227,8 @@ class RewardConfig:
     """The rewards and how they reach the student, DOLLAR eq. (8.10-8.12)."""
 
     rewards: tuple[RewardTerm, ...] = field((RewardTerm("vivid"),), "The rewards that are summed or held out.")
-    method: Literal["lrm", "direct", "ddpo"] = field(
-        "lrm", "lrm: through a latent model of the rewards; direct: decoder and JAX rewards; ddpo: REINFORCE."
-    )
-    normalise: bool = field(
-        True, "Standardise rewards by running statistics; the paper's weight 1.0 is of raw HPSv2, deviation 0.01."
-    )
+    method: Literal["lrm", "direct", "ddpo"] = field("lrm", "Latent model; decoder and JAX rewards; REINFORCE.")
+    normalise: bool = field(True, "Standardise rewards by running statistics; raw HPSv2 deviates by about 0.01.")
     weight: float = field(0.01, "β_FT, the weight of L_FT.", low=0)
     start_step: int = field(1000, "Step from which L_FT counts; before it the latent model only learns.", low=0)
     ramp_steps: int = field(0, "Steps over which β_FT then rises linearly to its weight.", low=0)

@@ -27,8 +27,7 @@ class InUse(OSError):
 def owned(workdir: Path) -> Iterator[Callable[[], None]]:
     """Within it the folder, which is made if need be, belongs to this run; gives a function that raises InUse when
     another has taken it over. What a dead owner on this host left is taken over at once; as not all file systems pass
-    locks on, another host's is dead after DEAD_AFTER seconds without a sign of life. Raises InUse naming an owner that
-    lives."""
+    locks on, another host's is dead after DEAD_AFTER seconds without a sign of life. Raises InUse for a living one."""
     if jax.process_index() > 0:
         yield lambda: None
         return

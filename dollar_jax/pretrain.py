@@ -56,9 +56,7 @@ def pretrain(config: PretrainConfig, workdir: Path) -> Path:
     for phase in config.vae_phases:
         vae_config.latent_shape(min(phase.frames, shapes.FRAMES), shapes.SIZE, shapes.SIZE)
         if phase.frames > shapes.FRAMES:
-            raise ValueError(
-                f"config.pretrain.vae_phases has frames {phase.frames}, and the videos have {shapes.FRAMES}"
-            )
+            raise ValueError(f"config.pretrain.vae_phases has {phase.frames} frames, the videos {shapes.FRAMES}")
     vae = train_vae(config, workdir / "vae")
     pipeline = train_teacher(config, vae, workdir / "teacher_training")
     folder = workdir / "teacher"

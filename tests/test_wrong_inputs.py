@@ -289,7 +289,7 @@ LINES = [
     ("pretrain --config=demo --workdir={new} --config.pretrain.teacher.steps=0", "config.pretrain.teacher.steps"),
     (PRETRAIN + "vae_phases=()", "config.pretrain.vae_phases is empty"),
     (PRETRAIN + "vae_phases[0].frames=4", "frames must be 1 + a multiple of 4"),
-    (PRETRAIN + "vae_phases[0].frames=401", "config.pretrain.vae_phases has frames 401"),
+    (PRETRAIN + "vae_phases[0].frames=401", "config.pretrain.vae_phases has 401 frames"),
     (PRETRAIN + "transformer.num_layers=0", "config.pretrain.transformer: num_layers is 0"),
     (PRETRAIN + "transformer.ffn_dim=-8", "config.pretrain.transformer: ffn_dim is -8"),
     (PRETRAIN + "transformer.text_dim=7", "config.pretrain.text_encoder.d_model"),

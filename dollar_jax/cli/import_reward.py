@@ -6,9 +6,7 @@ from dollar_jax.cli.base import FLAGS, define
 
 
 def define_flags(_: list[str]) -> None:
-    define(
-        "string", "clip", None, "Folder of a published CLIP, for what SRC lacks: config.json, tokenizer, image tower."
-    )
+    define("string", "clip", None, "A CLIP's folder, for what SRC lacks: config.json, tokenizer, image tower.")
 
 
 def run(*names: str) -> None:

@@ -16,9 +16,7 @@ def define_flags(arguments: list[str]) -> None:
     require("topology")
     define("string", "mesh", None, "Such as fsdp=16,context=4; config.mesh unless given.")
     define("string", "video", None, "HEIGHTxWIDTHxFRAMES; the data's own unless given.")
-    about = (
-        "The program; or all of dollar train (run), prepare, sample (sample-command) or evaluate: exit 2 if one fails."
-    )
+    about = "The program; or all of a run, prepare, sample (sample-command) or evaluate: exit 2 if one fails."
     define("enum", "what", "train", ["train", "sample", "decode", "text", "import", *COMMANDS], about)
     define("bool", "search", False, "Try meshes and remat policies, and rank them.")
     define("string", "json", None, "File for the figures as JSON.")

@@ -64,9 +64,8 @@ def run() -> None:
         raise ValueError("give either --height and --width or --buckets")
     family = None if shipped else read_family(Path(FLAGS.teacher))
     clip = family.clip if family else (shapes.FRAMES, shapes.SIZE, shapes.SIZE)
-    frames, height, width = (
-        FLAGS[name].value or n for name, n in zip(("frames", "height", "width"), clip, strict=True)
-    )
+    sizes = zip(("frames", "height", "width"), clip, strict=True)
+    frames, height, width = (FLAGS[name].value or size for name, size in sizes)
     fps, clips, chunk, dtype = FLAGS.fps, FLAGS.clips or 1, FLAGS.vae_chunk, "float32"
     if family:
         chunk, dtype = chunk or family.vae_chunk, "bfloat16"

@@ -56,8 +56,7 @@ def measure_folder(
     all of the videos as they were before each pixel became `enlarged` × `enlarged`. With `reference`, a folder of other
     videos, the Fréchet distance to them. The alignment where every prompt is a caption of the default domain and the
     videos are its 32 × 32 pixels, enlarged or not. With `dimensions` those under "dimensions", as VBench's result files
-    have them, and which of VBench's are left out. Raises FileNotFoundError or ValueError naming the file, or the
-    prompt, that stands in the way."""
+    have them, and which of VBench's are left out. Raises FileNotFoundError, or ValueError naming file or prompt."""
     if reference is not None and features is None:
         raise ValueError("a Fréchet distance needs a network's features: give --features or --workdir")
     prompts = PromptVideos(find_videos(folder), enlarged)

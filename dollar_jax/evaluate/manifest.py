@@ -51,9 +51,7 @@ def made_of(prompts: Sequence[str], seeds: Sequence[int], num: int, files: Mappi
     return {**made, "files": files} if files else made
 
 
-def describe(
-    config: DistillConfig, generator: Generator, fps: float, samplers: Sequence[BoundSampler]
-) -> dict[str, Any]:
+def describe(config: DistillConfig, generator: Generator, fps: float, samplers: Sequence[BoundSampler]) -> Any:
     """What videos are made with besides their prompts and seeds; of several samplers the last one's."""
     frames, height, width = generator.clip
     *others, sampler = samplers

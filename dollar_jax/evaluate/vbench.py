@@ -70,8 +70,7 @@ def aggregate(scores: Mapping[str, float], allow_missing: bool = False) -> VBenc
 def read_results(paths: Iterable[Path]) -> dict[str, float]:
     """The shares in [0, 1] that result files hold between them, by dimension name. A file is `{dimension: [score,
     ...]}`, as VBench writes it, or `{dimension: score}`; names may be spelt with spaces, hyphens or capitals. A file
-    with a score above 1 is in percent throughout. Raises FileNotFoundError, or ValueError naming the file and what is
-    wrong in it."""
+    with a score above 1 is in percent throughout. Raises FileNotFoundError, or ValueError naming what is wrong."""
     found: dict[str, tuple[float, Path]] = {}
     for path in paths:
         for name, score in _shares(path, _read(path)).items():

@@ -1,8 +1,7 @@
 """CogVideoX's causal video VAE, structured and named as diffusers' `AutoencoderKLCogVideoX`. A clip is taken 8 frames,
 or 2 latent frames, at a time, and every convolution in time gets the last frames it saw from the chunk before
 (`CausalCache`). Unlike Wan's, this is not how the whole clip would be computed: a group norm runs over the frames of
-its chunk, so the chunks' length is part of the model. The first chunk also takes the frames that are left over, and its
-first frame stands alone in time."""
+its chunk, so the chunks' length is part of the model. The first takes the frames left over; its first stands alone."""
 
 import dataclasses
 import itertools

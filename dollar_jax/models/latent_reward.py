@@ -50,9 +50,7 @@ class LatentRewardModel(nnx.Module):
         self.null_token = nnx.Param(jnp.zeros((c.width,)))
         self.to_q, self.to_k, self.to_v = (Linear(c.width, c.width, **types) for _ in range(3))
 
-    def __call__(
-        self, latent: Float[Array, "b t h w c"], text: Float[Array, "b l d"] | None = None
-    ) -> Float[Array, " b"]:
+    def __call__(self, latent: Float[Array, "b t h w c"], text: Float[Array, "b l d"] | None = None) -> Array:
         """Rows of `text` that are all zero are padding and do not count."""
         if (text is None) != (self.text_dim is None):
             given = "no text" if text is None else "text"

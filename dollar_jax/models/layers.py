@@ -139,8 +139,7 @@ def run_blocks(
 ) -> Array:
     """x ← block(x, *args) for the stacked `blocks` from `first` up to `length` in turn. `scan` compiles one block
     whatever their number; without it the loop is unrolled. `remat` says what the backward pass keeps of a block:
-    everything ("none"), its input only ("full"), its input and the outputs of the dense layers ("dots") or of attention
-    ("attention")."""
+    everything ("none"), its input only ("full"), or with it the outputs of dense layers ("dots") or "attention"."""
     graphdef, params = nnx.split(blocks)
     if first or length < len(jax.tree.leaves(params)[0]):
         params = jax.tree.map(lambda p: p[first:length], params)

@@ -51,8 +51,7 @@ def chips(topology: str) -> tuple[Sequence[Any], Chip]:
 
 
 def host_devices(topology: str, devices: Sequence[Any]) -> Sequence[Any]:
-    """The devices of one host, as a topology of their own: for some devices of a larger one libtpu 0.0.42 aborts at
-    the first collective."""
+    """The devices of one host, as a topology of their own: for some of a larger one libtpu 0.0.42 aborts."""
     if len({device.process_index for device in devices}) == 1:
         return devices
     kind, _, shape = topology.partition(":")

@@ -118,9 +118,7 @@ def encode_units(units: Collection[int], encoder: Encoder, out: Path, workers: i
         job.close()
 
 
-def _load_ahead(
-    load: Callable[[int, Item], Any], items: Iterable[tuple[int, Item]], workers: int
-) -> Iterator[tuple[int, Item, Any]]:
+def _load_ahead(load: Loader, items: Iterable[tuple[int, Item]], workers: int) -> Iterator[tuple[int, Item, Any]]:
     """(index, item, load(index, item)) in order, with the next 2 · `workers` items being loaded in threads."""
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[tuple[int, Item, Future[Any]]] = deque()

@@ -100,8 +100,7 @@ def clips_of(
 def hard_cut(clip: np.ndarray) -> int | None:
     """The first frame of another shot in a clip uint8 [t, h, w, 3]; None for one shot. PySceneDetect's
     AdaptiveDetector, on RGB: a frame differs from the one before by at least 15 of 255 on average, and by 3 times as
-    much as its two neighbours on either side do, which tells a cut from motion. After a flash, which is no cut, the
-    picture from before is back."""
+    much as its two neighbours on either side do, unlike motion. After a flash, no cut, the picture before is back."""
     rows, columns = (max(side // 64, 1) for side in clip.shape[1:3])
     small = clip[:, ::rows, ::columns].astype(np.float32)
     change = np.abs(np.diff(small, axis=0)).mean((1, 2, 3))
@@ -182,9 +181,8 @@ class View:
         guess = Colorspace.BT2020 if hdr else Colorspace.ITU709 if large else Colorspace.ITU601
         stored: Any = covering[::-1] if turn[0] else covering
         light = (transfer, primaries) if hdr or primaries in TO_BT709 else None
-        return View(
-            stored, (corner[0], corner[1]), size, turn, guess if untagged else None, light, frame.width / frame.height
-        )
+        space, shape = guess if untagged else None, frame.width / frame.height
+        return View(stored, (corner[0], corner[1]), size, turn, space, light, shape)
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         """uint8 [h, w, 3]; raises Unusable when the frame is damaged."""

@@ -82,14 +82,9 @@ def write_report(
     config_text: str = "",
     notes: Sequence[str] = (),
 ) -> None:
-    """Writes one HTML file, under 6 MB, that needs no network: tables, videos, curves, settings.
-
-    Args:
-        metrics: as in metrics.json; see `measures.of_samplers`.
-        videos: for each sampler uint8 [prompts, t, h, w, 3], else ValueError; `clips.embed` makes them fit.
-        history: one mapping per logged step, `step` and whatever was measured; what is not finite is left out.
-        timings: seconds by name.
-        notes: paragraphs below the table."""
+    """Writes one HTML file, under 6 MB, that needs no network: tables, videos, curves, settings. `metrics` are as in
+    metrics.json, see `measures.of_samplers`; `videos` of each sampler are uint8 [prompts, t, h, w, 3], else ValueError;
+    `history` has a mapping for each logged step, `timings` seconds by name, `notes` paragraphs below the table."""
     for key, clips in videos.items():
         if clips.dtype != np.uint8 or clips.ndim != 5 or len(clips) != len(prompts):
             wanted = f"uint8 [{len(prompts)} prompts, t, h, w, 3]"

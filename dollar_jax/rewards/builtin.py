@@ -81,8 +81,7 @@ def motion(frames: Float[Array, "b t h w 3"]) -> Float[Array, " b"]:
 
 
 def optical_flow(frames: Float[Array, "b t h w 3"]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Lucas and Kanade's flow down and to the right in pixels per frame, and the contrast it rests on; each
-    [b, t - 1, h - 2, w - 2]."""
+    """Lucas and Kanade's flow down and right in pixels a frame, and its contrast; each [b, t - 1, h - 2, w - 2]."""
     x = _moving(frames) @ jnp.array(_LUMA)
     middle = 0.5 * (x[:, 1:] + x[:, :-1])
     down, right = (_central(middle, axis) for axis in (2, 3))

@@ -39,8 +39,7 @@ class PixelRewards:
 
     def __call__(self, params: Params, latent: Latent, tokens: Mapping[str, jax.Array]) -> Float[Array, "b n"]:
         """Rewards of the latents' frames; NaN in the columns of host rewards and for latents that are not finite. With
-        `remat` the backward pass computes decoder and rewards again, one after the other, instead of keeping what is
-        between their layers."""
+        `remat` the backward pass computes decoder and rewards again, one after the other, and keeps nothing of them."""
         keep = jax.checkpoint if self.remat else lambda function: function
         finite = jnp.isfinite(latent).all(axis=tuple(range(1, latent.ndim)))
         latent = jnp.where(finite.reshape(-1, *(1,) * (latent.ndim - 1)), latent, 0.0)
@@ -59,8 +58,7 @@ class PixelRewards:
 
 
 def pixel_rewards(config: RewardConfig, rewards: Sequence[AnyReward], decode: Decode) -> PixelRewards | None:
-    """The JAX ones among the terms' rewards, or None without any. Raises ValueError when a host reward is to be
-    differentiated."""
+    """The JAX ones among the terms' rewards, if any. Raises ValueError when a host reward is to be differentiated."""
     found = [i for i, reward in enumerate(rewards) if isinstance(reward, JaxReward)]
     differentiated = METHODS[config.method].differentiates_pixels
     if differentiated and (host := [i for i in config.trained if i not in found]):
