@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from dollar_jax import sampling, sharding
 from dollar_jax.config import ComputeConfig, DistillConfig, LoraConfig, MeshConfig, SamplingConfig
 from dollar_jax.data.clip import clip_size
 from dollar_jax.models import lora
-from dollar_jax.models.activation_sharding import row_by_row
+from dollar_jax.models.activation_sharding import platform, row_by_row
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
@@ -31,6 +32,7 @@ from dollar_jax.weights.families import clean_prompt
 from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
 
 PIXELS_AT_ONCE = 2**21  # of the videos drawn together
+CACHED_PIXELS = 2**18  # of those that a CPU encodes or decodes together
 SHOWN_PIXELS = 2**22  # of a frame with all samples of a step
 DATA_PROMPTS = 3  # of a run whose configuration names none to sample
 SHIPPED_TEACHERS = {"moving_shapes": Path(__file__).parent / "assets" / "moving_shapes"}
@@ -227,8 +229,12 @@ class Generator:
         return (self._videos(decode, latent) + 1) / 2
 
     def _videos(self, function: Callable[[jax.Array], Any], videos: jax.Array) -> Any:
-        """function(videos): of one at a time where even of one only a chunk is held at a time."""
-        return function(videos) if self.vae_chunk is None else row_by_row(function, videos)
+        """function(videos): of one at a time where even of one only a chunk is held at a time, and on a CPU of as many
+        as its caches hold."""
+        if self.vae_chunk is None and platform() != "cpu":
+            return function(videos)
+        most = 1 if self.vae_chunk is not None else max(1, CACHED_PIXELS // math.prod(self.clip))
+        return row_by_row(function, videos, most)
 
     @functools.cache  # noqa: B019
     def decode_program(self, shape: tuple[int, ...], mesh: Mesh) -> Program:
@@ -255,6 +261,13 @@ class Generator:
 
         program = self._vae_program("show_samples", show, jax.ShapeDtypeStruct(shape, jnp.float32), self.mesh)
         return dataclasses.replace(program, out_shardings=sharding.replicated(self.mesh), share=BESIDE)
+
+    def compile(self, samplers: Iterable[Sampler], count: int) -> None:
+        """Compiles what draws `count` videos by each of the samplers, side by side: a compiler has one core busy."""
+        programs = {self.text_program(count, self.own_mesh), *(sampler.program(count) for sampler in samplers)}
+        programs.add(self.decode_program((count, *self.latent_shape), self.own_mesh))
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Program.compile, programs))
 
     def samples_at_once(self, total: int, most: int | None = None) -> int:
         """How many of `total` videos are drawn together: as many as are small, or `most`, filled up for the mesh."""

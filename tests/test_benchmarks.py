@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 FILES = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
@@ -71,3 +72,34 @@ def test_a_gpu_benchmark_without_time_or_gpu_names_what_it_leaves_out(tmp_path, 
     assert forward == "JAX, forward: left out, no time left"
     assert decode == "JAX, decode: left out, IndexError: list index out of range"
     assert benchmark["why_not"]("eager", "wan_1_3b") in ("PyTorch sees no GPU", "torch is not installed")
+
+
+SPEED = Path(__file__).parents[1] / "benchmarks" / "speed.py"
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_speed_times_what_agrees_with_pytorch(tmp_path):
+    out = tmp_path / "speed.md"
+    few = ["--sizes", "tiny", "--threads", "1", "--rivals", "diffusers", "pipeline", "--repeats", "1"]
+    subprocess.run([sys.executable, SPEED, *few, f"--out={out}"], check=True)
+    rows = [line.split("|")[1:-1] for line in out.read_text().splitlines() if ", tiny |" in line]
+    assert len(rows) == 8
+    for what, threads, ours, eager, pipeline in rows:
+        assert int(threads) == 1 and float(ours) > 0
+        ratio = float(ours) / float(eager.split("(")[0])
+        assert ratio == pytest.approx(float(eager.split("(")[1].strip(" )")), abs=0.02)
+        assert ("Teacher" in what) == ("(" in pipeline)
+
+
+@pytest.mark.slow
+def test_speed_refuses_to_time_a_step_that_is_another(monkeypatch):
+    """An average that does not move changes no loss of the first step: those after it tell."""
+    monkeypatch.syspath_prepend(SPEED.parent)
+    speed = importlib.import_module("speed")
+    monkeypatch.setattr("torch._foreach_lerp_", lambda *_: None)
+    with (
+        pytest.raises(AssertionError, match="diffusers"),
+        jax.debug_key_reuse(False),
+    ):  # the keys once more, for PyTorch
+        list(speed.cases("tiny", 1, {"step"}, {"diffusers"}))

@@ -1,5 +1,6 @@
 """The command line: what is impossible gets one sentence and exit code 2, before any work."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -271,3 +272,30 @@ def test_every_way_to_end_has_its_exit_code():
     codes |= {KeyboardInterrupt: 130, Interrupted: 130, Preempted: 143, ProcessLost: 7, ZeroDivisionError: 1}
     assert {kind: report_error("train", kind("why")) for kind in codes} == codes
     assert set(codes.values()) | {0} == cli.EXIT_CODES.keys()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own settings")
+def test_memory_that_was_freed_is_there_for_the_next_buffer():
+    """64 MiB twice, in a thread too: the second buffer costs no page fault, where by default it costs one a page."""
+    code = """
+import resource, sys, threading
+import numpy as np
+from dollar_jax.cli.base import keep_memory
+if sys.argv[1] == "kept":
+    keep_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**26, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def show():
+    faults(), print(faults())
+thread = threading.Thread(target=show)
+thread.start(), thread.join(), show()
+"""
+    found = {}
+    for way in ("kept", "default"):
+        done = subprocess.run([sys.executable, "-c", code, way], capture_output=True, text=True, check=True)
+        found[way] = [int(line) for line in done.stdout.split()]
+    assert max(found["kept"]) < 100 and len(found["kept"]) == 2
+    assert min(found["default"]) > 25

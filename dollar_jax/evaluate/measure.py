@@ -94,6 +94,7 @@ def draw_in_turns(
     parts = [slice(start, start + batch) for start in range(0, len(padded), batch)]
     frames: dict[str, list[np.ndarray]] = {name: [] for name in rows}
     seconds: dict[str, dict[str, list[float]]] = {name: {"diffusion": [], "total": []} for name in rows}
+    generator.compile([row.draw for row in rows.values()], batch)
     turns = [(i, part, name) for i, part in enumerate([parts[0], *parts * rounds]) for name in rows]
     for i, part, name in tqdm(turns, "sampling in turns", unit="batch"):
         keys = video_keys(seed, len(padded))[part]  # anew: the rows share their noise, which JAX takes for a mistake
