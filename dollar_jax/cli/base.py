@@ -159,8 +159,8 @@ def prepare_jax() -> None:
 
 def keep_memory() -> None:
     """Has glibc keep what is freed, up to 2 GiB, in one heap; for threads that start later. On a CPU a program asks for
-    its buffers anew at each call, and the system clears every page that it hands out: that is a tenth of the demo's
-    step, and a third of a gradient."""
+    its buffers anew at each call, and the system clears every page that it hands out: that is a
+    twelfth of the demo's step, and a third of its gradient."""
     mmap_max, trim_threshold, arena_max = -4, -1, -8  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):
         for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1)):
