@@ -583,10 +583,10 @@ def measure(case: Case, repeats: int, seconds: float, clock: Callable[[], float]
 def child(args: argparse.Namespace) -> None:
     """Measures in this process, which is held to its cores; a line of JSON per row."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from dollar_jax.cli.base import keep_memory
+    from dollar_jax.cli.base import prepare_jax
 
     if not args.default_memory:
-        keep_memory()  # as the commands have it; PyTorch's buffers are kept too
+        prepare_jax()  # as the commands have it; PyTorch's buffers are kept too
     clock = time.process_time if args.cpu else time.perf_counter
     for name in args.sizes:
         for case in cases(name, args.threads[0], set(args.cases), set(args.rivals)):

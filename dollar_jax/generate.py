@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from dollar_jax import sampling, sharding
 from dollar_jax.config import ComputeConfig, DistillConfig, LoraConfig, MeshConfig, SamplingConfig
 from dollar_jax.data.clip import clip_size
 from dollar_jax.models import lora
-from dollar_jax.models.activation_sharding import platform, row_by_row
+from dollar_jax.models.activation_sharding import row_by_row
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
@@ -32,7 +31,6 @@ from dollar_jax.weights.families import clean_prompt
 from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
 
 PIXELS_AT_ONCE = 2**21  # of the videos drawn together
-CACHED_PIXELS = 2**18  # of those that a CPU encodes or decodes together
 SHOWN_PIXELS = 2**22  # of a frame with all samples of a step
 DATA_PROMPTS = 3  # of a run whose configuration names none to sample
 SHIPPED_TEACHERS = {"moving_shapes": Path(__file__).parent / "assets" / "moving_shapes"}
@@ -45,8 +43,7 @@ def teacher_folder(name: str) -> Path:
 
 def transformer_options(compute: ComputeConfig) -> dict[str, Any]:
     """The fields of a transformer's configuration that say how it is computed."""
-    names = ("dtype", "remat", "scan_layers", "attention", "context_parallel")
-    return {name: getattr(compute, name) for name in names}
+    return {k: getattr(compute, k) for k in ("dtype", "remat", "scan_layers", "attention", "context_parallel")}
 
 
 def load_teacher(name: str, compute: ComputeConfig | None = None, mesh: Mesh | None = None) -> Pipeline:
@@ -149,9 +146,8 @@ class Generator:
 
     @functools.cached_property
     def own_mesh(self) -> Mesh:
-        if sharding.host_count(self.mesh) == 1:
-            return self.mesh
-        return self.host or sharding.host_mesh(self.mesh.devices.flat)
+        alone = sharding.host_count(self.mesh) == 1
+        return self.mesh if alone else self.host or sharding.host_mesh(self.mesh.devices.flat)
 
     @functools.cache  # noqa: B019 (a generator lives as long as its programs)
     def text_program(self, count: int, mesh: Mesh) -> Program:
@@ -229,12 +225,8 @@ class Generator:
         return (self._videos(decode, latent) + 1) / 2
 
     def _videos(self, function: Callable[[jax.Array], Any], videos: jax.Array) -> Any:
-        """function(videos): of one at a time where even of one only a chunk is held at a time, and on a CPU of as many
-        as its caches hold."""
-        if self.vae_chunk is None and platform() != "cpu":
-            return function(videos)
-        most = 1 if self.vae_chunk is not None else max(1, CACHED_PIXELS // math.prod(self.clip))
-        return row_by_row(function, videos, most)
+        """function(videos): of one at a time where even of one only a chunk is held at a time."""
+        return function(videos) if self.vae_chunk is None else row_by_row(function, videos)
 
     @functools.cache  # noqa: B019
     def decode_program(self, shape: tuple[int, ...], mesh: Mesh) -> Program:
@@ -261,13 +253,6 @@ class Generator:
 
         program = self._vae_program("show_samples", show, jax.ShapeDtypeStruct(shape, jnp.float32), self.mesh)
         return dataclasses.replace(program, out_shardings=sharding.replicated(self.mesh), share=BESIDE)
-
-    def compile(self, samplers: Iterable[Sampler], count: int) -> None:
-        """Compiles what draws `count` videos by each of the samplers, side by side: a compiler has one core busy."""
-        programs = {self.text_program(count, self.own_mesh), *(sampler.program(count) for sampler in samplers)}
-        programs.add(self.decode_program((count, *self.latent_shape), self.own_mesh))
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(Program.compile, programs))
 
     def samples_at_once(self, total: int, most: int | None = None) -> int:
         """How many of `total` videos are drawn together: as many as are small, or `most`, filled up for the mesh."""

@@ -281,9 +281,9 @@ def test_memory_that_was_freed_is_there_for_the_next_buffer():
     code = """
 import resource, sys, threading
 import numpy as np
-from dollar_jax.cli.base import keep_memory
+from dollar_jax.cli.base import prepare_jax
 if sys.argv[1] == "kept":
-    keep_memory()
+    prepare_jax()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     np.ones(2**26, np.uint8)

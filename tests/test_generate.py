@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dollar_jax import generate
 from dollar_jax.config import MeshConfig, SamplingConfig
 from dollar_jax.data import shapes
 from dollar_jax.data.prepared import fingerprint
@@ -107,21 +106,6 @@ def test_videos_one_after_another_are_those_of_the_whole_batch(toy_generator, co
     np.testing.assert_allclose(temp[None][0], temp[1][0], atol=1e-4)
     np.testing.assert_allclose(temp[None][1], temp[1][1], atol=1e-4)
     assert temp[1][2] < temp[None][2]
-
-
-@pytest.mark.parametrize("count", [16, 3])
-def test_groups_of_videos_are_those_of_the_whole_batch(toy_generator, count, monkeypatch):
-    """On a mesh whose four devices have four of sixteen each, two at a time, and of three videos all, one at a time."""
-    mesh = make_mesh(MeshConfig(2, 2, 2, 1))
-    latent = np.random.default_rng(0).normal(size=(count, *toy_generator.latent_shape)).astype(np.float32)
-    each = [toy_generator.decode(latent[i : i + 1]) for i in range(count)]
-    loops = []
-    for videos in (2**20, 2):
-        monkeypatch.setattr(generate, "CACHED_PIXELS", videos * int(np.prod(toy_generator.clip)))
-        generator = dataclasses.replace(toy_generator, mesh=mesh)
-        np.testing.assert_allclose(generator.decode(latent), np.concatenate(each), atol=1e-5)
-        loops.append(str(generator.decode_program(latent.shape, mesh).trace().jaxpr).count("scan["))
-    assert loops[1] > loops[0]
 
 
 def test_the_negative_prompt_is_the_other_half_of_guidance(toy_generator):

@@ -148,23 +148,16 @@ def given_config() -> DistillConfig:
 
 
 def prepare_jax() -> None:
-    """The compile cache, so that a second run starts at once; `keep_memory` where there is no accelerator."""
+    """The compile cache, so that a second run starts at once. Without an accelerator glibc keeps what is freed, up to 2
+    GiB in one heap: to have the pages of its buffers cleared at each call is a third of a gradient's time on a CPU."""
     import jax
 
     if not any(map(glob.glob, ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*"))):
-        keep_memory()
+        with contextlib.suppress(OSError, AttributeError):  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of malloc.h
+            for option in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
+                ctypes.CDLL("libc.so.6").mallopt(*option)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "dollar_jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
-
-
-def keep_memory() -> None:
-    """Has glibc keep what is freed, up to 2 GiB, in one heap; for threads that start later. On a CPU a program asks for
-    its buffers anew at each call, and the system clears every page that it hands out: that is a
-    twelfth of the demo's step, and a third of its gradient."""
-    mmap_max, trim_threshold, arena_max = -4, -1, -8  # of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1)):
-            ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
 def report_error(name: str, error: BaseException) -> int:

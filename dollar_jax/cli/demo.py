@@ -17,7 +17,7 @@ def run() -> None:
     workdir = Path(FLAGS.workdir)
     print(f"Distilling the teacher that ships with the package; what comes out is in {workdir}.", flush=True)
     from dollar_jax.config import changed
-    from dollar_jax.data.latents import Videos, load_data
+    from dollar_jax.data.latents import load_data
     from dollar_jax.evaluate.run import evaluate
     from dollar_jax.experiment import load
     from dollar_jax.generate import make_generator
@@ -34,14 +34,8 @@ def run() -> None:
     if FLAGS.quick:
         config = changed(config, {"steps": 20, "data.train_videos": 128})
     generator = make_generator(config, mesh=make_mesh(config.mesh))
-
-    def data() -> Videos:
-        found = load_data(config, generator, workdir)
-        lap("load and encode data")
-        return found
-
-    train(config, workdir, generator, data)
-    lap("distil")
+    train(config, workdir, generator, lambda: load_data(config, generator, workdir))  # beside the step's compilation
+    lap("encode data, distil")
     evaluate(workdir, generator, workdir / "metrics.json", FLAGS.quick, timings)
     print_table(workdir / "metrics.json")
     print(f"\nLook at {workdir / 'report.html'} in a browser; the videos are in {workdir / 'videos'}.")

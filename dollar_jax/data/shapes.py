@@ -134,8 +134,7 @@ SPLITS = ("train", "validation", "held_out")
 
 def example(seed: int, split: str, index: int) -> tuple[np.ndarray, Caption]:
     """The `index`-th (video, caption) of a split; depends on nothing else."""
-    held_out = split == "held_out"
-    captions = [caption for caption in all_captions() if caption.held_out == held_out]
+    captions = [caption for caption in all_captions() if caption.held_out == (split == "held_out")]
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     caption = captions[rng.integers(len(captions))]
     return render(caption, rng), caption
@@ -234,8 +233,7 @@ def alignment(videos: np.ndarray, captions: list[Caption]) -> dict[str, float]:
     """Mean accuracy of videos [n, t, 32, 32, 3] against their captions: `alignment` over frames and attributes,
     `alignment_strict` (frames in which all five are right) and one for each attribute."""
     with ThreadPoolExecutor() as pool:  # NumPy computes beside Python
-        read = pool.map(verify, videos)
-        return accuracies(np.stack([reading.correct(c) for reading, c in zip(read, captions, strict=True)]))
+        return accuracies(np.stack([r.correct(c) for r, c in zip(pool.map(verify, videos), captions, strict=True)]))
 
 
 def accuracies(correct: np.ndarray) -> dict[str, float]:

@@ -94,7 +94,6 @@ def draw_in_turns(
     parts = [slice(start, start + batch) for start in range(0, len(padded), batch)]
     frames: dict[str, list[np.ndarray]] = {name: [] for name in rows}
     seconds: dict[str, dict[str, list[float]]] = {name: {"diffusion": [], "total": []} for name in rows}
-    generator.compile([row.draw for row in rows.values()], batch)
     turns = [(i, part, name) for i, part in enumerate([parts[0], *parts * rounds]) for name in rows]
     for i, part, name in tqdm(turns, "sampling in turns", unit="batch"):
         keys = video_keys(seed, len(padded))[part]  # anew: the rows share their noise, which JAX takes for a mistake
@@ -162,5 +161,4 @@ def percentages(metrics: dict[str, dict[str, float]], teacher: str) -> None:
     """Adds to each row its `diffusion_percent` and `total_percent` of the teacher's whole inference, table 8.4."""
     whole = metrics[teacher]["total_seconds"]
     for row in metrics.values():
-        for stage in ("diffusion", "total"):
-            row[f"{stage}_percent"] = 100 * row[f"{stage}_seconds"] / whole
+        row.update({f"{stage}_percent": 100 * row[f"{stage}_seconds"] / whole for stage in ("diffusion", "total")})

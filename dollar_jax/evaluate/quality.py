@@ -27,8 +27,7 @@ def net_change(videos: np.ndarray) -> np.ndarray:
     x = np.moveaxis(unit_range(videos), -4, 0)
     half = max(len(x) // 2, 2)
     far, near = np.abs(x[half:] - x[:-half]), np.abs(x[1:] - x[:-1])
-    axes = (0, -3, -2, -1)
-    return far.mean(axes, dtype=np.float64) - near.mean(axes, dtype=np.float64)
+    return np.subtract(*(x.mean((0, -3, -2, -1), dtype=np.float64) for x in (far, near)))
 
 
 def diversity(videos: np.ndarray) -> float:

@@ -49,21 +49,14 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, P(rows(x.shape[0]), *named))
 
 
-def row_by_row(function: Callable[[Array], PyTree], x: Array, most: int = 1) -> PyTree:
-    """function(x) of rows that know nothing of each other: each device takes its own one after another, or as many at
-    a time as divide them and are at most `most`."""
+def row_by_row(function: Callable[[Array], PyTree], x: Array) -> PyTree:
+    """function(x) of rows that know nothing of each other: each device takes its own one after another."""
     shards = axis_size(ROWS) if rows(x.shape[0]) else 1
-    each = x.shape[0] // shards
-    group = next(count for count in range(min(most, each), 0, -1) if each % count == 0)
-    if group == each:
+    if x.shape[0] == shards:
         return function(x)
-    parts = x.reshape(shards, -1, group, *x.shape[1:]).swapaxes(0, 1).reshape(-1, shards * group, *x.shape[1:])
+    parts = x.reshape(shards, -1, *x.shape[1:]).swapaxes(0, 1)
     y = jax.lax.map(lambda part: jax.tree.map(constrain, function(constrain(part))), parts)
-
-    def together(y: Array) -> Array:
-        return y.reshape(-1, shards, group, *y.shape[2:]).swapaxes(0, 1).reshape(-1, *y.shape[2:])
-
-    return jax.tree.map(together, y)
+    return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(-1, *y.shape[2:]), y)
 
 
 def padded_length(tokens: int) -> int:
