@@ -46,7 +46,7 @@ def check_flags(arguments: Sequence[str] = ()) -> None:
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, int | float) and not name.startswith("config") and not 0 <= one <= most:
                 raise ValueError(f"--{name}={one} must be from 0 to {most}")
-            if one == "" and name not in ("beam", "prompt"):
+            if one == "" and name != "prompt":
                 raise ValueError(f"--{name} is empty: give it a value, or leave it out")
 
 

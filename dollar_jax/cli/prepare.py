@@ -1,10 +1,8 @@
 """`dollar prepare`."""
 
 import dataclasses
-import functools
 import os
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +41,6 @@ def define_flags(_: list[str]) -> None:
     define("string", "split", "train", "Split of a tfds: source.")
     define("integer", "process_index", None, "Which of the hosts this is, by default as jax counts them.", 0)
     define("integer", "process_count", None, "How many hosts share the work, all writing to --out.", 1)
-    define("string", "beam", None, "Share the work through Apache Beam with these options, or '' for this machine.")
 
 
 def run() -> None:
@@ -86,15 +83,8 @@ def run() -> None:
     count = jax.process_count() if FLAGS.process_count is None else FLAGS.process_count
     if index >= count:
         raise ValueError(f"--process_index={index} must be below --process_count={count}")
-    out, hand_out = Path(FLAGS.out), None
-    if FLAGS.beam is not None:
-        from dollar_jax.prepare.beam import hand_out_with_beam
-
-        if count > 1:
-            raise ValueError("with --beam the work is shared by its runner: start dollar prepare on one host only")
-        hand_out = functools.partial(hand_out_with_beam, settings, out, shlex.split(FLAGS.beam))
-    generator = load_generator(settings)
-    summary = prepare(settings, generator, out, index, count, FLAGS.workers, hand_out)
+    out = Path(FLAGS.out)
+    summary = prepare(settings, load_generator(settings), out, index, count, FLAGS.workers)
     what = "clips" if settings.prompts is None else "prompts"
     rejected = f"{summary.rejected} rejected, see {out / 'rejected.jsonl'}" if summary.rejected else "0 rejected"
     print(f"{summary.clips} {what} of {summary.videos} in the list; {rejected}")

@@ -18,8 +18,8 @@ import json
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,10 @@ def prepare(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 4,
-    hand_out: Callable[[list[int]], None] | None = None,
 ) -> Summary:
     """Makes the data set in `out`, or resumes an unfinished job there; a finished one is left as it is. Of several
     hosts that write to the same `out` each takes every `process_count`-th unit, and host 0 waits for the others and
-    finishes. `hand_out`, if given, is called with the unfinished units and returns when others have made them by
-    `encode_units`. Raises ValueError before any work for impossible settings or an unusable source, or when `out` holds
+    finishes. Raises ValueError before any work for impossible settings or an unusable source, or when `out` holds
     something else; and in the end when not one video could be used."""
     loader = Loader(settings)
     first = next(loader.items(), None)
@@ -81,16 +79,7 @@ def prepare(
     expected = sum(sizes[unit] for unit in mine)
     done = expected - sum(sizes[unit] for unit in todo)
     with tqdm(total=expected, initial=done, desc="preparing", unit="video", smoothing=0.05) as bar:
-        if hand_out is None:
-            encode_units(todo, encoder, out, workers, bar)
-        elif todo:
-            with ThreadPoolExecutor(1) as pool:
-                handed, missing = pool.submit(hand_out, todo), todo
-                while not handed.done():
-                    wait([handed], timeout=1)
-                    missing = _missing(parts, missing)
-                    bar.update(expected - sum(sizes[unit] for unit in missing) - bar.n)
-                handed.result()
+        encode_units(todo, encoder, out, workers, bar)
     if process_index:
         try:
             waiting = len(_missing(parts, range(units)))

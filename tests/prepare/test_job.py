@@ -14,7 +14,6 @@ import tarfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -286,52 +285,6 @@ def test_three_hosts_share_the_work(whole, settings, generator, tmp_path):
     assert [summary.waiting for summary in summaries] == [4, 2, 0]
     assert summaries[-1] == whole[1]
     assert contents(out) == contents(whole[0])
-
-
-@pytest.mark.filterwarnings("default")  # Beam's own
-def test_beam_makes_the_same_bytes(whole, settings, generator, tmp_path, monkeypatch):
-    """On its direct runner, which sends the pipeline through its portable form; and goes on after a kill."""
-    pytest.importorskip("apache_beam", reason="needs pip install -e '.[beam]'")
-    from dollar_jax.prepare.beam import hand_out_with_beam
-
-    monkeypatch.setattr(shards, "load_generator", lambda _: generator)
-    out, encoded = tmp_path / "out", []
-    encode = job.encode_units
-    monkeypatch.setattr(job, "encode_units", lambda units, *rest: (encoded.extend(units), encode(units, *rest)))
-
-    def by_beam(units):
-        hand_out_with_beam(settings, out, [], units)
-
-    def some(units):
-        by_beam(units[1:3])
-        raise Killed
-
-    with pytest.raises(Killed):
-        prepare(settings, generator, out, hand_out=some)
-    assert sorted(encoded) == [1, 2]
-    summary = prepare(settings, generator, out, hand_out=by_beam)
-    assert sorted(encoded) == [0, 1, 2, 3, 4, 5]
-    assert summary == whole[1]
-    assert contents(out) == contents(whole[0])
-
-
-def test_bad_beam_without_beam_or_on_several_hosts(videos, teacher, tmp_path, monkeypatch, capsys):
-    run = command(videos, teacher, tmp_path / "out", "--beam=")
-    monkeypatch.setitem(sys.modules, "dollar_jax.prepare.beam", SimpleNamespace(hand_out_with_beam=None))
-    assert cli.main([*run, "--process_index=0", "--process_count=2"]) == 2
-    assert "start dollar prepare on one host only" in capsys.readouterr().err
-    monkeypatch.delitem(sys.modules, "dollar_jax.prepare.beam", raising=False)
-    monkeypatch.setitem(sys.modules, "apache_beam", None)
-    assert cli.main(run) == 2
-    assert "pip install -e '.[beam]'" in capsys.readouterr().err
-
-
-def test_a_failure_in_beam_reaches_the_user(settings, generator, tmp_path):
-    def broken(units):
-        raise OSError("the runner is gone")
-
-    with pytest.raises(OSError, match="the runner is gone"):
-        prepare(settings, generator, tmp_path / "out", hand_out=broken)
 
 
 def test_a_sample_comes_from_the_posterior(whole, settings, generator, tmp_path):
