@@ -48,11 +48,12 @@ def pretrain(config: PretrainConfig, workdir: Path) -> Path:
     """Trains and measures the teacher; returns its folder, `workdir/teacher`. Raises ValueError before any work for
     settings of which no networks can be made."""
     vae_config, text, dit = networks(config)
-    if (text.d_model, vae_config.z_dim) != (dit.text_dim, dit.in_channels):
-        found = f"text_encoder.d_model and vae.z_dim {text.d_model, vae_config.z_dim}"
-        raise ValueError(
-            f"config.pretrain.{found} must be transformer.text_dim and in_channels {dit.text_dim, dit.in_channels}"
-        )
+    for name, one, other in (
+        ("text_dim", text.d_model, dit.text_dim),
+        ("in_channels", vae_config.z_dim, dit.in_channels),
+    ):
+        if one != other:
+            raise ValueError(f"config.pretrain.transformer.{name} is {other}, and what it gets has {one} channels")
     for phase in config.vae_phases:
         vae_config.latent_shape(min(phase.frames, shapes.FRAMES), shapes.SIZE, shapes.SIZE)
         if phase.frames > shapes.FRAMES:

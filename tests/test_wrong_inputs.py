@@ -292,7 +292,7 @@ LINES = [
     (PRETRAIN + "vae_phases[0].frames=401", "config.pretrain.vae_phases has 401 frames"),
     (PRETRAIN + "transformer.num_layers=0", "config.pretrain.transformer: num_layers is 0"),
     (PRETRAIN + "transformer.ffn_dim=-8", "config.pretrain.transformer: ffn_dim is -8"),
-    (PRETRAIN + "transformer.text_dim=7", "config.pretrain.text_encoder.d_model"),
+    (PRETRAIN + "transformer.text_dim=7", "config.pretrain.transformer.text_dim is 7"),
     (PRETRAIN + "vae.base_dim=0", "config.pretrain.vae: base_dim is 0"),
     (PRETRAIN + "text_encoder.d_model=100000000", "config.pretrain.text_encoder: d_model is 100000000"),
     ("train --config=demo --workdir=/proc/x", "/proc/x cannot be used"),

@@ -16,11 +16,8 @@ from dollar_jax.report.measures import MEASURES, of_samplers
 from dollar_jax.report.page import Cell, Table, cells, duration, figure, number, significant, steps, times, write_page
 
 COLUMNS = ("alignment", "reward", "vendi", "flicker", "nfe", "diffusion_seconds", "total_seconds")
-KINDS = {
-    "teacher": ("Teacher", "guided"),
-    "student": ("Student", "distilled"),
-    "undistilled": ("Undistilled", "teacher in the student’s place"),
-}
+KINDS = {"teacher": ("Teacher", "guided"), "student": ("Student", "distilled")}
+KINDS |= {"undistilled": ("Undistilled", "teacher in the student’s place")}
 # Where a metric of the training is drawn, under which heading: the first pattern that is the whole of its name.
 # What is in no group is folded away.
 CURVES = {

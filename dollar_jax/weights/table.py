@@ -31,9 +31,7 @@ SAME = Transform(lambda x: x, lambda x: x)
 # Dense kernels: [out, in] ↔ [in, out].
 TRANSPOSE = Transform(np.transpose, np.transpose)
 # Convolution kernels of any rank: [out, in, *kernel] ↔ [*kernel, in, out].
-CONV = Transform(
-    lambda x: x.transpose(*range(2, x.ndim), 1, 0), lambda x: x.transpose(x.ndim - 1, x.ndim - 2, *range(x.ndim - 2))
-)
+CONV = Transform(lambda x: np.moveaxis(x, (0, 1), (-1, -2)), lambda x: np.moveaxis(x, (-1, -2), (0, 1)))
 # Tables the file holds with a leading batch axis of 1.
 BATCHED = Transform(lambda x: x[0], lambda x: x[None])
 DENSE = {"weight": "kernel", "bias": "bias"}  # leaves of a module in the file → in the parameters
