@@ -256,9 +256,8 @@ class RewardConfig:
     @property
     def use_text(self) -> bool:
         """Whether the latent reward model reads the text: as asked, or where a reward may; one's own is taken to."""
-        reads = (
-            t.weight and (":" in t.name or t.name in ("clip", "viclip", "hpsv2", "pickscore")) for t in self.rewards
-        )
+        named = ("clip", "viclip", "hpsv2", "pickscore")
+        reads = (t.weight and (":" in t.name or t.name in named) for t in self.rewards)
         return self.head.depth is not None or (any(reads) if self.head.use_text is None else self.head.use_text)
 
     @property

@@ -16,7 +16,7 @@ from dollar_jax.config import DistillConfig
 from dollar_jax.sampling import Denoiser
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import RewardStatistics
-from dollar_jax.types import Apply, Key, Latent, Params, PerSample, TextStates, Time
+from dollar_jax.types import Apply, ImageCondition, Key, Latent, Params, PerSample, Time
 
 if TYPE_CHECKING:
     from dollar_jax.rewards.pixels import PixelRewards
@@ -55,14 +55,15 @@ class Distillation:
         """Noise, with the given frames of `clip`: where sampling starts."""
         return schedules.keep_given(self.schedule, clip, jax.random.normal(key, clip.shape))
 
-    def logit(self, params: Params, text: TextStates, x_t: Latent, t: Time, early: bool = True) -> Any:
+    def logit(self, params: Params, batch: Batch, x_t: Latent, t: Time, early: bool = True) -> Any:
         """The discriminator's; not `early`, of the fake score's prediction and it."""
         given = [k] if (k := self.schedule.given_frames) else []
-        return self.networks.discriminator(params, x_t, t, text, *given, early=early)
+        told = {} if batch.image is None else {"image": batch.image}
+        return self.networks.discriminator(params, x_t, t, batch.text, *given, early=early, **told)
 
-    def denoiser(self, params: Params, text: TextStates, *guidance: Any) -> Denoiser:
-        """`guidance` is null text and weight."""
-        return Denoiser(self.networks.denoiser, params, self.schedule, text, *guidance)
+    def denoiser(self, params: Params, batch: Batch, *guidance: Any) -> Denoiser:
+        """For the batch's text and images; `guidance` is null text and weight."""
+        return Denoiser(self.networks.denoiser, params, self.schedule, batch.text, *guidance, image=batch.image)
 
 
 @jax.tree_util.register_dataclass
@@ -79,12 +80,13 @@ class Frozen:
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """What a step takes. `tokens` are the prompts as integers, by the label of the JAX reward that reads them;
-    `reward` is what the reward method has kept of earlier steps (`RewardMethod.inputs`)."""
+    `reward` is what the reward method has kept of earlier steps (`RewardMethod.inputs`), `image` a teacher's of I2V."""
 
     latent: Float[Any, "b t h w c"]
     text: Float[Any, "b l d"]
     tokens: Mapping[str, Int[Any, "b l"]] = dataclasses.field(default_factory=dict)
     reward: Any = None
+    image: ImageCondition | None = None
 
 
 @jax.tree_util.register_dataclass

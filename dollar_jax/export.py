@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,13 @@ from dollar_jax.weights import pipeline as pipelines
 from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights.families import Family
 from dollar_jax.weights.scheduler import scheduler_json
-from dollar_jax.weights.table import Row, export_stream
+from dollar_jax.weights.table import export_stream
 
 # A name that begins with an underscore passes diffusers' check of a scheduler's fields.
 TIMESTEPS = "_student_timesteps"
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("dollar_jax", "assets/student"),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
+_SPACE = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+_FOLDER = jinja2.PackageLoader("dollar_jax", "assets/student")
+_TEMPLATES = jinja2.Environment(loader=_FOLDER, undefined=jinja2.StrictUndefined, **_SPACE)
 
 
 def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size: int, adapter: bool = False) -> None:
@@ -62,7 +58,6 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
     pipeline = (config.data.given_frames and family.image_pipeline) or family.pipeline
     times, ode = config.student.timesteps, config.student.sampler == "ode"
     module = f"student_{'ode_' * ode}{schedule.path}"
-
     with new_folder(folder) as draft:
         if adapter:
             save_adapter(draft, params, config, family, student.table, dtype)
@@ -79,7 +74,8 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
                     pipelines.save_component(draft / name, part.kind, component, "float32", shard_size)
                 else:
                     shutil.copytree(teacher / name, draft / name)
-            shutil.copytree(teacher / "tokenizer", draft / "tokenizer")
+            for name in ("tokenizer", *["image_processor"] * ("image_encoder" in parts)):
+                shutil.copytree(teacher / name, draft / name)
             vllm_omni = {"num_inference_steps": len(times), "denoising_timesteps": [round(t) for t in times]}
             vllm_omni |= {"solver": "ode" if ode else "sde", "guidance_scale": 1.0}
             changes = {"scheduler": [module, "StudentScheduler"], "dmd2_config": vllm_omni, "_class_name": pipeline}
@@ -137,9 +133,7 @@ def public(config: DistillConfig, teacher: Path) -> dict[str, Any]:
     return last(dataclasses.asdict(config)) | {"teacher": source["source"]}
 
 
-def save_adapter(
-    folder: Path, params: Params, config: DistillConfig, family: Family, table: Sequence[Row], dtype: str
-) -> None:
+def save_adapter(folder: Path, params: Params, config: DistillConfig, family: Family, table: Any, dtype: str) -> None:
     """The adapters for `load_lora_weights`, by the names of the family's own code where it has some, and for PEFT: A
     [rank, in] and B [out, rank], one pair for each layer of a stack. The scale is in B: without an alpha every reader
     takes it for 1."""
@@ -164,23 +158,16 @@ def save_adapter(
     pipelines.write_json(folder / "adapter_config.json", fields)
 
 
-def model_card(
-    config: DistillConfig, teacher: Path, manifest: Mapping[str, Any], metrics: Mapping[str, Any], **context: Any
-) -> str:
+def model_card(config: DistillConfig, teacher: Path, manifest: Any, metrics: Any, **context: Any) -> str:
     """README.md: what the student is, how diffusers' pipeline samples it, and what its run measured."""
     measured = of_samplers(metrics)
     readme = teacher / "README.md"
     theirs = ModelCard.load(readme).data.to_dict() if readme.is_file() else {}
-    return _TEMPLATES.get_template("README.md.jinja").render(
-        context,
-        manifest=manifest,
-        name=f"{len(config.student.timesteps)}-step student of {manifest['teacher']['name']}",
-        licence={key: theirs[key] for key in ("license", "license_name", "license_link") if key in theirs},
-        shipped=config.teacher in SHIPPED_TEACHERS,
-        config=config,
-        clip=clip_size(config.data),
-        losses=[(f"{t.label}, {t.symbol}".rstrip(", "), t.weight(config)) for t in filter(None, terms(config))],
-        measured=measured,
-        columns=sorted({column for row in measured.values() for column in row} & MEASURES.keys()),
-        settings=json.dumps(manifest["config"], indent=2),
-    )
+    name = f"{len(config.student.timesteps)}-step student of {manifest['teacher']['name']}"
+    licence = {key: theirs[key] for key in ("license", "license_name", "license_link") if key in theirs}
+    losses = [(f"{t.label}, {t.symbol}".rstrip(", "), t.weight(config)) for t in filter(None, terms(config))]
+    columns = sorted({column for row in measured.values() for column in row} & MEASURES.keys())
+    context |= {"manifest": manifest, "name": name, "licence": licence, "config": config, "losses": losses}
+    context |= {"shipped": config.teacher in SHIPPED_TEACHERS, "clip": clip_size(config.data), "measured": measured}
+    context |= {"columns": columns, "settings": json.dumps(manifest["config"], indent=2)}
+    return _TEMPLATES.get_template("README.md.jinja").render(context)

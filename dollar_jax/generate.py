@@ -25,7 +25,7 @@ from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
 from dollar_jax.program import BESIDE, Program
 from dollar_jax.schedule import keep_given
-from dollar_jax.types import Params
+from dollar_jax.types import ImageCondition, Params
 from dollar_jax.video import read_image, side_by_side, signed_range, to_uint8
 from dollar_jax.weights.families import clean_prompt
 from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
@@ -87,8 +87,8 @@ class Sampler:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
         keys = jax.eval_shape(lambda: video_keys(0, count))
         text = jax.ShapeDtypeStruct((count, *g.text_shape), jnp.float32)
-        frames = g.pipeline.schedule.given_frames
-        given = jax.ShapeDtypeStruct((count, frames, *g.latent_shape[1:]), jnp.float32) if frames else None
+        frames, given = g.pipeline.schedule.given_frames, g.image_shapes(count)
+        given = jax.ShapeDtypeStruct((count, frames, *g.latent_shape[1:]), jnp.float32) if frames else given
         rows = sharding.row_sharding(g.mesh, count)
         null_text = (jax.ShapeDtypeStruct((1, *g.text_shape), jnp.float32),) if self.guided else ()
         places = (sharding.shard(g.mesh, shapes), rows, rows, rows, *[sharding.replicated(g.mesh)] * self.guided)
@@ -104,10 +104,11 @@ class Sampler:
 
 
 class Condition(NamedTuple):
-    """What samplers are given for each video: text states [n l d], and latents of the first frames [n k h w c]."""
+    """What samplers are given for each video: text states [n l d], and latents of the first frames [n k h w c] or what
+    the transformer is told of them."""
 
     text: np.ndarray
-    given: np.ndarray | None = None
+    given: np.ndarray | ImageCondition | None = None
 
 
 class BoundSampler(NamedTuple):
@@ -123,7 +124,8 @@ class BoundSampler(NamedTuple):
 class Generator:
     """A pipeline's programs, from prompts to frames. Samplers run on `mesh`, this process's first device if none
     is given; text encoder and VAE too, unless it is shared with other processes: then on this one's devices of it.
-    `given`, to be filled, are latents [k h w c] of the first frames by prompt, where the schedule has some given."""
+    `given`, to be filled, are latents [k h w c] of the first frames by prompt, where the schedule has some given, or an
+    `ImageCondition` where the transformer is told of them."""
 
     pipeline: Pipeline
     max_text_length: int
@@ -132,7 +134,7 @@ class Generator:
     vae_chunk: int | None = None  # latent frames of one video encoded or decoded at a time; None is a whole batch
     mesh: Mesh = dataclasses.field(default_factory=lambda: sampling_mesh(MeshConfig(), jax.local_devices()[:1]))
     host: Mesh | None = None  # for this process alone, where its devices are not to be taken from `mesh`
-    given: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    given: dict[str, Any] = dataclasses.field(default_factory=dict)
     student_ode: bool = False  # config.student.sampler
 
     @functools.cached_property
@@ -174,16 +176,49 @@ class Generator:
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """What samplers take; raises ValueError for a prompt whose first frame is not known but has to be."""
-        frames = self.pipeline.schedule.given_frames
-        if frames and (lost := set(prompts) - self.given.keys()):
-            raise ValueError(f"a first frame has to be given (config.data.given_frames), and {min(lost)!r} has none")
-        given = [self.given[prompt][:frames] for prompt in prompts] if frames else []
-        return Condition(self.text(prompts), np.stack(given, dtype=np.float32) if given else None)
+        frames, told = self.pipeline.schedule.given_frames, self.pipeline.family.conditioned
+        if (frames or told) and (lost := set(prompts) - self.given.keys()):
+            raise ValueError(f"a first frame has to be given, an image to continue, and {min(lost)!r} has none")
+        given = [self.given[prompt] if told else self.given[prompt][:frames] for prompt in prompts if frames or told]
+        stacked = jax.tree.map(lambda *x: np.stack(x, dtype=np.float32), *given) if given else None
+        return Condition(self.text(prompts), stacked)
 
     def continue_from(self, images: Mapping[str, Path]) -> None:
         """Takes image files as `given`, by prompt."""
-        read = functools.cache(lambda path: self.encode(read_image(path, *self.clip[1:])[None, None])[0])
-        self.given.update({prompt: read(path) for prompt, path in images.items()})
+        frames = functools.cache(lambda path: self.first_frames(read_image(path, *self.clip[1:])[None]))
+        self.given.update({prompt: jax.tree.map(lambda x: x[0], frames(path)) for prompt, path in images.items()})
+
+    def first_frames(self, frames: np.ndarray) -> Any:
+        """What is `given` of first frames, uint8 [b h w 3]."""
+        if not self.pipeline.family.conditioned:
+            return self.encode(frames[:, None])
+        program, encoder = self.image_program(frames.shape, self.own_mesh), self.pipeline.image_encoder
+        params = self.pipeline.vae.params, encoder and encoder.params
+        return jax.tree.map(np.asarray, program(*program.place(params, frames)))
+
+    def image_shapes(self, count: int) -> ImageCondition | None:
+        """Of what the transformer is told of `count` images, None where it is told of none."""
+        if not self.pipeline.family.conditioned:
+            return None
+        shape, c = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), self.pipeline.image_encoder
+        tokens = c and shape((count, (c.config.image_size // c.config.patch_size) ** 2 + 1, c.config.hidden_size))
+        return ImageCondition(shape((count, *self.latent_shape)), tokens)
+
+    @functools.cache  # noqa: B019
+    def image_program(self, shape: tuple[int, ...], mesh: Mesh) -> Program:
+        """(parameters of VAE and image encoder, uint8 first frames of `shape`) → what the transformer is told of them:
+        the normalised mean of the posterior of the frame and as many grey ones as make a clip, and tokens."""
+        vae, encoder = self.pipeline.vae, self.pipeline.image_encoder
+
+        def tell(params: Any, frames: jax.Array) -> ImageCondition:
+            # Grey is 0 in [-1, 1], between two bytes.
+            clips = jnp.pad(signed_range(frames)[:, None], ((0, 0), (0, self.clip[0] - 1), *[(0, 0)] * 3))
+            encode = functools.partial(vae.network.apply, params[0], method="encode", chunk=self.vae_chunk)
+            latent = normalise(self._videos(encode, clips)[0], vae.config)
+            return ImageCondition(latent, encoder and encoder.network.apply(params[1], jnp.float32(frames) / 255))
+
+        shapes = vae.network.shapes, encoder and encoder.network.shapes
+        return self._vae_program("image_condition", tell, jax.ShapeDtypeStruct(shape, jnp.uint8), mesh, shapes)
 
     @functools.cached_property
     def null_text(self) -> np.ndarray:
@@ -265,25 +300,28 @@ class Generator:
         _, h, w = self.clip
         return next(k for k in range(1, h + 1) if videos * (h // k) * (w // k) <= SHOWN_PIXELS)
 
-    def _vae_program(self, name: str, function: Any, videos: jax.ShapeDtypeStruct, mesh: Mesh) -> Program:
-        rows, shapes = sharding.row_sharding(mesh, videos.shape[0]), self.pipeline.vae.network.shapes
+    def _vae_program(self, name: str, function: Any, videos: Any, mesh: Mesh, shapes: Any = None) -> Program:
+        rows, shapes = sharding.row_sharding(mesh, videos.shape[0]), shapes or self.pipeline.vae.network.shapes
         return Program(name, function, (shapes, videos), mesh, (sharding.replicated(mesh), rows), rows)
 
-    def noise(self, keys: jax.Array, given: jax.Array | None = None) -> jax.Array:
+    def noise(self, keys: jax.Array, given: Any = None) -> jax.Array:
         """Where sampling starts: noise by each video's key, with its first frames if they are given."""
         noise = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
-        return noise if given is None else keep_given(self.pipeline.schedule, given, noise)
+        schedule = self.pipeline.schedule
+        return keep_given(schedule, given, noise) if schedule.given_frames and given is not None else noise
 
-    def _denoiser(self, params: Params, text: jax.Array, *guidance: Any) -> sampling.Denoiser:
+    def _denoiser(self, params: Params, text: jax.Array, given: Any, *guidance: Any) -> sampling.Denoiser:
         apply, schedule = self.pipeline.transformer.network.apply, self.pipeline.schedule
-        return sampling.Denoiser(apply, params, schedule, text, *guidance)
+        image = given if self.pipeline.family.conditioned else None
+        return sampling.Denoiser(apply, params, schedule, text, *guidance, image=image)
 
     @functools.cache  # noqa: B019
     def teacher_sampler(self, num_steps: int, guidance_weight: float) -> Sampler:
         """The ODE in `num_steps` steps with guidance: 2 evaluations each, 1 when the weight is 0."""
 
         def draw(params: Params, keys: jax.Array, text: jax.Array, given: Any, null_text: jax.Array) -> jax.Array:
-            start = self._denoiser(params, text, null_text, guidance_weight), self.noise(keys, given), num_steps
+            denoiser = self._denoiser(params, text, given, null_text, guidance_weight)
+            start = denoiser, self.noise(keys, given), num_steps
             if self.sampling.solver == "unipc":
                 return sampling.unipc_sample(*start)
             return sampling.ode_sample(*start, self.sampling.eta, _step_keys(keys) if self.sampling.eta else None)
@@ -295,7 +333,7 @@ class Generator:
         """The student through its `timesteps`: one evaluation each, without guidance."""
 
         def draw(params: Params, keys: jax.Array, text: jax.Array, given: Any) -> jax.Array:
-            denoiser = self._denoiser(params, text)
+            denoiser = self._denoiser(params, text, given)
             start = denoiser, timesteps, self.noise(keys, given), _step_keys(keys)
             return sampling.few_step_sample(*start, self.student_ode)
 
@@ -314,7 +352,7 @@ def make_generator(c: DistillConfig, clip: tuple[int, int, int] | None = None, m
 def with_given_frames(pipeline: Pipeline, c: DistillConfig) -> Pipeline:
     """The pipeline where config.data.given_frames are given; ValueError for a teacher that cannot take any."""
     if c.data.given_frames and pipeline.family.image_pipeline is None:
-        raise ValueError(f"the teacher {c.teacher} takes no image, as config.data.given_frames asks: only TI2V does")
+        raise ValueError(f"the teacher {c.teacher} takes no image as config.data.given_frames asks: only TI2V does")
     schedule = dataclasses.replace(pipeline.schedule, given_frames=c.data.given_frames)
     return dataclasses.replace(pipeline, schedule=schedule)
 

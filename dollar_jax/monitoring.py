@@ -98,9 +98,7 @@ class SampleLogger:
     time, in parts; process 0 looks at what comes of it in the background of the next steps. The teacher's are drawn
     when they are first needed, and kept in `samples/`, by `key`, for a resumed run."""
 
-    def __init__(
-        self, config: VisibilityConfig, workdir: Path, student: Draw, teacher: Draw, prompts: int, key: str, fps: float
-    ):
+    def __init__(self, config: Any, workdir: Path, student: Draw, teacher: Draw, prompts: int, key: str, fps: float):
         self.config, self.folder = config, workdir / SAMPLES
         self._student, self._teacher, self._prompts, self._key, self._fps = student, teacher, prompts, key, fps
         self._background = ThreadPoolExecutor(1)
@@ -171,7 +169,7 @@ def make_sample_logger(
         parts = []
         for start in range(0, total, batch):
             index = np.minimum(np.arange(start, start + batch), total - 1)
-            given = (None if x is None else x[index] for x in condition)
+            given = jax.tree.map(lambda x, index=index: x[index], condition)
             latent = sampler(params, video_keys(c.seed, total)[index], *given)
             show = generator.show_program(latent.shape, shrink)
             parts.append(Shown(*show(*show.place(decoder, latent))))
@@ -231,9 +229,7 @@ class Log:
         self.bar.set_description_str("distilling")
         compiled.result()
 
-    def step(
-        self, step: int, metrics: Mapping[str, jax.Array], host: dict[str, float], now: bool, samples: Looked = None
-    ) -> None:
+    def step(self, step: int, metrics: Mapping[str, jax.Array], host: dict, now: bool, samples: Looked = None) -> None:
         self.bar.update()
         if self._begun and self.main:
             loss, seconds = float(metrics["student_loss"]), time.perf_counter() - self._clock[1]

@@ -15,7 +15,7 @@ from dollar_jax.config import ConsistencyConfig, DistillConfig, VSDConfig
 from dollar_jax.distillation import Batch, Distillation, Generated, Metrics, References, StudentPass, Term
 from dollar_jax.rewards.methods import METHODS, method_of
 from dollar_jax.schedule import Schedule
-from dollar_jax.types import Key, Latent, LatentSteps, Params, PerSample, TextStates, Time, TimeSteps, Weight
+from dollar_jax.types import Key, Latent, LatentSteps, Params, PerSample, Time, TimeSteps, Weight
 
 SCORE_BINS = 4
 
@@ -33,7 +33,7 @@ def student_input(d: Distillation, params: Params, batch: Batch, key: Key) -> tu
         t = jnp.asarray(times, jnp.float32)[index]
         return schedules.add_noise(d.schedule, x0, noise, t), t, index
     ode = d.config.student.sampler == "ode"
-    x_t, t, _ = sampling.simulate_backward(d.denoiser(params, batch.text), times, noise, index, keys[2], ode)
+    x_t, t, _ = sampling.simulate_backward(d.denoiser(params, batch), times, noise, index, keys[2], ode)
     return x_t, t, index
 
 
@@ -51,7 +51,7 @@ def student_rows(
     else:
         x_t, segments = consistency_input(d, batch.latent, keys[0])
         t = segments[0]
-    generated = d.denoiser(params, batch.text).x0(x_t, t)
+    generated = d.denoiser(params, batch).x0(x_t, t)
     forward = StudentPass(params, references, batch, x_t, t, segments, generated)
     used = [(term, k) for term, k in zip(rows, keys[1:], strict=True) if term and term.loss]
     return generated, [(term, *term.loss(d, forward, k)) for term, k in used if term.loss]
@@ -93,34 +93,32 @@ def vsd_guidance(config: DistillConfig, student_t: Time, t: Time) -> Weight:
     return weight if (low, high) == (0, 1000) else jnp.where((low <= t) & (t <= high), weight, 0.0)
 
 
-def vsd(
-    d: Distillation, references: References, generated: Latent, student_t: Time, text: TextStates, key: Key
-) -> PerSample:
+def vsd(d: Distillation, refs: References, generated: Latent, student_t: Time, batch: Batch, key: Key) -> PerSample:
     """L_VSD of latents generated at the student's timesteps `student_t`, DOLLAR eq. (8.7-8.9): guided teacher against
     fake score. With `guidance_time` "noisier" in the form of Decoupled DMD (arXiv 2511.22677, eq. (6)): the teacher
     without guidance is compared at one time, and w (x̂0_c - x̂0_∅) comes from another, with noise of its own."""
-    c, frozen = d.config.vsd, references.frozen
+    c, frozen = d.config.vsd, refs.frozen
     keys, x = jax.random.split(key), lax.stop_gradient(generated)
     t = score_times(c, d.schedule, keys[0], len(x))
     x_t = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), t)
     if c.guidance_time == "score" or not c.guidance_weight:
         weight = vsd_guidance(d.config, student_t, t)
-        real = d.denoiser(frozen.teacher, text, frozen.null_text, weight).x0(x_t, t)
+        real = d.denoiser(frozen.teacher, batch, frozen.null_text, weight).x0(x_t, t)
     else:
         keys = jax.random.split(jax.random.fold_in(key, 2))
         noisier = score_times(c, d.schedule, keys[0], len(x), student_t)
         x_n = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), noisier)
-        null_text = jnp.broadcast_to(frozen.null_text, text.shape)
-        cond, uncond = (d.denoiser(frozen.teacher, s).x0(x_n, noisier) for s in (text, null_text))
+        null = dataclasses.replace(batch, text=jnp.broadcast_to(frozen.null_text, batch.text.shape))
+        cond, uncond = (d.denoiser(frozen.teacher, b).x0(x_n, noisier) for b in (batch, null))
         guided = schedules.guide(cond, uncond, vsd_guidance(d.config, student_t, noisier)) - cond
-        real = d.denoiser(frozen.teacher, text).x0(x_t, t) + guided
-    fake = d.denoiser(lax.stop_gradient(references.fake_score), text).x0(x_t, t)
+        real = d.denoiser(frozen.teacher, batch).x0(x_t, t) + guided
+    fake = d.denoiser(lax.stop_gradient(refs.fake_score), batch).x0(x_t, t)
     generated, real, fake = schedules.generated(d.schedule, generated, real, fake)
     return losses.vsd(generated, real, fake, c.normalisation, c.floor, nan_to_zero=c.nan_to_zero)
 
 
 def vsd_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict[str, Array]]:
-    return vsd(d, p.references, p.generated, p.t, p.batch.text, key), {}
+    return vsd(d, p.references, p.generated, p.t, p.batch, key), {}
 
 
 def student_segments(config: DistillConfig, schedule: Schedule) -> Float[Array, "m n"]:
@@ -141,7 +139,7 @@ def grid_segments(c: ConsistencyConfig, schedule: Schedule, key: Key, batch: int
 
 
 def consistency(
-    d: Distillation, references: References, prediction: Latent, x_t: Latent, times: TimeSteps, text: TextStates
+    d: Distillation, references: References, prediction: Latent, x_t: Latent, times: TimeSteps, batch: Batch
 ) -> PerSample:
     """L_CD, DOLLAR eq. (8.4-8.6): f_θ(x_t), of the student's x̂0 `prediction` there, against f_θ⁻ after the guided
     teacher's steps through `times` from times[0]."""
@@ -151,10 +149,10 @@ def consistency(
         skip, out = losses.boundary_scalings(t, c.boundary, c.sigma_data, c.timestep_scaling)
         return skip[:, None, None, None, None] * x + out[:, None, None, None, None] * x0
 
-    teacher = d.denoiser(frozen.teacher, text, frozen.null_text, c.guidance_weight)
+    teacher = d.denoiser(frozen.teacher, batch, frozen.null_text, c.guidance_weight)
     earlier = sampling.ode_solve(teacher, lax.stop_gradient(x_t), times)
     end = times[-1]
-    target = d.denoiser(references.ema, text).x0(earlier, end)
+    target = d.denoiser(references.ema, batch).x0(earlier, end)
     # At the clean end f is the identity whatever the boundary scalings.
     clean = (end <= schedules.timestep_grid(schedule, 1)[-1])[:, None, None, None, None]
     target = jnp.where(clean, earlier, f(earlier, end, target))
@@ -176,24 +174,24 @@ def consistency_input(d: Distillation, x0: Latent, key: Key) -> tuple[Latent, Fl
 
 def consistency_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict[str, Array]]:
     """`consistency` from the student's own pass where it can, else from another; 0 in steps that are not its turn."""
-    text, every = p.batch.text, d.config.consistency.every
+    batch, every = p.batch, d.config.consistency.every
 
     def loss() -> PerSample:
         if p.segments is not None:
-            return consistency(d, p.references, p.generated, p.x_t, p.segments, text)
-        x_t, times = consistency_input(d, p.batch.latent, key)
-        prediction = d.denoiser(p.params, text).x0(x_t, times[0])
-        return consistency(d, p.references, prediction, x_t, times, text)
+            return consistency(d, p.references, p.generated, p.x_t, p.segments, batch)
+        x_t, times = consistency_input(d, batch.latent, key)
+        prediction = d.denoiser(p.params, batch).x0(x_t, times[0])
+        return consistency(d, p.references, prediction, x_t, times, batch)
 
     if every == 1:
         return loss(), {}
-    return lax.cond((p.references.step + 1) % every == 0, loss, lambda: jnp.zeros(len(text))), {}
+    return lax.cond((p.references.step + 1) % every == 0, loss, lambda: jnp.zeros(len(batch.text))), {}
 
 
 def rollout(d: Distillation, student_params: Params, batch: Batch, key: Key) -> LatentSteps:
     """The student's predictions at all its timesteps, on its own way from noise; without gradient."""
     (noise_key, key), student = jax.random.split(key), d.config.student
-    denoiser = d.denoiser(lax.stop_gradient(student_params), batch.text)
+    denoiser = d.denoiser(lax.stop_gradient(student_params), batch)
     noise = d.start(batch.latent, noise_key)
     return sampling.few_step_predictions(denoiser, student.timesteps, noise, key, student.sampler == "ode")
 
@@ -205,14 +203,14 @@ def fake_score(
     metrics hold its sum and count in each of SCORE_BINS equal parts of the timesteps too, for an average hides a
     network that has lost track at one end. With a discriminator its loss, -log D(real) - log(1 - D(generated)), is
     added, on the same times and noise."""
-    c, schedule, text = d.config, d.schedule, batch.text
+    c, schedule = d.config, d.schedule
     keys = jax.random.split(key, 3)
     if samples is None:
         student_params = lax.stop_gradient(student_params)
         x_t, t, _ = student_input(d, student_params, batch, keys[0])
-        generated = d.denoiser(student_params, text).x0(x_t, t)
+        generated = d.denoiser(student_params, batch).x0(x_t, t)
     else:
-        chosen = jax.random.randint(keys[0], text.shape[:1], 0, len(samples)) == jnp.arange(len(samples))[:, None]
+        chosen = jax.random.randint(keys[0], batch.text.shape[:1], 0, len(samples)) == jnp.arange(len(samples))[:, None]
         # Not by an index, which would gather a sharded batch.
         generated = jnp.where(chosen[..., None, None, None, None], samples, 0.0).sum(0)
     t = score_times(c.vsd, schedule, keys[1], len(generated))
@@ -220,12 +218,12 @@ def fake_score(
     x_t = schedules.add_noise(schedule, generated, eps, t)
     aux, more = {}, 0.0
     if c.gan.weight:
-        prediction, logit = d.logit(params, text, x_t, t, early=False)
-        real = d.logit(params, text, schedules.add_noise(schedule, batch.latent, eps, t), t)
+        prediction, logit = d.logit(params, batch, x_t, t, early=False)
+        real = d.logit(params, batch, schedules.add_noise(schedule, batch.latent, eps, t), t)
         aux["discriminator"] = (jax.nn.softplus(-real) + jax.nn.softplus(logit)).mean()
         more = c.gan.fake_score_weight * aux["discriminator"]
     else:
-        prediction = d.denoiser(params, text).prediction(x_t, t)
+        prediction = d.denoiser(params, batch).prediction(x_t, t)
     if c.fake_score.loss == "x0":
         prediction, goal = schedules.to_x0(schedule, prediction, x_t, t), generated
     else:
@@ -245,19 +243,13 @@ def gan_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict
     keys = jax.random.split(key)
     t = score_times(d.config.vsd, d.schedule, keys[0], len(p.t))
     x_t = schedules.add_noise(d.schedule, p.generated, jax.random.normal(keys[1], p.x_t.shape), t)
-    return jax.nn.softplus(-d.logit(lax.stop_gradient(p.references.fake_score), p.batch.text, x_t, t)), {}
+    return jax.nn.softplus(-d.logit(lax.stop_gradient(p.references.fake_score), p.batch, x_t, t)), {}
 
 
 VSD = Term("vsd", "", "variational score distillation (VSD)", "VSD loss", lambda config: config.vsd.weight, vsd_term)
-CONSISTENCY = Term(
-    "consistency",
-    "β_CD",
-    "consistency distillation (CD)",
-    "Consistency loss",
-    lambda config: config.consistency.weight,
-    consistency_term,
-    scale=lambda config, step: config.consistency.every,
-)
+_CD = "consistency", "β_CD", "consistency distillation (CD)", "Consistency loss"
+_EVERY = {"scale": lambda config, step: config.consistency.every}
+CONSISTENCY = Term(*_CD, lambda config: config.consistency.weight, consistency_term, **_EVERY)
 
 
 def terms(config: DistillConfig) -> tuple[Term | None, ...]:

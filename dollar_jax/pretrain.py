@@ -88,15 +88,11 @@ def fit(
     Checkpoints into `folder` and goes on from what it finds there."""
     steps = training.steps
     share = optax.warmup_cosine_decay_schedule(0, 1, min(200, steps // 10), steps, 0.02)
+    more: Any = {"adam_learning_rate": lambda count: training.adam_learning_rate * share(count), "adam_b2": 0.99}
+    more |= {"consistent_rms": 0.2}  # updates as large as Adam's, whatever the matrix's shape
+    more |= {"muon_weight_dimension_numbers": _matrices}
     optimiser = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.contrib.muon(
-            lambda count: training.learning_rate * share(count),
-            adam_learning_rate=lambda count: training.adam_learning_rate * share(count),
-            adam_b2=0.99,
-            consistent_rms=0.2,  # updates as large as Adam's, whatever the matrix's shape
-            muon_weight_dimension_numbers=_matrices,
-        ),
+        optax.clip_by_global_norm(1.0), optax.contrib.muon(lambda count: training.learning_rate * share(count), **more)
     )
 
     def update(state: Params, batch: Any, step: jax.Array) -> tuple[Params, Metrics]:
@@ -203,7 +199,6 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     vae_config, text_config, dit_config = networks(config)
     text, dit = UMT5.network(text_config), WAN_TRANSFORMER.network(dit_config)
     schedule = Schedule("rf", "velocity", shift=c.shift)
-
     cache = folder / "latents.npz"
     if not cache.exists():
         videos, captions = rendered(config.seed, "train", c.videos)
@@ -260,7 +255,6 @@ def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
     rebuilt = np.concatenate([generator.decode(generator.encode(part)) for part in parts])
     psnr = float(-10 * np.log10(np.mean((rebuilt - videos / 255) ** 2)))
     report: dict[str, Any] = {"vae": {"psnr": psnr, **shapes.alignment(rebuilt, captions)}}
-
     everything = shapes.all_captions()
     draw = generator.teacher_sampler(config.num_steps, config.guidance_weight)
     prompts, keys = [str(caption) for caption in everything], video_keys(config.seed, len(everything))

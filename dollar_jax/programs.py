@@ -3,7 +3,7 @@ is planned ahead of time and what runs are both built here. The teacher's networ
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,14 +21,14 @@ from dollar_jax.models.latent_reward import LatentRewardModel
 from dollar_jax.models.network import Network, make_network
 from dollar_jax.optim import make_optimiser
 from dollar_jax.program import Program
-from dollar_jax.rewards import AnyReward, JaxReward
+from dollar_jax.rewards import JaxReward
 from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.pixels import PixelRewards
 from dollar_jax.rewards.scorer import decode_program
 from dollar_jax.schedule import Schedule, add_noise
 from dollar_jax.state import GAN_HEAD, Optimisers, TrainState, init_state
 from dollar_jax.step import make_step
-from dollar_jax.types import Params
+from dollar_jax.types import ImageCondition, Params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,11 +73,15 @@ def train_programs(
     pixel_rewards: PixelRewards | None = None,
     score_real: bool = True,
     decoder: Params = (),
+    image_shapes: Callable[[int], ImageCondition | None] = lambda rows: None,
 ) -> TrainPrograms:
     """Everything but the weights; raises ValueError, before any compilation, for a mesh that does not fit.
     `pixel_rewards` are the JAX ones of config.reward.rewards, `decoder` the shapes of their decoder's parameters.
-    `score_real`: the data has latents for the latent reward model to learn from beside the generated ones."""
+    `score_real`: the data has latents for the latent reward model to learn from beside the generated ones.
+    `image_shapes`: of what the transformer is told of the images of so many rows."""
     method_of(config).check()
+    if image_shapes(1) is not None and config.reward.rewards and not method_of(config).keeps_images:
+        raise ValueError(f"config.reward.method {config.reward.method!r} does not keep images: take 'lrm' or 'direct'")
     if (first := config.student.timesteps[0]) > schedule.num_train_timesteps:
         raise ValueError(f"config.student.timesteps has {first:g}, and the teacher only {schedule.num_train_timesteps}")
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -119,11 +123,13 @@ def train_programs(
     whole = sharding.replicated(mesh)
     frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
     batch_shapes = _batch_shapes(config, latent_shape, text_shape, pixel_rewards)
+    batch_shapes = dataclasses.replace(batch_shapes, image=image_shapes(config.batch_size))
     batch_sharding, samples_sharding = _batch_sharding(config, mesh, batch_shapes)
     # One forward is traced: heads that do not divide over the mesh are an error here, before any compilation.
-    given = ((mesh.shape["data"] * mesh.shape["fsdp"], *shape) for shape in (latent_shape, (), text_shape))
-    given = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in given)
-    jax.eval_shape(sharding.with_mesh(mesh, transformer.apply), transformer.shapes, *given)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    given = (jax.ShapeDtypeStruct((rows, *shape), jnp.float32) for shape in (latent_shape, (), text_shape))
+    told = {} if (image := image_shapes(rows)) is None else {"image": image}
+    jax.eval_shape(sharding.with_mesh(mesh, transformer.apply), transformer.shapes, *given, **told)
     networks = _networks(config, schedule, transformer, adapted, (head, gan_head), pixel_rewards)
     distillation = Distillation(config, networks, schedule, score_real)
 
@@ -164,13 +170,11 @@ def teacher_programs(
 ) -> TrainPrograms:
     """`train_programs` for the teacher of a generator, and clips of its size."""
     pipeline, shapes = generator.pipeline, (generator.latent_shape, generator.text_shape)
-    more = devices, pixels, score_real, pipeline.vae.network.shapes
+    more = devices, pixels, score_real, pipeline.vae.network.shapes, generator.image_shapes
     return train_programs(config, pipeline.transformer.network, pipeline.schedule, *shapes, *more)
 
 
-def step_flops(
-    config: DistillConfig, generator: Generator, pixel_rewards: PixelRewards | None, score_real: bool = True
-) -> float:
+def step_flops(config: DistillConfig, generator: Generator, pixel_rewards: Any, score_real: bool = True) -> float:
     """Floating-point operations of the model in one step, on all devices together: nothing is computed twice."""
     transformer = generator.pipeline.transformer
     held = dataclasses.replace(transformer.config, remat="none", attention="xla")
@@ -184,9 +188,7 @@ def step_flops(
     return count_flops(programs.step.trace().jaxpr.jaxpr)
 
 
-def run_programs(
-    config: DistillConfig, generator: Generator, programs: TrainPrograms, rewards: Sequence[AnyReward]
-) -> list[Program]:
+def run_programs(config: DistillConfig, generator: Generator, programs: TrainPrograms, rewards: Any) -> list[Program]:
     """All that `train` executes on the devices from the first step to the last, by shapes alone; of data in several
     aspect buckets the programs of the first."""
     found = [generator.text_program(1, generator.own_mesh), programs.init, programs.step]
@@ -220,21 +222,19 @@ def latent_reward_network(config: DistillConfig, channels: int, text_dim: int) -
     return make_network(functools.partial(LatentRewardModel, config.reward.head, channels, text))
 
 
-def _networks(
-    config: DistillConfig, schedule: Schedule, transformer: Network, adapted: Network, heads: Any, pixels: Any
-) -> Networks:
+def _networks(config: Any, schedule: Schedule, transformer: Network, adapted: Any, heads: Any, pixels: Any) -> Networks:
     """Of the transformer and the same with adapters; each is told by the structure of its parameters. `heads` are the
     latent reward model and the discriminator's."""
     (head, gan_head), c = heads, config.reward.head
     structure, use_text = jax.tree.structure(adapted.shapes), config.reward.use_text
 
-    def denoiser(params: Params, *args: Any, **tap: Any) -> Any:
+    def denoiser(params: Params, *args: Any, **more: Any) -> Any:
         params = {name: value for name, value in params.items() if name != GAN_HEAD}
         network = adapted if jax.tree.structure(params) == structure else transformer
-        return network.apply(params, *args, **tap)
+        return network.apply(params, *args, **more)
 
-    def discriminator(params: Params, *args: Any, early: bool) -> Any:
-        found = denoiser(params, *args, tap=config.gan.depth, early=early)
+    def discriminator(params: Params, *args: Any, early: bool, **image: Any) -> Any:
+        found = denoiser(params, *args, tap=config.gan.depth, early=early, **image)
         logit = functools.partial(gan_head.apply, params[GAN_HEAD])
         return logit(found) if early else (found[0], logit(found[1]))
 
@@ -250,9 +250,7 @@ def _networks(
     return Networks(denoiser, latent_reward, pixels, discriminator)
 
 
-def _batch_shapes(
-    config: DistillConfig, latent: tuple[int, ...], text: tuple[int, int], pixels: PixelRewards | None
-) -> Batch:
+def _batch_shapes(config: DistillConfig, latent: tuple[int, ...], text: tuple[int, int], pixels: Any) -> Batch:
     rows, float32 = config.batch_size, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     tokens = {} if pixels is None else pixels.tokens([""])
     read = {name: jax.ShapeDtypeStruct((rows, ids.shape[1]), jnp.int32) for name, ids in tokens.items()}
@@ -268,5 +266,6 @@ def _batch_sharding(config: DistillConfig, mesh: Mesh, shapes: Batch) -> tuple[B
         samples = sharding.replicated(mesh)
     if config.reward.rewards and samples is rows:
         sharding.check_batch(mesh, "reward.samples", config.reward.samples)
-    where = Batch(rows, rows, dict.fromkeys(shapes.tokens, rows), method_of(config).inputs_sharding(mesh, samples))
+    kept = method_of(config).inputs_sharding(mesh, samples)
+    where: Any = Batch(rows, rows, dict.fromkeys(shapes.tokens, rows), kept, rows)  # pyright: ignore[reportArgumentType]
     return jax.tree.broadcast(where, shapes), samples

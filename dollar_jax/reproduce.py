@@ -54,9 +54,7 @@ METHODS = (
 )
 
 
-def reproduce(
-    experiment: Experiment, workdir: Path, quick: bool, seeds: int | None = None, steps: int | None = None
-) -> Path:
+def reproduce(experiment: Any, workdir: Path, quick: bool, seeds: int | None = None, steps: int | None = None) -> Path:
     """Runs every cell that is not there yet; returns the page, which lies beside a CSV and a Markdown table. `seeds`
     and `steps` are 3 and the experiment's own, or 2 and a fifth of them when `quick`. Raises ValueError when the
     workdir holds a cell with other settings."""
@@ -72,23 +70,17 @@ def reproduce(
     cells = [(key, seed) for seed in range(count) for key in configs]
     for key, seed in cells:  # before hours of work
         _read_cell(workdir, key, seed, configs[key], quick)
-
     lab = Lab(workdir, make_generator(base), base, quick)
     results = []
     for key, seed in tqdm(cells, "ablation", unit="cell"):
         rows = _read_cell(workdir, key, seed, configs[key], quick) or lab.run(key, seed, configs[key])
         results.append(Result(key, seed, rows))
-    return write_ablation(
-        workdir,
-        results,
-        labels={"teacher": "Teacher", **{method.key: method.label for method in METHODS}},
-        speed=_read_cell(workdir, SPEED, 0, base, quick) or lab.time(METHODS[0].key, base),
-        videos={key: read_arrays(workdir / "cells" / f"{key}.npz") for key in configs},
-        prompts=lab.shown(0),
-        commands=[_command(method, common, seed) for method in METHODS for seed in range(count)],
-        config_text=json.dumps(dataclasses.asdict(base), indent=2),
-        seconds=time.perf_counter() - start,
-    )
+    shown: Any = {"labels": {"teacher": "Teacher", **{method.key: method.label for method in METHODS}}}
+    shown |= {"speed": _read_cell(workdir, SPEED, 0, base, quick) or lab.time(METHODS[0].key, base)}
+    shown |= {"videos": {key: read_arrays(workdir / "cells" / f"{key}.npz") for key in configs}}
+    shown |= {"commands": [_command(method, common, seed) for method in METHODS for seed in range(count)]}
+    shown |= {"prompts": lab.shown(0), "config_text": json.dumps(dataclasses.asdict(base), indent=2)}
+    return write_ablation(workdir, results, **shown, seconds=time.perf_counter() - start)
 
 
 class Lab:

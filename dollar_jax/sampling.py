@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from dollar_jax import schedule as schedules
+from dollar_jax import types
 from dollar_jax.schedule import Schedule
 from dollar_jax.types import Apply, Keys, Latent, LatentSteps, NullText, Params, TextStates, Time, TimeSteps, Weight
 
@@ -17,7 +18,7 @@ from dollar_jax.types import Apply, Keys, Latent, LatentSteps, NullText, Params,
 class Denoiser:
     """A network asked for one text: `apply(params, x_t, t, text)`, by classifier-free guidance (DOLLAR eq. (8.6)); a
     weight w of None or the Python number 0 is a single pass without `null_text`. Where frames are given, `apply` takes
-    their number too."""
+    their number too, and an `image` in both passes."""
 
     apply: Apply
     params: Params
@@ -25,13 +26,15 @@ class Denoiser:
     text: TextStates
     null_text: NullText | None = None
     guidance_weight: Weight | None = None
+    image: types.ImageCondition | None = None
 
     def prediction(self, x_t: Latent, t: Time) -> Latent:
         """The two passes of guidance are one call on 2b rows. Raises ValueError for guidance without null_text."""
         text, weight = self.text, self.guidance_weight
         given = [k] if (k := self.schedule.given_frames) else []
+        told = {} if self.image is None else {"image": self.image}
         if weight is None or (isinstance(weight, int | float) and weight == 0):
-            return self.apply(self.params, x_t, t, text, *given)
+            return self.apply(self.params, x_t, t, text, *given, **told)
         if self.null_text is None:
             raise ValueError(f"guidance weight {weight!r} needs null_text; pass it, or use None.")
         null_text = jnp.broadcast_to(self.null_text, text.shape).astype(text.dtype)
@@ -40,7 +43,8 @@ class Denoiser:
             # Neighbours, not halves: a batch sharded over devices then stays where it is.
             return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
-        both = self.apply(self.params, interleave(x_t, x_t), interleave(t, t), interleave(text, null_text), *given)
+        x_t_twice, t_twice, told = jax.tree.map(lambda x: interleave(x, x), (x_t, t, told))
+        both = self.apply(self.params, x_t_twice, t_twice, interleave(text, null_text), *given, **told)
         both = both.reshape(x_t.shape[0], 2, *both.shape[1:])
         return schedules.guide(both[:, 0], both[:, 1], weight)
 
@@ -111,8 +115,7 @@ def few_step_predictions(
     """The student's clean predictions [n b t h w c] on the way of its sample, which is the last. `timesteps` is static
     and descending, (999, 749, 499, 249) in the paper; `noise` is taken to be the state at the first. `key` is one for
     the batch, or [b]: each sample's noise then does not depend on its neighbours. With `ode` the way to the next
-    timestep is a DDIM step, without fresh noise. Raises ValueError for timesteps that do not descend or are out of
-    range."""
+    timestep is a DDIM step, without fresh noise. ValueError for timesteps that do not descend or are out of range."""
     times = _student_times(denoiser.schedule, timesteps)
     keys = _split(key, len(timesteps))
 

@@ -33,16 +33,16 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(.*/)?blocks/.*/adapter/up", P(None, None, FSDP)),
     (r"(.*/)?adapter/(down|up)", P()),
     # Stacked blocks: [layer, in, out]. Wan's and CogVideoX' names, then UMT5's.
-    (r"(.*/)?blocks/.*/(to_q|to_k|to_v|proj_in)/kernel", P(None, FSDP, "tensor")),
+    (r"(.*/)?blocks/.*/(to_q|to_k|to_v|add_._proj|proj_in)/kernel", P(None, FSDP, "tensor")),
     (r"(.*/)?blocks/.*/(to_out|proj_out)/kernel", P(None, "tensor", FSDP)),
-    (r"(.*/)?blocks/.*/(to_q|to_k|to_v|proj_in)/bias", P(None, "tensor")),
+    (r"(.*/)?blocks/.*/(to_q|to_k|to_v|add_._proj|proj_in)/bias", P(None, "tensor")),
     (r"(.*/)?blocks/(.*/)?(q|k|v|wi_0|wi_1)/kernel", P(None, FSDP, "tensor")),
     (r"(.*/)?blocks/(.*/)?(o|wo)/kernel", P(None, "tensor", FSDP)),
     # A modulation is read whole by every token.
     (r"(.*/)?blocks/.*/linear/kernel", P(None, None, ALL)),
     (r"(.*/)?blocks/.*(bias|scale|scale_shift_table|relative_attention_bias/embedding)", P()),
     # The rest of the transformer: [in, out]. One of the two may be a patch, too few to share.
-    (r"(.*/)?(patch_embedding|linear_1|time_proj|text_proj|linear)/kernel", P(None, ALL)),
+    (r"(.*/)?(patch_embedding|proj_in|linear_1|time_proj|text_proj|linear)/kernel", P(None, ALL)),
     (r"(.*/)?(proj_out|linear_2)/kernel", P(ALL, None)),
     (r"(.*/)?shared/embedding", P(None, ALL)),
     (r"(.*/)?(bias|scale|scale_shift_table|relative_attention_bias/embedding)", P()),
@@ -169,9 +169,9 @@ def make_global_rows(value: np.ndarray, rows: np.ndarray, where: NamedSharding, 
 def with_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function traced for a mesh, whose axes the models then name (`models.activation_sharding`)."""
 
-    def traced(*args: Any) -> Any:
+    def traced(*args: Any, **more: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
+            return function(*args, **more)
 
     return traced
 

@@ -48,7 +48,6 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
         micro = micro_batches(dataclasses.replace(batch, reward=None), config.accumulation)
         full = functools.partial(full_params, config.lora.rank, frozen.teacher)
         fetch = functools.partial(_fetch, state, on_devices)
-
         # The student
         ema = fetch("ema", after=state.step)
         reward = state.latent_reward, state.reward_statistics
@@ -69,7 +68,6 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
             share = jnp.where(state.step < config.student.ema_start, 1.0, share)
         average = optax.incremental_update(student, ema, share)
         metrics, average = metrics | aux | {"student_gradient": norm}, select(good, average, ema)
-
         # The fake score, where L_VSD asks for it: on new samples of the new student, or on those there are
         shared = generated.latent[:, None] if config.fake_score.samples == "student" else None
         if config.fake_score.samples == "rollout":
@@ -90,7 +88,6 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
         start = (state.fake_score, fetch("fake_score_optimiser", after=norm)), good
         (fake, good), aux = lax.scan(fake_update, start, jax.random.split(fake_key, updates))
         metrics |= {name: value.mean() for name, value in aux.items()} if updates else {}
-
         # What is to be scored, and the latent reward model
         samples = None
         if config.reward.rewards:
@@ -99,7 +96,6 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
             samples = method.samples(d, full(student), references, rows, generated, sample_key)
             state, samples, aux = method.learn(d, optimisers, state, Scored(batch.reward, rows.text, samples))
             metrics |= aux
-
         # What is small is taken only after a step that was finite throughout.
         small = ("latent_reward", "latent_reward_optimiser", "reward_statistics")
         kept = select(good & _finite(metrics), *({name: getattr(s, name) for name in small} for s in (state, old)))

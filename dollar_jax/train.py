@@ -63,7 +63,6 @@ def train(
     frozen = sharding.put(frozen, programs.frozen_sharding)
     rows = sharding.local_rows(programs.batch_sharding.latent, config.batch_size)
     guard = config.reward.guard
-
     with owned(workdir) as still_owned, Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
         resumed, compiled = bool(checkpoints.latest()), None
         compile_step = functools.partial(ThreadPoolExecutor(1).submit, programs.step.compile)
@@ -185,4 +184,5 @@ def _global_batch(programs: TrainPrograms, rows: np.ndarray, on_device: Any, tok
     """The step's global arrays: `tokens` of this process's `rows`, and `kept`, which every process has whole."""
     where, count = programs.batch_sharding, programs.batch_shapes.latent.shape[0]
     placed = {k: sharding.make_global_rows(v, rows, where.tokens[k], count) for k, v in tokens.items()}
-    return Batch(on_device["latent"], on_device["text"], placed, sharding.put(kept, where.reward))
+    kept = sharding.put(kept, where.reward)
+    return Batch(on_device["latent"], on_device["text"], placed, kept, on_device.get("image"))

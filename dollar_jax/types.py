@@ -1,6 +1,7 @@
 """Shape vocabulary shared by every module: `b` batch, `t h w c` latent video, `l d` text tokens."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jaxtyping
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -20,5 +21,13 @@ Key = PRNGKeyArray
 # One key for the batch, or one per sample.
 Keys = PRNGKeyArray | jaxtyping.Key[Array, " b"]
 Params = PyTree
-# (params, x_t, t, text), and the number of given frames where there are some.
+# (params, x_t, t, text); the number of given frames where there are some, and an `image` where one is the condition.
 Apply = Callable[..., Latent]
+
+
+class ImageCondition(NamedTuple):
+    """What a network is told of a clip's first frame: latents of a clip of that frame and grey ones and, where it
+    attends to them, the tokens of an image encoder."""
+
+    latent: Float[Any, "b t h w c"]
+    tokens: Float[Any, "b m d"] | None = None

@@ -220,18 +220,21 @@ def save_wan() -> Callable[..., None]:
     from dollar_jax.data import shapes
     from dollar_jax.data.vocabulary import build_tokenizer
 
-    def save(folder: Path, transformer: Any, vae: Any, flow_shift: float, **options: Any) -> None:
+    def save(
+        folder: Path, transformer: Any, vae: Any, flow_shift: float, pipeline: str = "WanPipeline", **options: Any
+    ) -> None:
         sizes = {"vocab_size": 24, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
         text = transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes, feed_forward_proj="gated-gelu"))
         with torch.no_grad():
-            for module in (transformer, vae, text):
+            for module in (transformer, vae, text, *filter(None, [options.get("image_encoder")])):
                 for parameter in module.parameters():
                     parameter.copy_(torch.randn_like(parameter) * 0.3)
         scheduler = diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
         )
         tokenizer = build_tokenizer(shapes.VOCABULARY)
-        diffusers.WanPipeline(tokenizer, text, vae, scheduler, transformer, **options).save_pretrained(folder)
+        parts = {"tokenizer": tokenizer, "text_encoder": text, "vae": vae, "scheduler": scheduler}
+        getattr(diffusers, pipeline)(**parts, transformer=transformer, **options).save_pretrained(folder)
 
     return save
 
@@ -315,19 +318,21 @@ def assert_card_samples(monkeypatch):
         (snippet,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
         (prompt,) = re.findall(r'^    "(.*)",$', snippet, re.MULTILINE)
         pipeline = generator.pipeline
-        noise = jax.random.normal(jax.random.key(2), (1, *generator.latent_shape))
+        noise, told = jax.random.normal(jax.random.key(2), (1, *generator.latent_shape)), None
         if image is not None:
             shutil.copy(image, exported / "image.png")
             generator.continue_from({prompt: image})
-            noise = keep_given(pipeline.schedule, jax.numpy.asarray(generator.condition([prompt]).given), noise)
+            given = jax.tree.map(jax.numpy.asarray, generator.condition([prompt]).given)
+            told = given if pipeline.family.conditioned else None
+            noise = noise if pipeline.family.conditioned else keep_given(pipeline.schedule, given, noise)
         renoise = [jax.random.normal(k, noise.shape) for k in jax.random.split(jax.random.key(3), len(times))]
 
         @jax.jit
-        def draw(params, noise, text):
-            denoiser = Denoiser(pipeline.transformer.network.apply, params, pipeline.schedule, text)
+        def draw(params, noise, text, told):
+            denoiser = Denoiser(pipeline.transformer.network.apply, params, pipeline.schedule, text, image=told)
             return few_step_sample(denoiser, times, noise, jax.random.key(3), generator.student_ode)
 
-        latent = draw(params, noise, generator.text([prompt]))
+        latent = draw(params, noise, generator.text([prompt]), told)
         ours = generator.decode(latent)[0]
 
         drawn = iter([noise, *renoise])

@@ -44,6 +44,8 @@ PROGRAM = "tests/test_programs.py"
 LOSSES = "tests/test_losses.py"
 SCHEDULE = "tests/test_schedule.py"
 SAMPLING = "tests/test_sampling.py"
+CONDITIONED = "tests/models/test_wan_parity.py::test_a_conditioned_transformer_matches"
+TOLD = "tests/test_wan21_i2v.py::test_prepared_data_keeps_what_diffusers_would_make_of_the_first_frame"
 OBJECTIVES = "tests/test_objectives.py"
 GIVEN = "tests/test_objectives_rewards.py::test_a_given_frame_is_in_every_input_and_in_no_loss"
 
@@ -109,7 +111,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         # A timestep for every row where one was asked for all; CD in other steps, or not counting as much.
         ('timestep_per == "sample" else ()', 'timestep_per == "sample" else rows', [ALGORITHM]),
         ("(p.references.step + 1) % every", "p.references.step % every", [ALGORITHM]),
-        ("config.consistency.every,", "1,", [ALGORITHM]),
+        ("step: config.consistency.every}", "step: 1}", [ALGORITHM]),
         # An update takes the first prediction of a rollout, whichever is drawn.
         ("0, len(samples)) ==", "0, 1) ==", [ALGORITHM]),
         # A weight that is ignored, a schedule that is.
@@ -120,8 +122,8 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("shift=config.score_shift", "shift=schedule.shift", [ALGORITHM]),
         # The real score without guidance; the fake one in its place.
         (
-            "text, frozen.null_text, weight).x0(x_t, t)\n    else",
-            "text, frozen.null_text, 0.0).x0(x_t, t)\n    else",
+            "batch, frozen.null_text, weight).x0(x_t, t)\n    else",
+            "batch, frozen.null_text, 0.0).x0(x_t, t)\n    else",
             [GRADIENTS],
         ),
         # The discriminator is shown generated latents as real ones; the student is to be found out.
@@ -132,7 +134,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ),
         ("softplus(-d.logit", "softplus(d.logit", [f"{ALGORITHM}::test_step_is_algorithm_29[gan]"]),
         # Decoupled guidance at the score's own state, or below the student's timestep.
-        ("x0(x_n, noisier) for s", "x0(x_t, t) for s", [f"{ALGORITHM}::test_step_is_algorithm_29[decoupled]"]),
+        ("x0(x_n, noisier) for b", "x0(x_t, t) for b", [f"{ALGORITHM}::test_step_is_algorithm_29[decoupled]"]),
         ("low = jnp.clip(schedules.unif", "high = jnp.clip(schedules.unif", [OBJECTIVES]),
         ("generated, real, fake, c.normalisation", "generated, fake, real, c.normalisation", [GRADIENTS]),
         # A given frame is in a loss; it is noise.
@@ -150,8 +152,8 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("0, c.num_steps - c.skip + 1)", "0, c.num_steps - c.skip)", [ALGORITHM]),
         # Consistency without its target's average, boundary or clean end.
         (
-            "d.denoiser(references.ema, text).x0(earlier, end)",
-            "d.denoiser(frozen.teacher, text).x0(earlier, end)",
+            "d.denoiser(references.ema, batch).x0(earlier, end)",
+            "d.denoiser(frozen.teacher, batch).x0(earlier, end)",
             [GRADIENTS],
         ),
         ("schedule, f(x_t, times[0], prediction), target)", "schedule, prediction, target)", [ALGORITHM]),
@@ -163,8 +165,8 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
             [ALGORITHM],
         ),
         (
-            "p.generated, p.x_t, p.segments, text)",
-            "lax.stop_gradient(p.generated), p.x_t, p.segments, text)",
+            "p.generated, p.x_t, p.segments, batch)",
+            "lax.stop_gradient(p.generated), p.x_t, p.segments, batch)",
             [GRADIENTS],
         ),
         # The fake score's noise is not what it was noised with.
@@ -217,8 +219,8 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
     ],
     "sampling.py": [
         (
-            "interleave(t, t), interleave(text, null_text), *given)",
-            "interleave(t, t), interleave(null_text, text), *given)",
+            "t_twice, interleave(text, null_text), *given, **told)",
+            "t_twice, interleave(null_text, text), *given, **told)",
             [SAMPLING],
         ),
         # Rows go on beyond their own timestep.
@@ -379,7 +381,18 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("red == fox or red[-1] != config.eos_token_id", "red == fox", [PUBLISHED]),
         ('yield f"{name}.weight", tensor.T', 'yield f"{name}.weight", tensor.T[::-1]', [PUBLISHED]),
     ],
-    "models/clip.py": [("x += self.temporal_embedding[...].astype(x.dtype)[:, None]", "pass", [PUBLISHED])],
+    "models/clip.py": [
+        ("x += self.temporal_embedding[...].astype(x.dtype)[:, None]", "pass", [PUBLISHED]),
+        ("left_out=1)", "left_out=0)", [TOLD]),
+    ],
+    # The image's mask is elsewhere; the student is not told of its tokens.
+    "models/wan.py": [
+        ("x.dtype).at[:, 0].set(1)", "x.dtype).at[:, 1].set(1)", [CONDITIONED]),
+        ("out += attention(q, k, v, imp", "out -= attention(q, k, v, imp", [CONDITIONED]),
+    ],
+    "generate.py": [
+        ("signed_range(frames)[:, None], ((0, 0), (0,", "signed_range(frames)[:, None], ((0, 0), (1,", [TOLD])
+    ],
     "rewards/scorer.py": [
         # The captions of another micro-batch, or of rows beside the scored ones.
         ("[self.accumulation - 1 :: self.accumulation]", "[:: self.accumulation]", [SCORER]),

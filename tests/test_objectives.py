@@ -225,7 +225,7 @@ def test_consistency_is_zero_for_the_exact_solution(make_config, path_name, time
 def consistency(config, schedule, networks, ema, frozen, prediction, x_t, times, text):
     times = jnp.broadcast_to(jnp.asarray(times, jnp.float32)[:, None], (len(times), len(x_t)))
     distillation = Distillation(config, networks, schedule)
-    return objectives.consistency(distillation, references(ema, None, frozen), prediction, x_t, times, text)
+    return objectives.consistency(distillation, references(ema, None, frozen), prediction, x_t, times, Batch(x_t, text))
 
 
 @pytest.mark.parametrize("schedule", [RF, DDPM], ids=["rf", "ddpm"])
@@ -323,7 +323,8 @@ def test_guidance_is_the_papers_w_form(make_config, w, time):
 
     distillation, fake_score = Distillation(config, networks, schedule), {"k": jnp.float32(0.6)}
     student_t, compared = jnp.full(BATCH, 500.0), references(None, fake_score, frozen)
-    vsd = objectives.vsd(distillation, compared, generated, student_t, args["text"], jax.random.key(3))
+    batch = Batch(args["x0"], args["text"])
+    vsd = objectives.vsd(distillation, compared, generated, student_t, batch, jax.random.key(3))
     np.testing.assert_allclose(vsd, 0.5 * (0.6 * c - real) ** 2, rtol=1e-5)
     cd = consistency(
         config, schedule, networks, frozen.teacher, frozen, generated, args["x0"], [600.0, 0.0], args["text"]

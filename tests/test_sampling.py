@@ -9,6 +9,7 @@ from dollar_jax import sampling
 from dollar_jax import schedule as sch
 from dollar_jax.sampling import Denoiser
 from dollar_jax.schedule import Schedule
+from dollar_jax.types import ImageCondition
 
 MEAN, STD = 0.7, 0.4
 GAUSSIANS = [
@@ -143,6 +144,19 @@ def test_guidance_combines_each_samples_two_passes(weight):
     scale = 1 + np.reshape(weight, (-1, 1, 1, 1, 1))
     np.testing.assert_allclose(ours, uncond + scale * (cond - uncond), rtol=1e-5, atol=1e-5)
     assert batches == [(6, 6, 6)]
+
+
+@pytest.mark.parametrize("weight", [None, 1.5])
+def test_both_passes_of_guidance_are_told_of_the_image(weight):
+    def apply(params, x_t, t, text, image):
+        return linear_apply(params, x_t, t, text) * image.tokens.mean((1, 2)).reshape(-1, 1, 1, 1, 1) + image.latent
+
+    x, text, null, t = normal(2, 3, 1, 2, 1, 2), text_states(3), normal(3, 1, 3, 2), jnp.array([19.0, 499.0, 999.0])
+    image = ImageCondition(normal(4, 3, 1, 2, 1, 2), normal(5, 3, 4, 2))
+    denoiser = Denoiser(apply, LINEAR, Schedule("rf", "velocity"), text, null, weight, image)
+    cond, uncond = (apply(LINEAR, x, t, told, image) for told in (text, jnp.repeat(null, 3, axis=0)))
+    expected = cond if weight is None else uncond + (1 + weight) * (cond - uncond)
+    np.testing.assert_allclose(denoiser.prediction(x, t), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("weight", [None, 0.0, 0])

@@ -61,9 +61,7 @@ def run() -> None:
             if shapes and not FLAGS.prompts_file:
                 if FLAGS.reward:
                     raise ValueError("--reward goes with --prompts_file here: the run's own rewards are measured")
-                evaluate(
-                    Path(FLAGS.workdir), generator, out, FLAGS.quick, features=features, allow_code=FLAGS.allow_code
-                )
+                evaluate(Path(FLAGS.workdir), generator, out, FLAGS.quick, None, features, FLAGS.allow_code)
             else:
                 _evaluate_prompts(Path(FLAGS.workdir), config, generator, out, features)
             print_table(out)

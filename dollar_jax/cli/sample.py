@@ -39,10 +39,10 @@ def run() -> None:
     from dollar_jax.evaluate import manifest
     from dollar_jax.evaluate.files import check_output, draw_missing, file_name, is_folder, read_prompts
     from dollar_jax.files import hash_file
-    from dollar_jax.generate import draw_beside, make_generator, video_keys
+    from dollar_jax.generate import draw_beside, make_generator, teacher_folder, video_keys
     from dollar_jax.run import choose_student, choose_teacher, read_config
     from dollar_jax.video import grid, write_video
-    from dollar_jax.weights.pipeline import unknown_words
+    from dollar_jax.weights.pipeline import read_family, unknown_words
 
     prepare_jax()
     workdir, out = Path(FLAGS.workdir), Path(FLAGS.out)
@@ -54,10 +54,11 @@ def run() -> None:
         raise ValueError("--teacher beside --beside_teacher: leave one of them out")
     check_output(out)
     config = read_config(workdir)
-    if FLAGS.teacher:  # it can do both
-        config = changed(config, {"data.given_frames": int(FLAGS.image is not None), "visibility.prompts": ()})
-    elif bool(config.data.given_frames) != (FLAGS.image is not None):
-        told = "continue an image: give" if config.data.given_frames else "start from text alone: leave out"
+    image, told = FLAGS.image is not None, read_family(teacher_folder(config.teacher)).conditioned
+    if FLAGS.teacher and not told:  # TI2V can do both
+        config = changed(config, {"data.given_frames": int(image), "visibility.prompts": ()})
+    elif bool(told or config.data.given_frames) != image:
+        told = "start from text alone: leave out" if image else "continue an image: give"
         raise ValueError(f"the student of {workdir} was distilled to {told} --image")
     frames, height, width = clip_size(config.data)
     clip = FLAGS.frames or frames, FLAGS.height or height, FLAGS.width or width
@@ -82,7 +83,6 @@ def run() -> None:
         if FLAGS.steps > (known := len(config.student.timesteps)):
             print(f"warning: the student was distilled to {known} steps, not {FLAGS.steps}", file=sys.stderr)
         samplers.append(choose_student(generator, workdir, config, FLAGS.steps, FLAGS.ema))
-
     fps = FLAGS.fps or clip_fps(config.data, generator.pipeline.family.fps)
     rows = [(file_name(prompt, i), prompt, i) for prompt in prompts for i in range(columns)]
     # A folder may get more prompts later.

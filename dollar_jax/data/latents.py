@@ -57,9 +57,7 @@ class EncodedVideos:
         """What the batch's rows are called in messages."""
         return [f"video {i}" for i in batch["index"]]
 
-    def batches(
-        self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None
-    ) -> grain.DatasetIterator:
+    def batches(self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None) -> Any:
         """Shuffled batches without end, of each only `rows` if given; ValueError for fewer videos than a batch. The
         position that is checkpointed counts whole batches, so that a run may go on with other processes. A batch maps
         to `latent`, `text` and `index`, the places in `captions`; with the shardings of the step's batch its arrays
@@ -95,6 +93,8 @@ def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> Vid
     into `workdir/data` the first time. Of several processes the first does that, and the others wait for its file."""
     if config.data.name != MOVING_SHAPES:
         return PreparedVideos(config.data).check(config, generator)
+    if generator.pipeline.family.conditioned:
+        raise ValueError(f"config.data.name {MOVING_SHAPES} keeps no images that a teacher is told of: prepare videos")
     folder, count = workdir / "data", config.data.train_videos
     made_of = repr((config.teacher, generator.clip, count, config.data.max_text_length))
     cache = folder / f"latents_{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.npz"

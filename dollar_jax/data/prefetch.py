@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from dollar_jax.config import DistillConfig
@@ -20,7 +21,9 @@ def prefetch(
         return batches
 
     def place(batch: dict[str, Any]) -> dict[str, Any]:
-        arrays = {n: make_global_rows(batch[n], rows, sharding[n], config.batch_size) for n in ("latent", "text")}
+        where = {name: sharding[name] for name in ("latent", "text", "image") if sharding.get(name)}
+        arrays = {name: batch[name] for name in where}
+        arrays = jax.tree.map(lambda x, s: make_global_rows(x, rows, s, config.batch_size), arrays, where)
         return {**batch, "on_device": arrays}
 
     return grain.experimental.ThreadPrefetchIterDataset(batches.map(place), prefetch_buffer_size=config.data.prefetch)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
@@ -17,8 +18,10 @@ from dollar_jax.data.clip import read_about
 from dollar_jax.data.prefetch import prefetch
 from dollar_jax.generate import Generator
 from dollar_jax.program import Program
+from dollar_jax.types import ImageCondition
 
 NAME, SPLIT = "dollar_latents", "train"
+IMAGE = "image", "image_tokens"  # the features that hold a clip's `ImageCondition`
 
 
 class Damaged:
@@ -55,7 +58,7 @@ class Records:
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         try:
             record = self._features.deserialize_example_np(self._source[index])
-            for name in {"latent", "latent_std", "text"} & record.keys():
+            for name in {"latent", "latent_std", "text", *IMAGE} & record.keys():
                 if not np.isfinite(record[name]).all():
                     raise ValueError(f"its {name} is not finite")
             return record
@@ -86,7 +89,7 @@ class PreparedVideos:
         if (length := settings["max_text_length"]) > config.max_text_length:
             most = f"config.data.max_text_length {config.max_text_length}"
             raise ValueError(f"{self.folder} holds captions of up to {length} tokens, more than {most}")
-        self.info = tfds.builder_from_directory(self.folder).info
+        self.info: Any = tfds.builder_from_directory(self.folder).info
         self.has_latents = settings["prompts"] is None
         shards: dict[str, list[Any]] = {}
         for bucket, shard in zip(self.about["shards"], self.info.splits[SPLIT].file_instructions, strict=True):
@@ -100,7 +103,7 @@ class PreparedVideos:
         return [tuple(self.about["latent_shapes"][bucket]) for bucket in self.buckets]
 
     def check(self, config: DistillConfig, generator: Generator) -> "PreparedVideos":
-        """Itself; raises ValueError when the run's teacher did not encode it, or its losses need what it lacks."""
+        """Itself; raises ValueError when the run's teacher did not encode it, or the run needs what it lacks."""
         for name, now in fingerprint(generator).items():
             before = np.array(self.about["fingerprint"][name])
             if before.shape != np.shape(now) or np.abs(before - now).max() > 0.05 * np.abs(before).max():
@@ -111,21 +114,25 @@ class PreparedVideos:
         if not generator.pipeline.family.masks_padding and length != config.data.max_text_length:
             found = f"holds captions padded to {length} tokens, which this teacher attends to"
             raise ValueError(f"{self.folder} {found}: set config.data.max_text_length to {length}")
+        told = jax.tree.leaves(generator.image_shapes(1))
+        if self.has_latents and not set(IMAGE[: len(told)]) <= self.info.features.keys():
+            raise ValueError(f"{self.folder} lacks the images this teacher is told of: prepare it with this teacher")
         if self.config.given_frames and self.about["settings"]["sample"]:
             raise ValueError(f"{self.folder} holds samples; a given frame is a mean: prepare it without --sample")
-        needed = self.config.given_frames or config.student.input == "forward" or config.consistency.weight
+        needed = told or self.config.given_frames or config.student.input == "forward" or config.consistency.weight
         if needed and not self.has_latents:
             mend = "config.student.input to 'backward', config.consistency.weight and config.data.given_frames to 0"
             raise ValueError(f"{self.folder} holds prompts without videos: set {mend}")
         return self
 
-    def some_captions(self, count: int) -> dict[str, np.ndarray]:
-        """At most so many different captions, the same each time, with the given frames of a clip of each."""
+    def some_captions(self, count: int) -> dict[str, Any]:
+        """At most so many different captions, the same each time, with what is `Generator.given` for a clip of each."""
         first = "{}x{}".format(*self.about["settings"]["buckets"][0])
         records = self.buckets.get(first) or next(iter(self.buckets.values()))
         spread = np.linspace(0, len(records) - 1, min(8 * count, len(records))).astype(int)
         found = (records.readable(int(i)) for i in spread)
-        given = {r["caption"].decode(): np.array(r.get("latent", ())[: self.config.given_frames]) for r in found}
+        k = self.config.given_frames
+        given = {r["caption"].decode(): _image(r) or np.array(r.get("latent", ())[:k]) for r in found}
         return dict(itertools.islice(given.items(), count))
 
     def captions_of(self, batch: dict[str, Any]) -> list[str]:
@@ -136,9 +143,7 @@ class PreparedVideos:
         """The names that the batch's rows have in the source."""
         return [str(name) for name in batch["name"]]
 
-    def batches(
-        self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None
-    ) -> grain.DatasetIterator:
+    def batches(self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None) -> Any:
         """Shuffled batches without end, of each only `rows` if given; as those of `EncodedVideos`. Buckets take turns
         in proportion to their clips; one that has fewer clips than a batch is left out, and said to be. Raises
         ValueError when none is left."""
@@ -165,7 +170,13 @@ class PreparedVideos:
             latent[self.config.given_frames :] += noise[self.config.given_frames :]  # of an image the mean is given
         text = np.zeros((self.config.max_text_length, record["text"].shape[-1]), np.float32)
         text[: len(record["text"])] = record["text"]
-        return {"latent": latent, "text": text, "caption": record["caption"].decode(), "name": record["name"].decode()}
+        names = {name: record[name].decode() for name in ("caption", "name")}
+        return {"latent": latent, "text": text, "image": _image(record), **names}
+
+
+def _image(record: dict[str, Any]) -> ImageCondition | None:
+    found = [record[name].astype(np.float32) for name in IMAGE if name in record]
+    return ImageCondition(*found) if found else None
 
 
 def _endless(records: Records, config: DistillConfig, number: int, rows: np.ndarray, row: Any) -> grain.IterDataset:
@@ -177,7 +188,7 @@ def _endless(records: Records, config: DistillConfig, number: int, rows: np.ndar
             # The noise goes by the place in the run, whichever process reads it.
             rng = np.random.default_rng([config.seed, number, place])
             parts.append(row(records.readable(index), rng))
-        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        return jax.tree.map(lambda *found: np.stack(found), *parts)
 
     dataset = grain.MapDataset.range(len(records)).seed(config.seed + 1_000_003 * number).shuffle().repeat()
     dataset = dataset.map_with_index(lambda place, index: np.array([place, index]))

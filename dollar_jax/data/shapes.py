@@ -119,7 +119,6 @@ def render(caption: Caption, rng: np.random.Generator) -> np.ndarray:
         tracks.append(rng.uniform(low, high) + step * pace * time)
     x, y = tracks
     mask = coverage(caption.shape, x, y, np.full(FRAMES, radius))[..., None]
-
     hue = HUES[caption.colour] + rng.uniform(-10, 10)
     colour = _rgb(hue, saturation=rng.uniform(0.5, 1), value=rng.uniform(0.6, 1))
     tint = rng.normal(size=3)
@@ -182,7 +181,6 @@ def verify(video: np.ndarray) -> Reading:
     strength = np.linalg.norm(colour, axis=-1)
     mask = np.einsum("thwc,tc->thw", chroma, colour) / np.maximum(strength, 1e-6)[:, None, None] ** 2
     mask = np.clip(2 * mask - 0.5, 0, 1)  # keeps the area of an edge, drops the noise of flat parts
-
     fits = [_fit(shape, mask) for shape in SHAPES]
     overlaps = np.stack([fit[3] for fit in fits])  # [shapes, t]
     shape = overlaps.argmax(0)
@@ -196,7 +194,6 @@ def verify(video: np.ndarray) -> Reading:
     sideways = np.abs(dx) >= np.abs(dy)
     direction = np.where(sideways, (dx > 0).astype(int), 2 + (dy > 0).astype(int))
     pace = np.maximum(np.abs(dx), np.abs(dy))
-
     present = (strength > MINIMUM_CHROMA) & (overlap > MINIMUM_OVERLAP)
     moving = present & (pace > MINIMUM_PACE)
     size = np.where(present, radius > RADIUS_THRESHOLD, -1)

@@ -1,6 +1,5 @@
 """What a set of videos, or of their measures, was made with, so that two of them can be told to compare or not. A set's
-manifest lies beside its folder, as `NAME.manifest.json`: VBench takes the first file it finds in the folder for a
-video."""
+manifest lies beside its folder, as `NAME.manifest.json`: VBench takes the first file in it for a video."""
 
 from __future__ import annotations
 

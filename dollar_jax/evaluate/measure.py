@@ -88,8 +88,7 @@ def draw_in_turns(
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, list[float]]]]:
     """Per row the videos of all prompts, floats [n t h w 3] in [0, 1], and seconds per video of each batch: those of
     the `diffusion`, and with text encoder and decoder in `total`. All prompts are drawn `rounds` times. The rows take
-    turns batch by batch, so that what else the machine does falls on all alike; a first turn, which compiles, is not
-    counted."""
+    turns batch by batch, so that what else the machine does falls on all alike; the first, to compile, is left out."""
     padded = [*prompts, *prompts[: -len(prompts) % batch]]
     parts = [slice(start, start + batch) for start in range(0, len(padded), batch)]
     frames: dict[str, list[np.ndarray]] = {name: [] for name in rows}

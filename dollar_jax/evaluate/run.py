@@ -79,9 +79,7 @@ def _reward(workdir: Path, config: DistillConfig, allow_code: bool) -> tuple[lis
     return terms, weighted_sum(terms, load_rewards(terms))
 
 
-def _write(
-    workdir: Path, config: DistillConfig, out: Path, table: Any, timings: Mapping[str, float], more: Any, **shown: Any
-) -> Any:
+def _write(workdir: Path, config: DistillConfig, out: Path, table: Any, timings: Any, more: Any, **shown: Any) -> Any:
     """The JSON and the page of the samplers in `table`; what the JSON holds. `shown` is the page's."""
     teacher = f"teacher_{config.sampling.num_steps}"
     percentages(table, teacher)

@@ -64,7 +64,6 @@ def attention(
         # XLA shares its own operations out as well as we could.
         q = activation_sharding.constrain(q, None if context else CONTEXT, TENSOR)
         return local(q, *(activation_sharding.constrain(x, None, TENSOR) for x in (k, v)))
-
     over = activation_sharding.rows(q.shape[0])
     heads = TENSOR if q.shape[2] % activation_sharding.axis_size(TENSOR) == 0 else None
     tokens = P(over, CONTEXT if q.shape[1] % activation_sharding.axis_size(CONTEXT) == 0 else None, heads)

@@ -53,6 +53,16 @@ class CLIPConfig:
     remat: Remat = "none"
 
 
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig(TowerConfig):
+    """An image tower alone, as transformers' `CLIPVisionModel`; `dtype` and `param_dtype` are ours."""
+
+    patch_size: int = 14
+    image_size: int = 224
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+
 # LAION's, of HPSv2 and PickScore.
 VIT_H_14 = CLIPConfig(TowerConfig(1280, 5120, 32, 16, "gelu"), TowerConfig(1024, 4096, 24, 16, "gelu"), 1024)
 
@@ -99,6 +109,10 @@ class VisionTower(nnx.Module):
         self.config = c
 
     def __call__(self, pixels: Float[Array, "n s s 3"]) -> Float[Array, "b d"]:
+        return self.post_layernorm(self.states(pixels)[:, 0])
+
+    def states(self, pixels: Float[Array, "n s s 3"], left_out: int = 0) -> Float[Array, "b m d"]:
+        """The tokens after all blocks but so many of the last."""
         c = self.config
         x = self.patch_embedding(patchify(pixels[:, None], (1, c.patch_size, c.patch_size)))
         place = self.position_embedding[...].astype(x.dtype)
@@ -108,8 +122,8 @@ class VisionTower(nnx.Module):
         first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype) + place[0], (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([first, x.reshape(len(x), -1, x.shape[-1])], 1)
         x = self.pre_layrnorm(x).astype(c.dtype)
-        x = run_blocks(self.blocks, x, None, length=c.vision.num_hidden_layers, remat=c.remat)
-        return self.post_layernorm(x[:, 0])
+        length = c.vision.num_hidden_layers - left_out
+        return run_blocks(self.blocks, x, None, length=length, remat=c.remat, scan=not left_out)
 
 
 class TextTower(nnx.Module):
@@ -154,6 +168,19 @@ class CLIP(nnx.Module):
         """Logits of every image with every text."""
         cosines = self.embed_images(pixels) @ self.embed_text(ids).T
         return cosines * jnp.exp(self.logit_scale[...].astype(jnp.float32))
+
+
+class CLIPVision(nnx.Module):
+    """An image tower alone: the tokens before its last block, transformers' `hidden_states[-2]`."""
+
+    def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs) -> None:
+        c = self.config = config
+        tower = CLIPConfig(c, None, 0, c.patch_size, c.image_size, dtype=c.dtype, param_dtype=c.param_dtype)
+        self.vision_model = VisionTower(tower, rngs)
+
+    def __call__(self, frames: Float[Array, "b h w 3"]) -> Float[Array, "b m d"]:
+        """Of frames in [0, 1]."""
+        return self.vision_model.states(preprocess(frames, self.config.image_size), left_out=1)
 
 
 def _unit(x: Float[Array, "b p"]) -> Float[Array, "b p"]:

@@ -160,9 +160,7 @@ class CogVideoXTransformer(nnx.Module):
         last = {"kernel_init": _zeros, "out_dtype": "float32"}
         self.proj_out = Linear(c.dim, c.patch_size**2 * c.out_channels, **last, **dense)
 
-    def __call__(
-        self, x: Float[Array, "b t h w c"], t: Float[Array, " b"], text: Float[Array, "b l d"], **tap: Any
-    ) -> Any:
+    def __call__(self, x: Float[Array, "b t h w c"], t: Float[Array, " b"], text: Array, **tap: Any) -> Any:
         """`t` in [0, 999]; every row of `text` is attended to, as in CogVideoX those of padding are; `tap` is Wan's."""
         c = self.config
         grid, patch = self._grid(x.shape[1:]), c.patch
@@ -177,7 +175,6 @@ class CogVideoXTransformer(nnx.Module):
             rotary = jnp.pad(cos, before, constant_values=1.0), jnp.pad(sin, before)
         else:
             video = (video + sinusoids(grid, c)).astype(c.dtype)
-
         y = jnp.concatenate([self.text_proj(text), video], axis=1)
         tokens = y.shape[1]
         y = activation_sharding.pad_tokens(y, axis=1)

@@ -183,9 +183,7 @@ class Upsample(nnx.Module):
 class Block(nnx.Module):
     """The residual blocks of one resolution; then its change, in time too or not, if there is one."""
 
-    def __init__(
-        self, dims: tuple[int, ...], spatial: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs, time: bool | None = None
-    ) -> None:
+    def __init__(self, dims: tuple, spatial: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs, time: Any = None) -> None:
         self.resnets = nnx.List([ResnetBlock(*pair, spatial, c, rngs) for pair in itertools.pairwise(dims)])
         self.downsamplers = nnx.List([] if spatial or time is None else [Downsample(dims[-1], time, c, rngs)])
         self.upsamplers = nnx.List([Upsample(dims[-1], time, c, rngs)] if spatial and time is not None else [])

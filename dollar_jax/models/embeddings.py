@@ -17,9 +17,7 @@ def patchify(x: Float[Array, "b t h w c"], patch: tuple[int, int, int]) -> Float
     return rearrange(x, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
 
 
-def unpatchify(
-    x: Float[Array, "b n p"], grid: tuple[int, int, int], patch: tuple[int, int, int]
-) -> Float[Array, "b t h w c"]:
+def unpatchify(x: Float[Array, "b n p"], grid: tuple[int, ...], patch: tuple[int, ...]) -> Float[Array, "b t h w c"]:
     """Undoes `patchify` for a grid of so many patches in t, h and w."""
     x = x.reshape(x.shape[0], *grid, *patch, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
     return x.reshape(x.shape[0], *(g * p for g, p in zip(grid, patch, strict=True)), -1)

@@ -24,9 +24,7 @@ class Adapter(nnx.Module):
     """scale · x D U of low rank (LoRA, arXiv 2106.09685), zero at first: D [*l, in, rank], U [*l, rank, out]. `layers`
     is the leading shape of a stack of layers."""
 
-    def __init__(
-        self, layers: tuple[int, ...], dim_in: int, dim_out: int, rank: int, scale: float, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, layers: tuple, dim_in: int, dim_out: int, rank: int, scale: float, rngs: nnx.Rngs) -> None:
         bound = dim_in**-0.5
         self.down = nnx.Param(jax.random.uniform(rngs.params(), (*layers, dim_in, rank), float, -bound, bound))
         self.up = nnx.Param(jnp.zeros((*layers, rank, dim_out)))

@@ -1,4 +1,4 @@
-"""The video transformer of Wan 2.1 and 2.2's TI2V, named as diffusers' `WanTransformer3DModel`. As in the reference,
+"""The video transformer of Wan 2.1 and 2.2, named as diffusers' `WanTransformer3DModel`. As in the reference,
 norms, modulation, rotary and timestep embedding and residual sums are fp32 whatever `dtype` is, and the weights of
 timestep embedder, residual stream's norms and modulation tables whatever `param_dtype` is."""
 
@@ -16,6 +16,7 @@ from dollar_jax.models import activation_sharding, layers
 from dollar_jax.models.attention import ContextParallel, Implementation, attention
 from dollar_jax.models.embeddings import Rotary, patchify, rotary_tables, rotate, timestep_embedding, unpatchify
 from dollar_jax.models.layers import MLP, FeedForward, LayerNorm, Linear, Remat, RMSNorm, run_tapped, stack_blocks
+from dollar_jax.types import ImageCondition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,8 @@ class WanConfig:
     qk_norm: str = "rms_norm_across_heads"
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
 
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -61,6 +64,19 @@ class WanConfig:
         return self.patch_size
 
 
+class ImageEmbedder(nnx.Module):
+    """The tokens of an image encoder, as wide as those of the text."""
+
+    def __init__(self, c: WanConfig, width: int, rngs: nnx.Rngs) -> None:
+        dense = {"rngs": rngs, "dtype": c.dtype, "param_dtype": c.param_dtype}
+        self.norm1, self.norm2 = (LayerNorm(size, 1e-5, param_dtype="float32") for size in (width, c.dim))
+        self.proj_in, self.proj_out = Linear(width, width, **dense), Linear(width, c.dim, **dense)
+
+    def __call__(self, x: Float[Array, "b m i"]) -> Float[Array, "b m dim"]:
+        y = self.proj_in(self.norm1(x))
+        return self.norm2(self.proj_out(jax.nn.gelu(y, approximate=False)))
+
+
 class ConditionEmbedder(nnx.Module):
     def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:
         # Exact fp32 products, for which accelerators' default is too low; these layers see one row per sample.
@@ -68,6 +84,7 @@ class ConditionEmbedder(nnx.Module):
         self.time_embedder = MLP(c.freq_dim, c.dim, jax.nn.silu, **{**exact, "param_dtype": "float32"})
         self.time_proj = Linear(c.dim, 6 * c.dim, **exact)
         self.text_embedder = MLP(c.text_dim, c.dim, jax.nn.gelu, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype)
+        self.image_embedder: Any = ImageEmbedder(c, c.image_dim, rngs) if c.image_dim else None
         self.freq_dim = c.freq_dim
 
     def __call__(
@@ -82,12 +99,16 @@ class ConditionEmbedder(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention whose queries and keys are normalised over all heads together."""
+    """Multi-head attention whose queries and keys are normalised over all heads together; with `added`, one more over
+    an image, whose outcome is added."""
 
-    def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, c: WanConfig, rngs: nnx.Rngs, added: bool = False) -> None:
         dense = {"rngs": rngs, "dtype": c.dtype, "param_dtype": c.param_dtype}
         self.to_q, self.to_k, self.to_v, self.to_out = (Linear(c.dim, c.dim, **dense) for _ in range(4))
         self.norm_q, self.norm_k = (RMSNorm(c.dim, c.eps, param_dtype=c.param_dtype) for _ in range(2))
+        if added:
+            self.add_k_proj, self.add_v_proj = (Linear(c.dim, c.dim, **dense) for _ in range(2))
+            self.norm_added_k = RMSNorm(c.dim, c.eps, param_dtype=c.param_dtype)
         self.heads, self.dtype = c.num_attention_heads, c.dtype
         self.implementation: Implementation = c.attention
         self.context_parallel: ContextParallel = c.context_parallel
@@ -96,6 +117,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         context: Float[Array, "b m d"],
+        *image: Float[Array, "b i d"],
         rotary: Rotary | None = None,
         length: int | None = None,
     ) -> Float[Array, "b n d"]:
@@ -109,13 +131,16 @@ class Attention(nnx.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, parallel = q.astype(self.dtype), k.astype(self.dtype), None if rotary is None else self.context_parallel
         out = attention(q, k, v, length=length, implementation=self.implementation, context=parallel)
+        for tokens in image:
+            k, v = split(self.norm_added_k(self.add_k_proj(tokens))).astype(self.dtype), split(self.add_v_proj(tokens))
+            out += attention(q, k, v, implementation=self.implementation)
         return self.to_out(out.reshape(x.shape))
 
 
 class WanBlock(nnx.Module):
     def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:
         self.attn1 = Attention(c, rngs)
-        self.attn2 = Attention(c, rngs)
+        self.attn2 = Attention(c, rngs, added=c.image_dim is not None)
         self.norm2 = LayerNorm(c.dim, c.eps, param_dtype="float32") if c.cross_attn_norm else None
         self.ffn = FeedForward(c.dim, c.ffn_dim, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype)
         self.scale_shift_table = nnx.Param(_table(rngs, 6, c.dim))
@@ -124,7 +149,7 @@ class WanBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        text: Float[Array, "b l d"],
+        context: list[Float[Array, "b _ d"]],
         modulation: Float[Array, "b s 6 d"],
         rotary: Rotary,
         length: int,
@@ -132,11 +157,10 @@ class WanBlock(nnx.Module):
     ) -> Float[Array, "b n d"]:
         table = self.scale_shift_table[...] + modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = _by_token(table, x.shape[1], clean)
-
         y = self._modulate(x, shift1, scale1)
-        x = (x + self.attn1(y, y, rotary, length) * gate1).astype(self.dtype)
+        x = (x + self.attn1(y, y, rotary=rotary, length=length) * gate1).astype(self.dtype)
         y = x if self.norm2 is None else self.norm2(x).astype(self.dtype)
-        x = x + self.attn2(y, text)
+        x = x + self.attn2(y, *context)
         y = self._modulate(x, shift2, scale2)
         return (x + self.ffn(y) * gate2).astype(self.dtype)
 
@@ -165,12 +189,19 @@ class WanTransformer(nnx.Module):
         t: Float[Array, " b"],
         text: Float[Array, "b l d"],
         given: int = 0,
+        image: ImageCondition | None = None,
         **tap: Any,
     ) -> Any:
         """`t` in [0, 1000]; `text` comes with padded rows zeroed and, as in Wan, not masked. The tokens of the first
-        `given` latent frames have the time 0 instead, as TI2V's of an image (a time for every token in diffusers).
-        With a `tap` (of `run_tapped`) the tokens [b n dim] there come beside the velocity, or alone and `early`."""
+        `given` latent frames have the time 0 instead, as TI2V's of an image (a time for every token in diffusers). An
+        `image` gives further channels after x's, a mask that is 1 in the first frame and the image's latents, and I2V's
+        tokens to attend to. With a `tap` (of `run_tapped`) the tokens [b n dim] there come beside the velocity, or
+        alone and `early`."""
         c = self.config
+        if image is not None:
+            further = c.in_channels - x.shape[-1] - image.latent.shape[-1]
+            mask = jnp.zeros((*x.shape[:-1], further), x.dtype).at[:, 0].set(1)
+            x = jnp.concatenate([x, mask, image.latent.astype(x.dtype)], -1)
         grid = self._grid(x.shape[1:])
         # Height and width get 2⌊head_dim / 6⌋ channels each and time the rest.
         space = 2 * (c.attention_head_dim // 6)
@@ -178,16 +209,17 @@ class WanTransformer(nnx.Module):
         rotary = rotary_tables((time_rows, rows, columns), (c.attention_head_dim - 2 * space, space, space))
         clean = given // c.patch_size[0] * grid[1] * grid[2]
         times = jnp.stack([t, jnp.zeros_like(t)], 1) if clean else t[:, None]
-        time, modulation, text = self.condition_embedder(times, text)
-
+        time, modulation, *context = self.condition_embedder(times, text)
+        if image is not None and image.tokens is not None:
+            context.append(self.condition_embedder.image_embedder(image.tokens))
         y = patchify(x, c.patch_size)
         tokens = y.shape[1]
         y = activation_sharding.pad_tokens(y, axis=1)
         rotary = jax.tree.map(lambda table: activation_sharding.pad_tokens(table, axis=0), rotary)
-        text = activation_sharding.constrain(text, None, None)
+        context = [activation_sharding.constrain(tokens, None, None) for tokens in context]
         y = self.patch_embedding(activation_sharding.constrain(y, activation_sharding.CONTEXT, None))
         how = {"length": c.num_layers, "remat": c.remat, "scan": c.scan_layers}
-        y, features = run_tapped(self.blocks, y, text, modulation, rotary, tokens, clean, **how, **tap)
+        y, features = run_tapped(self.blocks, y, context, modulation, rotary, tokens, clean, **how, **tap)
         if tap.get("early"):
             return features[:, :tokens]
         shift, scale = _by_token(self.scale_shift_table[...] + time[:, :, None], y.shape[1], clean)

@@ -258,7 +258,7 @@ def average_down(x: Float[Array, "b t h w c"], dim: int, time: int, space: int) 
     return x.reshape(*x.shape[:-1], dim, -1).mean(-1)
 
 
-def repeat_up(x: Float[Array, "b t h w c"], dim: int, time: int, space: int, first: bool) -> Array:
+def repeat_up(x: Float[Array, "b t h w c"], dim: int, time: int, space: int, first: bool) -> Float[Array, "b _ _ _ d"]:
     """Every channel repeated over blocks of time × space × space values; the clip's `first` frame is not doubled."""
     values, share = time * space**2, max(1, x.shape[-1] // dim)  # channels that fill the block of one
     x = jnp.repeat(x, max(1, dim // x.shape[-1]), -1)

@@ -317,9 +317,7 @@ def _failed(config: DistillConfig, failure: str, held: float, common: dict[str, 
     for size, rest in re.findall(r"Size: ([\d.]+[KMG])(.*?)(?====|\Z)", failure, re.DOTALL):
         name, shape = re.search(r'op_name="([^"]*)"', rest), re.search(r"Shape: (\S+?)[{\s]", rest)
         buffers.append(f"{size:>8}  {shape[1] if shape else ''}  {name[1] if name else ''}".rstrip())
-    said: dict[str, Any] = (
-        {"advice": _advice(config, held, common)} if too_large else {"error": failure.splitlines()[0]}
-    )
+    said: Any = {"advice": _advice(config, held, common)} if too_large else {"error": failure.splitlines()[0]}
     sizes = {"argument_gib": held, "temp_gib": None if used is None else used - held, "peak_gib": used}
     return Plan(**common, **sizes, largest_buffers=buffers[:8], **said)
 

@@ -34,14 +34,11 @@ def weightless_generator(
         return Component(config, network, network.shapes)
 
     transformer = dataclasses.replace(architecture.transformer, **held, **transformer_options(config.compute))
-    pipeline = Pipeline(
-        family,
-        component(family.transformer, transformer),
-        component(family.vae, architecture.vae),
-        component(family.text_encoder, dataclasses.replace(architecture.text_encoder, **held)),
-        None,
-        architecture.schedule,
-    )
+    vae, text = component(family.vae, architecture.vae), dataclasses.replace(architecture.text_encoder, **held)
+    networks = component(family.transformer, transformer), vae, component(family.text_encoder, text)
+    pipeline = Pipeline(family, *networks, None, architecture.schedule)
+    if (encoder := architecture.image_encoder) is not None and family.image_encoder is not None:
+        pipeline = dataclasses.replace(pipeline, image_encoder=component(family.image_encoder, encoder))
     pipeline = with_given_frames(pipeline, config)
     settings = config.data.max_text_length, config.sampling, clip, config.compute.vae_chunk, mesh
     return Generator(pipeline, *settings, student_ode=config.student.sampler == "ode")

@@ -38,9 +38,7 @@ def forwards(config: DistillConfig) -> dict[str, float]:
     return {name: float(value) for name, value in parts.items() if value}
 
 
-def training_cost(
-    config: DistillConfig, topology: str, video: tuple[int, int, int] | None = None
-) -> tuple[dict[str, Any], str]:
+def training_cost(config: DistillConfig, topology: str, video: tuple[int, int, int] | None = None) -> tuple[Any, str]:
     """`forwards`, TFLOP of one, and chip-hours to the last update at 30 and 50 % of the peak; and that in words. Of a
     tpu7x they are those of a device, half a chip. `video` is height, width and frames, unless the data's own; raises
     ValueError as `planner.plan`."""

@@ -9,8 +9,7 @@ bucket that occurs in it. Until all units are finished, their files lie in OUT/p
     parts/00012.json                  the report of unit 12, written when its shards are whole: counts, rejected videos
 
 In the end the shards are moved to OUT under the names of a TFDS data set, and parts/ is deleted. A unit depends on the
-list and the settings alone, so that a job which was killed and resumed ends with the same bytes as one which was not.
-"""
+list and the settings alone, so that a job that was killed and resumed ends with the same bytes as any other."""
 
 import dataclasses
 import itertools
@@ -171,15 +170,11 @@ def _finish(settings: PrepareSettings, encoder: Encoder, out: Path, units: int) 
     about = {"settings": dataclasses.asdict(settings), "shards": [shard["bucket"] for _, shard in shards]}
     about["latent_shapes"] = {bucket_name(b): vae.latent_shape(settings.frames, *b) for b in settings.buckets}
     about |= {"fingerprint": fingerprint(encoder.generator), "videos": summary.videos, "rejected": summary.rejected}
-    tfds.folder_dataset.write_metadata(
-        data_dir=out,
-        features=encoder.features,
-        split_infos=[tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=size)],
-        filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        check_data=False,
-        description="Latents and text states of captioned videos, made by dollar prepare.",
-        metadata=tfds.core.MetadataDict(about),
-    )
+    told: Any = {"split_infos": [tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=size)]}
+    told |= {"filename_template": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "check_data": False}
+    told |= {"description": "Latents and text states of captioned videos, made by dollar prepare."}
+    told |= {"features": encoder.features, "metadata": tfds.core.MetadataDict(about)}
+    tfds.folder_dataset.write_metadata(data_dir=out, **told)
     # Renamed first: a parts/ that is half deleted would look like an unfinished job.
     shutil.rmtree(parts.rename(out / f".{PARTS}"))
     return summary

@@ -18,13 +18,14 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from dollar_jax import sharding
 from dollar_jax.config import MeshConfig, SamplingConfig
-from dollar_jax.data.prepared import fingerprint_programs
+from dollar_jax.data.prepared import IMAGE, fingerprint_programs
 from dollar_jax.files import sync, write_file
 from dollar_jax.generate import Generator, teacher_folder
 from dollar_jax.prepare.clips import Clip, Rejected
 from dollar_jax.prepare.settings import PARTS, PrepareSettings, bucket_name
 from dollar_jax.prepare.sources import Item
 from dollar_jax.program import Program
+from dollar_jax.types import ImageCondition
 from dollar_jax.weights.pipeline import load_pipeline
 
 PREVIEW = "preview.jpg"
@@ -43,12 +44,16 @@ def prepare_programs(generator: Generator, clip: tuple[int, int, int], batch: in
     """What a job executes on its host's devices, `batch` clips at a time; a generator on those devices."""
     shape, mesh = (batch, *clip, 3), generator.mesh
     found = [generator.text_program(batch, mesh), generator.encode_program(shape, mesh)]
+    if generator.pipeline.family.conditioned:
+        found.append(generator.image_program((batch, *shape[2:]), mesh))
     return [*found, *fingerprint_programs(generator)]
 
 
-def latents_features(settings: PrepareSettings, channels: int, text_dim: int, time: int, space: int) -> Any:
+def latents_features(
+    settings: PrepareSettings, channels: int, text_dim: int, time: int, space: int, image: ImageCondition | None = None
+) -> Any:
     """The TFDS features of a record: latents [t, h, w, channels] of `time` frames, with one latent pixel for `space` ×
-    `space` pixels, and text states [tokens, text_dim] without padding."""
+    `space` pixels, and text states [tokens, text_dim] without padding; `image` are the shapes of its condition."""
     tensor = functools.partial(tfds.features.Tensor, dtype=np.dtype(settings.dtype), encoding="bytes")
     sides = [{side // space for side in sides} for sides in zip(*settings.buckets, strict=True)]
     latent = tensor(shape=(time, *(next(iter(s)) if len(s) == 1 else None for s in sides), channels))
@@ -58,6 +63,9 @@ def latents_features(settings: PrepareSettings, channels: int, text_dim: int, ti
         features["latent"] = latent
         if not settings.sample:
             features["latent_std"] = latent
+        if image is not None:
+            features[IMAGE[0]] = latent
+            features |= {} if image.tokens is None else {IMAGE[1]: tensor(shape=image.tokens.shape[1:])}
     return tfds.features.FeaturesDict(features)
 
 
@@ -70,7 +78,8 @@ class Encoder:
         self.batch = settings.batch_size * mesh.size
         pipeline = generator.pipeline
         text, whole = pipeline.text_encoder, sharding.replicated(mesh)
-        places = (("vae", whole), ("text_encoder", sharding.shard(mesh, text.network.shapes, strict=False)))
+        places = [("vae", whole), ("text_encoder", sharding.shard(mesh, text.network.shapes, strict=False))]
+        places += [("image_encoder", whole)] * (pipeline.image_encoder is not None)
         placed = {}
         for name, where in places:
             part = getattr(pipeline, name)
@@ -84,7 +93,7 @@ class Encoder:
                 raise ValueError(f"a clip of {settings.frames}×{height}×{width} has latents of {latent[:3]}, {why}")
         self.latent = vae.latent_shape(settings.frames, *settings.buckets[0])
         sizes = self.latent[-1], generator.text_shape[-1], self.latent[0], vae.scale_factor_spatial
-        self.features = latents_features(settings, *sizes)
+        self.features = latents_features(settings, *sizes, None if settings.latents else generator.image_shapes(1))
         self._serializer = ExampleSerializer(self.features.get_serialized_info())
 
     def check(self, latent: np.ndarray | None) -> None:
@@ -109,11 +118,13 @@ class Encoder:
         """Each of at most `batch` clips of one size with its serialised record, or with the reason why it has none."""
         spare = self.batch - len(clips)
         texts = self.generator.text([clip.caption for clip in clips] + [""] * spare)
-        mean = std = None
+        mean = std = image = None
         if self.settings.prompts is None and not self.settings.latents:
             frames = np.stack([clip.frames for clip in clips])  # type: ignore[arg-type]
             frames = np.concatenate([frames, np.zeros((spare, *frames.shape[1:]), np.uint8)])
             mean, std = self.generator.encode_posterior(frames)
+            if self.generator.pipeline.family.conditioned:
+                image = self.generator.first_frames(frames[:, 0])
         for i, clip in enumerate(clips):
             arrays = {"text": texts[i, : 1 + max(np.flatnonzero(np.any(texts[i], -1)), default=0)]}
             if clip.latent is not None:
@@ -127,6 +138,7 @@ class Encoder:
                     arrays["latent"] = mean[i] + std[i] * noise.standard_normal(std[i].shape, np.float32)
                 else:
                     arrays |= {"latent": mean[i], "latent_std": std[i]}
+            arrays |= {name: x[i] for name, x in zip(IMAGE, image or (), strict=False) if x is not None}
             with np.errstate(over="ignore"):
                 arrays = {name: x.astype(self.settings.dtype) for name, x in arrays.items()}
             if not all(np.isfinite(x).all() for x in arrays.values()):

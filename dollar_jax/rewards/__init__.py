@@ -6,8 +6,7 @@ step on frames decoded there. Neither is differentiated, unless the method asks 
 
 A reward is named by a key of REWARDS or LOADERS, or by the place of one's own: `module:name` or
 `path/to/file.py:name`, where the name is a function (frames, prompts) → [b], a `Reward` or a `JaxReward`. A function
-that gives several numbers per video, {part: [b]}, is named for each that counts, `module:name.part`, and called once.
-"""
+that gives several numbers a video, {part: [b]}, is named for each that counts, `module:name.part`, and called once."""
 
 import functools
 import importlib
@@ -87,7 +86,6 @@ def weighted_sum(terms: Sequence[RewardTerm], rewards: Sequence[AnyReward]) -> R
     pairs = [(t, r) for t, r in zip(terms, rewards, strict=True) if t.weight]
     if not pairs:
         return None
-
     together = calls([r for _, r in pairs])
     weights = np.array([t.weight for t, _ in pairs], np.float32)
 

@@ -2,8 +2,7 @@
 
 Each is read from a folder as `dollar import-reward` writes it, or transformers: config.json, safetensors, and for those
 that read prompts CLIP's tokenizer. Every frame is scored, a clip's reward is their mean. Weights are held in half
-precision, in which HPSv2's are published. Where a reward is differentiated, to compare with, layers are computed again.
-"""
+precision, in which HPSv2's are published. Where one is differentiated, to compare with, layers are computed again."""
 
 import functools
 from collections.abc import Sequence

@@ -25,8 +25,7 @@ def rename(names: Mapping[str, str], module: str) -> str | None:
 def read_changes(source: Path, native: Mapping[str, str], tensors: Mapping[str, files.Stored]) -> dict[str, np.ndarray]:
     """What an adapter, a safetensors file or the folder of one, adds to which of a transformer's `tensors`, by
     diffusers' names, in fp32: alpha / rank · B A, without an alpha B A, and `diff`, `diff_b` and `diff_m` as they are.
-    `native` as in `Family`. Raises FileNotFoundError, or ValueError naming the key that has no place or no counterpart.
-    """
+    `native` as in `Family`. Raises FileNotFoundError, or ValueError naming the key without place or counterpart."""
     if source.is_dir() and (source / DIFFUSERS_FILE).is_file():
         source = source / DIFFUSERS_FILE
     theirs = {name: ours for ours, name in native.items()}

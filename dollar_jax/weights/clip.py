@@ -1,4 +1,4 @@
-"""transformers' `CLIPModel`, and OpenCLIP's names for the same, ↔ `CLIP`."""
+"""transformers' `CLIPModel`, and OpenCLIP's names for the same, ↔ `CLIP`; its `CLIPVisionModel` ↔ `CLIPVision`."""
 
 import contextlib
 import dataclasses
@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from dollar_jax.files import new_folder, read_json
-from dollar_jax.models.clip import CLIP, MEAN, STD, VIT_H_14, CLIPConfig, TowerConfig
+from dollar_jax.models.clip import CLIP, MEAN, STD, VIT_H_14, CLIPConfig, CLIPVision, CLIPVisionConfig, TowerConfig
 from dollar_jax.models.network import Network, make_network
 from dollar_jax.weights import safetensors_io as files
-from dollar_jax.weights.kind import OURS
-from dollar_jax.weights.pipeline import load_tokenizer
+from dollar_jax.weights.kind import OURS, Kind
 from dollar_jax.weights.table import TRANSPOSE, Pairs, Params, Row, Transform, export_stream, import_params
 from dollar_jax.weights.torch_file import read_torch
 
@@ -50,6 +49,10 @@ CLIP_TABLE = [
     Row("{p}.weight", "{p:visual_projection|text_projection}/kernel", TRANSPOSE),
     Row("logit_scale", "logit_scale"),
 ]
+
+_MORE: Any = {"fixed": {"model_type": "clip_vision_model"}, "prefix": "vision_model."}
+_MORE |= {"note": "the image encoder known is CLIP's image tower", "table": lambda config, shapes: CLIP_TABLE}
+CLIP_VISION = Kind("transformers", "CLIPVisionModel", CLIPVisionConfig, CLIPVision, **_MORE)
 
 # From OpenCLIP's names, and ViCLIP's, to transformers', one after the other.
 _OPENCLIP = [
@@ -119,6 +122,8 @@ def clip_fields(config: CLIPConfig) -> dict[str, Any]:
 
 def clip_tokenizer(folder: Path, config: CLIPConfig) -> Any:
     """The folder's tokenizer; raises ValueError where the network would make the same of every prompt."""
+    from dollar_jax.weights.pipeline import load_tokenizer  # which knows this module's networks
+
     tokenizer = load_tokenizer(folder)
     red, fox = tokenizer(["red", "fox"])["input_ids"]
     if red == fox or red[-1] != config.eos_token_id:
@@ -187,14 +192,20 @@ def import_reward(source: Path, folder: Path, clip: Path | None = None) -> None:
         files.write_component(draft, clip_fields(config), stream, file_name=files.TRANSFORMERS_FILE, dtype=dtype)
 
 
+def check_preprocessing(path: Path, side: int | None = None) -> None:
+    """Raises ValueError where a preprocessor_config.json prepares images otherwise than `models.clip.preprocess`."""
+    wanted, fields = {"image_mean": list(MEAN), "image_std": list(STD)}, read_json(path)
+    wanted |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}} if side else {}
+    for name, value in wanted.items():
+        if fields.get(name, value) != value:
+            raise ValueError(f"{path} has {name} {fields[name]}, and only CLIP's {value} is supported")
+
+
 def _tokenizer(source: Path, places: list[Path], config: CLIPConfig) -> Any:
     """The first place's that has CLIP's; ValueError where images would be prepared otherwise than here."""
     for place in places:
-        path = place / "preprocessor_config.json"
-        fields = read_json(path) if path.is_file() else {}
-        for name, values in {"image_mean": MEAN, "image_std": STD}.items():
-            if fields.get(name, list(values)) != list(values):
-                raise ValueError(f"{path} has {name} {fields[name]}, and only CLIP's {values} is supported")
+        if (path := place / "preprocessor_config.json").is_file():
+            check_preprocessing(path)
         with contextlib.suppress(ValueError):
             return clip_tokenizer(place, config)
     raise ValueError(f"{source} lacks tokenizer.json, or vocab.json and merges.txt: give --clip=FOLDER of {_LIKE}")

@@ -1,5 +1,7 @@
 """diffusers' `CogVideoXTransformer3DModel` ↔ `CogVideoXTransformer`."""
 
+from typing import Any
+
 import numpy as np
 
 from dollar_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
@@ -58,13 +60,7 @@ def _output_kernel(config: CogVideoXConfig) -> Transform:
 _FIXED = {"flip_sin_to_cos": True, "freq_shift": 0, "ofs_embed_dim": None, "dropout": 0.0, "patch_size_t": None}
 _FIXED |= {"activation_fn": "gelu-approximate", "timestep_activation_fn": "silu", "norm_elementwise_affine": True}
 _FIXED |= {"use_learned_positional_embeddings": False, "patch_bias": True}
-COGVIDEOX_TRANSFORMER = Kind(
-    "diffusers",
-    "CogVideoXTransformer3DModel",
-    CogVideoXConfig,
-    CogVideoXTransformer,
-    lambda config, shapes: cogvideox_table(config),
-    note="only the text-to-video models of CogVideoX 1.0 are supported",
-    fixed=_FIXED,
-    required=frozenset({"num_attention_heads", "attention_head_dim", "num_layers", "time_embed_dim"}),
-)
+_MORE: Any = {"table": lambda config, shapes: cogvideox_table(config), "fixed": _FIXED}
+_MORE |= {"note": "only the text-to-video models of CogVideoX 1.0 are supported"}
+_MORE |= {"required": frozenset({"num_attention_heads", "attention_head_dim", "num_layers", "time_embed_dim"})}
+COGVIDEOX_TRANSFORMER = Kind("diffusers", "CogVideoXTransformer3DModel", CogVideoXConfig, CogVideoXTransformer, **_MORE)

@@ -35,14 +35,8 @@ def _levels(block: str) -> Callable[[CogVideoXVAEConfig], list[str]]:
 _FIXED = {"act_fn": "silu", "shift_factor": None, "latents_mean": None, "latents_std": None}
 _FIXED |= {"use_quant_conv": False, "use_post_quant_conv": False}
 _FIXED |= {"down_block_types": _levels("CogVideoXDownBlock3D"), "up_block_types": _levels("CogVideoXUpBlock3D")}
-COGVIDEOX_VAE = Kind(
-    "diffusers",
-    "AutoencoderKLCogVideoX",
-    CogVideoXVAEConfig,
-    CogVideoXVAE,
-    lambda config, shapes: cogvideox_vae_table(shapes),
-    note="only the VAE of the text-to-video models of CogVideoX 1.0 is supported",
-    fixed=_FIXED,
-    required=frozenset({"block_out_channels", "latent_channels", "layers_per_block", "scaling_factor"}),
-    extra={"force_upcast": True, "invert_scale_latents": False},  # how a pipeline may use it; ours does not
-)
+_MORE: Any = {"table": lambda config, shapes: cogvideox_vae_table(shapes), "fixed": _FIXED}
+_MORE |= {"note": "only the VAE of the text-to-video models of CogVideoX 1.0 is supported"}
+_MORE |= {"required": frozenset({"block_out_channels", "latent_channels", "layers_per_block", "scaling_factor"})}
+_MORE |= {"extra": {"force_upcast": True, "invert_scale_latents": False}}  # how a pipeline may use it; ours does not
+COGVIDEOX_VAE = Kind("diffusers", "AutoencoderKLCogVideoX", CogVideoXVAEConfig, CogVideoXVAE, **_MORE)

@@ -7,19 +7,18 @@ import dataclasses
 import html
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from dollar_jax.models.cogvideox import CogVideoXConfig
-from dollar_jax.models.cogvideox_vae import CogVideoXVAEConfig
+from dollar_jax.files import read_json
+from dollar_jax.models.clip import CLIPVisionConfig
 from dollar_jax.models.umt5 import UMT5Config
-from dollar_jax.models.wan import WanConfig
-from dollar_jax.models.wan_vae import WanVAEConfig
 from dollar_jax.schedule import Path as DiffusionPath
 from dollar_jax.schedule import Schedule
+from dollar_jax.weights.clip import CLIP_VISION
 from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER
 from dollar_jax.weights.cogvideox_vae import COGVIDEOX_VAE
 from dollar_jax.weights.kind import Kind
-from dollar_jax.weights.scheduler import COGVIDEOX_NOISE
 from dollar_jax.weights.umt5 import T5, UMT5
 from dollar_jax.weights.wan import WAN_NATIVE, WAN_TRANSFORMER
 from dollar_jax.weights.wan_vae import WAN_VAE
@@ -36,7 +35,8 @@ class Family:
     height and width and `fps` the frames per second of its videos, and `vae_chunk` the latent frames that its VAE takes
     at a time where memory counts. `entries` of model_index.json tell it from other families of its class; `unsupported`
     ones must be absent, null or false, each with what asks for it. `cleans_prompts`: prompts go through `clean_prompt`.
-    `image_pipeline` is the class that gives the same networks a clip's first frame, by a time for every token.
+    `image_pipeline` is the class that gives the same networks a clip's first frame, by a time for every token. A
+    `conditioned` transformer is told of it by further channels, and by the tokens of an `image_encoder` if any.
     `native` are the names of the transformer's modules in the code it was published with, by those in diffusers."""
 
     pipeline: str
@@ -51,9 +51,17 @@ class Family:
     vae_chunk: int
     cleans_prompts: bool = True
     image_pipeline: str | None = None
+    conditioned: bool = False
+    image_encoder: Kind | None = None
     entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unsupported: Mapping[str, str] = dataclasses.field(default_factory=dict)
     native: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """The networks of such a pipeline, by the names of their folders."""
+        found = {name: getattr(self, name) for name in (*COMPONENTS, "image_encoder")}
+        return {name: kind for name, kind in found.items() if kind is not None}
 
 
 def clean_prompt(text: str) -> str:
@@ -73,85 +81,42 @@ class Architecture:
     vae: Any
     text_encoder: UMT5Config
     schedule: Schedule
+    image_encoder: CLIPVisionConfig | None = None
 
 
-_IMAGE = "an image as condition, and only text-to-video pipelines are supported"
+_IMAGE = "an image as condition, which only image-to-video pipelines do"
 _EXPERTS = ", as in Wan 2.2's A14B, and only models of one transformer are supported"
-WAN = Family(
-    "WanPipeline",
-    WAN_TRANSFORMER,
-    WAN_VAE,
-    UMT5,
-    path="rf",
-    masks_padding=True,
-    guidance_scale=5.0,
-    clip=(81, 480, 832),
-    fps=16,
-    vae_chunk=1,
-    unsupported={
-        "transformer_2": f"a second transformer for low noise levels{_EXPERTS}",
-        "boundary_ratio": f"two transformers that share the noise levels{_EXPERTS}",
-        "image_encoder": _IMAGE,
-        "image_processor": _IMAGE,
-    },
-    native=WAN_NATIVE,
-)
+_TWO = {
+    "transformer_2": f"a second transformer for low noise levels{_EXPERTS}",
+    "boundary_ratio": f"two transformers that share the noise levels{_EXPERTS}",
+}
+_NO_IMAGE = {"image_encoder": _IMAGE, "image_processor": _IMAGE}
+_OWN: dict[str, Any] = {"masks_padding": True, "guidance_scale": 5.0, "clip": (81, 480, 832), "fps": 16}
+_OWN |= {"vae_chunk": 1, "unsupported": _TWO | _NO_IMAGE, "native": WAN_NATIVE}
+WAN = Family("WanPipeline", WAN_TRANSFORMER, WAN_VAE, UMT5, "rf", **_OWN)
 # Wan 2.2's 5B. Given an image, every token has a time of its own; from text alone all have the same.
 WAN_TI2V = dataclasses.replace(
     WAN, clip=(121, 704, 1280), fps=24, entries={"expand_timesteps": True}, image_pipeline="WanImageToVideoPipeline"
 )
-COGVIDEOX = Family(
-    "CogVideoXPipeline",
-    COGVIDEOX_TRANSFORMER,
-    COGVIDEOX_VAE,
-    T5,
-    path="ddpm",
-    masks_padding=False,
-    guidance_scale=6.0,
-    clip=(49, 480, 720),
-    fps=8,
-    vae_chunk=2,
-    cleans_prompts=False,
+# Told of an image by further channels; Wan 2.1's attends to its tokens too.
+_ENCODER = {"image_encoder": "another image encoder than transformers' CLIPVisionModel"}
+WAN_I2V = dataclasses.replace(WAN, pipeline="WanImageToVideoPipeline", conditioned=True, unsupported=_TWO | _ENCODER)
+WAN_I2V_CLIP = dataclasses.replace(
+    WAN_I2V, image_encoder=CLIP_VISION, entries={"image_encoder": ["transformers", "CLIPVisionModel"]}, unsupported=_TWO
 )
-FAMILIES = (WAN_TI2V, WAN, COGVIDEOX)  # the first whose entries match
+_OWN = {"masks_padding": False, "guidance_scale": 6.0, "clip": (49, 480, 720), "fps": 8, "vae_chunk": 2}
+_OWN |= {"cleans_prompts": False}
+COGVIDEOX = Family("CogVideoXPipeline", COGVIDEOX_TRANSFORMER, COGVIDEOX_VAE, T5, "ddpm", **_OWN)
+FAMILIES = (WAN_TI2V, WAN, WAN_I2V_CLIP, WAN_I2V, COGVIDEOX)  # the first whose entries match
 
-_UMT5_XXL = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
-_T5_XXL = dataclasses.replace(_UMT5_XXL, vocab_size=32128, shared_position_bias=True)
-_COGVIDEOX_SCHEDULE = Schedule("ddpm", "v", rescale_zero_snr=True, **COGVIDEOX_NOISE)
-# Published teachers, by the names their folders have in configs/.
-PUBLISHED = {
-    "wan_1_3b": Architecture(
-        WAN,
-        WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30),
-        WanVAEConfig(),
-        _UMT5_XXL,
-        Schedule("rf", "velocity", shift=3.0),
-    ),
-    "wan_14b": Architecture(WAN, WanConfig(), WanVAEConfig(), _UMT5_XXL, Schedule("rf", "velocity", shift=5.0)),
-    "wan22_5b": Architecture(
-        WAN_TI2V,
-        WanConfig(num_attention_heads=24, in_channels=48, out_channels=48, ffn_dim=14336, num_layers=30),
-        WanVAEConfig(
-            base_dim=160,
-            decoder_base_dim=256,
-            z_dim=48,
-            latents_mean=(0.0,) * 48,
-            latents_std=(1.0,) * 48,
-            is_residual=True,
-            in_channels=12,
-            out_channels=12,
-            patch_size=2,
-            scale_factor_spatial=16,
-        ),
-        _UMT5_XXL,
-        Schedule("rf", "velocity", shift=5.0),
-    ),
-    "cogvideox_2b": Architecture(COGVIDEOX, CogVideoXConfig(), CogVideoXVAEConfig(), _T5_XXL, _COGVIDEOX_SCHEDULE),
-    "cogvideox_5b": Architecture(
-        COGVIDEOX,
-        CogVideoXConfig(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True),
-        CogVideoXVAEConfig(scaling_factor=0.7),
-        _T5_XXL,
-        dataclasses.replace(_COGVIDEOX_SCHEDULE, snr_shift_scale=1.0),
-    ),
-}
+
+def _architecture(family: str, schedule: Mapping[str, Any], **parts: Mapping[str, Any]) -> Architecture:
+    fields = {n: {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()} for n, part in parts.items()}
+    configs = {name: _NAMED[family].kinds[name].config(**own) for name, own in fields.items()}
+    return Architecture(_NAMED[family], **configs, schedule=Schedule(**schedule))
+
+
+# Published teachers, by the names their folders have in configs/: what is not as by default in each.
+_NAMED = {"wan": WAN, "wan_ti2v": WAN_TI2V, "wan_i2v_clip": WAN_I2V_CLIP, "cogvideox": COGVIDEOX}
+_FILE = Path(__file__).parents[1] / "assets" / "published.json"
+PUBLISHED = {name: _architecture(**fields) for name, fields in read_json(_FILE).items()}

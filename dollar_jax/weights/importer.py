@@ -13,7 +13,6 @@ from dollar_jax.files import new_folder, write_checksums
 from dollar_jax.weights import pipeline as pipelines
 from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights.adapter import read_changes
-from dollar_jax.weights.families import COMPONENTS
 from dollar_jax.weights.table import stream_params
 
 DTYPES = ("float32", "bfloat16")
@@ -23,7 +22,7 @@ _DESCRIPTION = ["*.json", "*.model", "*.txt", "README.md", "LICENSE*"]
 
 def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", adapter: str | Path | None = None) -> None:
     """Writes `folder`, which `load_pipeline` restores straight into a mesh's sharding: tokenizer and configurations as
-    they are, transformer and text encoder as Orbax in `dtype`, the VAE in fp32, an `adapter` (see `read_changes`)
+    they are, transformer and text encoder as Orbax in `dtype`, the rest in fp32, an `adapter` (see `read_changes`)
     merged. In memory are one parameter with all its layers, one tensor and the adapter. All is checked before the first
     tensor is read, and `folder` appears when it is whole. Raises FileNotFoundError, FileExistsError or ValueError."""
     folder = Path(folder)
@@ -36,8 +35,8 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", ada
     family = pipelines.read_family(found)
     pipelines.read_schedule(found, family)
     pipelines.load_tokenizer(found / "tokenizer")
-    found = fetch(source, [*_DESCRIPTION, *(f"{name}/*.safetensors" for name in COMPONENTS)])
-    stored = {name: files.list_tensors(found / name) for name in parts}
+    found = fetch(source, [*_DESCRIPTION, *(f"{name}/*.safetensors" for name in parts)])
+    stored = {name: part.kind.named(files.list_tensors(found / name)) for name, part in parts.items()}
     pipelines.check_whole(found)
     changes = {} if adapter is None else read_changes(Path(adapter), family.native, stored["transformer"])
 
@@ -54,14 +53,13 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", ada
             streams[name] = stream_params(part.table, shapes, functools.partial(read, name), part.network.shapes)
         except ValueError as error:
             raise ValueError(f"{found / name}: {error}") from error
-
     total = sum(len(tensors) for tensors in stored.values())
     bar = tqdm(total=total, desc="importing", unit="tensor")
     with bar, new_folder(folder) as draft:
         for name in parts:
             save_stream(draft / name / pipelines.IMPORTED, streams[name])
             shutil.copy(found / name / "config.json", draft / name)
-        for name in ("tokenizer", "scheduler"):
+        for name in ("tokenizer", "scheduler", *["image_processor"] * ("image_encoder" in parts)):
             shutil.copytree(found / name, draft / name)
         for path in (found / "model_index.json", *found.glob("README.md"), *found.glob("LICENSE*")):
             shutil.copy(path, draft)

@@ -21,7 +21,8 @@ class Kind:
     """A class of networks of diffusers or transformers. The fields of `config` but OURS are those of config.json.
     `fixed` are further ones with the only value that is supported, or a function of the configuration that makes it,
     which a file that leaves them out means too; `note` goes into a refusal. `required` must be in the file, all where
-    it is None. `given` are fields of OURS that the kind decides, `extra` fields that are written and not read."""
+    it is None. `given` are fields of OURS that the kind decides, `extra` fields that are written and not read.
+    Some versions of the library leave out the `prefix` of tensors' names."""
 
     library: Literal["diffusers", "transformers"]
     class_name: str
@@ -33,6 +34,11 @@ class Kind:
     required: frozenset[str] | None = None
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prefix: str = ""
+
+    def named(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """A file's tensors by their whole names."""
+        return {self.prefix + name.removeprefix(self.prefix): tensor for name, tensor in tensors.items()}
 
     def network(self, config: Any) -> Network:
         return make_network(functools.partial(self.module, config))

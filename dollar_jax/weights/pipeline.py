@@ -15,6 +15,7 @@ from dollar_jax.files import CHECKSUMS, find_damage, open_regular, read_json
 from dollar_jax.models.network import Network
 from dollar_jax.schedule import Schedule
 from dollar_jax.weights import safetensors_io as files
+from dollar_jax.weights.clip import check_preprocessing
 from dollar_jax.weights.families import COMPONENTS, FAMILIES, Architecture, Family
 from dollar_jax.weights.kind import Kind
 from dollar_jax.weights.scheduler import schedule_of, scheduler_json
@@ -44,6 +45,7 @@ class Pipeline:
     text_encoder: Component
     tokenizer: Any
     schedule: Schedule
+    image_encoder: Component | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +67,13 @@ def read_architecture(folder: str | Path) -> Architecture:
 
 
 def read_parts(folder: Path, param_dtype: str = "float32", **transformer_options: Any) -> dict[str, Part]:
-    """The COMPONENTS of a pipeline folder without their weights; raises as `load_pipeline` does."""
+    """The networks of a pipeline folder without their weights; raises as `load_pipeline` does."""
     family = read_family(folder)
     held = {"param_dtype": param_dtype}
     configs = _read_configs(folder, family, {"transformer": held | transformer_options, "text_encoder": held})
     parts = {}
     for name, config in configs.items():
-        kind: Kind = getattr(family, name)
+        kind = family.kinds[name]
         network = kind.network(config)
         parts[name] = Part(kind, config, network, kind.table(config, network.shapes))
     return parts
@@ -85,7 +87,7 @@ def load_pipeline(
     **transformer_options: Any,
 ) -> Pipeline:
     """Loads a folder of one of FAMILIES, with `transformer_options` (dtype, remat, …). `param_dtype` is what
-    transformer and text encoder are held in; the VAE stays fp32. An imported transformer is restored into the shardings
+    transformer and text encoder are held in; the rest is fp32. An imported transformer is restored into the shardings
     that `place` gives for its shapes; all else comes as numpy arrays, or `without_transformer` as its shapes. Raises
     FileNotFoundError or ValueError naming the file, tensor or field that is wrong."""
     folder = Path(folder)
@@ -122,9 +124,8 @@ def read_family(folder: Path) -> Family:
     for name, why in family.unsupported.items():
         if index.get(name) not in (None, False, [None, None]):
             raise ValueError(f"{path} has {name} = {index[name]!r}: this pipeline takes {why}")
-    for name, class_name in found.items():
-        kind: Kind = getattr(family, name)
-        if class_name != kind.class_name:
+    for name, kind in family.kinds.items():
+        if (class_name := _class_name(path, name, index.get(name))) != kind.class_name:
             raise ValueError(f"{path} has the {name} {class_name}; a {family.pipeline} has a {kind.class_name}")
     return family
 
@@ -148,17 +149,22 @@ def _foreign(folder: Path) -> str:
 def _read_configs(folder: Path, family: Family, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The components' configurations, which must fit together."""
     configs: dict[str, Any] = {}
-    for name in COMPONENTS:
+    for name, kind in family.kinds.items():
         file = folder / name / "config.json"
-        configs[name] = getattr(family, name).read(files.read_config(file.parent), file, **options.get(name, {}))
-    transformer, vae, text = configs.values()
+        configs[name] = kind.read(files.read_config(file.parent), file, **options.get(name, {}))
+    transformer, vae, text = (configs[name] for name in COMPONENTS)
     file = folder / "transformer" / "config.json"
     taken, made = transformer.in_channels, transformer.out_channels or transformer.in_channels
-    if taken != made:
-        why = "the others are a condition such as an image, and only text-to-video models are supported"
+    if taken != (whole := 2 * made + vae.scale_factor_temporal if family.conditioned else made):
+        why = f"a {family.pipeline} has {whole}, its latents{' with a mask and an image' if family.conditioned else ''}"
         raise ValueError(f"{file} has in_channels = {taken} and out_channels = {made}: {why}")
-    if taken != vae.latent_channels:
-        raise ValueError(f"{file} has in_channels = {taken}, but the latents of the vae have {vae.latent_channels}")
+    if made != (latent := vae.latent_channels):
+        raise ValueError(f"{file} has in_channels = {taken} and {made} out, but the latents of the vae have {latent}")
+    width, image = getattr(transformer, "image_dim", None), configs.get("image_encoder")
+    if width != (made := image and image.hidden_size):
+        raise ValueError(f"{file} has image_dim = {width}, but the tokens of the pipeline's image_encoder have {made}")
+    if image is not None:
+        check_preprocessing(folder / "image_processor" / "preprocessor_config.json", image.image_size)
     if transformer.text_dim != text.d_model:
         width = transformer.text_dim
         raise ValueError(f"{file} is for text states of {width} channels, not text_encoder's {text.d_model}")
@@ -169,16 +175,15 @@ def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32"
     """Writes a folder that `load_pipeline` and `from_pretrained` of diffusers' pipeline of the family read."""
     folder, family = Path(folder), pipeline.family
     scheduler = scheduler_json(pipeline.schedule, family.path)
-    for name in COMPONENTS:
-        save_component(folder / name, getattr(family, name), getattr(pipeline, name), dtype)
+    for name, kind in family.kinds.items():
+        save_component(folder / name, kind, getattr(pipeline, name), dtype)
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    kinds = {name: getattr(family, name) for name in COMPONENTS}
     index = {
         "_class_name": family.pipeline,
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
-        **{name: [kind.library, kind.class_name] for name, kind in kinds.items()},
+        **{name: [kind.library, kind.class_name] for name, kind in family.kinds.items()},
         **family.entries,
     }
     write_json(folder / "model_index.json", index)
@@ -230,7 +235,7 @@ def load_component(folder: Path, part: Part, place: Callable[[Params], Any] | No
     shapes = part.network.shapes
     if (folder / IMPORTED).is_dir():
         return Component(part.config, part.network, restore_tree(folder / IMPORTED, shapes, place and place(shapes)))
-    tensors = files.list_tensors(folder)
+    tensors = part.kind.named(files.list_tensors(folder))
     sizes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
         arrays = dict(stream_params(part.table, sizes, lambda name: tensors[name].read(), shapes))

@@ -140,7 +140,6 @@ def write_component(
         waiting[name] = array
         size, total = size + array.nbytes, total + array.nbytes
     flush()
-
     stem = file_name.removesuffix(".safetensors")
     names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = [file_name] if len(shards) == 1 else names

@@ -1,5 +1,7 @@
 """transformers' `UMT5EncoderModel` and `T5EncoderModel` ↔ `UMT5Encoder`."""
 
+from typing import Any
+
 from dollar_jax.models.umt5 import UMT5Config, UMT5Encoder
 from dollar_jax.weights.kind import Kind
 from dollar_jax.weights.table import TRANSPOSE, Row
@@ -23,17 +25,10 @@ UMT5_TABLE = [
 
 
 def _encoder(class_name: str, model_type: str, shared_position_bias: bool) -> Kind:
-    return Kind(
-        "transformers",
-        class_name,
-        UMT5Config,
-        UMT5Encoder,
-        lambda config, shapes: UMT5_TABLE,
-        note="the text encoders known are umt5 and t5, for Wan and CogVideoX",
-        fixed={"model_type": model_type},
-        given={"shared_position_bias": shared_position_bias},
-        extra={"tie_word_embeddings": True},
-    )
+    more: Any = {"table": lambda config, shapes: UMT5_TABLE, "fixed": {"model_type": model_type}}
+    more |= {"note": "the text encoders known are umt5 and t5, for Wan and CogVideoX"}
+    more |= {"given": {"shared_position_bias": shared_position_bias}, "extra": {"tie_word_embeddings": True}}
+    return Kind("transformers", class_name, UMT5Config, UMT5Encoder, **more)
 
 
 UMT5 = _encoder("UMT5EncoderModel", "umt5", shared_position_bias=False)

@@ -1,5 +1,7 @@
 """diffusers' `WanTransformer3DModel` ↔ `WanTransformer`."""
 
+from typing import Any
+
 import numpy as np
 
 from dollar_jax.models.wan import WanConfig, WanTransformer
@@ -13,9 +15,12 @@ def wan_table(config: WanConfig) -> list[Row]:
     modules = [
         ("condition_embedder.{e}.{p}", embed + "/{p:linear_1|linear_2}", DENSE),
         ("condition_embedder.time_proj", "condition_embedder/time_proj", DENSE),
-        ("blocks.{i}.{a}.{p}", f"blocks/{attn}/{{p:to_q|to_k|to_v}}", DENSE),
+        ("condition_embedder.image_embedder.{p}", "condition_embedder/image_embedder/{p:norm[12]}", NORM),
+        ("condition_embedder.image_embedder.ff.net.0.proj", "condition_embedder/image_embedder/proj_in", DENSE),
+        ("condition_embedder.image_embedder.ff.net.2", "condition_embedder/image_embedder/proj_out", DENSE),
+        ("blocks.{i}.{a}.{p}", f"blocks/{attn}/{{p:to_q|to_k|to_v|add_k_proj|add_v_proj}}", DENSE),
         ("blocks.{i}.{a}.to_out.0", f"blocks/{attn}/to_out", DENSE),
-        ("blocks.{i}.{a}.{p}", f"blocks/{attn}/{{p:norm_q|norm_k}}", NORM),
+        ("blocks.{i}.{a}.{p}", f"blocks/{attn}/{{p:norm_q|norm_k|norm_added_k}}", NORM),
         ("blocks.{i}.norm2", "blocks/norm2", NORM),
         ("blocks.{i}.ffn.net.0.proj", "blocks/ffn/proj_in", DENSE),
         ("blocks.{i}.ffn.net.2", "blocks/ffn/proj_out", DENSE),
@@ -43,18 +48,13 @@ def _patch_kernel(config: WanConfig) -> Transform:
     return Transform(forward, inverse)
 
 
-WAN_TRANSFORMER = Kind(
-    "diffusers",
-    "WanTransformer3DModel",
-    WanConfig,
-    WanTransformer,
-    lambda config, shapes: wan_table(config),
-    note="this is an image-to-video model, and only text-to-video ones are supported",
-    fixed={"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None},
-)
+_MORE: Any = {"table": lambda config, shapes: wan_table(config), "fixed": {"pos_embed_seq_len": None}}
+_MORE |= {"note": "this model takes a first and a last frame (FLF2V), and none or a first one are supported"}
+WAN_TRANSFORMER = Kind("diffusers", "WanTransformer3DModel", WanConfig, WanTransformer, **_MORE)
 
 # Modules in diffusers → in Wan's own code, in ComfyUI, LightX2V and MaxDiffusion.
 _ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
+_ATTENTION |= {"add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}
 _KINDS = {"attn1": "self_attn", "attn2": "cross_attn"}
 WAN_NATIVE = {
     **{f"blocks.{{i}}.{a}.{p}": f"blocks.{{i}}.{_KINDS[a]}.{_ATTENTION[p]}" for a in _KINDS for p in _ATTENTION},
@@ -62,6 +62,10 @@ WAN_NATIVE = {
         f"condition_embedder.{kind}_embedder.linear_{n}": f"{kind}_embedding.{2 * n - 2}"
         for kind in ("text", "time")
         for n in (1, 2)
+    },
+    **{
+        f"condition_embedder.image_embedder.{name}": f"img_emb.proj.{n}"
+        for n, name in ((0, "norm1"), (1, "ff.net.0.proj"), (3, "ff.net.2"), (4, "norm2"))
     },
     "blocks.{i}.ffn.net.0.proj": "blocks.{i}.ffn.0",
     "blocks.{i}.ffn.net.2": "blocks.{i}.ffn.2",

@@ -1,5 +1,7 @@
 """diffusers' `AutoencoderKLWan` ↔ `WanVAE`."""
 
+from typing import Any
+
 from flax.traverse_util import flatten_dict
 
 from dollar_jax.models.wan_vae import WanVAE, WanVAEConfig
@@ -28,13 +30,7 @@ def _gamma(axes: int) -> Transform:
     return Transform(lambda x: x.reshape(-1), lambda x: x.reshape(-1, *[1] * axes))
 
 
-WAN_VAE = Kind(
-    "diffusers",
-    "AutoencoderKLWan",
-    WanVAEConfig,
-    WanVAE,
-    lambda config, shapes: wan_vae_table(shapes),
-    note="only the VAEs of Wan 2.1 and Wan 2.2 are supported",
-    fixed={"dropout": 0.0},
-    required=frozenset({"base_dim", "z_dim", "dim_mult", "latents_mean", "latents_std"}),
-)
+_MORE: Any = {"table": lambda config, shapes: wan_vae_table(shapes), "fixed": {"dropout": 0.0}}
+_MORE |= {"note": "only the VAEs of Wan 2.1 and Wan 2.2 are supported"}
+_MORE |= {"required": frozenset({"base_dim", "z_dim", "dim_mult", "latents_mean", "latents_std"})}
+WAN_VAE = Kind("diffusers", "AutoencoderKLWan", WanVAEConfig, WanVAE, **_MORE)

@@ -14,6 +14,7 @@ import torch
 from dollar_jax.models.embeddings import patchify, unpatchify
 from dollar_jax.models.network import make_network
 from dollar_jax.models.wan import WanConfig, WanTransformer
+from dollar_jax.types import ImageCondition
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 from dollar_jax.weights.table import export_stream, import_params
 from dollar_jax.weights.wan import WAN_TRANSFORMER, wan_table
@@ -33,7 +34,7 @@ TINY: dict[str, Any] = {
 def reference(folder, **fields):
     """A saved diffusers model in which no parameter keeps a special value such as 0 or 1."""
     torch.manual_seed(0)
-    model = diffusers.WanTransformer3DModel(**TINY, **fields).eval()
+    model = diffusers.WanTransformer3DModel(**{**TINY, **fields}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             scale = 0.5 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
@@ -107,6 +108,37 @@ def test_features_are_the_hidden_states_after_the_same_block(tmp_path, scan):
     assert relative(features, seen[0].numpy()) < 1e-4
     np.testing.assert_array_equal(features, alone)
     np.testing.assert_allclose(prediction, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("image_dim", [None, 20])
+def test_a_conditioned_transformer_matches(tmp_path, image_dim):
+    """I2V: x of 2 channels, a mask of 2, 1 in the first frame, the image of 2; and its tokens, which come first in
+    diffusers. That takes 512 tokens of text for granted."""
+    fields = {"num_layers": 3, "out_channels": 2, "image_dim": image_dim, "added_kv_proj_dim": image_dim and 32}
+    model = reference(tmp_path, **fields)
+    _, network, params = load(tmp_path)
+    x, t, text = inputs((3, 4, 6), 512)
+    x, latent, rng = x[..., :2], x[..., 2:4], np.random.default_rng(2)
+    tokens = None if image_dim is None else jnp.asarray(rng.standard_normal((2, 7, image_dim), np.float32))
+    first = (torch.arange(3) == 0).float()[None, None, :, None, None].expand(2, 2, 3, 4, 6)
+    ours = [array for array in (x, latent, tokens) if array is not None]
+    theirs = [to_torch(array).requires_grad_() for array in ours]
+    channels = torch.cat([theirs[0].permute(0, 4, 1, 2, 3), first, theirs[1].permute(0, 4, 1, 2, 3)], 1)
+    out = model(channels, to_torch(t), to_torch(text), *theirs[2:]).sample.permute(0, 2, 3, 4, 1)
+    weight = rng.standard_normal(out.shape, np.float32)
+    (out * torch.tensor(weight)).sum().backward()
+
+    def weighted(arrays):
+        x, *image = arrays
+        out = network.apply(params, x, t, text, image=ImageCondition(*image))
+        return (out * weight).sum(), out
+
+    grads, found = jax.jit(jax.grad(weighted, has_aux=True))(ours)
+    assert relative(found, out.detach().numpy()) < 1e-4
+    for ours_grad, array in zip(grads, theirs, strict=True):
+        assert relative(ours_grad, array.grad.numpy()) < 1e-4
+    with pytest.raises(ValueError, match="the latent has 2 channels; in_channels is 6"):
+        network.apply(params, x, t, text)
 
 
 def test_patch_in_time(tmp_path):
@@ -252,8 +284,8 @@ def test_wrong_latents_are_refused(shape, message):
 
 def test_image_to_video_and_foreign_configurations_are_refused():
     fields = WAN_TRANSFORMER.write(WanConfig())
-    with pytest.raises(ValueError, match="image_dim = 1280"):
-        WAN_TRANSFORMER.read({**fields, "image_dim": 1280})
+    with pytest.raises(ValueError, match="pos_embed_seq_len = 514, .*FLF2V"):
+        WAN_TRANSFORMER.read({**fields, "pos_embed_seq_len": 514})
     with pytest.raises(ValueError, match="lacks ffn_dim"):
         WAN_TRANSFORMER.read({k: v for k, v in fields.items() if k != "ffn_dim"})
     # A TypeError when shapes and types are checked at run time.

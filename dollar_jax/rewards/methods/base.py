@@ -51,6 +51,7 @@ class RewardMethod:
     term: ClassVar[Term | None] = None
     differentiates_pixels: ClassVar[bool] = False
     predicts: ClassVar[bool] = False  # whether there is a latent reward model
+    keeps_images: ClassVar[bool] = True  # of the rows it comes back to in a later step
     stored_as: ClassVar[str] = ""
 
     def __init__(self, config: DistillConfig):

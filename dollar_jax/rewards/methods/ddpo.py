@@ -34,15 +34,15 @@ def rollout(
     """The student from noise by the DDPM posterior, without gradient: its states at the last three timesteps, or two if
     there are no more, and the clean latent. The steps between those are the last whose outcome is random. Of
     `clip` it takes shape and given frames."""
-    params = jax.lax.stop_gradient(params)
+    params, batch = jax.lax.stop_gradient(params), Batch(clip, text)
     times = [jnp.full(len(text), t) for t in d.config.student.timesteps]
     keys = jax.random.split(key, len(times))
     states = [d.start(clip, keys[0])]
     for t, t_next, step_key in zip(times, times[1:], keys[1:], strict=False):
-        x0 = d.denoiser(params, text).x0(states[-1], t)
+        x0 = d.denoiser(params, batch).x0(states[-1], t)
         mean, deviation = schedules.posterior(d.schedule, states[-1], x0, t, t_next)
         states.append(mean + deviation * jax.random.normal(step_key, mean.shape))
-    return jnp.stack(states[-3:], 1), d.denoiser(params, text).x0(states[-1], times[-1])
+    return jnp.stack(states[-3:], 1), d.denoiser(params, batch).x0(states[-1], times[-1])
 
 
 def policy(
@@ -53,7 +53,7 @@ def policy(
     times = [jnp.full(len(text), t) for t in d.config.student.timesteps[-states.shape[1] :]]
     total = jnp.zeros(())
     for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
-        x0 = d.denoiser(params, text).x0(states[:, i], t)
+        x0 = d.denoiser(params, Batch(states[:, i], text)).x0(states[:, i], t)
         mean, deviation = schedules.posterior(d.schedule, states[:, i], x0, t, t_next)
         x_next, mean, deviation = schedules.generated(d.schedule, states[:, i + 1], mean, deviation)
         total += losses.policy_gradient(x_next, mean, deviation, advantage).mean()
@@ -62,6 +62,7 @@ def policy(
 
 class DDPO(RewardMethod):
     term = reward_term("policy", "policy gradient of the reward (DDPO)", "DDPO loss", None, sign=1)
+    keeps_images = False
     stored_as = "walk"  # as version 0.1 named it
 
     def check(self) -> None:
