@@ -11,7 +11,6 @@ from dollar_jax.fields import REQUIRED, field, from_config, merged, plain, setti
 
 LARGEST_SEED = 2**32 - 1
 Range = tuple[float, float]
-Offloaded = Literal["ema", "student_optimiser", "fake_score_optimiser"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -319,7 +318,6 @@ class ComputeConfig:
     vae_chunk: int | None = field(1, "Latent frames the video VAE takes at a time; None is the whole clip.", low=1)
     attention: Literal["auto", "splash", "cudnn", "xla"] = field("auto", "Kernel; see models.attention.")
     context_parallel: Literal["gather", "ulysses"] = field("gather", "How keys meet over the context axis.")
-    offload: tuple[Offloaded, ...] = field((), "State whose kernels lie in the host's memory between their uses.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -425,7 +423,7 @@ class Dropped(NamedTuple):
     now: Any
 
 
-DROPPED: dict[str, Dropped] = {}
+DROPPED = {"compute.offload": Dropped("0.2.0", "a larger mesh.fsdp, or compute.remat=full", ())}
 """Settings of earlier versions by their dotted paths."""
 
 

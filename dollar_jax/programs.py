@@ -116,10 +116,7 @@ def train_programs(
         return init_state(state_key, start, head.init(head_key), optimisers, len(config.reward.trained), new)
 
     state_shapes = jax.eval_shape(init, jax.random.key(0), transformer.shapes)
-    on_chips = sharding.shard(mesh, state_shapes)
-    offload = config.compute.offload
-    in_host = {f: sharding.in_host_memory(getattr(on_chips, f)) for f in offload}
-    state_sharding = dataclasses.replace(on_chips, **in_host)
+    state_sharding = sharding.shard(mesh, state_shapes)
     whole = sharding.replicated(mesh)
     frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
     batch_shapes = _batch_shapes(config, latent_shape, text_shape, pixel_rewards)
@@ -133,12 +130,8 @@ def train_programs(
     networks = _networks(config, schedule, transformer, adapted, (head, gan_head), pixel_rewards)
     distillation = Distillation(config, networks, schedule, score_real)
 
-    def put_back(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
-        # Explicitly: the TPU's compiler refuses to write slices of an output into host memory.
-        step = make_step(distillation.reading(frozen.teacher), optimisers, {f: getattr(on_chips, f) for f in offload})
-        state, *others = step(state, frozen, batch)
-        host = {f: jax.device_put(getattr(state, f), getattr(state_sharding, f)) for f in offload}
-        return dataclasses.replace(state, **host), *others
+    def update(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
+        return make_step(distillation.reading(frozen.teacher), optimisers)(state, frozen, batch)
 
     reward = () if pixel_rewards is None else pixel_rewards.params(decoder)
     reward = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward)
@@ -146,7 +139,7 @@ def train_programs(
     arguments, places = (state_shapes, frozen_shapes, batch_shapes), (state_sharding, frozen_sharding, batch_sharding)
     begun, at = (jax.eval_shape(jax.random.key, 0), transformer.shapes), (whole, frozen_sharding.teacher)
     merge = merge_program(config.lora, mesh, transformer.shapes, state_shapes.ema) if config.lora.rank else None
-    step = Program("step", put_back, arguments, mesh, places, (state_sharding, whole, samples_sharding), donate=(0,))
+    step = Program("step", update, arguments, mesh, places, (state_sharding, whole, samples_sharding), donate=(0,))
     return TrainPrograms(mesh, distillation, step, Program("init", init, begun, mesh, at, state_sharding), merge)
 
 
@@ -180,8 +173,7 @@ def step_flops(config: DistillConfig, generator: Generator, pixel_rewards: Any, 
     held = dataclasses.replace(transformer.config, remat="none", attention="xla")
     network = generator.pipeline.family.transformer.network(held)
     pipeline = dataclasses.replace(generator.pipeline, transformer=dataclasses.replace(transformer, network=network))
-    compute = dataclasses.replace(config.compute, offload=())
-    plain = dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, 1), compute=compute)
+    plain = dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, 1))
     pixels = pixel_rewards and dataclasses.replace(pixel_rewards, remat=False)
     device = list(generator.mesh.devices.flat)[:1]
     programs = teacher_programs(plain, dataclasses.replace(generator, pipeline=pipeline), pixels, device, score_real)

@@ -118,15 +118,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def in_host_memory(where: Any) -> Any:
-    """The same with the kernels in the hosts' memory; of the small rest libtpu 0.0.42 mistakes some layouts."""
-
-    def place(path: tuple[Any, ...], s: NamedSharding) -> NamedSharding:
-        return s.with_memory_kind("pinned_host") if _name(path[-1:]) == "kernel" else s
-
-    return jax.tree_util.tree_map_with_path(place, where)
-
-
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Rows over data × fsdp, after `leading` axes that are whole everywhere."""
     return NamedSharding(mesh, P(*[None] * leading, *BATCH))

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -37,21 +36,18 @@ from dollar_jax.types import Key, Params
 Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics, RewardSamples | None]]
 
 
-def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, Any] = MappingProxyType({})) -> Step:
-    """step(state, frozen, batch) → (state, metrics, what is to be scored or None); pure, to be jitted over a mesh.
-    `on_devices` has, for each field of the state that lies in
-    host memory, where on the devices it goes when it is needed; what becomes of it stays there."""
+def make_step(d: Distillation, optimisers: Optimisers) -> Step:
+    """step(state, frozen, batch) → (state, metrics, what is to be scored or None); pure, to be jitted over a mesh."""
     config, method = d.config, method_of(d.config)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics, RewardSamples | None]:
         student_key, fake_key, sample_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
         micro = micro_batches(dataclasses.replace(batch, reward=None), config.accumulation)
         full = functools.partial(full_params, config.lora.rank, frozen.teacher)
-        fetch = functools.partial(_fetch, state, on_devices)
+
         # The student
-        ema = fetch("ema", after=state.step)
         reward = state.latent_reward, state.reward_statistics
-        references = References(full(ema), full(state.fake_score), *reward, frozen, state.step)
+        references = References(full(state.ema), full(state.fake_score), *reward, frozen, state.step)
 
         def student_loss(params: Params, rows: Batch, key: Key) -> tuple[jax.Array, Any]:
             return objectives.student(d, full(params), references, rows, key)
@@ -59,15 +55,16 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
         grads, (metrics, generated) = _accumulated(student_loss, state.student, micro, student_key)
         old = state
         grads, state, aux = method.add_gradient(d, full, state, batch.reward, grads)
-        optimiser = fetch("student_optimiser", after=optax.tree.norm(grads))
+        before, finite = (state.student, state.student_optimiser), _finite(metrics | aux)
         (student, student_optimiser), norm, good = apply_gradient(
-            optimisers.student, grads, (state.student, optimiser), _finite(metrics | aux), config.max_gradient_norm
+            optimisers.student, grads, before, finite, config.max_gradient_norm
         )
         share = 1 - config.student.ema_decay
         if config.student.ema_start:
             share = jnp.where(state.step < config.student.ema_start, 1.0, share)
-        average = optax.incremental_update(student, ema, share)
-        metrics, average = metrics | aux | {"student_gradient": norm}, select(good, average, ema)
+        average = optax.incremental_update(student, state.ema, share)
+        metrics, average = metrics | aux | {"student_gradient": norm}, select(good, average, state.ema)
+
         # The fake score, where L_VSD asks for it: on new samples of the new student, or on those there are
         shared = generated.latent[:, None] if config.fake_score.samples == "student" else None
         if config.fake_score.samples == "rollout":
@@ -85,7 +82,7 @@ def make_step(d: Distillation, optimisers: Optimisers, on_devices: Mapping[str, 
             fake, norm, good = apply_gradient(optimisers.fake_score, grads, fake, good & _finite(aux))
             return (fake, good), aux | {"fake_score_gradient": norm}
 
-        start = (state.fake_score, fetch("fake_score_optimiser", after=norm)), good
+        start = (state.fake_score, state.fake_score_optimiser), good
         (fake, good), aux = lax.scan(fake_update, start, jax.random.split(fake_key, updates))
         metrics |= {name: value.mean() for name, value in aux.items()} if updates else {}
         # What is to be scored, and the latent reward model
@@ -119,16 +116,6 @@ def _finite(metrics: Metrics) -> jax.Array:
 def full_params(rank: int, teacher: Params, params: Params) -> Params:
     """Adapters together with the teacher's weights, which are on the devices anyway; other parameters as they are."""
     return lora.combine(teacher, params) if rank else params
-
-
-def _fetch(state: TrainState, on_devices: Mapping[str, Any], field: str, after: Any) -> Any:
-    """A field of the state, from host memory if it lies there."""
-    value = getattr(state, field)
-    if field not in on_devices:
-        return value
-    # Not before `after` is known: the compiler would have it on the devices throughout.
-    value, _ = lax.optimization_barrier((value, after))
-    return jax.device_put(value, on_devices[field])
 
 
 def micro_batches(batch: Batch, count: int) -> Batch:

@@ -67,7 +67,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("jax.random.split(fake_key, updates))", "jnp.stack([fake_key] * updates))", [ALGORITHM]),
         # A batch that is not finite reaches the average; the latent reward model.
         (
-            "select(good, average, ema)",
+            "select(good, average, state.ema)",
             "average",
             ["tests/test_step.py::test_a_batch_that_is_not_finite_changes_nothing_but_the_count"],
         ),
@@ -82,11 +82,11 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("updates if config.vsd.weight else 0", "updates", [ALGORITHM]),
         ("objectives.rollout(d, full(student)", "objectives.rollout(d, full(state.student)", [ALGORITHM]),
         # The target of consistency is the student itself.
-        ("References(full(ema), full", "References(full(state.student), full", [GRADIENTS]),
+        ("References(full(state.ema), full", "References(full(state.student), full", [GRADIENTS]),
         # The average forgets as fast as it should remember.
         ("share = 1 - config.student.ema_decay", "share = config.student.ema_decay", [ALGORITHM]),
         # The average is of the student before its update.
-        ("incremental_update(student, ema,", "incremental_update(state.student, ema,", [ALGORITHM]),
+        ("incremental_update(student, state.ema,", "incremental_update(state.student, ema,", [ALGORITHM]),
         # The same noise in every micro-batch.
         ("    keys = jax.random.split(key, count)\n", "    keys = jnp.stack([key] * count)\n", [ALGORITHM]),
         # Gradients are summed over the micro-batches, so that accumulation changes the learning rate.

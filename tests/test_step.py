@@ -192,20 +192,6 @@ def test_step_is_the_same_on_eight_devices(runner, alone, initial, changes, mesh
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * np.abs(a).max(), err_msg=name)
 
 
-def test_what_is_offloaded_lies_in_host_memory_and_changes_nothing(runner, alone, initial):
-    fields = ("ema", "student_optimiser", "fake_score_optimiser")
-    offloading = runner(("compute.offload", fields), ("mesh.data", 2), ("mesh.fsdp", 4))
-    state, metrics = offloading.run(initial, 3)
-    expected, history = runner(("mesh.data", 2), ("mesh.fsdp", 4)).run(initial, 3)
-    jax.tree.map(np.testing.assert_array_equal, (state, metrics), (expected, history))
-    kept, _, _ = offloading.step(offloading.start(initial), make_batch(0))
-    for field in fields:
-        for path, x in jax.tree_util.tree_leaves_with_path(getattr(kept, field)):
-            kernel = jax.tree_util.keystr(path, simple=True, separator="/").endswith("kernel")
-            assert x.sharding.memory_kind == ("pinned_host" if kernel else "device")
-    assert kept.student["proj_out"]["kernel"].sharding.memory_kind == "device"
-
-
 def test_initial_state_is_the_same_on_eight_devices(runner, base, initial):
     spread = runner(("mesh.data", 2), ("mesh.fsdp", 4)).program
     frozen = jax.device_put(teacher(), spread.frozen_sharding.teacher)

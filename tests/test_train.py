@@ -300,21 +300,6 @@ def test_a_killed_run_resumes_to_the_bit(train, whole, generator, config, tmp_pa
     assert_same_run(tmp_path, state, whole, generator, config, check_events)
 
 
-@pytest.mark.slow
-def test_a_run_whose_state_lies_in_host_memory_resumes_to_the_bit(
-    train, whole, generator, config, tmp_path, check_events
-):
-    compute = dataclasses.replace(config.compute, offload=("ema", "student_optimiser"))
-    offloading = dataclasses.replace(config, compute=compute)
-
-    def die(batch):
-        raise Killed
-
-    with from_step(5, die), pytest.raises(Killed):
-        train(tmp_path, offloading)
-    assert_same_run(tmp_path, train(tmp_path, offloading), whole, generator, config, check_events)
-
-
 def test_a_run_that_is_terminated_saves_the_step_under_way_first(train, tmp_path):
     """SIGTERM in the fourth step, between two checkpoints: the fourth is saved, and the fifth comes next."""
     before = signal.getsignal(signal.SIGTERM)

@@ -133,7 +133,6 @@ LINES = [
     (TRAIN + "--config.sampling.solver=unipc --config.sampling.eta=0.5", "config.sampling.eta"),
     (TRAIN + "--config.visibility.videos=1", "config.visibility.samples_every"),
     (TRAIN + "--config.visibility.std_range=(2.0,1.0)", "std_range must ascend"),
-    (TRAIN + "--config.compute.offload=('teacher',)", "config.compute.offload"),
     (TRAIN + "--config.pretrain.dtype=int3", "config.pretrain.dtype"),
     (TRAIN + "--config.mesh.data=-1 --config.mesh.fsdp=-1", "mesh"),
     (TRAIN + "--config.mesh.data=64", "mesh"),

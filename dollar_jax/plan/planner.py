@@ -49,7 +49,6 @@ class Plan:
     chips: int
     mesh: dict[str, int]
     remat: str
-    host_gib: float = 0.0  # of arguments in the host's memory
     argument_gib: float
     output_gib: float = 0.0
     temp_gib: float | None  # None where the compiler refuses or aborts
@@ -146,7 +145,7 @@ class _Job:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 again = lowered.compile(compiler_options=options).memory_analysis()
                 fits = again.temp_size_in_bytes == memory.temp_size_in_bytes
-        found |= {"host": memory.host_argument_size_in_bytes, "peak": peak}
+        found["peak"] = peak
         found = {f"{name}_gib": size / GIB for name, size in found.items()}
         collectives = {kind: value / GIB for kind, value in used.collective_bytes.items()}
         found |= {"collectives_gib": collectives, "collective_gib": sum(collectives.values())}
@@ -206,7 +205,7 @@ def table(plans: Sequence[Plan]) -> str:
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
-    memories = ("host", "argument", "output", "temp", "peak", "kept", "hbm")
+    memories = ("argument", "output", "temp", "peak", "kept", "hbm")
     kinds = sorted({kind for p in plans for kind in p.collectives_gib or {}})
     rows = [
         ("program", [p.program + (f" × {p.videos}" if p.videos else "") for p in plans]),
@@ -299,9 +298,9 @@ def _held(arguments: Any, places: Any) -> float:
     total = 0
     leaves = jax.tree.leaves(arguments)
     for leaf, where in zip(leaves, jax.tree.leaves(jax.tree.broadcast(places, arguments)), strict=True):
-        if where.memory_kind != "pinned_host":  # a key's type has no size of its own
-            size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-            total += math.prod(where.shard_shape(leaf.shape)) * size
+        # A key's type has no size of its own.
+        size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        total += math.prod(where.shard_shape(leaf.shape)) * size
     return total / GIB
 
 
