@@ -86,7 +86,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         # The average forgets as fast as it should remember.
         ("share = 1 - config.student.ema_decay", "share = config.student.ema_decay", [ALGORITHM]),
         # The average is of the student before its update.
-        ("incremental_update(student, state.ema,", "incremental_update(state.student, ema,", [ALGORITHM]),
+        ("incremental_update(student, state.ema,", "incremental_update(state.student, state.ema,", [ALGORITHM]),
         # The same noise in every micro-batch.
         ("    keys = jax.random.split(key, count)\n", "    keys = jnp.stack([key] * count)\n", [ALGORITHM]),
         # Gradients are summed over the micro-batches, so that accumulation changes the learning rate.
