@@ -131,7 +131,8 @@ def train_programs(
     distillation = Distillation(config, networks, schedule, score_real)
 
     def update(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
-        return make_step(distillation.reading(frozen.teacher), optimisers)(state, frozen, batch)
+        step = make_step(distillation.reading(frozen.teacher), optimisers)
+        return step(state, frozen, batch)
 
     reward = () if pixel_rewards is None else pixel_rewards.params(decoder)
     reward = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward)
