@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dollar_jax.config import DistillConfig
+from dollar_jax import sharding
+from dollar_jax.config import DistillConfig, MeshConfig
 from dollar_jax.data.clip import clip_size
 from dollar_jax.flops import count_flops
 from dollar_jax.plan.chips import CHIPS
-from dollar_jax.plan.teachers import architecture_of
+from dollar_jax.plan.teachers import architecture_of, weightless_generator
 from dollar_jax.rewards.methods import method_of
 
 
@@ -47,7 +48,10 @@ def training_cost(config: DistillConfig, topology: str, video: tuple[int, int, i
     network = architecture.family.transformer.network(dataclasses.replace(architecture.transformer, attention="xla"))
     shapes = architecture.vae.latent_shape(*clip), (), (config.data.max_text_length, architecture.text_encoder.d_model)
     arguments = (jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in shapes)
-    tflops = count_flops(jax.make_jaxpr(network.apply)(network.shapes, *arguments).jaxpr) / 1e12
+    one = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    image = weightless_generator(config, architecture, clip, one).image_shapes(1)
+    told = {} if image is None else {"image": image}
+    tflops = count_flops(jax.make_jaxpr(network.apply)(network.shapes, *arguments, **told).jaxpr) / 1e12
     peak, total = CHIPS[topology.partition(":")[0]].tflops, sum(parts.values())
     hours = {s: total * config.steps * config.batch_size * tflops / (s * peak * 3600) for s in (0.3, 0.5)}
     words = (

@@ -95,3 +95,16 @@ def test_chip_hours_follow_from_the_forwards(make_config):
     expected = sum(cost["forwards"].values()) * 10 * config.batch_size * cost["forward_tflops"] / 459 / 3600
     assert cost["chip_hours"] == pytest.approx({"30%": expected / 0.3, "50%": expected / 0.5})
     assert f"10 updates of {config.batch_size} videos" in words and " CD + " in words
+
+
+def test_a_forward_that_is_told_of_an_image_costs_its_channels_and_tokens_more():
+    """20 channels of a patch of 4 for each of 32,760 tokens; of 257 image tokens their embedding, and in each of 40
+    blocks keys, values and the attention to them."""
+    video = 480, 832, 81
+    told, plain = (
+        training_cost(load(n), "v5p:4x4x4", video)[0]["forward_tflops"] for n in ("wan21_i2v_14b", "wan_14b")
+    )
+    tokens, dim, image, width = 32760, 5120, 257, 1280
+    blocks = 40 * (2 * 2 * image * dim**2 + 2 * 2 * tokens * image * dim)
+    more = 2 * tokens * 80 * dim + 2 * image * (width**2 + width * dim) + blocks
+    assert told - plain == pytest.approx(more / 1e12, rel=1e-3)
