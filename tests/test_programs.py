@@ -58,6 +58,8 @@ def build(make_config, monkeypatch):
             built = programs.train_programs(
                 config, Linear(), schedule, LATENT, TEXT, here, pixel_rewards=pixels, **more
             )
+            if not more and not rewards:
+                jax.eval_shape(built.step.function, *built.step.arguments)  # the step is made as it is traced
         return built, got
 
     return build
