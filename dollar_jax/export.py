@@ -31,7 +31,7 @@ from dollar_jax.weights.table import export_stream
 
 # A name that begins with an underscore passes diffusers' check of a scheduler's fields.
 TIMESTEPS = "_student_timesteps"
-_SPACE = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+_SPACE: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
 _FOLDER = jinja2.PackageLoader("dollar_jax", "assets/student")
 _TEMPLATES = jinja2.Environment(loader=_FOLDER, undefined=jinja2.StrictUndefined, **_SPACE)
 

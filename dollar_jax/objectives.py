@@ -248,8 +248,7 @@ def gan_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict
 
 VSD = Term("vsd", "", "variational score distillation (VSD)", "VSD loss", lambda config: config.vsd.weight, vsd_term)
 _CD = "consistency", "β_CD", "consistency distillation (CD)", "Consistency loss"
-_EVERY = {"scale": lambda config, step: config.consistency.every}
-CONSISTENCY = Term(*_CD, lambda config: config.consistency.weight, consistency_term, **_EVERY)
+CONSISTENCY = Term(*_CD, lambda c: c.consistency.weight, consistency_term, scale=lambda c, step: c.consistency.every)
 
 
 def terms(config: DistillConfig) -> tuple[Term | None, ...]:

@@ -111,7 +111,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         # A timestep for every row where one was asked for all; CD in other steps, or not counting as much.
         ('timestep_per == "sample" else ()', 'timestep_per == "sample" else rows', [ALGORITHM]),
         ("(p.references.step + 1) % every", "p.references.step % every", [ALGORITHM]),
-        ("step: config.consistency.every}", "step: 1}", [ALGORITHM]),
+        ("step: c.consistency.every)", "step: 1)", [ALGORITHM]),
         # An update takes the first prediction of a rollout, whichever is drawn.
         ("0, len(samples)) ==", "0, 1) ==", [ALGORITHM]),
         # A weight that is ignored, a schedule that is.
