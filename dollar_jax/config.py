@@ -300,6 +300,8 @@ class SamplingConfig:
     eta: float = field(0.0, "Share of fresh noise in DDIM's steps; 0 is deterministic.", low=0, high=1)
     solver: Literal["ddim", "unipc"] = field("ddim", "The paper's (Euler on a flow), or Wan's.")
     negative_prompt: str = field("", "The prompt of guidance's other half, in distillation too; empty for no text.")
+    low_guidance_weight: float | None = field(None, "w of the low-noise expert of two; None: as of the other.")
+    shift: float | None = field(None, "Shift of a flow's grid, in place of the scheduler file's; None: that.", above=0)
 
     def __post_init__(self) -> None:
         if self.solver == "unipc" and self.eta:
@@ -370,6 +372,7 @@ class DistillConfig:
 
     seed: int = field(0, "Seed of everything.", low=0, high=LARGEST_SEED)
     teacher: str = field(REQUIRED, 'Pipeline folder in diffusers layout, or "moving_shapes" for the shipped teacher.')
+    expert: Literal["high", "low"] | None = field(None, "Which of a teacher's two experts, by noise, a run trains.")
     init: str | None = field(None, "Workdir of a run whose student and fake score this one goes on from.")
     steps: int = field(10_000, "Updates of the student.", low=1, resumable=True)
     batch_size: int = field(64, "Videos to a step, over all devices.", low=1)
@@ -401,6 +404,12 @@ class DistillConfig:
             raise ValueError(f"config.data.train_videos {videos} are fewer than config.batch_size {self.batch_size}")
         if self.data.given_frames and self.visibility.prompts:
             raise ValueError("config.visibility.prompts have no first frames: leave them to config.data.given_frames")
+        if self.expert and self.visibility.samples_every:
+            raise ValueError("config.expert draws no videos by itself: set config.visibility.samples_every to 0")
+        if self.expert == "low" and self.student.input != "forward" or self.expert and self.reward.method == "ddpo":
+            raise ValueError("config.expert needs student.input 'forward' if 'low', and no reward.method 'ddpo'")
+        if self.expert == "high" and not self.vsd.weight:
+            raise ValueError("config.expert 'high' never sees the clean end, which anchors L_CD: it needs L_VSD too")
         rows, rest = divmod(self.batch_size, self.accumulation)
         if rest:
             parts = f"{self.accumulation} micro-batches"

@@ -151,8 +151,7 @@ _LONGEST_WAIT = 24 * 3600 * 1000  # ms; a process that died is noticed long befo
 
 
 def gather(value: bytes) -> list[bytes]:
-    """Every process's value, in the order of processes, through the hosts alone: no running step is waited for. All
-    must call it equally often."""
+    """Every process's value, in the order of processes, through the hosts: no step is waited for; call it in all."""
     if jax.process_count() == 1:
         return [value]
     client: Any = distributed.global_state.client

@@ -20,7 +20,7 @@ from dollar_jax.generate import SHIPPED_TEACHERS, teacher_folder
 from dollar_jax.models import lora
 from dollar_jax.objectives import terms
 from dollar_jax.report.measures import MEASURES, of_samplers
-from dollar_jax.run import read_config, restore_trained
+from dollar_jax.run import drawing_config, read_runs, restore_trained
 from dollar_jax.types import Params
 from dollar_jax.weights import adapter as adapters
 from dollar_jax.weights import pipeline as pipelines
@@ -36,37 +36,42 @@ _FOLDER = jinja2.PackageLoader("dollar_jax", "assets/student")
 _TEMPLATES = jinja2.Environment(loader=_FOLDER, undefined=jinja2.StrictUndefined, **_SPACE)
 
 
-def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size: int, adapter: bool = False) -> None:
+def export_run(
+    workdir: Path, folder: Path, low: Path | None = None, *, ema: bool, dtype: str, shard_size: int, adapter: bool
+) -> None:
     """Writes `folder`, which the teacher's diffusers pipeline loads and `dollar import` imports. The transformer is the
     newest student of the run, its average with `ema`, in `dtype` and in files of at most `shard_size` bytes, with
     adapters (config.lora) merged; or, with `adapter`, the folder holds those alone, for `load_lora_weights` and PEFT.
-    VAE, text encoder and tokenizer are the teacher's. A scheduler of its own refuses every call but the student's, and
-    a manifest says how it is sampled, of what it was made, and what each file's SHA-256 is. The folder appears when it
-    is whole. Raises FileNotFoundError, FileExistsError or ValueError naming what is wrong."""
+    Of two experts transformer_2 is the student of the `low` one's run. VAE, text encoder and tokenizer are the
+    teacher's. A scheduler of its own refuses every call but the student's, and a manifest says how it is sampled, of
+    what it was made, and what each file's SHA-256 is. The folder appears when it is whole; OSError or ValueError."""
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; delete it, or export into another folder")
-    config = read_config(workdir)
+    runs, config = read_runs(workdir, low), drawing_config(workdir, low)
     teacher = teacher_folder(config.teacher)
     family = pipelines.read_family(teacher)
     schedule = pipelines.read_schedule(teacher, family)
-    if adapter and not config.lora.rank:
-        raise ValueError(f"{workdir} trained the student whole (config.lora.rank is 0): it has no adapter")
+    if adapter and (whole := [run for run, c in runs.items() if not c.lora.rank]):
+        raise ValueError(f"{whole[0]} trained the student whole (config.lora.rank is 0): it has no adapter")
     pipelines.check_whole(teacher)
     parts = pipelines.read_parts(teacher)
     student = parts["transformer"]
-    step, params = restore_trained(workdir, student.network, config.lora, ema)
+    found = [(c, *restore_trained(run, student.network, c.lora, ema)) for run, c in runs.items()]
+    trained, step = dict(zip(pipelines.EXPERTS.values(), found, strict=False)), found[0][1]
     pipeline = (config.data.given_frames and family.image_pipeline) or family.pipeline
     times, ode = config.student.timesteps, config.student.sampler == "ode"
     module = f"student_{'ode_' * ode}{schedule.path}"
     with new_folder(folder) as draft:
         if adapter:
-            save_adapter(draft, params, config, family, student.table, dtype)
+            for name, (c, _, params) in trained.items():
+                save_adapter(draft / {"transformer": ""}.get(name, name), params, c, family, student.table, dtype)
         else:
-            if config.lora.rank:
-                whole = pipelines.load_component(teacher / "transformer", student).params
-                params = lora.merge(whole, params, config.lora.scale)
             for name, part in tqdm(parts.items(), "exporting"):
-                if name == "transformer":
+                if name in trained:
+                    c, _, params = trained[name]
+                    if c.lora.rank:
+                        whole = pipelines.load_component(teacher / name, student).params
+                        params = lora.merge(whole, params, c.lora.scale)
                     component = pipelines.Component(student.config, student.network, params)
                     pipelines.save_component(draft / name, part.kind, component, dtype, shard_size)
                 elif (teacher / name / pipelines.IMPORTED).is_dir():
@@ -94,9 +99,17 @@ def export_run(workdir: Path, folder: Path, *, ema: bool, dtype: str, shard_size
         way = "a DDIM step" if ode else "noise it"
         manifest |= {"solver": f"predict x0, then {way} to the next timestep", "guidance_scale": 1.0, "step": step}
         manifest |= {"weights": "moving average" if ema else "raw weights", "seed": config.seed, "config": settings}
+        if low:
+            of["low_sha256"] = checksums(teacher / "transformer_2")
+            manifest["low"] = {"step": found[1][1], "config": public(found[1][0], teacher)}
         path = workdir / "metrics.json"
         metrics = read_json(path) if path.is_file() else {}
-        context = {"adapter": adapter, "module": module, "sample": (draft / "sample.mp4").is_file()}
+        context = {
+            "adapter": adapter,
+            "module": module,
+            "boundary": schedule.boundary,
+            "sample": (draft / "sample.mp4").is_file(),
+        }
         card = model_card(config, teacher, manifest, metrics, family=family, pipeline=pipeline, **context)
         (draft / "README.md").write_text(card)
         hashes = checksums(draft)
@@ -135,8 +148,7 @@ def public(config: DistillConfig, teacher: Path) -> dict[str, Any]:
 
 def save_adapter(folder: Path, params: Params, config: DistillConfig, family: Family, table: Any, dtype: str) -> None:
     """The adapters for `load_lora_weights`, by the names of the family's own code where it has some, and for PEFT: A
-    [rank, in] and B [out, rank], one pair for each layer of a stack. The scale is in B: without an alpha every reader
-    takes it for 1."""
+    [rank, in] and B [out, rank], one pair for each layer of a stack. The scale is in B; there is no alpha."""
 
     def kernels(tree: Params, leaf: str) -> Params:
         return {
@@ -144,6 +156,7 @@ def save_adapter(folder: Path, params: Params, config: DistillConfig, family: Fa
             for name, value in tree.items()
         }
 
+    folder.mkdir(exist_ok=True)
     theirs, peft, modules, rank = {}, {}, [], config.lora.rank
     for leaf, part, factor in (("down", "lora_A", 1.0), ("up", "lora_B", config.lora.scale)):
         for name, tensor in export_stream(table, kernels(params, leaf)):

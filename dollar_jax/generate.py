@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,13 +47,13 @@ def transformer_options(compute: ComputeConfig) -> dict[str, Any]:
     return {k: getattr(compute, k) for k in ("dtype", "remat", "scan_layers", "attention", "context_parallel")}
 
 
-def load_teacher(name: str, compute: ComputeConfig | None = None, mesh: Mesh | None = None) -> Pipeline:
-    """The shipped teacher of that name, or the pipeline folder at that path; in fp32 unless `compute` is given. With a
-    mesh the transformer of an imported folder is restored into its shards there."""
-    if compute is None:
+def load_teacher(name: str, c: DistillConfig | None = None, mesh: Mesh | None = None) -> Pipeline:
+    """The shipped teacher of that name, or the folder at that path; in fp32 or as configured, in a mesh's shards."""
+    if c is None:
         return load_pipeline(teacher_folder(name))
     place = None if mesh is None else functools.partial(sharding.shard, mesh)
-    return load_pipeline(teacher_folder(name), compute.teacher_dtype, place, **transformer_options(compute))
+    options, dtype = transformer_options(c.compute), c.compute.teacher_dtype
+    return load_pipeline(teacher_folder(name), dtype, place, expert=c.expert, **options)
 
 
 def student_network(transformer: Network, config: LoraConfig) -> Network:
@@ -70,8 +71,7 @@ def merge_program(config: LoraConfig, mesh: Mesh, teacher: Params, adapters: Par
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
     """One way to draw latents [n t h w c]: (parameters, a key per video [n], a `Condition`'s fields) → latents. Each
-    video has its own key, so that batches do not change the videos. `draw` also takes the states of the empty prompt,
-    where `guided`."""
+    video has its own key, so that batches do not change the videos. Where `guided`, `draw` takes the empty prompt's."""
 
     name: str
     draw: Callable[..., jax.Array]
@@ -85,6 +85,7 @@ class Sampler:
         shapes = g.pipeline.transformer.network.shapes
         if not self.guided:  # what is trained is fp32
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
+        shapes = (shapes,) * 2 if g.pipeline.transformer_2 else shapes
         keys = jax.eval_shape(lambda: video_keys(0, count))
         text = jax.ShapeDtypeStruct((count, *g.text_shape), jnp.float32)
         frames, given = g.pipeline.schedule.given_frames, g.image_shapes(count)
@@ -311,17 +312,25 @@ class Generator:
         return keep_given(schedule, given, noise) if schedule.given_frames and given is not None else noise
 
     def _denoiser(self, params: Params, text: jax.Array, given: Any, *guidance: Any) -> sampling.Denoiser:
-        apply, schedule = self.pipeline.transformer.network.apply, self.pipeline.schedule
-        image = given if self.pipeline.family.conditioned else None
-        return sampling.Denoiser(apply, params, schedule, text, *guidance, image=image)
+        p, network = self.pipeline, self.pipeline.transformer.network
+        apply = network.apply
+        if p.transformer_2:  # `params` are a pair; all rows have one time, and one expert is executed
+
+            def apply(params: Any, x_t: jax.Array, t: jax.Array, *rest: Any, **told: Any) -> jax.Array:
+                experts = (functools.partial(network.apply, own, x_t, t, *rest, **told) for own in params)
+                return jax.lax.cond(t[0] >= jnp.float32(p.schedule.boundary), *experts)
+
+        image = given if p.family.conditioned else None
+        return sampling.Denoiser(apply, params, p.schedule, text, *guidance, image=image)
 
     @functools.cache  # noqa: B019
     def teacher_sampler(self, num_steps: int, guidance_weight: float) -> Sampler:
         """The ODE in `num_steps` steps with guidance: 2 evaluations each, 1 when the weight is 0."""
 
         def draw(params: Params, keys: jax.Array, text: jax.Array, given: Any, null_text: jax.Array) -> jax.Array:
-            denoiser = self._denoiser(params, text, given, null_text, guidance_weight)
-            start = denoiser, self.noise(keys, given), num_steps
+            low = self.sampling.low_guidance_weight
+            weight = guidance_weight if low is None else (guidance_weight, low)
+            start = self._denoiser(params, text, given, null_text, weight), self.noise(keys, given), num_steps
             if self.sampling.solver == "unipc":
                 return sampling.unipc_sample(*start)
             return sampling.ode_sample(*start, self.sampling.eta, _step_keys(keys) if self.sampling.eta else None)
@@ -344,17 +353,21 @@ def make_generator(c: DistillConfig, clip: tuple[int, int, int] | None = None, m
     """The teacher of a configuration, ready to sample clips of the size of its data's, or of another. It samples on
     `mesh`, on all devices of this process if none is given; an imported teacher is restored into its shards there."""
     mesh, clip = sampling_mesh(c.mesh) if mesh is None else mesh, clip or clip_size(c.data)
-    teacher = with_given_frames(load_teacher(c.teacher, c.compute, mesh), c)
+    teacher = as_configured(load_teacher(c.teacher, c, mesh), c)
     ode = c.student.sampler == "ode"
     return Generator(teacher, c.data.max_text_length, c.sampling, clip, c.compute.vae_chunk, mesh, student_ode=ode)
 
 
-def with_given_frames(pipeline: Pipeline, c: DistillConfig) -> Pipeline:
-    """The pipeline where config.data.given_frames are given; ValueError for a teacher that cannot take any."""
+def as_configured(pipeline: Pipeline, c: DistillConfig) -> Pipeline:
+    """The pipeline with config.data.given_frames, expert and sampling.shift, warned of; ValueError if it cannot."""
     if c.data.given_frames and pipeline.family.image_pipeline is None:
         raise ValueError(f"the teacher {c.teacher} takes no image as config.data.given_frames asks: only TI2V does")
-    schedule = dataclasses.replace(pipeline.schedule, given_frames=c.data.given_frames)
-    return dataclasses.replace(pipeline, schedule=schedule)
+    schedule, shift = pipeline.schedule, c.sampling.shift or pipeline.schedule.shift
+    if shift != schedule.shift:
+        found = f"config.sampling.shift is {shift:g}, and {schedule.shift:g} in the scheduler's file of {c.teacher}"
+        print(f"warning: {found}: the former is used", file=sys.stderr)
+    own = dataclasses.replace(schedule, given_frames=c.data.given_frames, shift=shift, expert=c.expert)
+    return dataclasses.replace(pipeline, schedule=own)
 
 
 def subset(timesteps: Sequence[float], count: int) -> tuple[float, ...]:

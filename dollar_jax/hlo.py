@@ -1,6 +1,5 @@
 """Counting in programs: matrix products of a jaxpr, and what XLA's optimised HLO does to one chip. XLA's own cost
-analysis counts the body of a loop once, however often it runs, and sees no operation in a Pallas kernel. Here loops
-count as often as they run."""
+analysis counts the body of a loop once, however often it runs, and nothing in a Pallas kernel. Here both count."""
 
 import dataclasses
 import functools

@@ -184,8 +184,7 @@ def make_sample_logger(
 
 class Log:
     """history.jsonl, TensorBoard events and a progress bar; written by process 0 only. Metrics are fetched one logging
-    interval late, so that logging does not wait for the devices; but at a checkpoint at once, so that no state is saved
-    whose metrics are not on disk."""
+    interval late, so that logging does not wait for the devices; but at a checkpoint at once, before the state."""
 
     def __init__(self, workdir: Path, first: int, config: DistillConfig, throughput: Throughput):
         self.config, self.throughput, self._samples = config, throughput, workdir / SAMPLES
@@ -358,8 +357,7 @@ def make_throughput(config: DistillConfig, mesh: Mesh, flops: Callable[[], float
 
 def readable(metrics: Mapping[str, float]) -> dict[str, float]:
     """The step's metrics as they are looked at. `fake_score_bin_k` is the mean loss at each quarter of the timesteps
-    from clean to noise, left out without a sample; `latent_mean_drift` and `latent_std_ratio` set the generated latents
-    against the data's."""
+    from clean to noise, left out without a sample; `latent_mean_drift`, `latent_std_ratio`: generated against data."""
     values = dict(metrics)
     for k in range(SCORE_BINS):
         if (name := f"fake_score_sum_{k}") in values:

@@ -75,9 +75,12 @@ def student(
 
 
 def score_times(config: VSDConfig, schedule: Schedule, key: Key, batch: int, above: Time | None = None) -> Time:
-    """Random times at which scores are compared: uniform over `score_range`, or its part `above`, then shifted."""
-    low, high = config.score_range
+    """Random times at which scores are compared: uniform over `score_range`, cut by `above` and the range, shifted."""
     shifted = dataclasses.replace(schedule, shift=config.score_shift)
+    low, high = config.score_range
+    if schedule.expert:
+        ends = schedules.uniform_from_time(shifted, jnp.array(schedule.time_range))
+        low, high = jnp.clip(low, *ends), jnp.clip(high, *ends)
     if above is not None:
         low = jnp.clip(schedules.uniform_from_time(shifted, above), low, high)
     return schedules.time_from_uniform(shifted, low + (high - low) * jax.random.uniform(key, (batch,)))
@@ -122,9 +125,9 @@ def vsd_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict
 
 
 def student_segments(config: DistillConfig, schedule: Schedule) -> Float[Array, "m n"]:
-    """Column k: the `skip` + 1 times from the student's k-th timestep down to its next, or to clean."""
+    """Column k: the `skip` + 1 times from the student's k-th timestep to its next, or to clean or an expert's end."""
     times = config.student.timesteps
-    end = schedules.timestep_grid(schedule, 1)[-1]
+    end = max(schedules.timestep_grid(schedule, 1)[-1], schedule.time_range[0])
     skip = config.consistency.skip
     columns = [np.linspace(a, b, skip + 1) for a, b in zip(times, (*times[1:], end), strict=True)]
     grid = np.stack(columns, 1)
@@ -134,8 +137,17 @@ def student_segments(config: DistillConfig, schedule: Schedule) -> Float[Array, 
 def grid_segments(c: ConsistencyConfig, schedule: Schedule, key: Key, batch: int) -> Float[Array, "m b"]:
     """t_{n+m}, ..., t_n on the teacher's grid with a random n per sample."""
     grid = jnp.asarray(schedules.timestep_grid(schedule, c.num_steps))
-    first = jax.random.randint(key, (batch,), 0, c.num_steps - c.skip + 1)
+    first = jax.random.randint(key, (batch,), *grid_starts(c, schedule))
     return grid[first + jnp.arange(c.skip + 1)[:, None]]
+
+
+def grid_starts(c: ConsistencyConfig, schedule: Schedule) -> tuple[int, int]:
+    """The first index of the grid from which all `skip` steps are in the time range, and the last, exclusive."""
+    inside = schedules.within(schedule, schedules.timestep_grid(schedule, c.num_steps))
+    starts = np.flatnonzero(inside[: -c.skip] & inside[c.skip :])
+    if not len(starts):
+        raise ValueError(f"config.consistency.num_steps {c.num_steps} leaves no skip {c.skip} in the expert's range")
+    return int(starts[0]), int(starts[-1]) + 1
 
 
 def consistency(

@@ -25,7 +25,7 @@ from dollar_jax.rewards import JaxReward
 from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.pixels import PixelRewards
 from dollar_jax.rewards.scorer import decode_program
-from dollar_jax.schedule import Schedule, add_noise
+from dollar_jax.schedule import Schedule, add_noise, within
 from dollar_jax.state import GAN_HEAD, Optimisers, TrainState, init_state
 from dollar_jax.step import make_step
 from dollar_jax.types import ImageCondition, Params
@@ -84,6 +84,8 @@ def train_programs(
         raise ValueError(f"config.reward.method {config.reward.method!r} does not keep images: take 'lrm' or 'direct'")
     if (first := config.student.timesteps[0]) > schedule.num_train_timesteps:
         raise ValueError(f"config.student.timesteps has {first:g}, and the teacher only {schedule.num_train_timesteps}")
+    if not within(schedule, times := config.student.timesteps).all():
+        raise ValueError(f"config.student.timesteps {times} must lie in the expert's range {schedule.time_range}")
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(mesh, "batch_size / accumulation", config.batch_size // config.accumulation)
     head = latent_reward_network(config, latent_shape[-1], text_shape[-1])
@@ -164,6 +166,8 @@ def teacher_programs(
 ) -> TrainPrograms:
     """`train_programs` for the teacher of a generator, and clips of its size."""
     pipeline, shapes = generator.pipeline, (generator.latent_shape, generator.text_shape)
+    if pipeline.schedule.boundary and not config.expert:
+        raise ValueError(f"the teacher {config.teacher} has two experts: set config.expert to the one to train")
     more = devices, pixels, score_real, pipeline.vae.network.shapes, generator.image_shapes
     return train_programs(config, pipeline.transformer.network, pipeline.schedule, *shapes, *more)
 
@@ -252,8 +256,7 @@ def _batch_shapes(config: DistillConfig, latent: tuple[int, ...], text: tuple[in
 
 
 def _batch_sharding(config: DistillConfig, mesh: Mesh, shapes: Batch) -> tuple[Batch, NamedSharding]:
-    """Of the batch, and of what is to be scored: few rows on one machine may be everywhere, several machines each
-    score their own."""
+    """Of the batch, and of what is to be scored: few rows on one machine may be everywhere, of several each its own."""
     rows = samples = sharding.batch_sharding(mesh)
     if config.reward.samples % (mesh.shape["data"] * mesh.shape["fsdp"]) and sharding.host_count(mesh) == 1:
         samples = sharding.replicated(mesh)

@@ -3,18 +3,20 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from dollar_jax import sharding
 from dollar_jax.checkpoint import Checkpoints, abstract, on_host
-from dollar_jax.config import DistillConfig, LoraConfig, distill_config, unresumable
+from dollar_jax.config import DistillConfig, LoraConfig, changed, distill_config, unresumable
 from dollar_jax.files import parse_json, read_json, read_text, write_file
 from dollar_jax.generate import BoundSampler, Generator, merge_program, student_network, subset
 from dollar_jax.models import lora
 from dollar_jax.models.network import Network
 from dollar_jax.types import Params
+from dollar_jax.weights.pipeline import EXPERTS, Component
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -35,6 +37,31 @@ def read_config(workdir: Path) -> DistillConfig:
         return distill_config(fields, past=True)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_runs(workdir: Path, low: Path | None = None) -> dict[Path, DistillConfig]:
+    """The run that draws videos, or the two of two experts, the high-noise one first; ValueError if no pair."""
+    config = read_config(workdir)
+    if low is None:
+        if config.expert:
+            mend = "give the high-noise expert's run as --workdir and the other's as --low"
+            raise ValueError(f"{workdir} distilled the {config.expert} expert, which draws no video alone: {mend}")
+        return {workdir: config}
+    runs = {workdir: config, low: read_config(low)}
+    for wanted, folder in zip(EXPERTS, (workdir, low), strict=True):
+        c = runs[folder]
+        if (c.expert, c.teacher, c.student.sampler) != (wanted, config.teacher, config.student.sampler):
+            found = f"expert {c.expert!r} of {c.teacher}, sampler {c.student.sampler!r}"
+            raise ValueError(f"{folder} has {found}, where {wanted!r} of {config.teacher} belongs")
+    return runs
+
+
+def drawing_config(workdir: Path, low: Path | None = None, teacher: bool = False) -> DistillConfig:
+    """The settings by which `read_runs` draw videos: of a pair the timesteps of both; for the `teacher` any one."""
+    first, *others = [read_config(workdir)] if teacher else read_runs(workdir, low).values()
+    times = tuple(t for run in (first, *others) for t in run.student.timesteps)
+    both = {"expert": None, "student.timesteps": times, "vsd.guidance_by_step": ()}
+    return changed(first, both) if first.expert else first
 
 
 def check_config(config: DistillConfig, workdir: Path) -> None:
@@ -74,10 +101,15 @@ def truncate_history(workdir: Path, step: int, name: str = HISTORY) -> int:
     return len(kept)
 
 
-def restore_student(workdir: Path, generator: Generator, ema: bool = True) -> Params:
-    """The newest student's parameters, and nothing else of the checkpoint; the average unless `ema` is False."""
-    transformer = generator.pipeline.transformer
-    config = read_config(workdir).lora
+def restore_student(workdir: Path, generator: Generator, ema: bool = True, low: Path | None = None) -> Any:
+    """The newest student's parameters alone, the average unless `ema` is False; both with the `low` run."""
+    p, runs = generator.pipeline, read_runs(workdir, low).items()
+    pairs = zip(runs, (p.transformer, p.transformer_2), strict=False)
+    params = [_restore_one(folder, c.lora, expert, generator, ema) for (folder, c), expert in pairs if expert]
+    return tuple(params) if low else params[0]
+
+
+def _restore_one(workdir: Path, config: LoraConfig, transformer: Component, generator: Generator, ema: bool) -> Params:
     _, params = restore_trained(workdir, transformer.network, config, ema, generator.mesh)
     if not config.rank:
         return params
@@ -91,15 +123,16 @@ def choose_teacher(generator: Generator, config: DistillConfig, steps: int | Non
     c = config.sampling
     steps = steps or c.num_steps
     described = {"sampler": c.solver, "steps": steps, "guidance_weight": c.guidance_weight, "eta": c.eta}
+    described |= {"low_guidance_weight": c.low_guidance_weight} if generator.pipeline.transformer_2 else {}
     draw = generator.teacher_sampler(steps, c.guidance_weight)
-    return BoundSampler(draw, generator.pipeline.transformer.params, steps * (2 if c.guidance_weight else 1), described)
+    return BoundSampler(draw, generator.pipeline.params, steps * (2 if c.guidance_weight else 1), described)
 
 
 def choose_student(
-    generator: Generator, workdir: Path, config: DistillConfig, steps: int, ema: bool = True
+    generator: Generator, workdir: Path, config: DistillConfig, steps: int, ema: bool = True, low: Path | None = None
 ) -> BoundSampler:
-    """The newest student of the run in `steps` steps."""
-    timesteps, params = subset(config.student.timesteps, steps), restore_student(workdir, generator, ema)
+    """The newest student of the run in `steps` steps; `low` as in `restore_student`."""
+    timesteps, params = subset(config.student.timesteps, steps), restore_student(workdir, generator, ema, low)
     described = {"sampler": "student", "steps": steps, "timesteps": timesteps}
     described |= {"solver": "ode"} if generator.student_ode else {}
     return BoundSampler(generator.student_sampler(timesteps), params, steps, described)

@@ -17,15 +17,15 @@ from dollar_jax.types import Apply, Keys, Latent, LatentSteps, NullText, Params,
 @dataclasses.dataclass(frozen=True, eq=False)
 class Denoiser:
     """A network asked for one text: `apply(params, x_t, t, text)`, by classifier-free guidance (DOLLAR eq. (8.6)); a
-    weight w of None or the Python number 0 is a single pass without `null_text`. Where frames are given, `apply` takes
-    their number too, and an `image` in both passes."""
+    weight w of None or the Python number 0 is a single pass without `null_text`; two are those of two experts. Where
+    frames are given, `apply` takes their number too, and an `image` in both passes."""
 
     apply: Apply
     params: Params
     schedule: Schedule
     text: TextStates
     null_text: NullText | None = None
-    guidance_weight: Weight | None = None
+    guidance_weight: Weight | tuple[float, float] | None = None
     image: types.ImageCondition | None = None
 
     def prediction(self, x_t: Latent, t: Time) -> Latent:
@@ -46,6 +46,8 @@ class Denoiser:
         x_t_twice, t_twice, told = jax.tree.map(lambda x: interleave(x, x), (x_t, t, told))
         both = self.apply(self.params, x_t_twice, t_twice, interleave(text, null_text), *given, **told)
         both = both.reshape(x_t.shape[0], 2, *both.shape[1:])
+        if isinstance(weight, tuple):
+            weight = jnp.where(t >= jnp.float32(self.schedule.boundary), *weight)
         return schedules.guide(both[:, 0], both[:, 1], weight)
 
     def x0(self, x_t: Latent, t: Time) -> Latent:
@@ -55,8 +57,7 @@ class Denoiser:
 def ode_solve(denoiser: Denoiser, x_t: Latent, times: TimeSteps, eta: float = 0.0, key: Keys | None = None) -> Latent:
     """Takes x_t from times[0] to times[-1] in DDIM steps (DOLLAR eq. (8.14)). `times` is [steps + 1, b], descending,
     and may differ between samples: with m + 1 rows this is the Denoise^m of the consistency loss (DOLLAR eq. (8.5)).
-    `key` is one for the batch, or [b]: each sample's noise then does not depend on its neighbours. Raises ValueError
-    for eta > 0 without one."""
+    `key` is one for the batch, or [b]: each sample's noise then is its own. ValueError for eta > 0 without one."""
     if eta != 0 and key is None:
         raise ValueError(f"sampling with eta={eta!r} needs a key; pass one, or use eta=0.")
     keys = None if key is None else _split(key, times.shape[0] - 1)

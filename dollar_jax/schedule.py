@@ -13,6 +13,7 @@ every conversion below is a row of its inverse. Results are fp32 whatever the in
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -38,7 +39,8 @@ class Schedule:
     time, u -> shift u / (1 + (shift - 1) u). The `beta` fields, `snr_shift_scale` (CogVideoX divides the
     signal-to-noise ratio by it) and `rescale_zero_snr` (pure noise at the last index; applied after the shift) shape
     the DDPM path only. DOLLAR does not publish its betas. `given_frames`: latent frames that are not generated, which
-    the network is told of. ValueError for a field out of range, or of the other path."""
+    the network is told of. `boundary`: the time that parts two networks, and `expert` which it is, the "high" one from
+    there on, the "low" one below, or None for both. ValueError for a field out of range, or of the other path."""
 
     path: Path
     prediction: Prediction
@@ -50,6 +52,14 @@ class Schedule:
     rescale_zero_snr: bool = False
     snr_shift_scale: float = 1.0
     given_frames: int = 0
+    boundary: float | None = None
+    expert: str | None = None
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """The network is for low <= t < high."""
+        edge = self.boundary or 0.0
+        return edge if self.expert == "high" else -math.inf, edge if self.expert == "low" else math.inf
 
     def __post_init__(self) -> None:
         for name, kind in {"path": Path, "prediction": Prediction, "beta_schedule": BetaSchedule}.items():
@@ -63,6 +73,8 @@ class Schedule:
         if not 0 < self.beta_start <= self.beta_end < 1:
             given = f"{self.beta_start!r} and {self.beta_end!r}"
             raise ValueError(f"beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, not {given}.")
+        if self.expert and self.boundary is None:
+            raise ValueError(f"expert {self.expert!r} is of a teacher with two; this one has one: set it to None.")
         if self.path == "ddpm" and self.shift != 1:
             raise ValueError(f"shift={self.shift!r} needs path='rf'; leave it at 1 for 'ddpm'.")
         if self.path == "rf" and (self.rescale_zero_snr or self.snr_shift_scale != 1):
@@ -222,9 +234,16 @@ def unipc_table(sigmas: np.ndarray) -> np.ndarray:
 
 
 def time_from_uniform(schedule: Schedule, u: Time) -> Time:
-    """Maps uniform u in [0, 1) to a training time: shifted for rectified flow, else an index."""
-    total = schedule.num_train_timesteps
-    return total * _shift(schedule, u) if schedule.path == "rf" else jnp.clip(jnp.floor(total * u), 0, total - 1)
+    """Maps uniform u in [0, 1) to a training time in the range: shifted for rectified flow, else an index."""
+    total, (low, high) = schedule.num_train_timesteps, schedule.time_range
+    t = total * _shift(schedule, u) if schedule.path == "rf" else jnp.clip(jnp.floor(total * u), 0, total - 1)
+    return jnp.clip(t, low, np.nextafter(np.float32(high), np.float32(0)))
+
+
+def within(schedule: Schedule, times: Sequence[float] | np.ndarray) -> np.ndarray:
+    """[n] bool: which of the times are in the time range."""
+    low, high = schedule.time_range
+    return (np.asarray(times) >= low) & (np.asarray(times) < high)
 
 
 def uniform_from_time(schedule: Schedule, t: Time) -> Time:

@@ -17,7 +17,7 @@ from typing import Any
 from dollar_jax.data.clip import clip_fps
 from dollar_jax.files import parse_json
 from dollar_jax.generate import draw_videos, make_generator, subset, teacher_folder, video_keys
-from dollar_jax.run import choose_teacher, read_config, restore_student
+from dollar_jax.run import choose_teacher, drawing_config, restore_student
 from dollar_jax.video import write_video
 from dollar_jax.weights.pipeline import read_family
 
@@ -30,7 +30,7 @@ class Studio:
     """A run's student, and its teacher, to draw with; `folder` is served as it is."""
 
     def __init__(self, workdir: Path, folder: Path, most_waiting: int, longest_prompt: int):
-        self.config, self.folder, self.longest_prompt = read_config(workdir), folder, longest_prompt
+        self.config, self.folder, self.longest_prompt = drawing_config(workdir), folder, longest_prompt
         if self.config.data.given_frames or read_family(teacher_folder(self.config.teacher)).conditioned:
             raise ValueError(f"the student of {workdir} continues an image, and the page gives none: use dollar sample")
         self.generator = self._sized = make_generator(self.config)

@@ -46,8 +46,7 @@ def train(
     checkpoint, when config.reward.guard says that the reward is being hacked. Without a checkpoint a run may begin anew
     with other settings. With `replay_batch`, which a step that was not finite left, it prints what is not, and trains
     nothing. Raises ValueError for a run with other settings, FloatingPointError for too many steps in a row that were
-    not finite, Preempted after SIGTERM or Ctrl-C, with a checkpoint, SaveFailed when none can be saved, InUse for
-    another's workdir."""
+    not finite, Preempted after SIGTERM or Ctrl-C, with a checkpoint, SaveFailed without one, InUse."""
     method_of(config).check()
     if Checkpoints(workdir / CHECKPOINTS).latest():
         check_config(config, workdir)

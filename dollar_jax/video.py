@@ -44,8 +44,7 @@ def unit_range(videos: np.ndarray) -> np.ndarray:
 def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float = 8, scale: int = 1) -> None:
     """Writes frames uint8 [t, h, w, 3] to `path`: H.264 for .mp4, an endless loop for .gif. `scale` is how many pixels
     wide and high each pixel becomes (nearest neighbour). H.264 keeps colour at half the resolution: use at least 2 for
-    small videos, or their colours bleed. A .gif rounds the time of a frame to 10 ms. Raises ValueError for another
-    suffix or frames of another kind."""
+    small videos, or their colours bleed. A .gif rounds the time of a frame to 10 ms. Raises ValueError for others."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"cannot write {str(path)!r}: a video's name must end in {' or '.join(SUFFIXES)}")

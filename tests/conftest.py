@@ -311,7 +311,7 @@ def assert_card_samples(monkeypatch):
     Gives the snippet's variables, and how many of our draws of noise it did not make."""
     import torch
 
-    from dollar_jax.sampling import Denoiser, few_step_sample
+    from dollar_jax.sampling import few_step_sample
     from dollar_jax.schedule import keep_given
 
     def check(exported, generator, params, times, axes, drawers, image=None):
@@ -329,7 +329,7 @@ def assert_card_samples(monkeypatch):
 
         @jax.jit
         def draw(params, noise, text, told):
-            denoiser = Denoiser(pipeline.transformer.network.apply, params, pipeline.schedule, text, image=told)
+            denoiser = generator._denoiser(params, text, told)
             return few_step_sample(denoiser, times, noise, jax.random.key(3), generator.student_ode)
 
         latent = draw(params, noise, generator.text([prompt]), told)

@@ -46,6 +46,7 @@ SCHEDULE = "tests/test_schedule.py"
 SAMPLING = "tests/test_sampling.py"
 CONDITIONED = "tests/models/test_wan_parity.py::test_a_conditioned_transformer_matches"
 TOLD = "tests/test_wan21_i2v.py::test_prepared_data_keeps_what_diffusers_would_make_of_the_first_frame"
+EXPERTS = "tests/test_experts.py"
 OBJECTIVES = "tests/test_objectives.py"
 GIVEN = "tests/test_objectives_rewards.py::test_a_given_frame_is_in_every_input_and_in_no_loss"
 
@@ -149,7 +150,11 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("c.normalisation, c.floor", '"dmd", c.floor', [ALGORITHM]),
         # A teacher's step too few or too many.
         ("np.linspace(a, b, skip + 1)", "np.linspace(a, b, skip + 2)", [OBJECTIVES, ALGORITHM]),
-        ("0, c.num_steps - c.skip + 1)", "0, c.num_steps - c.skip)", [ALGORITHM]),
+        # An expert is asked beyond the boundary, in scores and in CD; a student goes on to the clean end there.
+        ("low, high = jnp.clip(low, *ends), jnp.clip(high, *ends)", "pass", [EXPERTS]),
+        ("inside[: -c.skip] & inside[c.skip :]", "inside[: -c.skip]", [EXPERTS]),
+        ("[-1], schedule.time_range[0])", "[-1], 0.0)", [EXPERTS]),
+        ("int(starts[-1]) + 1", "int(starts[-1])", [ALGORITHM]),
         # Consistency without its target's average, boundary or clean end.
         (
             "d.denoiser(references.ema, batch).x0(earlier, end)",

@@ -31,6 +31,7 @@ def define_flags(_: list[str]) -> None:
     define("integer", "seed", 0, "Seed of the noise.")
     define("integer", "batch_size", None, "Videos drawn at a time; by default as many as their size allows.", 1)
     define("bool", "teacher", False, "With --vbench: the teacher's videos.")
+    define("string", "low", None, "With --vbench: the low-noise expert's run, where the teacher has two.")
 
 
 def run() -> None:
@@ -38,13 +39,13 @@ def run() -> None:
     from dollar_jax.evaluate.features import alexnet_features, vae_features
     from dollar_jax.evaluate.run import evaluate
     from dollar_jax.generate import make_generator
-    from dollar_jax.run import read_config
+    from dollar_jax.run import drawing_config
 
     prepare_jax()
     if not FLAGS.workdir and not FLAGS.videos:
         raise ValueError("--workdir or --videos must be given")
     needs = {"reference": "videos", "dimensions": "videos", "clip": "dimensions", "aesthetic": "dimensions"}
-    for name, flag in (needs | dict.fromkeys(("names", "fps", "steps", "teacher"), "vbench")).items():
+    for name, flag in (needs | dict.fromkeys(("names", "fps", "steps", "teacher", "low"), "vbench")).items():
         if FLAGS[name].present and not FLAGS[flag].value:
             raise ValueError(f"--{name} goes with --{flag}, which is not given")
     if FLAGS.vbench:
@@ -52,7 +53,7 @@ def run() -> None:
         return
     features = alexnet_features(Path(FLAGS.features)) if FLAGS.features else None
     if FLAGS.workdir:
-        config = read_config(Path(FLAGS.workdir))
+        config = drawing_config(Path(FLAGS.workdir))
         generator = make_generator(config)
         shapes = MOVING_SHAPES in (config.teacher, config.data.name)  # a domain with prompts and measures of its own
         features = features or (vae_features(generator) if shapes else None)
@@ -119,12 +120,13 @@ def _vbench_videos() -> None:
     from dollar_jax.evaluate.vbench_videos import check_names, pair_names, read_vbench_prompts, write_videos
     from dollar_jax.files import hash_file
     from dollar_jax.generate import make_generator
-    from dollar_jax.run import choose_student, choose_teacher, read_config
+    from dollar_jax.run import choose_student, choose_teacher, drawing_config
 
     if not FLAGS.workdir or not FLAGS.prompts_file:
         raise ValueError("--vbench needs --workdir and --prompts_file, VBench's own list of prompts")
     workdir, folder, listed = Path(FLAGS.workdir), Path(FLAGS.vbench), Path(FLAGS.prompts_file)
-    config, names = read_config(workdir), Path(FLAGS.names) if FLAGS.names else None
+    low, names = (Path(name) if name else None for name in (FLAGS.low, FLAGS.names))
+    config = drawing_config(workdir, low, FLAGS.teacher)
     prompts = None if names is None else pair_names(listed, names)
     if prompts is not None and not FLAGS.names.endswith(".json"):
         counts = {name: int(FLAGS.num) for name in prompts}
@@ -139,7 +141,7 @@ def _vbench_videos() -> None:
     if FLAGS.teacher:
         sampler = choose_teacher(generator, config)
     else:
-        sampler = choose_student(generator, workdir, config, FLAGS.steps)
+        sampler = choose_student(generator, workdir, config, FLAGS.steps, low=low)
     if jax.process_index() == 0:
         made = {
             "prompts_file": listed.name,

@@ -11,6 +11,7 @@ _MOST_PIXELS, _LONGEST_SIDE = 2**24, 8192
 
 def define_flags(_: list[str]) -> None:
     define_workdir()
+    define("string", "low", None, "The low-noise expert's run, where the teacher has two and --workdir is the other's.")
     define("multi_string", "prompt", [], "What to show; may be given more than once.")
     define("string", "prompts_file", None, "A text file with a prompt per line.")
     define("string", "image", None, "The first frame, of a run or a teacher that continues one: a file.")
@@ -40,7 +41,7 @@ def run() -> None:
     from dollar_jax.evaluate.files import check_output, draw_missing, file_name, is_folder, read_prompts
     from dollar_jax.files import hash_file
     from dollar_jax.generate import draw_beside, make_generator, teacher_folder, video_keys
-    from dollar_jax.run import choose_student, choose_teacher, read_config
+    from dollar_jax.run import choose_student, choose_teacher, drawing_config
     from dollar_jax.video import grid, write_video
     from dollar_jax.weights.pipeline import read_family, unknown_words
 
@@ -53,7 +54,8 @@ def run() -> None:
     if FLAGS.teacher and FLAGS.beside_teacher:
         raise ValueError("--teacher beside --beside_teacher: leave one of them out")
     check_output(out)
-    config = read_config(workdir)
+    low = Path(FLAGS.low) if FLAGS.low else None
+    config = drawing_config(workdir, low, FLAGS.teacher)
     image, told = FLAGS.image is not None, read_family(teacher_folder(config.teacher)).conditioned
     if FLAGS.teacher and not told:  # TI2V can do both
         config = changed(config, {"data.given_frames": int(image), "visibility.prompts": ()})
@@ -82,7 +84,7 @@ def run() -> None:
     if not FLAGS.teacher:
         if FLAGS.steps > (known := len(config.student.timesteps)):
             print(f"warning: the student was distilled to {known} steps, not {FLAGS.steps}", file=sys.stderr)
-        samplers.append(choose_student(generator, workdir, config, FLAGS.steps, FLAGS.ema))
+        samplers.append(choose_student(generator, workdir, config, FLAGS.steps, FLAGS.ema, low))
     fps = FLAGS.fps or clip_fps(config.data, generator.pipeline.family.fps)
     rows = [(file_name(prompt, i), prompt, i) for prompt in prompts for i in range(columns)]
     # A folder may get more prompts later.

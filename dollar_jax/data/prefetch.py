@@ -15,8 +15,7 @@ def prefetch(
     batches: grain.IterDataset, config: DistillConfig, rows: np.ndarray, sharding: Mapping[str, Any] | None
 ) -> grain.IterDataset:
     """Batches whose arrays a thread also puts on the devices, `config.data.prefetch` batches ahead of the step. They
-    hold this process's `rows` of the step's batch. The position that is checkpointed is that of the last batch taken,
-    not of the last one put there."""
+    hold this process's `rows` of the step's batch. The position in checkpoints is that of the last batch taken."""
     if sharding is None:
         return batches
 

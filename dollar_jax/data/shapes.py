@@ -1,7 +1,6 @@
 """The default domain: captioned videos of one shape moving over a plain background. A caption names five attributes, "a
 small red circle moving left slowly". Everything else varies without a caption and is what diversity measures: position,
-exact radius, speed and colour, the background's grey and its tint. `verify` reads the five attributes back off every
-frame of a video."""
+exact radius, speed and colour, the background's grey and its tint. `verify` reads the attributes off every frame."""
 
 import dataclasses
 import itertools

@@ -25,7 +25,7 @@ TIMED = 3  # batches at least, for a median
 
 def samplers(generator: Generator, student: Params | None, timesteps: Sequence[float]) -> dict[str, BoundSampler]:
     """The table's rows. `teacher_n`: n guided ODE steps. `undistilled_n`: the teacher in the student's place."""
-    teacher = generator.pipeline.transformer.params
+    teacher = generator.pipeline.params
     weight = generator.sampling.guidance_weight
     passes = 2 if weight else 1
     rows = {}

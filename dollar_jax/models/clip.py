@@ -1,6 +1,5 @@
 """CLIP's image and text towers, structured as transformers' `CLIPModel`; the base of most image rewards. Radford et
-al., arXiv 2103.00020. Images come as frames in [0, 1]; `preprocess` makes of them what the image tower expects, and is
-traced with it."""
+al., arXiv 2103.00020. Images come as frames in [0, 1]; `preprocess` makes of them what the image tower expects."""
 
 import dataclasses
 from typing import Literal

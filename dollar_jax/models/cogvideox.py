@@ -211,8 +211,7 @@ def sinusoids(grid: tuple[int, int, int], c: CogVideoXConfig) -> Float[Array, "n
 
 def positions(grid: tuple[int, int, int], c: CogVideoXConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the rotary embedding sees the rows of t, h and w. Frames are counted. A picture of another size than the
-    training's is laid over it, as large as fits with its sides in proportion, in the middle; CogVideoXPipeline does
-    that for version 1.0."""
+    training's is laid over it, as large as fits with its sides in proportion, in the middle, as CogVideoXPipeline."""
     t, h, w = grid
     base_h, base_w = c.sample_height // c.patch_size, c.sample_width // c.patch_size
     if h / w > base_h / base_w:

@@ -255,8 +255,8 @@ class CogVideoXVAE(ChunkedVAE):
         return self.decoder(latent, cache)
 
     def sizes(self, count: int, latent: bool, chunk: int | None) -> tuple[int, int]:
-        """Frames in the first chunk, which also takes those that are left over, and in the others; ValueError for a
-        `chunk` that is not the model's own."""
+        """Frames in the first chunk, which also takes those that are left over, and in the others; ValueError for
+        another `chunk`."""
         if chunk not in (None, LATENT_CHUNK):
             why = "its norms run over a chunk, so that the length is part of the model"
             raise ValueError(f"CogVideoX's VAE takes {LATENT_CHUNK} latent frames at a time, not {chunk}: {why}")

@@ -5,7 +5,7 @@ import dataclasses
 from jax.sharding import Mesh
 
 from dollar_jax.config import DistillConfig
-from dollar_jax.generate import Generator, teacher_folder, transformer_options, with_given_frames
+from dollar_jax.generate import Generator, as_configured, teacher_folder, transformer_options
 from dollar_jax.weights.families import PUBLISHED, Architecture
 from dollar_jax.weights.kind import Kind
 from dollar_jax.weights.pipeline import Component, Pipeline, read_architecture
@@ -39,6 +39,6 @@ def weightless_generator(
     pipeline = Pipeline(family, *networks, None, architecture.schedule)
     if (encoder := architecture.image_encoder) is not None and family.image_encoder is not None:
         pipeline = dataclasses.replace(pipeline, image_encoder=component(family.image_encoder, encoder))
-    pipeline = with_given_frames(pipeline, config)
+    pipeline = as_configured(pipeline, config)
     settings = config.data.max_text_length, config.sampling, clip, config.compute.vae_chunk, mesh
     return Generator(pipeline, *settings, student_ode=config.student.sampler == "ode")

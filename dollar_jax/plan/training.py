@@ -41,8 +41,7 @@ def forwards(config: DistillConfig) -> dict[str, float]:
 
 def training_cost(config: DistillConfig, topology: str, video: tuple[int, int, int] | None = None) -> tuple[Any, str]:
     """`forwards`, TFLOP of one, and chip-hours to the last update at 30 and 50 % of the peak; and that in words. Of a
-    tpu7x they are those of a device, half a chip. `video` is height, width and frames, unless the data's own; raises
-    ValueError as `planner.plan`."""
+    tpu7x they are those of a device, half a chip. `video` is height, width and frames, unless the data's own."""
     architecture, parts = architecture_of(config), forwards(config)
     clip = clip_size(config.data) if video is None else (video[2], *video[:2])
     network = architecture.family.transformer.network(dataclasses.replace(architecture.transformer, attention="xla"))

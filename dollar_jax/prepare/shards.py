@@ -97,8 +97,7 @@ class Encoder:
         self._serializer = ExampleSerializer(self.features.get_serialized_info())
 
     def check(self, latent: np.ndarray | None) -> None:
-        """Raises ValueError for a latent that the teacher's decoder and encoder do not give back, as one of another VAE
-        or scale, and for none at all."""
+        """Raises ValueError for a latent that the teacher's decoder and encoder do not give back, or for none."""
         source, shape = self.settings.source, None if latent is None else latent.shape
         if latent is None or shape != self.latent:
             raise ValueError(

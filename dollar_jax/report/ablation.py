@@ -73,8 +73,7 @@ def write_ablation(
     seconds: float,
 ) -> Path:
     """Writes `reproduction.html`, which opens offline, `reproduction.csv` and `reproduction.md`; the page's path.
-    `labels` names the methods in their order; `speed` is of the teacher and any student; `videos` holds uint8 [prompts,
-    t, h, w, 3] by method and sampler."""
+    `labels` names the methods in their order; `speed` is of the teacher and any student; `videos` are [p t h w 3]."""
     means = summary(results, labels)
     claims = paper_claims(results, speed)
     tables = {"claims": _claims_table(claims), "measures": _measures_table(means, labels), "speed": _speed_table(speed)}

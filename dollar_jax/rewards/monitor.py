@@ -8,8 +8,7 @@ from dollar_jax.config import RewardGuard
 
 class Monitor:
     """Rings over the last `window` fresh samples: latent and true reward, and the held-out rewards. `peak` and
-    `deviation` are the highest mean that a held-out reward had over a full window, and its standard deviation in that
-    window. All of `state` is checkpointed."""
+    `deviation` are the highest mean that a held-out reward had over a full window, and its deviation there."""
 
     def __init__(self, window: int, held_out: list[str]):
         self.names = held_out

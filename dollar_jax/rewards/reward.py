@@ -21,8 +21,7 @@ class WrongShape(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """A host reward: `function` takes NumPy frames and the prompts; `parts` are those that count of the rewards by name
-    that it answers with, if it does."""
+    """A host reward: `function` takes NumPy frames and the prompts; `parts`: those of its named rewards that count."""
 
     function: Callable[[np.ndarray, Sequence[str]], Any]
     meaning: str

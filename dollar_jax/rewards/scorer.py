@@ -95,8 +95,7 @@ class Scorer:
         return tokens, self.memories[shape].take(step) if shape in self.memories else None
 
     def submit(self, samples: RewardSamples, batch: Mapping[str, np.ndarray], captions: Sequence[str]) -> None:
-        """Has the latents of a step scored, which the devices may still be computing. `batch` and `captions` are this
-        process's rows of the step's batch."""
+        """Has the latents of a step scored, which devices may still be computing. `batch` and `captions` are local."""
         count, kinds = samples.latent.shape[:2]
         here = sharding.local_rows(samples.latent.sharding, count)
         # What is scored is of the last micro-batch, every accumulation-th row, and evenly from that.

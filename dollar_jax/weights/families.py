@@ -85,14 +85,9 @@ class Architecture:
 
 
 _IMAGE = "an image as condition, which only image-to-video pipelines do"
-_EXPERTS = ", as in Wan 2.2's A14B, and only models of one transformer are supported"
-_TWO = {
-    "transformer_2": f"a second transformer for low noise levels{_EXPERTS}",
-    "boundary_ratio": f"two transformers that share the noise levels{_EXPERTS}",
-}
 _NO_IMAGE = {"image_encoder": _IMAGE, "image_processor": _IMAGE}
 _OWN: dict[str, Any] = {"masks_padding": True, "guidance_scale": 5.0, "clip": (81, 480, 832), "fps": 16}
-_OWN |= {"vae_chunk": 1, "unsupported": _TWO | _NO_IMAGE, "native": WAN_NATIVE}
+_OWN |= {"vae_chunk": 1, "unsupported": _NO_IMAGE, "native": WAN_NATIVE}
 WAN = Family("WanPipeline", WAN_TRANSFORMER, WAN_VAE, UMT5, "rf", **_OWN)
 # Wan 2.2's 5B. Given an image, every token has a time of its own; from text alone all have the same.
 WAN_TI2V = dataclasses.replace(
@@ -100,9 +95,9 @@ WAN_TI2V = dataclasses.replace(
 )
 # Told of an image by further channels; Wan 2.1's attends to its tokens too.
 _ENCODER = {"image_encoder": "another image encoder than transformers' CLIPVisionModel"}
-WAN_I2V = dataclasses.replace(WAN, pipeline="WanImageToVideoPipeline", conditioned=True, unsupported=_TWO | _ENCODER)
+WAN_I2V = dataclasses.replace(WAN, pipeline="WanImageToVideoPipeline", conditioned=True, unsupported=_ENCODER)
 WAN_I2V_CLIP = dataclasses.replace(
-    WAN_I2V, image_encoder=CLIP_VISION, entries={"image_encoder": ["transformers", "CLIPVisionModel"]}, unsupported=_TWO
+    WAN_I2V, image_encoder=CLIP_VISION, entries={"image_encoder": ["transformers", "CLIPVisionModel"]}, unsupported={}
 )
 _OWN = {"masks_padding": False, "guidance_scale": 6.0, "clip": (49, 480, 720), "fps": 8, "vae_chunk": 2}
 _OWN |= {"cleans_prompts": False}

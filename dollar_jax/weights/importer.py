@@ -33,7 +33,8 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", ada
     found = fetch(source, _DESCRIPTION)
     parts = pipelines.read_parts(found, param_dtype=dtype)
     family = pipelines.read_family(found)
-    pipelines.read_schedule(found, family)
+    if adapter and "transformer_2" in parts:
+        raise ValueError(f"{source} has two experts, and an adapter is for one of them: import it without")
     pipelines.load_tokenizer(found / "tokenizer")
     found = fetch(source, [*_DESCRIPTION, *(f"{name}/*.safetensors" for name in parts)])
     stored = {name: part.kind.named(files.list_tensors(found / name)) for name, part in parts.items()}

@@ -63,8 +63,7 @@ class Kind:
         return config
 
     def own(self, fields: Mapping[str, Any], where: str) -> Any:
-        """The configuration of settings in place of a file: what they leave out has its default; ValueError naming the
-        setting that is wrong, or unknown."""
+        """The configuration of settings in place of a file: ValueError naming one that is wrong or unknown."""
         hints = get_type_hints(self.config)
         if unknown := sorted(fields.keys() - hints.keys()):
             raise ValueError(f"{where} has no {unknown[0]}; there are {', '.join(hints)}")

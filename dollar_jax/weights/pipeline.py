@@ -23,6 +23,7 @@ from dollar_jax.weights.table import Params, Row, export_stream, stream_params
 
 # The Orbax folder in place of a component's safetensors, once it is imported.
 IMPORTED = "params"
+EXPERTS = {"high": "transformer", "low": "transformer_2"}  # by noise level, where there are two
 PROVENANCE = "provenance.json"  # of a teacher: how it was made, or its source
 
 
@@ -37,7 +38,7 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """What a diffusers folder holds."""
+    """What a diffusers folder holds. Of two experts `transformer_2` is the low-noise one, or `transformer` the only."""
 
     family: Family
     transformer: Component
@@ -46,6 +47,13 @@ class Pipeline:
     tokenizer: Any
     schedule: Schedule
     image_encoder: Component | None = None
+    transformer_2: Component | None = None
+
+    @property
+    def params(self) -> Any:
+        """Of the transformer, or of both experts a tuple."""
+        high, low = self.transformer, self.transformer_2
+        return (high.params, low.params) if low else high.params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +75,7 @@ def read_architecture(folder: str | Path) -> Architecture:
 
 
 def read_parts(folder: Path, param_dtype: str = "float32", **transformer_options: Any) -> dict[str, Part]:
-    """The networks of a pipeline folder without their weights; raises as `load_pipeline` does."""
+    """The networks of a pipeline folder, of two experts both, without their weights; raises as `load_pipeline` does."""
     family = read_family(folder)
     held = {"param_dtype": param_dtype}
     configs = _read_configs(folder, family, {"transformer": held | transformer_options, "text_encoder": held})
@@ -76,7 +84,7 @@ def read_parts(folder: Path, param_dtype: str = "float32", **transformer_options
         kind = family.kinds[name]
         network = kind.network(config)
         parts[name] = Part(kind, config, network, kind.table(config, network.shapes))
-    return parts
+    return parts | ({"transformer_2": parts["transformer"]} if read_schedule(folder, family).boundary else {})
 
 
 def load_pipeline(
@@ -84,24 +92,29 @@ def load_pipeline(
     param_dtype: str = "float32",
     place: Callable[[Params], Any] | None = None,
     without_transformer: bool = False,
+    expert: str | None = None,
     **transformer_options: Any,
 ) -> Pipeline:
     """Loads a folder of one of FAMILIES, with `transformer_options` (dtype, remat, …). `param_dtype` is what
     transformer and text encoder are held in; the rest is fp32. An imported transformer is restored into the shardings
-    that `place` gives for its shapes; all else comes as numpy arrays, or `without_transformer` as its shapes. Raises
-    FileNotFoundError or ValueError naming the file, tensor or field that is wrong."""
+    that `place` gives for its shapes; all else comes as numpy arrays, or `without_transformer` as its shapes. Of two
+    experts both are read, or the one named. Raises FileNotFoundError or ValueError naming what is wrong."""
     folder = Path(folder)
     check_whole(folder)
-    parts = read_parts(folder, param_dtype, **transformer_options)
+    parts, family = read_parts(folder, param_dtype, **transformer_options), read_family(folder)
+    schedule = dataclasses.replace(read_schedule(folder, family), expert=expert)
+    if expert:
+        parts.pop("transformer_2")
     loaded = {}
     for name, part in parts.items():
-        if without_transformer and name == "transformer":
+        transformer = name in EXPERTS.values()
+        source = EXPERTS[expert] if expert and transformer else name
+        if without_transformer and transformer:
             loaded[name] = Component(part.config, part.network, part.network.shapes)
         else:
-            loaded[name] = load_component(folder / name, part, place if name == "transformer" else None)
+            loaded[name] = load_component(folder / source, part, place if transformer else None)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    family = read_family(folder)
-    return Pipeline(family, **loaded, tokenizer=tokenizer, schedule=read_schedule(folder, family))
+    return Pipeline(family, **loaded, tokenizer=tokenizer, schedule=schedule)
 
 
 def read_family(folder: Path) -> Family:
@@ -245,11 +258,23 @@ def load_component(folder: Path, part: Part, place: Callable[[Params], Any] | No
 
 
 def read_schedule(folder: Path, family: Family) -> Schedule:
-    """What scheduler/scheduler_config.json describes; FileNotFoundError or ValueError naming the field."""
+    """What scheduler_config.json and two experts' boundary say; FileNotFoundError or ValueError naming the field."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it says how the teacher is sampled")
-    return schedule_of(read_json(path), family.path, path)
+    schedule, path = schedule_of(read_json(path), family.path, path), folder / "model_index.json"
+    index = read_json(path)
+    second, ratio = _class_name(path, "transformer_2", index.get("transformer_2")), index.get("boundary_ratio")
+    if second is None and ratio is None:
+        return schedule
+    if second != family.transformer.class_name or not (isinstance(ratio, float) and 0 < ratio < 1):
+        told = "two experts are two transformers and a ratio in 0..1"
+        raise ValueError(f"{path} has transformer_2 = {second} and boundary_ratio = {ratio}: {told}")
+    places = [folder / name / "config.json" for name in EXPERTS.values()]
+    first, other = (family.transformer.read(files.read_config(file.parent), file) for file in places)
+    if first != other:
+        raise ValueError(f"{places[1]} describes another network than {places[0]}: two experts must be of one kind")
+    return dataclasses.replace(schedule, boundary=ratio * schedule.num_train_timesteps)
 
 
 def check_whole(folder: Path) -> None:

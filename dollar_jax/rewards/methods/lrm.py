@@ -38,8 +38,7 @@ def predicted_reward(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSamp
 
 
 def regression(networks: Networks, params: Params, rows: ScoredLatents) -> tuple[Float[Array, ""], Metrics]:
-    """The regression of the latent reward model, DOLLAR eq. (8.10), on those of the rows, with `reward` [r], that have
-    a weight and a finite reward."""
+    """The regression of the latent reward model, DOLLAR eq. (8.10), on rows with a weight and a finite reward [r]."""
     good = jnp.isfinite(rows.reward)
     reward, weight = jnp.where(good, rows.reward, 0.0), jnp.where(good, rows.weight, 0.0)
     predicted = networks.latent_reward(params, rows.latent, rows.text)
