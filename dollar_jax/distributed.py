@@ -28,8 +28,7 @@ HEARTBEAT_SECONDS = 60
 def joined(address: str | None, count: int | None, index: int | None, report: Callable[..., int]) -> Iterator[None]:
     """Within it, jax's devices are those of all processes; enter it before the first use of a device. With none of the
     three given, Cloud TPU VMs, GKE and SLURM start several processes, anything else is one. When a process of several
-    fails, it ends at once with the exit code that `report` gives: the others would otherwise wait for ever. Raises
-    ValueError when the three do not go together."""
+    fails, it ends at once with the exit code that `report` gives: the others would wait for ever. Raises ValueError."""
     several, over = _start(address, count, index), threading.Event()
     if several:
         threading.Thread(target=_watch, args=(lambda: _end(report(ProcessLost())), over), daemon=True).start()

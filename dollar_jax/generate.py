@@ -105,8 +105,7 @@ class Sampler:
 
 
 class Condition(NamedTuple):
-    """What samplers are given for each video: text states [n l d], and latents of the first frames [n k h w c] or what
-    the transformer is told of them."""
+    """What samplers are given: text states [n l d], and first frames [n k h w c] or what is told of them."""
 
     text: np.ndarray
     given: np.ndarray | ImageCondition | None = None

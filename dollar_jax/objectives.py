@@ -153,8 +153,7 @@ def grid_starts(c: ConsistencyConfig, schedule: Schedule) -> tuple[int, int]:
 def consistency(
     d: Distillation, references: References, prediction: Latent, x_t: Latent, times: TimeSteps, batch: Batch
 ) -> PerSample:
-    """L_CD, DOLLAR eq. (8.4-8.6): f_θ(x_t), of the student's x̂0 `prediction` there, against f_θ⁻ after the guided
-    teacher's steps through `times` from times[0]."""
+    """L_CD, DOLLAR eq. (8.4-8.6): f_θ(x_t) by `prediction` against f_θ⁻ after the teacher's steps."""
     c, frozen, schedule = d.config.consistency, references.frozen, d.schedule
 
     def f(x: Latent, t: Time, x0: Latent) -> Latent:
@@ -213,8 +212,7 @@ def fake_score(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The denoising loss (8.13) of the fake-score network on samples of the student: new ones, or one of n per row. The
     metrics hold its sum and count in each of SCORE_BINS equal parts of the timesteps too, for an average hides a
-    network that has lost track at one end. With a discriminator its loss, -log D(real) - log(1 - D(generated)), is
-    added, on the same times and noise."""
+    network that has lost track at one end. -log D(real) - log(1 - D(generated)) is added with a discriminator."""
     c, schedule = d.config, d.schedule
     keys = jax.random.split(key, 3)
     if samples is None:

@@ -45,8 +45,7 @@ Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, Metrics]]
 
 
 def pretrain(config: PretrainConfig, workdir: Path) -> Path:
-    """Trains and measures the teacher; returns its folder, `workdir/teacher`. Raises ValueError before any work for
-    settings of which no networks can be made."""
+    """Trains and measures the teacher; returns its folder, `workdir/teacher`. Raises ValueError before any work."""
     vae_config, text, dit = networks(config)
     for name, one, other in (
         ("text_dim", text.d_model, dit.text_dim),

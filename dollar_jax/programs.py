@@ -186,8 +186,7 @@ def step_flops(config: DistillConfig, generator: Generator, pixel_rewards: Any, 
 
 
 def run_programs(config: DistillConfig, generator: Generator, programs: TrainPrograms, rewards: Any) -> list[Program]:
-    """All that `train` executes on the devices from the first step to the last, by shapes alone; of data in several
-    aspect buckets the programs of the first."""
+    """All that `train` executes on the devices from the first step to the last, by shapes."""
     found = [generator.text_program(1, generator.own_mesh), programs.init, programs.step]
     if not all(isinstance(reward, JaxReward) for reward in rewards):
         decoder = generator.pipeline.vae.network.shapes
@@ -220,8 +219,7 @@ def latent_reward_network(config: DistillConfig, channels: int, text_dim: int) -
 
 
 def _networks(config: Any, schedule: Schedule, transformer: Network, adapted: Any, heads: Any, pixels: Any) -> Networks:
-    """Of the transformer and the same with adapters; each is told by the structure of its parameters. `heads` are the
-    latent reward model and the discriminator's."""
+    """Of the transformer and the same with adapters, told by their parameters, with the reward's and GAN's heads."""
     (head, gan_head), c = heads, config.reward.head
     structure, use_text = jax.tree.structure(adapted.shapes), config.reward.use_text
 

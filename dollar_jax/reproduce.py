@@ -1,6 +1,5 @@
 """`dollar reproduce`: the paper's ablation on the default domain, every cell over several seeds, as one page. A cell is
-one method with one seed: trained in `runs/`, measured into `cells/`. Killed and started again, finished cells are read
-back, and the one under way resumes its training."""
+one method with one seed: trained in `runs/`, measured into `cells/`. Started again, it goes on where it was."""
 
 import dataclasses
 import functools
@@ -56,8 +55,7 @@ METHODS = (
 
 def reproduce(experiment: Any, workdir: Path, quick: bool, seeds: int | None = None, steps: int | None = None) -> Path:
     """Runs every cell that is not there yet; returns the page, which lies beside a CSV and a Markdown table. `seeds`
-    and `steps` are 3 and the experiment's own, or 2 and a fifth of them when `quick`. Raises ValueError when the
-    workdir holds a cell with other settings."""
+    and `steps` are 3 and the experiment's own, or 2 and a fifth of them when `quick`. ValueError for other settings."""
     start = time.perf_counter()
     base = experiment("vsd+cd+lrm")
     count = seeds or (2 if quick else 3)

@@ -141,8 +141,7 @@ def choose_student(
 def restore_trained(
     workdir: Path, transformer: Network, config: LoraConfig, ema: bool, mesh: Mesh | None = None
 ) -> tuple[int, Params]:
-    """The newest checkpoint's step, and of its student (the average if `ema`) all parameters or the adapters, on `mesh`
-    or in this host's memory. Raises FileNotFoundError."""
+    """The newest checkpoint's step, and of its student (the average if `ema`) parameters or adapters, on `mesh`."""
     shapes = student_network(transformer, config).shapes
     if config.rank:
         shapes = lora.adapters(shapes)

@@ -129,8 +129,7 @@ def to_x0(schedule: Schedule, prediction: Latent, x_t: Latent, t: Time) -> Laten
 
 
 def guide(cond: Latent, uncond: Latent, weight: Weight) -> Latent:
-    """Classifier-free guidance, v_c + w (v_c - v_0) (DOLLAR eq. (8.6)), with w a number or [b]: diffusers'
-    `guidance_scale` is w + 1, and w = 0 is no guidance."""
+    """Classifier-free guidance, v_c + w (v_c - v_0) (DOLLAR eq. (8.6)), diffusers' scale is w + 1; w may be [b]."""
     cond, uncond = _at_least_fp32(cond), _at_least_fp32(uncond)
     return cond + _like(jnp.asarray(weight, jnp.float32), cond) * (cond - uncond)
 

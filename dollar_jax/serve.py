@@ -1,7 +1,6 @@
 """`dollar serve`: a page and an HTTP API to try a run's student, one drawing at a time. GET /api says what may be asked
 for, with defaults; POST some of it as a JSON object, such as {"prompt": "a red circle", "teacher": true}, to get
-{"student": {"video": URL, "seconds": S}, "teacher": …}, or {"error": SENTENCE} with status 400 for what cannot be drawn
-and 503 when too many wait."""
+{"student": {"video": URL, "seconds": S}, "teacher": …}, or {"error": SENTENCE} with status 400; 503 if many wait."""
 
 import contextlib
 import dataclasses

@@ -39,8 +39,7 @@ class Skips:
         self._held = step, metrics, names, batch
 
     def check(self) -> None:
-        """Waits for the last step; FloatingPointError, with its batch in WORKDIR for `explain`, when more than
-        config.max_skipped in a row were skipped."""
+        """Waits for the last step; FloatingPointError, with its batch in WORKDIR, after config.max_skipped in a row."""
         held, self._held = self._held, None
         if held is None:
             return

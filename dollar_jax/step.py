@@ -124,8 +124,7 @@ def micro_batches(batch: Batch, count: int) -> Batch:
 
 
 def _accumulated(loss: Callable[..., Any], params: Params, micro: Any, key: jax.Array) -> tuple[Params, Any]:
-    """Gradients and auxiliary numbers of `loss(params, rows, key)`, averaged over the micro-batches; of an auxiliary
-    array every micro-batch's, [count, ...]."""
+    """Gradients and auxiliary numbers of `loss(params, rows, key)`, averaged; arrays are [count, ...]."""
     grad = jax.grad(loss, has_aux=True)
     count = jax.tree.leaves(micro)[0].shape[0]
     keys = jax.random.split(key, count)

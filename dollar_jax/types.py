@@ -26,8 +26,7 @@ Apply = Callable[..., Latent]
 
 
 class ImageCondition(NamedTuple):
-    """What a network is told of a clip's first frame: latents of a clip of that frame and grey ones and, where it
-    attends to them, the tokens of an image encoder."""
+    """What a network is told of a clip's first frame: latents of it and grey ones, perhaps an encoder's tokens."""
 
     latent: Float[Any, "b t h w c"]
     tokens: Float[Any, "b m d"] | None = None

@@ -60,8 +60,7 @@ class EncodedVideos:
     def batches(self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None) -> Any:
         """Shuffled batches without end, of each only `rows` if given; ValueError for fewer videos than a batch. The
         position that is checkpointed counts whole batches, so that a run may go on with other processes. A batch maps
-        to `latent`, `text` and `index`, the places in `captions`; with the shardings of the step's batch its arrays
-        also come as "on_device", placed ahead of time."""
+        to `latent`, `text` and `index`, the places in `captions`; with shardings also placed, as "on_device"."""
         if len(self) < config.batch_size:
             raise ValueError(f"there are {len(self)} training videos, fewer than config.batch_size {config.batch_size}")
         rows = np.arange(config.batch_size) if rows is None else rows

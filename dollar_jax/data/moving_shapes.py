@@ -13,8 +13,7 @@ SEED = 20_241_220
 
 
 class MovingShapes(tfds.core.GeneratorBasedBuilder):
-    """Captioned videos of moving shapes: `train`, `validation`, and `held_out`, whose combinations of
-    colour, shape and direction are in no other split."""
+    """Captioned videos of moving shapes; `held_out` has combinations that are in no other split."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}

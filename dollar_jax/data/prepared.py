@@ -145,8 +145,7 @@ class PreparedVideos:
 
     def batches(self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None) -> Any:
         """Shuffled batches without end, of each only `rows` if given; as those of `EncodedVideos`. Buckets take turns
-        in proportion to their clips; one that has fewer clips than a batch is left out, or a
-        ValueError."""
+        in proportion to their clips; those of fewer clips than a batch are left out."""
         whole = {name: part for name, part in self.buckets.items() if len(part) >= config.batch_size}
         for name in self.buckets.keys() - whole.keys():
             tqdm.write(f"bucket {name} is left out: {len(self.buckets[name])} clips are fewer than a batch")

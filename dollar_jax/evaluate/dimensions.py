@@ -1,7 +1,6 @@
 """VBench's dimensions that follow from what is here (Huang et al., arXiv 2311.17982), each for one video. Three are
 VBench's own measure: temporal flickering, background consistency on CLIP ViT-B/32, aesthetic quality on LAION's
-predictor. Three keep VBench's formula on a network of ours, so that they compare among videos measured here and with
-nobody's table: their names end in `_ours`."""
+predictor. Three keep VBench's formula on a network of ours, and compare only among videos measured here: `…_ours`."""
 
 import dataclasses
 import functools

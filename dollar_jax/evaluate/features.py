@@ -1,6 +1,5 @@
 """Videos as feature vectors, for diversity and for the Fréchet distance. Two networks: the teacher's own VAE encoder,
-which is always at hand, and AlexNet with weights the user gives (torchvision's names), with LPIPS's heads (Zhang et
-al., arXiv 1801.03924) if they are among them."""
+which is always at hand, and AlexNet with weights the user gives (torchvision's names), and LPIPS's heads (arXiv 1801.03924)."""
 
 import dataclasses
 import functools

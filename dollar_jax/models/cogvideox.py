@@ -198,8 +198,7 @@ class CogVideoXTransformer(nnx.Module):
 
 
 def sinusoids(grid: tuple[int, int, int], c: CogVideoXConfig) -> Float[Array, "n d"]:
-    """What is added to the video's tokens where there are no rotary embeddings; fp32. Sines, then cosines, first of t,
-    then of w, then of h: the reference's order."""
+    """What is added to the video's tokens where there are no rotary embeddings; fp32. Sines, cosines; of t, w, h."""
     scales = (c.temporal_interpolation_scale, c.spatial_interpolation_scale, c.spatial_interpolation_scale)
     rows = [np.arange(size, dtype=np.float32) / np.float32(s) for size, s in zip(grid, scales, strict=True)]
     parts = []

@@ -255,8 +255,7 @@ class CogVideoXVAE(ChunkedVAE):
         return self.decoder(latent, cache)
 
     def sizes(self, count: int, latent: bool, chunk: int | None) -> tuple[int, int]:
-        """Frames in the first chunk, which also takes those that are left over, and in the others; ValueError for
-        another `chunk`."""
+        """Frames in the first chunk, which also takes those that are left over, and in others."""
         if chunk not in (None, LATENT_CHUNK):
             why = "its norms run over a chunk, so that the length is part of the model"
             raise ValueError(f"CogVideoX's VAE takes {LATENT_CHUNK} latent frames at a time, not {chunk}: {why}")

@@ -16,8 +16,7 @@ class LatentRewardModel(nnx.Module):
     """One fp32 score per video by the settings `c`, config.reward.head: of the latent alone, or, with a `text_dim`, of
     its agreement with text of that width. The paper averages the text before the attention, but a softmax over a single
     key is 1, and the score ignores the latent; here the feature attends over the text's tokens, and their sum is
-    scored. With 12 channels and the published kernels the image model has 189,441 parameters, the text-image model
-    763,009 without group norms."""
+    scored. With 12 channels and the published kernels the image model has 189,441 parameters, the other 763,009."""
 
     def __init__(self, c: Any, channels: int, text_dim: int | None, rngs: nnx.Rngs, dtype: str = "float32") -> None:
         self.config, self.text_dim, self.dtype = c, text_dim, jnp.dtype(dtype)

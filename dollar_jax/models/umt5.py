@@ -1,6 +1,5 @@
 """The text encoders of Wan and CogVideoX: the encoder halves of UMT5 and of T5 1.1. Named as in transformers'
-`UMT5EncoderModel` and `T5EncoderModel`. They differ in one thing: every layer of UMT5 has a relative position bias of
-its own, while those of T5 share one."""
+`UMT5EncoderModel` and `T5EncoderModel`. They differ in one thing: layers of UMT5 have position biases of their own."""
 
 import dataclasses
 import math

@@ -99,8 +99,7 @@ class ConditionEmbedder(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention whose queries and keys are normalised over all heads together; with `added`, one more over
-    an image, whose outcome is added."""
+    """Multi-head attention whose queries and keys are normalised over all heads; with `added`, also over an image."""
 
     def __init__(self, c: WanConfig, rngs: nnx.Rngs, added: bool = False) -> None:
         dense = {"rngs": rngs, "dtype": c.dtype, "param_dtype": c.param_dtype}
@@ -195,8 +194,7 @@ class WanTransformer(nnx.Module):
         """`t` in [0, 1000]; `text` comes with padded rows zeroed and, as in Wan, not masked. The tokens of the first
         `given` latent frames have the time 0 instead, as TI2V's of an image (a time for every token in diffusers). An
         `image` gives further channels after x's, a mask that is 1 in the first frame and the image's latents, and I2V's
-        tokens to attend to. With a `tap` (of `run_tapped`) the tokens [b n dim] there come beside the velocity, or
-        alone and `early`."""
+        tokens to attend to. With a `tap` (of `run_tapped`) the tokens [b n dim] there come too, or alone, `early`."""
         c = self.config
         if image is not None:
             further = c.in_channels - x.shape[-1] - image.latent.shape[-1]

@@ -76,8 +76,7 @@ def bucket_name(size: tuple[int, int]) -> str:
 
 
 def remember_settings(settings: PrepareSettings, out: Path) -> None:
-    """Writes the settings into `out`, or compares them with those of the job that was begun there; ValueError when they
-    differ, or when `out` holds something else."""
+    """Writes the settings into `out`, or compares them with those of the job there; ValueError if they differ."""
     path = out / SETTINGS
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
     if path.exists():

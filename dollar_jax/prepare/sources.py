@@ -197,8 +197,7 @@ def _list_parquet(path: Path) -> Iterator[Item]:
 
 
 def read_caption(item: Item, rng: np.random.Generator | None = None, language: str | None = None) -> str:
-    """The caption, stripped: of a list the first, or with `rng` any; of an object by language that of `language`.
-    Raises Unusable when there is none that is text."""
+    """The caption, stripped: of a list the first, or with `rng` any; of an object `language`'s. Raises Unusable."""
     if "broken" in item:
         raise Unusable(item["broken"])
     if "captions" not in item:
@@ -308,8 +307,7 @@ class Dataset:
     """A split of a TFDS data set as a source: its records' video and caption features."""
 
     def __init__(self, name: str, split: str):
-        """`name` is a TFDS name, or the folder of a prepared data set. Raises ValueError when it does not have one
-        video feature and one text or label feature."""
+        """`name` is a TFDS name or folder; ValueError unless it has one video and one text or label feature."""
         import tensorflow_datasets as tfds  # slow to import
 
         if Path(name).is_dir():

@@ -36,8 +36,7 @@ class Clips:
 
 def embed(prompts: Sequence[str], videos: Mapping[str, np.ndarray], labels: Mapping[str, str]) -> Clips:
     """The videos uint8 [prompts, t, h, w, 3] of the samplers in `labels`, in its order. Small clips become lossless
-    WebP, exact pixels and an image to every browser, H.264 or not; larger ones become H.264 and are shrunk, and prompts
-    are left out, until all fit into VIDEO_LIMIT."""
+    WebP, exact pixels and an image to every browser, H.264 or not; larger ones H.264, fewer and smaller to fit."""
     shown = {key: videos[key] for key in labels if key in videos}
     if not shown or not len(prompts):
         return Clips([])

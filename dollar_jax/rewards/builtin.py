@@ -72,8 +72,7 @@ def smoothness(frames: Float[Array, "b t h w 3"]) -> Float[Array, " b"]:
 def motion(frames: Float[Array, "b t h w 3"]) -> Float[Array, " b"]:
     """Mean length of the optical flow in pixels per frame, where there is something to see move. A proxy of VBench's
     dynamic degree, and as easily misled: noise counts as motion. The flow is Lucas and Kanade's, least squares of
-    brightness constancy over a window, so it sees motions of a pixel or two per frame; pixels count by the weaker of
-    the window's two directions of contrast."""
+    brightness constancy over a window, so it sees motions of a pixel or two; pixels count by the weaker contrast."""
     dy, dx, weaker = optical_flow(frames)
     length = jnp.sqrt(jnp.square(dy) + jnp.square(dx) + 1e-12)
     weight = jax.lax.stop_gradient(jnp.maximum(weaker, 0.0))

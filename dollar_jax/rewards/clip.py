@@ -52,8 +52,7 @@ clip_score = functools.partial(_agreement, "crop", "how well the picture fits it
 
 
 def aesthetic(folder: Path) -> JaxReward:
-    """LAION's aesthetic predictor v2 (sac+logos+ava1-l14-linearMSE): 1 to 10, on CLIP ViT-L/14's image. Its head's
-    `layers.*` are in the same file as the tower."""
+    """LAION's aesthetic predictor v2 (sac+logos+ava1-l14-linearMSE): 1 to 10, on CLIP ViT-L/14, in one file."""
     config, network, tower, head = load_clip(folder, text=False, **_OURS)
     try:
         layers = [(head[f"layers.{i}.weight"].T, head[f"layers.{i}.bias"]) for i in AESTHETIC_LAYERS]

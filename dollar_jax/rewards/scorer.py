@@ -89,8 +89,7 @@ class Scorer:
         return f"{self.method.stored_as}_{'x'.join(map(str, shape))}"
 
     def inputs(self, step: int, captions: Sequence[str], shape: Shape) -> tuple[dict[str, np.ndarray], Any]:
-        """`tokens` and `reward` of the `Batch` of a step on latents of `shape`. The tokens are of this process's
-        captions; the rest is the same on every process."""
+        """`tokens`, of this process's captions, and `reward` of the `Batch` of a step on latents of `shape`."""
         tokens = {} if self.pixels is None else self.pixels.tokens(captions)
         return tokens, self.memories[shape].take(step) if shape in self.memories else None
 

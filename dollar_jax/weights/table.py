@@ -66,8 +66,7 @@ class _Place(NamedTuple):
 
 
 def import_params(table: Sequence[Row], tensors: Mapping[str, np.ndarray] | Pairs, shapes: Params) -> Params:
-    """Parameters as numpy arrays like `shapes` (see `Network.shapes`). Raises ValueError naming a tensor that has no
-    place, comes twice, is missing or has another shape."""
+    """Parameters as numpy arrays like `shapes` (see `Network.shapes`). Raises ValueError naming a tensor."""
     pairs = list(cast(Pairs, tensors.items() if isinstance(tensors, Mapping) else tensors))
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -32,8 +32,7 @@ def rollout(
     d: Distillation, params: Params, text: TextStates, clip: Latent, key: Key
 ) -> tuple[Float[Array, "b s t h w c"], Latent]:
     """The student from noise by the DDPM posterior, without gradient: its states at the last three timesteps, or two if
-    there are no more, and the clean latent. The steps between those are the last whose outcome is random. Of
-    `clip` it takes shape and given frames."""
+    there are no more, and the clean latent. `clip` gives shape and given frames."""
     params, batch = jax.lax.stop_gradient(params), Batch(clip, text)
     times = [jnp.full(len(text), t) for t in d.config.student.timesteps]
     keys = jax.random.split(key, len(times))
