@@ -20,7 +20,7 @@ def vsd(
     x: Latent, real: Latent, fake: Latent, normalisation: Norm = "dmd", floor: float = 1e-6, nan_to_zero: bool = False
 ) -> PerSample:
     """Variational score distillation as a pseudo-target regression (DOLLAR eq. (8.7)-(8.9)). The value is mean(g^2) /
-    2, which says nothing about sample quality, and its gradient with respect to `x`, and nothing else, is `vsd_gradient` / elements."""
+    2, which says nothing about sample quality, and its gradient, by `x` alone, is `vsd_gradient` / elements."""
     x = _fp32(x)
     g = vsd_gradient(x, real, fake, normalisation, floor, nan_to_zero)
     # Equal to x - stop_gradient(x - g), without rounding g away where |x| is much larger.

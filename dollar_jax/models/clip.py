@@ -190,7 +190,7 @@ def preprocess(frames: Float[Array, "b h w 3"], size: int = 224, fit: Fit = "cro
     """Frames in [0, 1] as CLIP's image tower wants them: resized, cut or padded to a square, normalised. "crop" makes
     the shorter edge `size` and takes the middle, as transformers' `CLIPImageProcessor`; "pad" makes the longer edge
     `size` and puts black around it, as HPSv2 does. Bicubic with antialiasing, first along the rows, as PIL's, but
-    without PIL's rounding to bytes after each of these two passes. "stretch" is ViCLIP's: bilinear, ImageNet's moments."""
+    without PIL's rounding to bytes after each of these two passes. "stretch" is ViCLIP's, bilinear."""
     if fit == "stretch":
         x = jax.image.resize(frames, (len(frames), size, size, 3), "linear", antialias=False)
         return (x - jnp.array(_IMAGENET[0])) / jnp.array(_IMAGENET[1])

@@ -21,7 +21,7 @@ _small = nnx.initializers.normal(0.02)
 
 
 class Adapter(nnx.Module):
-    """scale · x D U of low rank (LoRA, arXiv 2106.09685), zero at first: D [*layers, in, rank], U [*layers, rank, out]."""
+    """scale · x D U of low rank (LoRA, arXiv 2106.09685), zero at first: D [*l, in, rank], U [*l, rank, out]."""
 
     def __init__(self, layers: tuple, dim_in: int, dim_out: int, rank: int, scale: float, rngs: nnx.Rngs) -> None:
         bound = dim_in**-0.5
