@@ -1,5 +1,5 @@
 """Videos as feature vectors, for diversity and for the Fréchet distance. Two networks: the teacher's own VAE encoder,
-which is always at hand, and AlexNet with given weights (torchvision's names), perhaps LPIPS's heads (arXiv 1801.03924)."""
+which is always at hand, and AlexNet with given weights (torchvision's names), or LPIPS heads (arXiv 1801.03924)."""
 
 import dataclasses
 import functools
