@@ -182,8 +182,7 @@ def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
 def unipc_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     """fp32 network times [num_steps] and noise levels sigma [num_steps + 1], from almost 1 to 0, as diffusers'
     `UniPCMultistepScheduler` with `use_flow_sigmas` makes them, which Wan is published with: the grid ends one training
-    step short of the clean end, and the network gets whole times. ValueError for another path than rectified flow, or
-    num_steps outside 1..num_train_timesteps."""
+    step short of the clean end, and the network gets whole times. ValueError for another path or number."""
     total = schedule.num_train_timesteps
     if schedule.path != "rf" or not 1 <= num_steps <= total:
         raise ValueError(f"UniPC takes 1 to {total} steps on a rectified flow, not {num_steps!r} on {schedule.path!r}.")

@@ -22,8 +22,7 @@ Bias = Float[Array, "1 heads l l"]
 @dataclasses.dataclass(frozen=True)
 class UMT5Config:
     """Fields and defaults as in transformers' `UMT5Config`; those after the blank are ours. Wan uses UMT5-XXL: d_model
-    4096, d_kv 64, d_ff 10240, 24 layers, 64 heads, vocabulary 256384. CogVideoX uses T5 1.1 XXL: the same with a
-    vocabulary of 32128 and `shared_position_bias`."""
+    4096, d_kv 64, d_ff 10240, 24 layers, 64 heads, vocabulary 256384. CogVideoX's T5: 32128, shared_position_bias."""
 
     vocab_size: int = 250112
     d_model: int = 512

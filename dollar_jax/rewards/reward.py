@@ -41,8 +41,7 @@ class Reward:
 @dataclasses.dataclass(frozen=True, eq=False)
 class JaxReward:
     """A reward inside the jitted step: `function(params, frames, tokens)` → [b], traceable. `params` are arguments of
-    the step, not constants in it. `tokenize` turns prompts into the integers [b, l] that the function gets, for it
-    cannot see text; without it `tokens` is None."""
+    the step, not constants in it. `tokenize` turns prompts into the integers [b, l] or None, that it gets."""
 
     function: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
     meaning: str
