@@ -408,8 +408,6 @@ class DistillConfig:
             raise ValueError("config.expert draws no videos by itself: set config.visibility.samples_every to 0")
         if self.expert == "low" and self.student.input != "forward" or self.expert and self.reward.method == "ddpo":
             raise ValueError("config.expert needs student.input 'forward' if 'low', and no reward.method 'ddpo'")
-        if self.expert == "high" and not self.vsd.weight:
-            raise ValueError("config.expert 'high' never sees the clean end, which anchors L_CD: it needs L_VSD too")
         rows, rest = divmod(self.batch_size, self.accumulation)
         if rest:
             parts = f"{self.accumulation} micro-batches"
