@@ -406,8 +406,8 @@ class DistillConfig:
             raise ValueError("config.visibility.prompts have no first frames: leave them to config.data.given_frames")
         if self.expert and self.visibility.samples_every:
             raise ValueError("config.expert draws no videos by itself: set config.visibility.samples_every to 0")
-        if self.expert == "low" and self.student.input != "forward" or self.expert and self.reward.method == "ddpo":
-            raise ValueError("config.expert needs student.input 'forward' if 'low', and no reward.method 'ddpo'")
+        if self.expert == "low" and self.student.input != "forward":
+            raise ValueError("config.expert 'low' starts from no noise: config.student.input must be 'forward'")
         rows, rest = divmod(self.batch_size, self.accumulation)
         if rest:
             parts = f"{self.accumulation} micro-batches"

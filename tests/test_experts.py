@@ -322,7 +322,7 @@ def test_what_does_not_fit_is_one_sentence(folder, teacher, make_config, tmp_pat
         ({**PHASE["high"], "student.timesteps": (1000.0, 700.0)}, "must lie in the expert's range \\(875"),
         ({**PHASE["low"], "student.timesteps": (875.0, 700.0)}, "must lie in the expert's range \\(-inf, 875"),
         ({**PHASE["high"], "teacher": "moving_shapes"}, "this one has one: set it to None"),
-        ({**PHASE["low"], "student.input": "backward"}, "student.input 'forward' if 'low'"),
+        ({**PHASE["low"], "student.input": "backward"}, "config.student.input must be 'forward'"),
         ({**PHASE["high"], "visibility.samples_every": 1}, "config.visibility.samples_every to 0"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -66,6 +66,8 @@ class DDPO(RewardMethod):
 
     def check(self) -> None:
         super().check()
+        if self.config.expert:
+            raise ValueError("config.reward.method 'ddpo' rolls out whole videos, and config.expert draws none")
         if len(self.config.student.timesteps) < 2:
             raise ValueError("config.reward.method 'ddpo' needs at least two of config.student.timesteps")
 
