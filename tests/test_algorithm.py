@@ -54,6 +54,7 @@ BASE = {
     "reward.start_step": 2,
     "reward.ramp_steps": 4,
     "reward.samples": 2,
+    "reward.head.use_text": True,
     "reward.updates": 3,
     "reward.batch_size": 4,
     "reward.statistics_decay": 0.8,

@@ -54,9 +54,8 @@ def read_torch(path: Path | IO[bytes]) -> Iterator[tuple[str, np.ndarray]]:
             (pickle,) = (record for record in archive.infolist() if record.filename.endswith("/data.pkl"))
             if pickle.file_size > _MOST:
                 raise ValueError(f"its pickle has more than {_MOST} bytes")
-            found = _root(archive.read(pickle))
-            if isinstance(found, _Stored):
-                found = {"": found}
+            read = _root(archive.read(pickle))
+            found: dict[str, Any] = {"": read} if isinstance(read, _Stored) else read
             for name, stored in found.get("state_dict", found.get("model", found)).items():
                 if isinstance(stored, _Stored):
                     yield name, stored.read(archive, pickle.filename.removesuffix("data.pkl"))
