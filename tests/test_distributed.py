@@ -235,6 +235,7 @@ def test_what_is_left_of_a_run_says_that_a_process_died(signs, monkeypatch):
 
     seen = []
     monkeypatch.setattr(distributed, "_start", lambda *_: True)
+    monkeypatch.setattr(distributed, "_watch", lambda *_: None)  # there is nobody
     monkeypatch.setattr(distributed.os, "_exit", ended)
     for message, code in ((signs, 7), ("RESOURCE_EXHAUSTED: out of memory", 1)):
         with pytest.raises(SystemExit) as end, distributed.joined(None, None, None, report):
