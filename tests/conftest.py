@@ -16,8 +16,9 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A device that waits for the others in a collective holds one of the threads that XLA takes from the number of
-# cores. With fewer threads than devices the others may have none left to come with: after 40 s XLA aborts.
-os.environ.setdefault("PJRT_NPROC", "16")
+# cores. With fewer threads than devices the others may have none left to come with: after 40 s XLA aborts. Several
+# steps may be under way, each on eight devices: with 16 threads three of them have once waited for ever.
+os.environ.setdefault("PJRT_NPROC", "32")
 # And beside other work a device may come late.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600".strip()
