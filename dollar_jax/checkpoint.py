@@ -161,8 +161,9 @@ class Checkpoints:
         return not said[:, 1].any()
 
     def _read(self, path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
-        arrays = lambda item: ocp.args.StandardRestore(jax.tree.map(_abstract, item))  # noqa: E731
-        args = _by_kind(like, lambda _: ocp.args.JsonRestore(), arrays)
+        args = _by_kind(
+            like, lambda _: ocp.args.JsonRestore(), lambda item: ocp.args.StandardRestore(jax.tree.map(_abstract, item))
+        )
         restored = dict(self._checkpointer.restore(_Folder(path), args=args))
         for name, item in like.items():
             if isinstance(item, grain.DatasetIterator):

@@ -96,10 +96,10 @@ class OptimiserConfig:
 class StudentConfig:
     """The student: its timesteps, and what it is trained on. The paper does not settle `input`."""
 
-    timesteps: tuple[float, ...] = field((1000.0, 750.0, 500.0, 250.0), "Of the teacher, falling.", above=0, high=1000)
+    timesteps: tuple[float, ...] = field((1000.0, 750.0, 500.0, 250.0), "Descending teacher times.", above=0, high=1000)
     input: Literal["forward", "backward"] = field("backward", "Real latents noised, or its own way from noise.")
     timestep_per: Literal["sample", "micro_batch"] = field("sample", "What draws one of n: costs in docs/recipe.md.")
-    sampler: Literal["renoise", "ode"] = field("renoise", "To the next: noised anew, or by DDIM, on a flow Euler.")
+    sampler: Literal["renoise", "ode"] = field("renoise", "Way to the next timestep: fresh noise, or a DDIM step.")
     ema_decay: float = field(0.99, "Decay of the average that is CD's target and sampled from.", low=0, high=1)
     ema_start: int = field(0, "Steps in which that average is the student itself; FastVideo's are 200.", low=0)
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The student's optimiser.")
@@ -157,7 +157,7 @@ class FakeScoreConfig:
     """The fake-score network, which learns the student's score by denoising its samples; not without L_VSD."""
 
     updates: int = field(5, "Updates per update of the student, 3 forwards each.", low=1)
-    samples: Literal["fresh", "rollout", "student"] = field("fresh", "Drawn anew, by one rollout, or the student's.")
+    samples: Literal["fresh", "rollout", "student"] = field("fresh", "New each update, of one rollout, or the loss's.")
     loss: Literal["prediction", "x0"] = field("prediction", "Towards the network's target, eq. (8.13), or x0.")
     optimiser: OptimiserConfig = field(OptimiserConfig(), "The fake score's optimiser.")
 
@@ -226,7 +226,7 @@ class RewardConfig:
     """The rewards and how they reach the student, DOLLAR eq. (8.10-8.12)."""
 
     rewards: tuple[RewardTerm, ...] = field((RewardTerm("vivid"),), "The rewards that are summed or held out.")
-    method: Literal["lrm", "direct", "ddpo"] = field("lrm", "Latent model; decoder and JAX rewards; REINFORCE.")
+    method: Literal["lrm", "direct", "ddpo"] = field("lrm", "By a latent reward model, the decoder, or REINFORCE.")
     normalise: bool = field(True, "Standardise rewards by running statistics; raw HPSv2 deviates by about 0.01.")
     weight: float = field(0.01, "β_FT, the weight of L_FT.", low=0)
     start_step: int = field(1000, "Step from which L_FT counts; before it the latent model only learns.", low=0)

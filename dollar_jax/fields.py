@@ -104,8 +104,7 @@ def plain(value: Any) -> Any:
 
 
 def _unknown(key: str, hints: Mapping[str, Any], where: str) -> str:
-    key_here = {"guidance_scale": "guidance_weight"}.get(key, key)  # as diffusers calls it
-    near = difflib.get_close_matches(key_here, hints, 1, 0.5)
+    near = difflib.get_close_matches({"guidance_scale": "guidance_weight"}.get(key, key), hints, 1, 0.5)  # diffusers'
     hint = f"did you mean {where}.{near[0]}?" if near else f"its fields are {', '.join(sorted(hints))}"
     return f"{where} has no field {key!r}; {hint}"
 

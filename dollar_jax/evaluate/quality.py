@@ -27,7 +27,8 @@ def net_change(videos: np.ndarray) -> np.ndarray:
     x = np.moveaxis(unit_range(videos), -4, 0)
     half = max(len(x) // 2, 2)
     far, near = np.abs(x[half:] - x[:-half]), np.abs(x[1:] - x[:-1])
-    return np.subtract(*(x.mean((0, -3, -2, -1), dtype=np.float64) for x in (far, near)))
+    axes = (0, -3, -2, -1)
+    return far.mean(axes, dtype=np.float64) - near.mean(axes, dtype=np.float64)
 
 
 def diversity(videos: np.ndarray) -> float:

@@ -133,7 +133,7 @@ def test_positions_at_real_size_match_the_pipeline(grid):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_features_are_the_hidden_states_after_the_same_block(tmp_path, scan):
+def test_features_are_the_hidden_states_after_the_same_block(tmp_path, scan, assert_tapped):
     """Of 3 blocks at 0.7 the second's; the prediction beside them is the one without a tap."""
     model, seen = reference(tmp_path, num_layers=3), []
     _, network, params = load(tmp_path, scan_layers=scan)
@@ -142,15 +142,7 @@ def test_features_are_the_hidden_states_after_the_same_block(tmp_path, scan):
     with torch.no_grad():
         model(to_torch(x).permute(0, 1, 4, 2, 3), to_torch(text), to_torch(t))
 
-    @jax.jit
-    def run(x):
-        taps = network.apply(params, x, t, text, tap=0.7), network.apply(params, x, t, text, tap=0.7, early=True)
-        return *taps, network.apply(params, x, t, text)
-
-    (prediction, features), alone, plain = run(x)
-    assert relative(features, seen[0].numpy()) < 1e-4
-    np.testing.assert_array_equal(features, alone)
-    np.testing.assert_allclose(prediction, plain, rtol=1e-5, atol=1e-6)
+    assert_tapped(network, params, (x, t, text), seen[0].numpy())
 
 
 def test_bf16_stays_close_to_fp32(tmp_path):
