@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A device that waits for the others in a collective holds one of the threads that XLA takes from the number of
-# cores. With fewer threads than devices the others may have none left to come with: after 40 s XLA aborts. Several
-# steps may be under way, each on eight devices: with 16 threads three of them have once waited for ever.
+# The virtual devices of a CPU share threads, and a collective holds one until all devices have come to it. They come for
+# certain where no two independent loops of a program run side by side, which each device may take in another order, and
+# where there are more threads than collectives under way. On a busy machine one may come late.
 os.environ.setdefault("PJRT_NPROC", "32")
-# And beside other work a device may come late.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600".strip()
-)
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+).strip()
 
 import jax
 import jaxtyping
