@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The virtual devices of a CPU share threads, and a collective holds one until all devices have come to it. They come for
+# Virtual devices share the threads of a CPU, and a collective holds one until all have come to it. They do for
 # certain where no two independent loops of a program run side by side, which each device may take in another order, and
 # where there are more threads than collectives under way. On a busy machine one may come late.
 os.environ.setdefault("PJRT_NPROC", "32")
