@@ -99,14 +99,14 @@ def train(
                 read = next(batches)
                 if busy is None or busy.is_ready():  # the devices had nothing left to do
                     log.waited += time.perf_counter() - begun
-                captions, (tokens, kept) = data.captions_of(read), ({}, None)
+                captions, (tokens, kept) = read["caption"].tolist(), ({}, None)
                 if scorer is not None:
                     tokens, kept = scorer.inputs(step, captions, read["latent"].shape[1:])
                 batch = _global_batch(programs, rows, read["on_device"], tokens, kept)
                 if busy is None:
                     log.wait_for(compiled or compile_step())
                 state, metrics, samples = programs.step(state, frozen, batch)
-                names = dict(zip(rows.tolist(), data.names_of(read), strict=True))
+                names = dict(zip(rows.tolist(), read["name"].tolist(), strict=True))
                 skips.step(step + 1, metrics, names, batch)
                 busy = metrics["student_loss"]
                 if scorer is not None:

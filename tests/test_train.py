@@ -229,10 +229,11 @@ def test_the_loop_gives_each_part_what_belongs_together(whole, asked, data, conf
     _, state = whole
     assert [step for step, _, _ in asked["inputs"]] == list(range(STEPS))
     for (_, captions, shape), (_, batch, submitted) in zip(asked["inputs"], asked["submit"], strict=True):
-        assert list(captions) == list(submitted) == [data.captions[i] for i in batch["index"]]
+        places = [int(name.removeprefix("video ")) for name in batch["name"]]
+        assert captions == submitted == batch["caption"].tolist() == [data.captions[i] for i in places]
         assert shape == data.latent.shape[1:]
-        np.testing.assert_array_equal(batch["text"], data.text[batch["index"]])
-    assert len({batch["index"].tobytes() for _, batch, _ in asked["submit"]}) == STEPS
+        np.testing.assert_array_equal(batch["text"], data.text[places])
+    assert len({batch["name"].tobytes() for _, batch, _ in asked["submit"]}) == STEPS
     (first, _), (last, params) = asked["draw"]
     assert (first, last) == (3, 6)
     jax.tree.map(np.testing.assert_array_equal, params, state["ema"]["ema"])

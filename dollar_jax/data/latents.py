@@ -10,11 +10,12 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from tensorflow_datasets.core.hashing import Hasher
 from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig
+from dollar_jax.data import shapes
 from dollar_jax.data.clip import MOVING_SHAPES
-from dollar_jax.data.moving_shapes import load_moving_shapes
 from dollar_jax.data.prefetch import prefetch
 from dollar_jax.data.prepared import PreparedVideos, fingerprint_programs
 from dollar_jax.distributed import wait_for
@@ -32,6 +33,7 @@ class EncodedVideos:
     latent: np.ndarray
     text: np.ndarray
     captions: Sequence[str]
+    has_latents = True
 
     def __len__(self) -> int:
         return len(self.latent)
@@ -41,33 +43,28 @@ class EncodedVideos:
         """(t, h, w, c) of every latent: there is one."""
         return [self.latent.shape[1:]]
 
-    @property
-    def has_latents(self) -> bool:
-        return True
-
     def some_captions(self, count: int) -> dict[str, np.ndarray]:
         """At most so many different captions, the same each time, with the latent of a clip of each."""
         return dict(itertools.islice(dict(zip(self.captions, self.latent, strict=True)).items(), count))
 
-    def captions_of(self, batch: dict[str, Any]) -> list[str]:
-        """The captions of a batch's rows."""
-        return [str(self.captions[i]) for i in batch["index"]]
-
-    def names_of(self, batch: dict[str, Any]) -> list[str]:
-        """What the batch's rows are called in messages."""
-        return [f"video {i}" for i in batch["index"]]
-
     def batches(self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None) -> Any:
         """Shuffled batches without end, of each only `rows` if given; ValueError for fewer videos than a batch. The
         position that is checkpointed counts whole batches, so that a run may go on with other processes. A batch maps
-        to `latent`, `text` and `index`, the places in `captions`; with shardings also placed, as "on_device"."""
+        to `latent`, `text`, `caption` and `name`, as a message calls a row; with shardings also placed, as "on_device".
+        """
         if len(self) < config.batch_size:
             raise ValueError(f"there are {len(self)} training videos, fewer than config.batch_size {config.batch_size}")
         rows = np.arange(config.batch_size) if rows is None else rows
+        names = [f"video {i}" for i in range(len(self))]
+        columns = {
+            "latent": self.latent,
+            "text": self.text,
+            "caption": np.array(self.captions),
+            "name": np.array(names),
+        }
 
         def load(index: np.ndarray) -> dict[str, Any]:
-            here = index[rows]
-            return {"latent": self.latent[here], "text": self.text[here], "index": here}
+            return {name: column[index[rows]] for name, column in columns.items()}
 
         dataset = grain.MapDataset.range(len(self)).seed(config.seed).shuffle().repeat()
         dataset = dataset.batch(config.batch_size, drop_remainder=True).map(load)
@@ -100,12 +97,12 @@ def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> Vid
     if jax.process_index() > 0:
         wait_for(cache, "the encoded videos")
     elif not cache.exists():
-        records = load_moving_shapes(folder, "train", {"train": count})
         latents, captions = [], []
-        for start in tqdm(range(0, len(records), _AT_ONCE), "encoding", unit_scale=_AT_ONCE, unit="video"):
-            part = [records[i] for i in range(start, min(start + _AT_ONCE, len(records)))]
-            latents.append(generator.encode(np.stack([record["video"] for record in part])))
-            captions += [record["caption"].decode() for record in part]
+        order = sorted(range(count), key=Hasher("train").hash_key)  # TFDS's, in which figures so far were measured
+        for start in tqdm(range(0, count, _AT_ONCE), "encoding", unit_scale=_AT_ONCE, unit="video"):
+            part = [shapes.example(shapes.SEED, "train", i) for i in order[start : start + _AT_ONCE]]
+            latents.append(generator.encode(np.stack([video for video, _ in part])))
+            captions += [str(caption) for _, caption in part]
         with new_file(cache) as draft, draft.open("wb") as file:
             np.savez(file, latent=np.concatenate(latents), text=generator.text(captions), captions=captions)
     stored = read_arrays(cache)

@@ -135,17 +135,9 @@ class PreparedVideos:
         given = {r["caption"].decode(): _image(r) or np.array(r.get("latent", ())[:k]) for r in found}
         return dict(itertools.islice(given.items(), count))
 
-    def captions_of(self, batch: dict[str, Any]) -> list[str]:
-        """The captions of a batch's rows."""
-        return [str(caption) for caption in batch["caption"]]
-
-    def names_of(self, batch: dict[str, Any]) -> list[str]:
-        """The names that the batch's rows have in the source."""
-        return [str(name) for name in batch["name"]]
-
     def batches(self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None) -> Any:
-        """Shuffled batches without end, of each only `rows` if given; as those of `EncodedVideos`. Buckets take turns
-        in proportion to their clips; those of fewer clips than a batch are left out."""
+        """Shuffled batches without end, of each only `rows` if given; as those of `EncodedVideos`, with `name` as in
+        the source. Buckets take turns in proportion to their clips; those of fewer clips than a batch are left out."""
         whole = {name: part for name, part in self.buckets.items() if len(part) >= config.batch_size}
         for name in self.buckets.keys() - whole.keys():
             tqdm.write(f"bucket {name} is left out: {len(self.buckets[name])} clips are fewer than a batch")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dollar_jax.data import moving_shapes, shapes
+from dollar_jax.data import shapes
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.folder import variety
 from dollar_jax.evaluate.frechet import frechet_distance
@@ -118,7 +118,7 @@ class NetworkMeasures:
 
 def network_measures(features: Features, quick: bool = False) -> NetworkMeasures:
     """Against 256 real clips of the default domain's validation split; a quarter if quick."""
-    clips = [shapes.example(moving_shapes.SEED, "validation", i)[0] for i in range(64 if quick else 256)]
+    clips = [shapes.example(shapes.SEED, "validation", i)[0] for i in range(64 if quick else 256)]
     bar = tqdm(clips, "features of real clips", unit="video")
     return NetworkMeasures(features, np.concatenate([features.vectors(clip[None]) for clip in bar]))
 

@@ -76,7 +76,7 @@ def test_a_batch_holds_one_bucket_and_an_epoch_every_clip_once(config, one_each)
     assert Counter(shapes) == {(3, *shape): 6 for shape in SHAPES}
     captions = {record["caption"].decode() for record in one_each}
     for shape in SHAPES:
-        rows = [caption for b in batches if b["latent"].shape[1:] == shape for caption in data.captions_of(b)]
+        rows = [caption for b in batches if b["latent"].shape[1:] == shape for caption in b["caption"]]
         assert sorted(rows[:9]) == sorted(rows[9:]) and rows[:9] != rows[9:]
         captions -= set(rows)
     assert not captions
@@ -87,7 +87,7 @@ def test_rows_are_fresh_samples_of_the_posterior_with_padded_text(config, one_ea
     data = PreparedVideos(c.data)
     noise = []
     for batch in take(data.batches(c), 60):
-        for latent, text, caption in zip(batch["latent"], batch["text"], data.captions_of(batch), strict=True):
+        for latent, text, caption in zip(batch["latent"], batch["text"], batch["caption"], strict=True):
             (record,) = (r for r in one_each if r["caption"].decode() == caption)
             noise.append(((latent - record["latent"]) / record["latent_std"]).ravel())
             np.testing.assert_array_equal(text[:9], record["text"])
@@ -103,7 +103,7 @@ def test_a_given_frame_is_the_posteriors_mean(config, one_each, generator):
         {r["caption"].decode(): r for r in one_each},
     )
     (batch,) = take(data.batches(small(config)), 1)
-    for latent, caption in zip(batch["latent"], data.captions_of(batch), strict=True):
+    for latent, caption in zip(batch["latent"], batch["caption"], strict=True):
         same_as_mean = latent == by_caption[caption]["latent"]
         assert same_as_mean[:1].all() and not same_as_mean[1:].any()
     some = data.some_captions(3)

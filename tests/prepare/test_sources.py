@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
+import tensorflow_datasets as tfds
 from pyarrow import parquet
 
-from dollar_jax.data.moving_shapes import MovingShapes
 from dollar_jax.prepare.manifests import list_manifest
 from dollar_jax.prepare.sources import Dataset, list_source, open_video, read_caption
 from dollar_jax.prepare.videos import Unusable
@@ -133,8 +133,26 @@ def test_a_long_list_takes_no_memory(tmp_path):
     assert peak < 1e5
 
 
+class Clips(tfds.core.GeneratorBasedBuilder):
+    """Three captioned videos."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        video = tfds.features.Tensor(shape=(2, 4, 4, 3), dtype=np.uint8, encoding="zlib")
+        features = tfds.features.FeaturesDict({"video": video, "caption": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(3):
+            yield i, {"video": np.full((2, 4, 4, 3), i, np.uint8), "caption": f"clip {i}"}
+
+
 def test_a_tfds_data_set(tmp_path):
-    builder = MovingShapes(sizes={"train": 3}, data_dir=tmp_path)
+    builder = Clips(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
     dataset = Dataset(str(builder.data_path), "train")
     assert [item["video"]["record"] for item in dataset.items()] == [0, 1, 2]

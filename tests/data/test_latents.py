@@ -1,77 +1,38 @@
-"""The dataset's builder, the tokenizer, and the shuffled batches that training reads."""
+"""The default domain as latents, its tokenizer, and the shuffled batches that training reads."""
 
 import dataclasses
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import grain
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
 from dollar_jax.data import shapes
-from dollar_jax.data.latents import EncodedVideos
-from dollar_jax.data.moving_shapes import SEED, MovingShapes, load_moving_shapes
+from dollar_jax.data.latents import EncodedVideos, load_data
 from dollar_jax.data.vocabulary import SPECIAL, build_tokenizer
 from dollar_jax.weights.pipeline import load_tokenizer, tokenize
 
-SIZES = {"train": 6, "validation": 3, "held_out": 4}
 
+def test_the_default_domain_is_rendered_and_encoded_once(tmp_path, monkeypatch):
+    def encode(frames):
+        assert frames.dtype == np.uint8
+        return frames.mean((1, 2, 3))[:, None, None, None]
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("shapes")
-
-
-# --- the builder ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("split", SIZES)
-def test_records_are_the_rendered_examples(folder, split):
-    records = load_moving_shapes(folder, split, SIZES)
-    assert len(records) == SIZES[split]
-    # The order of the files is the dataset's own; the records are told apart by their pixels.
-    wanted = {}
-    for index in range(SIZES[split]):
-        video, caption = shapes.example(SEED, split, index)
-        wanted[video.tobytes()] = caption
-    for i in range(len(records)):
-        record = records[i]
-        assert record["video"].dtype == np.uint8
-        assert record["video"].shape == (shapes.FRAMES, shapes.SIZE, shapes.SIZE, 3)
-        caption = wanted.pop(record["video"].tobytes())
-        text = record["caption"]
-        assert (text.decode() if isinstance(text, bytes) else text) == str(caption)
-        for name, values in shapes.ATTRIBUTES.items():
-            assert values[record[name]] == getattr(caption, name)
-        assert caption.held_out == (split == "held_out")
-    assert not wanted
-
-
-def test_records_are_rendered_once(folder, monkeypatch):
-    before = load_moving_shapes(folder, "train", SIZES)[0]
-
-    def never(*_: Any) -> Any:
-        raise AssertionError("rendered again")
-
-    monkeypatch.setattr(shapes, "example", never)
-    np.testing.assert_array_equal(load_moving_shapes(folder, "train", SIZES)[0]["video"], before["video"])
-    with pytest.raises(AssertionError, match="rendered again"):
-        load_moving_shapes(folder, "train", {**SIZES, "train": 5})
-
-
-def test_labels_have_their_words(folder):
-    info = MovingShapes(sizes=SIZES, data_dir=folder).info
-    for name, values in shapes.ATTRIBUTES.items():
-        feature = info.features[name]
-        assert isinstance(feature, tfds.features.ClassLabel)
-        assert feature.names == list(values)
-
-
-def test_tensorflow_is_not_needed(folder):
-    load_moving_shapes(folder, "train", SIZES)[0]
-    assert "tensorflow" not in sys.modules
+    generator: Any = SimpleNamespace(
+        encode=encode, text=lambda captions: np.zeros((len(captions), 2, 5)), clip=(17, 32, 32)
+    )
+    generator.pipeline = SimpleNamespace(family=SimpleNamespace(conditioned=False))
+    made_of = SimpleNamespace(name="moving_shapes", train_videos=40, max_text_length=2)
+    c: Any = SimpleNamespace(data=made_of, teacher="a teacher")
+    data = load_data(c, generator, tmp_path)
+    for i, index in enumerate([39, 28, 6, 33, 16, 19, 12, 14, 25, 18]):  # as TFDS 4.9.10 shuffles 40 records
+        video, caption = shapes.example(shapes.SEED, "train", index)
+        assert data.captions[i] == str(caption) and not caption.held_out
+        np.testing.assert_allclose(data.latent[i, 0, 0, 0], video.mean((0, 1, 2)))
+    assert len(data) == 40
+    monkeypatch.setattr(shapes, "example", None)  # rendered once
+    np.testing.assert_array_equal(load_data(c, generator, tmp_path).latent, data.latent)
 
 
 # --- the tokenizer --------------------------------------------------------------------------------
@@ -134,7 +95,7 @@ def take(iterator, count):
 
 
 def indices(batches):
-    return np.stack([batch["index"] for batch in batches])
+    return np.stack([batch["latent"][:, 0, 0, 0, 0] for batch in batches]).astype(int)
 
 
 def test_batches_hold_matching_rows_and_every_video_once_per_epoch():
@@ -143,8 +104,10 @@ def test_batches_hold_matching_rows_and_every_video_once_per_epoch():
     for batch in batches:
         assert batch["latent"].shape == (4, 1, 2, 2, 3)
         assert batch["text"].shape == (4, 2, 5)
-        np.testing.assert_array_equal(batch["latent"][:, 0, 0, 0, 0], batch["index"])
-        np.testing.assert_array_equal(batch["text"][:, 0, 0], -batch["index"].astype(np.float32))
+        index = batch["latent"][:, 0, 0, 0, 0]
+        np.testing.assert_array_equal(batch["text"][:, 0, 0], -index)
+        assert batch["caption"].tolist() == [f"caption {i:.0f}" for i in index]
+        assert batch["name"].tolist() == [f"video {i:.0f}" for i in index]
     first, second = indices(batches).reshape(2, 12)
     np.testing.assert_array_equal(np.sort(first), np.arange(12))
     np.testing.assert_array_equal(np.sort(second), np.arange(12))
