@@ -130,6 +130,7 @@ def test_every_method_that_a_config_may_name_has_its_class():
             {"reward.method": "ddpo", "student.timesteps": (900.0,)},
             "'ddpo' needs at least two of config.student.timest",
         ),
+        ({"reward.method": "ddpo", "student.sampler": "ode"}, "'ddpo' needs noise in each step"),
         ({"reward.method": "direct", "reward.guard.min_correlation": 0.5}, "min_correlation needs a latent reward mod"),
         ({"reward.rewards": TERMS[2:], "reward.guard.min_correlation": 0.5}, "min_correlation needs a latent reward"),
     ],

@@ -70,6 +70,8 @@ class DDPO(RewardMethod):
             raise ValueError("config.reward.method 'ddpo' rolls out whole videos, and config.expert draws none")
         if len(self.config.student.timesteps) < 2:
             raise ValueError("config.reward.method 'ddpo' needs at least two of config.student.timesteps")
+        if self.config.student.sampler == "ode":
+            raise ValueError("config.reward.method 'ddpo' needs noise in each step: config.student.sampler 'renoise'")
 
     def forwards(self) -> float:
         n = len(self.config.student.timesteps)
