@@ -10,6 +10,7 @@ import resource
 import runpy
 import shutil
 import struct
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -212,32 +213,163 @@ def toy_generator(make_pipeline: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture(scope="session")
-def save_wan() -> Callable[..., None]:
-    """Writes a Wan pipeline as the hub has them: a tiny text encoder, UniPC, and random weights in every part."""
+def save_wan() -> Callable[..., Any]:
+    """Writes a tiny Wan pipeline as the hub has them: UniPC, and random weights in every part, `clip` an image encoder.
+
+    A boundary_ratio asks for a second transformer. Gives diffusers' pipeline."""
     import diffusers
     import torch
     import transformers
+    from diffusers.pipelines.wan import pipeline_wan_i2v
 
     from dollar_jax.data import shapes
     from dollar_jax.data.vocabulary import build_tokenizer
 
+    # diffusers' image-to-video pipeline cleans prompts by it, and has to find it.
+    vars(pipeline_wan_i2v).setdefault("ftfy", types.SimpleNamespace(fix_text=lambda text: text))
+    heads = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4}
+    heads |= {"text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}
+    levels = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    levels |= {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+    words = {"vocab_size": 24, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    sight = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sight |= {"image_size": 32, "patch_size": 8, "hidden_act": "gelu"}
+
     def save(
-        folder: Path, transformer: Any, vae: Any, flow_shift: float, pipeline: str = "WanPipeline", **options: Any
-    ) -> None:
-        sizes = {"vocab_size": 24, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-        text = transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes, feed_forward_proj="gated-gelu"))
-        with torch.no_grad():
-            for module in (transformer, vae, text, *filter(None, [options.get("image_encoder")])):
-                for parameter in module.parameters():
-                    parameter.copy_(torch.randn_like(parameter) * 0.3)
+        folder: Path,
+        flow_shift: float = 3.0,
+        pipeline: str = "WanPipeline",
+        transformer: Any = None,
+        vae: Any = None,
+        clip: bool = False,
+        **options: Any,
+    ) -> Any:
+        torch.manual_seed(0)
         scheduler = diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
         )
-        tokenizer = build_tokenizer(shapes.VOCABULARY)
-        parts = {"tokenizer": tokenizer, "text_encoder": text, "vae": vae, "scheduler": scheduler}
-        getattr(diffusers, pipeline)(**parts, transformer=transformer, **options).save_pretrained(folder)
+        networks = {
+            "transformer": diffusers.WanTransformer3DModel(**heads | (transformer or {})),
+            "vae": diffusers.AutoencoderKLWan(**levels | (vae or {})),
+            "text_encoder": transformers.UMT5EncoderModel(
+                transformers.UMT5Config(**words, feed_forward_proj="gated-gelu")
+            ),
+        }
+        if clip:
+            size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+            options["image_processor"] = transformers.CLIPImageProcessorPil(**size)
+            networks["image_encoder"] = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sight))
+        if "boundary_ratio" in options:
+            networks["transformer_2"] = diffusers.WanTransformer3DModel(**heads | (transformer or {}))
+        with torch.no_grad():
+            for network in networks.values():
+                for parameter in network.parameters():
+                    parameter.copy_(torch.randn_like(parameter) * 0.3)
+        parts = {"tokenizer": build_tokenizer(shapes.VOCABULARY), "scheduler": scheduler, **networks}
+        made = getattr(diffusers, pipeline)(**parts, **options)
+        made.save_pretrained(folder)
+        return made
 
     return save
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of the first frame of a clip of moving shapes, 32 × 32."""
+    from PIL import Image
+
+    from dollar_jax.data import shapes
+
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.fromarray(shapes.example(3, "train", 0)[0][0]).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """What `dollar prepare` leaves of eight clips of moving shapes, 5 × 32 × 32, with that teacher."""
+    from dollar_jax import cli
+    from dollar_jax.data import shapes
+    from dollar_jax.video import encode_mp4
+
+    def make(teacher: Path, fps: int, *flags: str) -> Path:
+        source, out = tmp_path_factory.mktemp("videos"), tmp_path_factory.mktemp("prepared") / "data"
+        for i in range(8):
+            video, caption = shapes.example(3, "train", i)
+            (source / f"{i}.mp4").write_bytes(encode_mp4(video[:5], fps=fps))
+            (source / f"{i}.txt").write_text(str(caption))
+        given = [f"--source={source}", f"--teacher={teacher}", f"--out={out}", "--workers=1", *flags]
+        assert cli.main(["prepare", *given, "--frames=5", "--height=32", "--width=32"]) == 0
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def two_steps() -> dict[str, Any]:
+    """Settings of a run of two steps with all losses, on data of its own."""
+    return {
+        "steps": 2,
+        "batch_size": 8,
+        "log_every": 1,
+        "data.train_videos": 8,
+        "mesh.fsdp": 8,
+        "student.timesteps": (1000.0, 700.0),
+        "consistency.skip": 1,
+        "fake_score.updates": 1,
+        "reward.samples": 2,
+        "reward.replay": 8,
+        "reward.batch_size": 8,
+        "reward.updates": 1,
+        "reward.start_step": 0,
+        "reward.head.width": 8,
+        "sampling.num_steps": 2,
+        "visibility.samples_every": 0,
+    }
+
+
+@pytest.fixture(scope="session")
+def assert_diffusers_draws() -> Callable[..., Any]:
+    """The teacher of a generator draws two videos as diffusers' pipeline does from the same noise, by UniPC.
+
+    `weight` is the guidance's, `low` of a second transformer. Gives the latents and diffusers' pipeline."""
+    import diffusers
+    import torch
+    from PIL import Image
+
+    from dollar_jax.generate import video_keys
+    from dollar_jax.video import read_image
+
+    def check(folder: Path, generator: Any, weight: float, low: float | None = None, image: Path | None = None) -> Any:
+        prompts = ["a small red circle moving left slowly", "a large cyan triangle moving up"]
+        frames, height, width = generator.clip
+        steps, keys = generator.sampling.num_steps, video_keys(0, len(prompts))
+        if image:
+            generator.continue_from(dict.fromkeys(prompts, image))
+        draw = generator.teacher_sampler(steps, weight)
+        latent = draw(generator.pipeline.params, keys, *generator.condition(prompts))
+        theirs = (diffusers.WanImageToVideoPipeline if image else diffusers.WanPipeline).from_pretrained(folder)
+        shift = generator.pipeline.schedule.shift
+        theirs.scheduler = diffusers.UniPCMultistepScheduler.from_config(theirs.scheduler.config, flow_shift=shift)
+        theirs.set_progress_bar_config(disable=True)
+        drawn = theirs(
+            **({"image": Image.fromarray(read_image(image, height, width))} if image else {}),
+            **({} if low is None else {"guidance_scale_2": low + 1}),
+            prompt=prompts,
+            height=height,
+            width=width,
+            num_frames=frames,
+            num_inference_steps=steps,
+            guidance_scale=weight + 1,
+            latents=torch.tensor(np.asarray(generator.noise(keys))).permute(0, 4, 1, 2, 3),
+            output_type="np",
+            max_sequence_length=generator.max_text_length,
+        ).frames
+        assert drawn.std() > 0.01 and np.mean((drawn > 0) & (drawn < 1)) > 0.5, "nothing to compare"
+        np.testing.assert_allclose(generator.decode(latent), drawn, atol=1e-4)
+        return latent, theirs
+
+    return check
 
 
 @pytest.fixture(scope="session")
@@ -257,33 +389,10 @@ def own_config() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def wan_folder(tmp_path_factory, save_wan):
     """A tiny Wan pipeline as from the hub: the transformer in several shards, UniPC with Wan's flow shift."""
-    import diffusers
-    import torch
-
-    torch.manual_seed(0)
-    transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.1, 0.2, 0.3, 0.4],
-        latents_std=[1.0, 2.0, 3.0, 4.0],
-    )
     folder = tmp_path_factory.mktemp("wan")
-    save_wan(folder, transformer, vae, flow_shift=3.0)
+    pipeline = save_wan(folder, transformer={"rope_max_seq_len": 32})
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    transformer.save_pretrained(folder / "transformer", max_shard_size="20KB")
+    pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size="20KB")
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
     return folder
 

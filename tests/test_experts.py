@@ -1,5 +1,8 @@
-"""Wan 2.2's A14B, tiny: two experts imported, sampled, distilled one by one and exported as a pair, as diffusers."""
+"""Wan 2.2's A14B, tiny: two experts imported, sampled, distilled one by one and exported as a pair, as diffusers.
 
+With a text alone, and told of an image by further channels."""
+
+import collections
 import dataclasses
 import json
 import shutil
@@ -11,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.wan import pipeline_wan
+from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
 from diffusers.utils import torch_utils
 
 from dollar_jax import cli, objectives
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import ConsistencyConfig, VSDConfig
 from dollar_jax.distillation import Batch, Distillation, Frozen, Networks, References
-from dollar_jax.generate import make_generator, student_network, video_keys
+from dollar_jax.generate import make_generator, student_network
 from dollar_jax.models import lora
 from dollar_jax.programs import teacher_programs
 from dollar_jax.run import CHECKPOINTS, drawing_config, read_config, record_config, restore_student
@@ -27,7 +30,7 @@ from dollar_jax.video import read_video
 from dollar_jax.weights.pipeline import load_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:Couldn't find sharding info:UserWarning")
-LENGTH, STEPS, BOUNDARY = 12, 8, 875.0
+STEPS, BOUNDARY = 8, 875.0
 PROMPTS = ["a small red circle moving left slowly", "a large cyan triangle moving up"]
 TIMES = {"high": (1000.0, 954.5), "low": (874.0, 700.0)}
 PHASE = {
@@ -40,21 +43,19 @@ HIGH, LOW = (Schedule("rf", "velocity", shift=12.0, boundary=BOUNDARY, expert=na
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, save_wan):
+def kind(request):
+    """What a clip is made of: "text", or an "image" too."""
+    return getattr(request, "param", "text")
+
+
+@pytest.fixture(scope="module")
+def folder(kind, tmp_path_factory, save_wan):
     """As from the hub: two transformers, their boundary, and UniPC with the flow shift 3 of the converted file."""
-    torch.manual_seed(0)
-    sizes = {"attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}
-    high, low = (
-        diffusers.WanTransformer3DModel(num_attention_heads=2, in_channels=4, out_channels=4, **sizes) for _ in range(2)
-    )
-    with torch.no_grad():
-        for parameter in low.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
-    means, deviations = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]
-    more = {"num_res_blocks": 1, "latents_mean": means, "latents_std": deviations}
-    vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], **more)
     path = tmp_path_factory.mktemp("a14b")
-    save_wan(path, high, vae, flow_shift=3.0, transformer_2=low, boundary_ratio=BOUNDARY / 1000)
+    if kind == "text":
+        save_wan(path, boundary_ratio=BOUNDARY / 1000)
+    else:
+        save_wan(path, pipeline="WanImageToVideoPipeline", transformer={"in_channels": 12}, boundary_ratio=0.9)
     return path
 
 
@@ -66,39 +67,24 @@ def teacher(folder, tmp_path_factory):
     return target
 
 
-def test_both_experts_draw_what_diffusers_draws(folder, teacher, make_config, capsys):
+@pytest.mark.parametrize("kind", ["text", "image"], indirect=True)
+def test_both_experts_draw_what_diffusers_draws(
+    kind, folder, teacher, picture, make_config, assert_diffusers_draws, monkeypatch, capsys
+):
     """UniPC, whose history crosses the boundary, each expert with its guidance, at the configuration's shift."""
-    generator = make_generator(make_config({**BOTH, "teacher": str(teacher)}), (5, 32, 16))
-    assert "config.sampling.shift is 12, and 3 in the scheduler's file" in capsys.readouterr().err
-    keys = video_keys(0, 2)
-    latent = generator.teacher_sampler(STEPS, 3.0)(generator.pipeline.params, keys, *generator.condition(PROMPTS))
-    theirs = diffusers.WanPipeline.from_pretrained(folder)
-    theirs.scheduler = diffusers.UniPCMultistepScheduler.from_config(theirs.scheduler.config, flow_shift=12.0)
-    theirs.set_progress_bar_config(disable=True)
-    asked = {"transformer": 0, "transformer_2": 0}
-    for name in asked:
-        forward = getattr(theirs, name).forward
+    shift, image = (12.0, None) if kind == "text" else (5.0, picture)
+    generator = make_generator(make_config({**BOTH, "sampling.shift": shift, "teacher": str(teacher)}), (5, 32, 16))
+    assert f"config.sampling.shift is {shift:g}, and 3 in the scheduler's file" in capsys.readouterr().err
+    assert generator.pipeline.schedule.boundary == {"text": BOUNDARY, "image": 900.0}[kind]
+    asked, forward = collections.Counter(), diffusers.WanTransformer3DModel.forward
 
-        def counted(*args, name=name, forward=forward, **kwargs):
-            asked[name] += 1
-            return forward(*args, **kwargs)
+    def counted(self, *args, **kwargs):
+        asked[id(self)] += 1
+        return forward(self, *args, **kwargs)
 
-        getattr(theirs, name).forward = counted
-    drawn = theirs(
-        prompt=PROMPTS,
-        height=32,
-        width=16,
-        num_frames=5,
-        num_inference_steps=STEPS,
-        guidance_scale=4.0,
-        guidance_scale_2=2.0,
-        latents=torch.tensor(np.asarray(generator.noise(keys))).permute(0, 4, 1, 2, 3),
-        output_type="np",
-        max_sequence_length=LENGTH,
-    ).frames
-    assert min(asked.values()) >= 2 and sum(asked.values()) == 2 * STEPS, "both experts take part"
-    assert drawn.std() > 0.01 and np.mean((drawn > 0) & (drawn < 1)) > 0.5, "nothing to compare"
-    np.testing.assert_allclose(generator.decode(latent), drawn, atol=1e-4)
+    monkeypatch.setattr(diffusers.WanTransformer3DModel, "forward", counted)
+    assert_diffusers_draws(folder, generator, 3.0, low=1.0, image=image)
+    assert len(asked) == 2 <= min(asked.values()) and sum(asked.values()) == 2 * STEPS, "both experts take part"
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +100,7 @@ def pair(teacher, make_config, tmp_path_factory):
             shapes = student_network(load_pipeline(teacher).transformer.network, config.lora).shapes
             shapes = lora.adapters(shapes) if config.lora.rank else shapes
             rng = np.random.default_rng(seed)
-            params = jax.tree.map(lambda x, rng=rng: jnp.asarray(0.3 * rng.normal(size=x.shape), "float32"), shapes)
+            params = jax.tree.map(lambda x, rng=rng: jnp.asarray(0.2 * rng.normal(size=x.shape), "float32"), shapes)
             with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
                 checkpoints.save(7 + seed, {"ema": {"ema": params}})
             runs.append(workdir)
@@ -240,6 +226,56 @@ def test_one_expert_is_trained_and_a_resumed_run_is_the_same(name, teacher, own_
             shapes = programs.state_shapes
             states.append(checkpoints.restore({"student": {"student": shapes.student}, "ema": {"ema": shapes.ema}}))
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "image"], indirect=True)
+def test_from_videos_to_a_pair_of_students(kind, teacher, make_data, picture, tmp_path, assert_card_samples, capsys):
+    """The commands of the published teachers' configurations, with what makes them small."""
+    data, config = (
+        make_data(teacher, 16, "--max_text_length=12"),
+        {"text": "wan22_a14b", "image": "wan22_a14b_i2v"}[kind],
+    )
+    small = {"teacher": teacher, "data.name": data, "data.max_text_length": 12, "batch_size": 8, "steps": 2}
+    small |= {"checkpoint_every": 2, "log_every": 1, "fake_score.updates": 1, "consistency.num_steps": 20}
+    small |= {"consistency.skip": 2, "sampling.num_steps": 4, "sampling.negative_prompt": "'a blue circle'"}
+    small |= {"compute.dtype": "float32", "compute.teacher_dtype": "float32"}
+    flags, runs = [f"--config.{name}={value}" for name, value in small.items()], {}
+    for name in ("high", "low"):
+        runs[name] = tmp_path / name
+        assert cli.main(["train", f"--config={config}:{name}", *flags, f"--workdir={runs[name]}"]) == 0
+        history = [json.loads(line) for line in (runs[name] / "history.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in history] == [1, 2]
+        assert all(np.isfinite(value) for row in history for value in row.values())
+    both, given = [f"--workdir={runs['high']}", f"--low={runs['low']}"], [f"--image={picture}"] * (kind == "image")
+    for whose in ([], ["--teacher"]):
+        sample = ["sample", *both[: 2 - len(whose)], *whose, f"--prompt={PROMPTS[0]}", "--num=1"]
+        out = tmp_path / f"video{len(whose)}.gif"
+        if given:
+            assert cli.main([*sample, f"--out={out}"]) == 2 and "give --image" in capsys.readouterr().err
+        assert cli.main([*sample, f"--out={out}", *given]) == 0
+        assert read_video(out).std() > 1
+
+    suite, videos = tmp_path / "VBench_full_info.json", tmp_path / "vbench"
+    suite.write_text(json.dumps([{"prompt_en": prompt, "dimension": ["subject_consistency"]} for prompt in PROMPTS]))
+    for prompt in PROMPTS:
+        shutil.copy(picture, tmp_path / f"{prompt}.jpg")
+    listed = [f"--prompts_file={suite}", "--num=1", *[f"--images={tmp_path}"] * bool(given)]
+    assert cli.main(["evaluate", f"--vbench={videos}", *both, *listed]) == 0
+    assert {path.name for path in videos.iterdir()} == {f"{prompt}-0.mp4" for prompt in PROMPTS}
+    assert min(read_video(path).std() for path in videos.iterdir()) > 1
+
+    student = tmp_path / "student"
+    assert cli.main(["export", *both, str(student)]) == 0
+    own = drawing_config(*runs.values())
+    generator = make_generator(own)
+    params = restore_student(runs["high"], generator, low=runs["low"])
+    drawers = (pipeline_wan_i2v if given else pipeline_wan, torch_utils)
+    image = picture if given else None
+    found = assert_card_samples(student, generator, params, own.student.timesteps, (0, 4, 1, 2, 3), drawers, image)
+    assert found[1] == 1 and len(own.student.timesteps) == 4
+    shutil.rmtree(student / "__pycache__", ignore_errors=True)
+    assert cli.main(["import", str(student), str(tmp_path / "again")]) == 0
 
 
 def spy(schedule):

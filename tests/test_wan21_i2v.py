@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import types
+from pathlib import Path
 
 import diffusers
 import jax
@@ -12,79 +13,40 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 from diffusers.pipelines.wan import pipeline_wan_i2v
 from diffusers.utils import torch_utils
 from PIL import Image
 
 from dollar_jax import cli, objectives
 from dollar_jax.config import SamplingConfig
-from dollar_jax.data import shapes
 from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.distillation import Batch, Frozen, References
 from dollar_jax.generate import Generator, make_generator, video_keys
+from dollar_jax.prepare.clips import Loader
+from dollar_jax.prepare.settings import PrepareSettings
 from dollar_jax.programs import teacher_programs
 from dollar_jax.run import read_config, restore_student
 from dollar_jax.serve import Studio
 from dollar_jax.types import ImageCondition
-from dollar_jax.video import encode_mp4, read_image, read_video
-from dollar_jax.weights.families import WAN_I2V, WAN_I2V_CLIP
+from dollar_jax.video import read_image, read_video
+from dollar_jax.weights.families import WAN, WAN_I2V, WAN_I2V_CLIP
 from dollar_jax.weights.pipeline import load_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:Couldn't find sharding info:UserWarning")
-FTFY = types.SimpleNamespace(fix_text=lambda text: text)
-LENGTH, WEIGHT, STEPS, SIDE = 512, 1.5, 4, 32  # diffusers takes 512 tokens of text beside an image's for granted
+LENGTH, WEIGHT, SIDE = 512, 1.5, 32  # diffusers takes 512 tokens of text beside an image's for granted
 PROMPTS = ["a small red circle moving left slowly", "a large cyan triangle moving up"]
-RUN = {
-    "steps": 2,
-    "batch_size": 8,
-    "checkpoint_every": 1,
-    "log_every": 1,
-    "mesh.fsdp": 8,
-    "student.timesteps": (1000.0, 700.0),
-    "consistency.skip": 1,
-    "fake_score.updates": 1,
-    "reward.samples": 2,
-    "reward.replay": 8,
-    "reward.batch_size": 8,
-    "reward.updates": 1,
-    "reward.start_step": 0,
-    "reward.head.width": 8,
-    "data.max_text_length": LENGTH,
-    "sampling.num_steps": 2,
-    "visibility.samples_every": 0,
-    "visibility.prompts": (),
-}
-
-
-def save(path, save_wan, clip):
-    torch.manual_seed(0)
-    sizes = {"attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}
-    sizes |= {"image_dim": 16, "added_kv_proj_dim": 24} if clip else {}
-    transformer = diffusers.WanTransformer3DModel(num_attention_heads=2, in_channels=12, out_channels=4, **sizes)
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.1, 0.2, 0.3, 0.4],
-        latents_std=[1.0, 2.0, 3.0, 4.0],
-    )
-    parts = {}
-    if clip:
-        fields = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-        fields |= {"image_size": SIDE, "patch_size": 8, "hidden_act": "gelu"}
-        parts["image_encoder"] = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**fields))
-        size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-        parts["image_processor"] = transformers.CLIPImageProcessorPil(**size)
-    save_wan(path, transformer, vae, 3.0, "WanImageToVideoPipeline", **parts)
-    return path
+RUN = {"checkpoint_every": 1, "data.max_text_length": LENGTH, "visibility.prompts": ()}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, save_wan):
     """As from the hub, with and without CLIP."""
-    return {clip: save(tmp_path_factory.mktemp("i2v"), save_wan, clip) for clip in (True, False)}
+    found = {}
+    for clip in (True, False):
+        channels = {"in_channels": 12} | ({"image_dim": 16, "added_kv_proj_dim": 24} if clip else {})
+        found[clip] = tmp_path_factory.mktemp("i2v")
+        save_wan(found[clip], pipeline="WanImageToVideoPipeline", transformer=channels, clip=clip)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -95,72 +57,36 @@ def teachers(folders, tmp_path_factory):
     return {clip: target / str(clip) for clip in folders}
 
 
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
-    Image.fromarray(shapes.example(3, "train", 0)[0][0]).resize((SIDE, SIDE)).save(path)
-    return path
-
-
 @pytest.mark.parametrize("clip", [True, False], ids=["clip", "channels"])
-def test_the_pipeline_draws_what_diffusers_draws(folders, teachers, picture, monkeypatch, clip):
-    monkeypatch.setattr(pipeline_wan_i2v, "ftfy", FTFY, raising=False)
+def test_the_pipeline_draws_what_diffusers_draws(folders, teachers, picture, assert_diffusers_draws, clip):
     ours = load_pipeline(teachers[clip])
     assert ours.family is (WAN_I2V_CLIP if clip else WAN_I2V)
-    generator = Generator(ours, LENGTH, SamplingConfig(STEPS, WEIGHT, 0.0, "unipc"), (9, SIDE, SIDE))
-    keys = video_keys(0, 2)
+    generator = Generator(ours, LENGTH, SamplingConfig(4, WEIGHT, 0.0, "unipc"), (9, SIDE, SIDE))
     with pytest.raises(ValueError, match="an image to continue, and 'a large cyan triangle moving up' has none"):
         generator.condition(PROMPTS)
-    generator.continue_from(dict.fromkeys(PROMPTS, picture))
+    latent, theirs = assert_diffusers_draws(folders[clip], generator, WEIGHT, image=picture)
     condition = generator.condition(PROMPTS)
-    latent = generator.teacher_sampler(STEPS, WEIGHT)(ours.transformer.params, keys, *condition)
-    theirs = diffusers.WanImageToVideoPipeline.from_pretrained(folders[clip])
-    theirs.set_progress_bar_config(disable=True)
-    image = Image.fromarray(read_image(picture, SIDE, SIDE))
-    drawn = theirs(
-        image=image,
-        prompt=PROMPTS,
-        height=SIDE,
-        width=SIDE,
-        num_frames=9,
-        num_inference_steps=STEPS,
-        guidance_scale=WEIGHT + 1,
-        latents=torch.tensor(np.asarray(generator.noise(keys))).permute(0, 4, 1, 2, 3),
-        output_type="np",
-        max_sequence_length=LENGTH,
-    ).frames
-    assert drawn.std() > 0.01 and np.mean((drawn > 0) & (drawn < 1)) > 0.5, "nothing to compare"
-    np.testing.assert_allclose(generator.decode(latent), drawn, atol=1e-4)
     assert isinstance(condition.given, ImageCondition) and (condition.given.tokens is not None) == clip
     if clip:
-        tokens = theirs.encode_image(image).detach().numpy()
+        tokens = theirs.encode_image(Image.fromarray(read_image(picture, SIDE, SIDE))).detach().numpy()
         np.testing.assert_allclose(condition.given.tokens[:1], tokens, atol=1e-5 * np.abs(tokens).max())
-        again = [np.zeros_like(x) for x in condition.given]
-        other = generator.teacher_sampler(STEPS, WEIGHT)(
-            ours.transformer.params, keys, condition.text, ImageCondition(condition.given.latent, again[1])
-        )
+        without = condition.given._replace(tokens=np.zeros_like(condition.given.tokens))
+        draw = generator.teacher_sampler(4, WEIGHT)
+        other = draw(ours.transformer.params, video_keys(0, 2), condition.text, without)
         assert np.abs(np.asarray(other) - np.asarray(latent)).max() > 1e-2, "the tokens make no difference"
 
 
 @pytest.fixture(scope="module")
-def prepared(teachers, tmp_path_factory):
-    source, out = tmp_path_factory.mktemp("videos"), tmp_path_factory.mktemp("prepared")
-    for i in range(8):
-        video, caption = shapes.example(3, "train", i)
-        (source / f"{i}.mp4").write_bytes(encode_mp4(video[:5], fps=16))
-        (source / f"{i}.txt").write_text(str(caption))
-    sizes = ["--frames=5", f"--height={SIDE}", f"--width={SIDE}", f"--max_text_length={LENGTH}", "--workers=1"]
-    for clip, teacher in teachers.items():
-        assert (
-            cli.main(["prepare", f"--source={source}", f"--teacher={teacher}", f"--out={out / str(clip)}", *sizes]) == 0
-        )
-    return {clip: out / str(clip) for clip in teachers}
+def prepared(teachers, make_data):
+    return {clip: make_data(teacher, 16, f"--max_text_length={LENGTH}") for clip, teacher in teachers.items()}
 
 
 @pytest.fixture
-def config(make_config, teachers, prepared):
+def config(make_config, teachers, prepared, two_steps):
     def make(clip=True, **changes):
-        return make_config(RUN | {"teacher": str(teachers[clip]), "data.name": str(prepared[clip])} | changes)
+        return make_config(
+            two_steps | RUN | {"teacher": str(teachers[clip]), "data.name": str(prepared[clip])} | changes
+        )
 
     return make
 
@@ -168,10 +94,16 @@ def config(make_config, teachers, prepared):
 def test_prepared_data_keeps_what_diffusers_would_make_of_the_first_frame(config, folders):
     """The mode of the VAE's posterior of the frame and grey ones, normalised, and the tokens before the last block."""
     made = config()
-    data = PreparedVideos(made.data).check(made, make_generator(made))
+    generator = make_generator(made)
+    data = PreparedVideos(made.data).check(made, generator)
     batch = next(data.batches(made))
     clips = {name: data.info.features[name].shape for name in ("image", "image_tokens")}
     assert clips == {"image": (2, 4, 4, 4), "image_tokens": (17, 16)}
+    for family, told in ((WAN_I2V, (True, False)), (WAN, None)):  # teachers with the same VAE and text encoder
+        pipeline = dataclasses.replace(generator.pipeline, family=family, image_encoder=None)
+        other = PreparedVideos(made.data).check(made, dataclasses.replace(generator, pipeline=pipeline))
+        image = next(other.batches(made))["image"]
+        assert told == (image and tuple(part is not None for part in image))
     pipe = diffusers.WanImageToVideoPipeline.from_pretrained(folders[True])
     mean, std = (
         torch.tensor(x)[:, None, None, None] for x in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
@@ -190,11 +122,6 @@ def test_prepared_data_keeps_what_diffusers_would_make_of_the_first_frame(config
 
 def prepared_frames(data):
     """The first frame of each clip as it was read, by the clip's name."""
-    from pathlib import Path
-
-    from dollar_jax.prepare.clips import Loader
-    from dollar_jax.prepare.settings import PrepareSettings
-
     settings = PrepareSettings(**{**data.about["settings"], "buckets": ((SIDE, SIDE),)})
     loader, found = Loader(settings), {}
     for index, item in enumerate(loader.items()):
@@ -277,10 +204,10 @@ def history(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("clip, changes", [(True, {}), (False, {"lora.rank": 2})], ids=["clip", "channels-lora"])
 def test_from_videos_to_diffusers(
-    teachers, prepared, picture, tmp_path, monkeypatch, own_config, assert_card_samples, capsys, clip, changes
+    teachers, prepared, picture, tmp_path, own_config, two_steps, assert_card_samples, capsys, clip, changes
 ):
     shown = {"visibility.samples_every": 2, "visibility.videos": 2}
-    own = RUN | {"teacher": str(teachers[clip]), "data.name": str(prepared[clip])} | shown | changes
+    own = two_steps | RUN | {"teacher": str(teachers[clip]), "data.name": str(prepared[clip])} | shown | changes
     path = own_config(tmp_path, own)
 
     def train(name, *more):
@@ -318,7 +245,6 @@ def test_from_videos_to_diffusers(
     config = read_config(run)
     generator = make_generator(config)
     params = restore_student(run, generator)
-    monkeypatch.setattr(pipeline_wan_i2v, "ftfy", FTFY, raising=False)
     drawers = (pipeline_wan_i2v, torch_utils)
     times = config.student.timesteps
     _, undrawn = assert_card_samples(student, generator, params, times, (0, 4, 1, 2, 3), drawers, picture)

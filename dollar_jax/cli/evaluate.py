@@ -106,7 +106,7 @@ def _evaluate_prompts(workdir: Path, config: Any, generator: Any, out: Path, fea
     if FLAGS.prompts_file:
         prompts = read_prompts(Path(FLAGS.prompts_file))
     else:
-        given = PreparedVideos(config.data).some_captions(4 if FLAGS.quick else 16)
+        given = PreparedVideos(config.data).check(config, generator).some_captions(4 if FLAGS.quick else 16)
         generator.given.update(given)
         prompts = list(given)
     more = rewards, features, FLAGS.batch_size, FLAGS.allow_code

@@ -90,7 +90,7 @@ class PreparedVideos:
             most = f"config.data.max_text_length {config.max_text_length}"
             raise ValueError(f"{self.folder} holds captions of up to {length} tokens, more than {most}")
         self.info: Any = tfds.builder_from_directory(self.folder).info
-        self.has_latents = settings["prompts"] is None
+        self.has_latents, self._told = settings["prompts"] is None, IMAGE
         shards: dict[str, list[Any]] = {}
         for bucket, shard in zip(self.about["shards"], self.info.splits[SPLIT].file_instructions, strict=True):
             shards.setdefault(bucket, []).append(shard)
@@ -103,7 +103,7 @@ class PreparedVideos:
         return [tuple(self.about["latent_shapes"][bucket]) for bucket in self.buckets]
 
     def check(self, config: DistillConfig, generator: Generator) -> "PreparedVideos":
-        """Itself; raises ValueError when the run's teacher did not encode it, or the run needs what it lacks."""
+        """Itself, with the images its teacher is told of; ValueError if another encoded it, or for what it lacks."""
         for name, now in fingerprint(generator).items():
             before = np.array(self.about["fingerprint"][name])
             if before.shape != np.shape(now) or np.abs(before - now).max() > 0.05 * np.abs(before).max():
@@ -114,8 +114,8 @@ class PreparedVideos:
         if not generator.pipeline.family.masks_padding and length != config.data.max_text_length:
             found = f"holds captions padded to {length} tokens, which this teacher attends to"
             raise ValueError(f"{self.folder} {found}: set config.data.max_text_length to {length}")
-        told = jax.tree.leaves(generator.image_shapes(1))
-        if self.has_latents and not set(IMAGE[: len(told)]) <= self.info.features.keys():
+        told = self._told = IMAGE[: len(jax.tree.leaves(generator.image_shapes(1)))]
+        if self.has_latents and not {*told} <= self.info.features.keys():
             raise ValueError(f"{self.folder} lacks the images this teacher is told of: prepare it with this teacher")
         if self.config.given_frames and self.about["settings"]["sample"]:
             raise ValueError(f"{self.folder} holds samples; a given frame is a mean: prepare it without --sample")
@@ -132,7 +132,7 @@ class PreparedVideos:
         spread = np.linspace(0, len(records) - 1, min(8 * count, len(records))).astype(int)
         found = (records.readable(int(i)) for i in spread)
         k = self.config.given_frames
-        given = {r["caption"].decode(): _image(r) or np.array(r.get("latent", ())[:k]) for r in found}
+        given = {r["caption"].decode(): self._image(r) or np.array(r.get("latent", ())[:k]) for r in found}
         return dict(itertools.islice(given.items(), count))
 
     def batches(self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None) -> Any:
@@ -162,12 +162,11 @@ class PreparedVideos:
         text = np.zeros((self.config.max_text_length, record["text"].shape[-1]), np.float32)
         text[: len(record["text"])] = record["text"]
         names = {name: record[name].decode() for name in ("caption", "name")}
-        return {"latent": latent, "text": text, "image": _image(record), **names}
+        return {"latent": latent, "text": text, "image": self._image(record), **names}
 
-
-def _image(record: dict[str, Any]) -> ImageCondition | None:
-    found = [record[name].astype(np.float32) for name in IMAGE if name in record]
-    return ImageCondition(*found) if found else None
+    def _image(self, record: dict[str, Any]) -> ImageCondition | None:
+        found = [record[name].astype(np.float32) for name in self._told if name in record]
+        return ImageCondition(*found) if found else None
 
 
 def _endless(records: Records, config: DistillConfig, number: int, rows: np.ndarray, row: Any) -> grain.IterDataset:

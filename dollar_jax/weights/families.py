@@ -112,6 +112,6 @@ def _architecture(family: str, schedule: Mapping[str, Any], **parts: Mapping[str
 
 
 # Published teachers, by the names their folders have in configs/: what is not as by default in each.
-_NAMED = {"wan": WAN, "wan_ti2v": WAN_TI2V, "wan_i2v_clip": WAN_I2V_CLIP, "cogvideox": COGVIDEOX}
+_NAMED = {"wan": WAN, "wan_ti2v": WAN_TI2V, "wan_i2v": WAN_I2V, "wan_i2v_clip": WAN_I2V_CLIP, "cogvideox": COGVIDEOX}
 _FILE = Path(__file__).parents[1] / "assets" / "published.json"
 PUBLISHED = {name: _architecture(**fields) for name, fields in read_json(_FILE).items()}
