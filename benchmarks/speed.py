@@ -98,8 +98,8 @@ def cases(name: str, threads: int, wanted: set[str], rivals: set[str]) -> Iterat
     from dollar_jax.program import Program
     from dollar_jax.weights.table import import_params
     from dollar_jax.weights.umt5 import UMT5
+    from dollar_jax.weights.vae import WAN_VAE
     from dollar_jax.weights.wan import WAN_TRANSFORMER
-    from dollar_jax.weights.wan_vae import WAN_VAE
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils.epath import gpath
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint.experimental import v1
 
@@ -261,19 +262,15 @@ def save_stream(folder: str | Path, arrays: Iterable[tuple[str, np.ndarray]]) ->
     context.array.saving.storage_options.chunk_byte_size = _CHUNK
     with context:
         for name, array in arrays:
-            *parents, leaf = name.split("/")
-            node = waiting
-            for parent in parents:
-                node = node.setdefault(parent, {})
             # As JAX's, which Orbax writes from where they are; numpy's it would copy.
-            node[leaf] = jax.device_put(array, host, may_alias=True)
+            waiting[name] = jax.device_put(array, host, may_alias=True)
             size += array.nbytes
-            del array, node
+            del array
             if size >= _AT_ONCE:
-                v1.partial.save(path, waiting)
+                v1.partial.save(path, unflatten_dict(waiting, sep="/"))
                 waiting, size = {}, 0
         if waiting:
-            v1.partial.save(path, waiting)
+            v1.partial.save(path, unflatten_dict(waiting, sep="/"))
         v1.partial.finalize(path)
 
 

@@ -57,9 +57,8 @@ class Distillation:
 
     def logit(self, params: Params, batch: Batch, x_t: Latent, t: Time, early: bool = True) -> Any:
         """The discriminator's; not `early`, of the fake score's prediction and it."""
-        given = [k] if (k := self.schedule.given_frames) else []
         told = {} if batch.image is None else {"image": batch.image}
-        return self.networks.discriminator(params, x_t, t, batch.text, *given, early=early, **told)
+        return self.networks.discriminator(params, x_t, t, batch.text, *self.schedule.given, early=early, **told)
 
     def denoiser(self, params: Params, batch: Batch, *guidance: Any) -> Denoiser:
         """For the batch's text and images; `guidance` is null text and weight."""

@@ -311,7 +311,7 @@ def start_wandb(config: DistillConfig, workdir: Path) -> Any:
     return wandb.init(project=project, id=name, resume="allow", dir=str(workdir), config=dataclasses.asdict(config))
 
 
-class Profile:
+class Profile(SignalFlag):
     """XProf traces in `workdir/profile`: of `steps` steps after the first ones, and of `ON_SIGNAL` at each USR1."""
 
     ON_SIGNAL = 3
@@ -319,18 +319,14 @@ class Profile:
     def __init__(self, steps: int, workdir: Path, first: int):
         self.start, self.steps, self.folder = first + PROFILE_AFTER, steps, workdir / PROFILE
         self._stop: int | None = None  # the step before which the running trace ends
-        self._asked = SignalFlag(signal.SIGUSR1)
-
-    def __enter__(self) -> "Profile":
-        self._asked.__enter__()
-        return self
+        super().__init__(signal.SIGUSR1)
 
     def __exit__(self, *error: object) -> None:
-        self._asked.__exit__(*error)
+        super().__exit__(*error)
         self.close()
 
     def before(self, step: int) -> None:
-        count = self.ON_SIGNAL if self._asked.take() else self.steps if step == self.start else 0
+        count = self.ON_SIGNAL if self.take() else self.steps if step == self.start else 0
         if count and self._stop is None:
             jax.profiler.start_trace(str(self.folder))
             self._stop = step + count

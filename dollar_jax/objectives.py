@@ -96,32 +96,28 @@ def vsd_guidance(config: DistillConfig, student_t: Time, t: Time) -> Weight:
     return weight if (low, high) == (0, 1000) else jnp.where((low <= t) & (t <= high), weight, 0.0)
 
 
-def vsd(d: Distillation, refs: References, generated: Latent, student_t: Time, batch: Batch, key: Key) -> PerSample:
-    """L_VSD of latents generated at the student's timesteps `student_t`, DOLLAR eq. (8.7-8.9): guided teacher against
-    fake score. With `guidance_time` "noisier" in the form of Decoupled DMD (arXiv 2511.22677, eq. (6)): the teacher
+def vsd(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict[str, Array]]:
+    """L_VSD of latents generated at the student's timesteps, DOLLAR eq. (8.7-8.9): guided teacher against fake score.
+    With `guidance_time` "noisier" in the form of Decoupled DMD (arXiv 2511.22677, eq. (6)): the teacher
     without guidance is compared at one time, and w (x̂0_c - x̂0_∅) comes from another, with noise of its own."""
-    c, frozen = d.config.vsd, refs.frozen
-    keys, x = jax.random.split(key), lax.stop_gradient(generated)
+    c, frozen, batch = d.config.vsd, p.references.frozen, p.batch
+    keys, x = jax.random.split(key), lax.stop_gradient(p.generated)
     t = score_times(c, d.schedule, keys[0], len(x))
     x_t = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), t)
     if c.guidance_time == "score" or not c.guidance_weight:
-        weight = vsd_guidance(d.config, student_t, t)
+        weight = vsd_guidance(d.config, p.t, t)
         real = d.denoiser(frozen.teacher, batch, frozen.null_text, weight).x0(x_t, t)
     else:
         keys = jax.random.split(jax.random.fold_in(key, 2))
-        noisier = score_times(c, d.schedule, keys[0], len(x), student_t)
+        noisier = score_times(c, d.schedule, keys[0], len(x), p.t)
         x_n = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), noisier)
         null = dataclasses.replace(batch, text=jnp.broadcast_to(frozen.null_text, batch.text.shape))
         cond, uncond = (d.denoiser(frozen.teacher, b).x0(x_n, noisier) for b in (batch, null))
-        guided = schedules.guide(cond, uncond, vsd_guidance(d.config, student_t, noisier)) - cond
+        guided = schedules.guide(cond, uncond, vsd_guidance(d.config, p.t, noisier)) - cond
         real = d.denoiser(frozen.teacher, batch).x0(x_t, t) + guided
-    fake = d.denoiser(lax.stop_gradient(refs.fake_score), batch).x0(x_t, t)
-    generated, real, fake = schedules.generated(d.schedule, generated, real, fake)
-    return losses.vsd(generated, real, fake, c.normalisation, c.floor, nan_to_zero=c.nan_to_zero)
-
-
-def vsd_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict[str, Array]]:
-    return vsd(d, p.references, p.generated, p.t, p.batch, key), {}
+    fake = d.denoiser(lax.stop_gradient(p.references.fake_score), batch).x0(x_t, t)
+    generated, real, fake = schedules.generated(d.schedule, p.generated, real, fake)
+    return losses.vsd(generated, real, fake, c.normalisation, c.floor, nan_to_zero=c.nan_to_zero), {}
 
 
 def student_segments(config: DistillConfig, schedule: Schedule) -> Float[Array, "m n"]:
@@ -256,7 +252,7 @@ def gan_term(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict
     return jax.nn.softplus(-d.logit(lax.stop_gradient(p.references.fake_score), p.batch, x_t, t)), {}
 
 
-VSD = Term("vsd", "", "variational score distillation (VSD)", "VSD loss", lambda config: config.vsd.weight, vsd_term)
+VSD = Term("vsd", "", "variational score distillation (VSD)", "VSD loss", lambda config: config.vsd.weight, vsd)
 _CD = "consistency", "β_CD", "consistency distillation (CD)", "Consistency loss"
 CONSISTENCY = Term(*_CD, lambda c: c.consistency.weight, consistency_term, scale=lambda c, step: c.consistency.every)
 

@@ -36,8 +36,8 @@ from dollar_jax.video import signed_range, unit_range
 from dollar_jax.weights.families import WAN
 from dollar_jax.weights.pipeline import Component, Pipeline, load_pipeline, save_pipeline, tokenize
 from dollar_jax.weights.umt5 import UMT5
+from dollar_jax.weights.vae import WAN_VAE
 from dollar_jax.weights.wan import WAN_TRANSFORMER
-from dollar_jax.weights.wan_vae import WAN_VAE
 
 Params = Any
 Metrics = dict[str, jax.Array]

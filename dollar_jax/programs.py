@@ -16,8 +16,7 @@ from dollar_jax.distillation import Batch, Distillation, Frozen, Networks
 from dollar_jax.flops import count_flops
 from dollar_jax.generate import DATA_PROMPTS, Generator, merge_program, student_network
 from dollar_jax.models import lora
-from dollar_jax.models.feature_head import FeatureHead
-from dollar_jax.models.latent_reward import LatentRewardModel
+from dollar_jax.models.latent_reward import FeatureHead, LatentRewardModel
 from dollar_jax.models.network import Network, make_network
 from dollar_jax.optim import make_optimiser
 from dollar_jax.program import Program
@@ -34,33 +33,18 @@ from dollar_jax.types import ImageCondition, Params
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainPrograms:
     """`step(state, frozen, batch)`, which donates the state; `init(key, teacher)`, the state at the start; and, where
-    there are adapters, `merge(teacher, adapters)`, the student's parameters."""
+    there are adapters, `merge(teacher, adapters)`, the student's parameters. The rest says what the step takes."""
 
     mesh: Mesh
     distillation: Distillation
     step: Program
     init: Program
     merge: Program | None
-
-    @property
-    def state_shapes(self) -> TrainState:
-        return self.step.arguments[0]
-
-    @property
-    def state_sharding(self) -> TrainState:
-        return self.step.in_shardings[0]
-
-    @property
-    def frozen_sharding(self) -> Frozen:
-        return self.step.in_shardings[1]
-
-    @property
-    def batch_shapes(self) -> Batch:
-        return self.step.arguments[2]
-
-    @property
-    def batch_sharding(self) -> Batch:
-        return self.step.in_shardings[2]
+    state_shapes: TrainState
+    state_sharding: TrainState
+    frozen_sharding: Frozen
+    batch_shapes: Batch
+    batch_sharding: Batch
 
 
 def train_programs(
@@ -121,8 +105,7 @@ def train_programs(
     state_sharding = sharding.shard(mesh, state_shapes)
     whole = sharding.replicated(mesh)
     frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
-    batch_shapes = _batch_shapes(config, latent_shape, text_shape, pixel_rewards)
-    batch_shapes = dataclasses.replace(batch_shapes, image=image_shapes(config.batch_size))
+    batch_shapes = _batch_shapes(config, latent_shape, text_shape, pixel_rewards, image_shapes(config.batch_size))
     batch_sharding, samples_sharding = _batch_sharding(config, mesh, batch_shapes)
     # One forward is traced: heads that do not divide over the mesh are an error here, before any compilation.
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -143,7 +126,9 @@ def train_programs(
     begun, at = (jax.eval_shape(jax.random.key, 0), transformer.shapes), (whole, frozen_sharding.teacher)
     merge = merge_program(config.lora, mesh, transformer.shapes, state_shapes.ema) if config.lora.rank else None
     step = Program("step", update, arguments, mesh, places, (state_sharding, whole, samples_sharding), donate=(0,))
-    return TrainPrograms(mesh, distillation, step, Program("init", init, begun, mesh, at, state_sharding), merge)
+    start = Program("init", init, begun, mesh, at, state_sharding)
+    known = state_shapes, state_sharding, frozen_sharding, batch_shapes, batch_sharding
+    return TrainPrograms(mesh, distillation, step, start, merge, *known)
 
 
 def shared_rewards(config: DistillConfig, mesh: Mesh) -> DistillConfig:
@@ -239,18 +224,20 @@ def _networks(config: Any, schedule: Schedule, transformer: Network, adapted: An
         # The same noise for all, so that a latent has one score.
         t, noise = jnp.full(len(latent), c.time), jax.random.normal(jax.random.key(0), latent.shape[1:])
         x_t = add_noise(schedule, latent, jnp.broadcast_to(noise, latent.shape), t)
-        given = [k] if (k := schedule.given_frames) else []
-        return head.apply(params, transformer.apply(teacher, x_t, t, text, *given, tap=c.depth, early=True))
+        features = transformer.apply(teacher, x_t, t, text, *schedule.given, tap=c.depth, early=True)
+        return head.apply(params, features)
 
     return Networks(denoiser, latent_reward, pixels, discriminator)
 
 
-def _batch_shapes(config: DistillConfig, latent: tuple[int, ...], text: tuple[int, int], pixels: Any) -> Batch:
+def _batch_shapes(
+    config: DistillConfig, latent: tuple[int, ...], text: tuple[int, int], pixels: Any, image: ImageCondition | None
+) -> Batch:
     rows, float32 = config.batch_size, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     tokens = {} if pixels is None else pixels.tokens([""])
     read = {name: jax.ShapeDtypeStruct((rows, ids.shape[1]), jnp.int32) for name, ids in tokens.items()}
     kept = method_of(config).inputs(latent, text)
-    return Batch(float32((rows, *latent)), float32((rows, *text)), read, kept)
+    return Batch(float32((rows, *latent)), float32((rows, *text)), read, kept, image)
 
 
 def _batch_sharding(config: DistillConfig, mesh: Mesh, shapes: Batch) -> tuple[Batch, NamedSharding]:

@@ -30,8 +30,7 @@ class Denoiser:
 
     def prediction(self, x_t: Latent, t: Time) -> Latent:
         """The two passes of guidance are one call on 2b rows. Raises ValueError for guidance without null_text."""
-        text, weight = self.text, self.guidance_weight
-        given = [k] if (k := self.schedule.given_frames) else []
+        text, weight, given = self.text, self.guidance_weight, self.schedule.given
         told = {} if self.image is None else {"image": self.image}
         if weight is None or (isinstance(weight, int | float) and weight == 0):
             return self.apply(self.params, x_t, t, text, *given, **told)
@@ -118,13 +117,8 @@ def few_step_predictions(
     the batch, or [b]: each sample's noise then does not depend on its neighbours. With `ode` the way to the next
     timestep is a DDIM step, without fresh noise. ValueError for timesteps that do not descend or are out of range."""
     times = _student_times(denoiser.schedule, timesteps)
-    keys = _split(key, len(timesteps))
-
-    def step(x: Latent, inputs):
-        t, t_next, step_key = inputs
-        return _student_step(denoiser, x, t, t_next, step_key, ode)
-
-    return lax.scan(step, noise.astype(jnp.float32), (times[:-1], times[1:], keys))[1]
+    inputs = times[:-1], times[1:], _split(key, len(timesteps))
+    return lax.scan(lambda x, now: _student_step(denoiser, x, *now, ode), noise.astype(jnp.float32), inputs)[1]
 
 
 def simulate_backward(

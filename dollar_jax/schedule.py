@@ -61,6 +61,11 @@ class Schedule:
         edge = self.boundary or 0.0
         return edge if self.expert == "high" else -math.inf, edge if self.expert == "low" else math.inf
 
+    @property
+    def given(self) -> tuple[int, ...]:
+        """What a network takes after the text: the number of given frames, where there are some."""
+        return (self.given_frames,) if self.given_frames else ()
+
     def __post_init__(self) -> None:
         for name, kind in {"path": Path, "prediction": Prediction, "beta_schedule": BetaSchedule}.items():
             if (value := getattr(self, name)) not in get_args(kind):

@@ -97,7 +97,7 @@ def shard(mesh: Mesh, tree: Any, strict: bool = True) -> Any:
     rule matches, or whose shape its spec does not divide; unless `strict` the latter is replicated."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = _name(path)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next((spec for rule, spec in RULES if re.fullmatch(rule, name)), None)
         if spec is None:
             raise ValueError(f"no sharding rule matches {name!r} of shape {leaf.shape}")
@@ -165,7 +165,3 @@ def with_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **more)
 
     return traced
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+from typing import Self
 
 
 class SignalFlag:
@@ -12,7 +13,7 @@ class SignalFlag:
     def __init__(self, number: signal.Signals, once: str = ""):
         self.number, self.once, self._set = number, once, False
 
-    def __enter__(self) -> "SignalFlag":
+    def __enter__(self) -> Self:
         self._listens = threading.current_thread() is threading.main_thread()
         if self._listens:
             self._before = signal.signal(self.number, self._on_signal)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace
+from einops import rearrange
 from PIL import Image, ImageOps
 
 from dollar_jax.files import write_file
@@ -120,13 +121,10 @@ def grid(videos: np.ndarray, columns: int, gap: int = 2, background: int = 255) 
     videos = np.asarray(videos)
     if videos.ndim != 5 or not len(videos) or columns < 1:
         raise ValueError(f"a grid needs videos [n, t, h, w, 3] and columns >= 1, not {videos.shape}, {columns}")
-    n, t, h, w, c = videos.shape
-    height, width = -(-n // columns) * (h + gap) - gap, columns * (w + gap) - gap
-    out = np.full((t, height, width, c), background, videos.dtype)
-    for i, video in enumerate(videos):
-        y, x = i // columns * (h + gap), i % columns * (w + gap)
-        out[:, y : y + h, x : x + w] = video
-    return out
+    edges = (0, -len(videos) % columns), (0, 0), (0, gap), (0, gap), (0, 0)
+    padded = np.pad(videos, edges, constant_values=background)
+    out = rearrange(padded, "(rows columns) t h w c -> t (rows h) (columns w) c", columns=columns)
+    return out[:, : out.shape[1] - gap, : out.shape[2] - gap]
 
 
 def side_by_side(videos: Sequence[np.ndarray]) -> np.ndarray:

@@ -350,7 +350,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("timesteps[-states.shape[1] :]]", "timesteps[: states.shape[1]]]", [DDPO]),
         ("jnp.stack(states[-3:], 1)", "jnp.stack(states[:3], 1)", [DDPO]),
         # A rollout counts in every step to come.
-        ("reward=np.full_like(taken.reward, np.nan))", "reward=taken.reward)", [SCORER]),
+        ("= np.full_like(taken.reward, np.nan)", "= taken.reward", [SCORER]),
         ("np.isfinite(reward[:, 0]).all(1)", "np.isfinite(reward[:, 0]).any(1)", [SCORER]),
         ("lambda g, r: g + beta * r", "lambda g, r: g + r", [DDPO]),
         (
@@ -391,10 +391,8 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("left_out=1)", "left_out=0)", [TOLD]),
     ],
     # The image's mask is elsewhere; the student is not told of its tokens.
-    "models/wan.py": [
-        ("x.dtype).at[:, 0].set(1)", "x.dtype).at[:, 1].set(1)", [CONDITIONED]),
-        ("out += attention(q, k, v, imp", "out -= attention(q, k, v, imp", [CONDITIONED]),
-    ],
+    "models/wan.py": [("x.dtype).at[:, 0].set(1)", "x.dtype).at[:, 1].set(1)", [CONDITIONED])],
+    "models/layers.py": [("out += attention(q, k, v, imp", "out -= attention(q, k, v, imp", [CONDITIONED])],
     "generate.py": [
         ("signed_range(frames)[:, None], ((0, 0), (0,", "signed_range(frames)[:, None], ((0, 0), (1,", [TOLD])
     ],
@@ -414,8 +412,12 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
     "rewards/monitor.py": [
         ("known.mean() > self.state", "known.mean() < self.state", [SCORER]),
         ("[self.state[name], rows])[len(rows) :]", "[self.state[name], rows])[: len(self.state[name])]", [SCORER]),
-        ("if not full:  #", "if False:  #", ["tests/rewards/test_monitor.py"]),
-        ("values[0] < guard.min_correlation", "values[0] > guard.min_correlation", ["tests/rewards/test_monitor.py"]),
+        ('if not np.isfinite(self.state["pairs"]).all():', "if False:", ["tests/rewards/test_monitor.py"]),
+        (
+            "correlation < guard.min_correlation",
+            "correlation > guard.min_correlation",
+            ["tests/rewards/test_monitor.py"],
+        ),
         (
             "(peak - known.mean()) / max(deviation, floor)",
             "(peak - known.mean()) / floor",

@@ -17,9 +17,9 @@ from dollar_jax.fields import plain, settings
 from dollar_jax.generate import transformer_options
 from dollar_jax.programs import train_programs
 from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER
-from dollar_jax.weights.cogvideox_vae import COGVIDEOX_VAE
 from dollar_jax.weights.families import PUBLISHED
 from dollar_jax.weights.umt5 import T5
+from dollar_jax.weights.vae import COGVIDEOX_VAE
 
 REWARD = {"vsd+cd+lrm": "vsd+cd+lrm,vivid"}  # of a real teacher has to be named
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))

@@ -11,7 +11,7 @@ import pytest
 
 from dollar_jax import objectives, sampling
 from dollar_jax import schedule as schedules
-from dollar_jax.distillation import Batch, Distillation, Frozen, Networks, References
+from dollar_jax.distillation import Batch, Distillation, Frozen, Networks, References, StudentPass
 from dollar_jax.rewards.methods import lrm
 from dollar_jax.rewards.methods.lrm import ScoredLatents
 from dollar_jax.schedule import Schedule
@@ -324,7 +324,8 @@ def test_guidance_is_the_papers_w_form(make_config, w, time):
     distillation, fake_score = Distillation(config, networks, schedule), {"k": jnp.float32(0.6)}
     student_t, compared = jnp.full(BATCH, 500.0), references(None, fake_score, frozen)
     batch = Batch(args["x0"], args["text"])
-    vsd = objectives.vsd(distillation, compared, generated, student_t, batch, jax.random.key(3))
+    student = StudentPass(None, compared, batch, generated, student_t, None, generated)
+    vsd, _ = objectives.vsd(distillation, student, jax.random.key(3))
     np.testing.assert_allclose(vsd, 0.5 * (0.6 * c - real) ** 2, rtol=1e-5)
     cd = consistency(
         config, schedule, networks, frozen.teacher, frozen, generated, args["x0"], [600.0, 0.0], args["text"]

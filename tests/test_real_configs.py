@@ -18,8 +18,8 @@ from dollar_jax.models.wan_vae import WanVAEConfig
 from dollar_jax.programs import train_programs
 from dollar_jax.schedule import Schedule
 from dollar_jax.weights.families import FAMILIES, PUBLISHED
+from dollar_jax.weights.vae import WAN_VAE
 from dollar_jax.weights.wan import WAN_TRANSFORMER
-from dollar_jax.weights.wan_vae import WAN_VAE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Parameters as published for Wan-AI/Wan2.1-T2V-1.3B-Diffusers and -14B-Diffusers, and Wan2.2-TI2V-5B-Diffusers.

@@ -25,7 +25,8 @@ def mesh(data=1, fsdp=1, context=1, tensor=1):
 
 
 def leaves(tree):
-    return {sharding._name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from dollar_jax import step as step_module
 from dollar_jax.config import OptimiserConfig
 from dollar_jax.distillation import Batch, Frozen
-from dollar_jax.models.feature_head import FeatureHead
+from dollar_jax.models.latent_reward import FeatureHead
 from dollar_jax.models.network import make_network
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.optim import make_optimiser

@@ -68,7 +68,7 @@ def padded_length(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def pad_tokens(x: Array, axis: int) -> Array:
-    """`x` with zeros after the tokens along `axis`, up to their `padded_length`."""
-    count = padded_length(x.shape[axis]) - x.shape[axis]
-    return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)]) if count else x
+def pad_tokens(x: Array) -> Array:
+    """`x` [..., n, d] with zeros after the tokens n, up to their `padded_length`."""
+    count = padded_length(x.shape[-2]) - x.shape[-2]
+    return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, count), (0, 0)]) if count else x

@@ -46,17 +46,14 @@ def attention(
     self-attention, whose `context` says how they meet: "gather" collects all keys on every device, "ulysses" trades
     tokens for heads; ValueError when heads or tokens do not divide over the mesh. With None the keys are whole
     everywhere, as those of a text are, and queries or heads that do not divide over the mesh are too."""
-    kind = implementation if implementation != "auto" else _choose(q, mask is not None or bias is not None)
+    masked = mask is not None or bias is not None
+    kind = implementation if implementation != "auto" else _choose(q, masked)
+    if masked and kind != "xla":
+        raise ValueError(f"attention by {kind!r} takes no mask and no bias; 'xla' does")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if mask is not None or bias is not None:
-        if kind != "xla":
-            raise ValueError(f"attention by {kind!r} takes no mask and no bias; 'xla' does")
-        out = jax.nn.dot_product_attention(
-            q, k, v, bias=bias, mask=mask, scale=scale, key_value_seq_lengths=_lengths(k, length), implementation="xla"
-        )
-        return checkpoint_name(out, NAME)
-    local = functools.partial(_local, kind=kind, scale=scale, length=length)
-    if activation_sharding.mesh() is None:
+    length = k.shape[1] if length is None else length
+    local = functools.partial(_local, kind=kind, scale=scale, length=length, mask=mask, bias=bias)
+    if masked or activation_sharding.mesh() is None:
         return local(q, k, v)
     if context is not None:
         _check(q, k, context)
@@ -102,17 +99,15 @@ def _shared(q: Array, k: Array, v: Array, *, local: Any, context: ContextParalle
     return jax.lax.all_to_all(local(q, k, v), CONTEXT, 1, 2, tiled=True)
 
 
-def _local(q: Array, k: Array, v: Array, *, kind: Kernel, scale: float, length: int | None) -> Array:
+def _local(
+    q: Array, k: Array, v: Array, *, kind: Kernel, scale: float, length: int, bias: Array | None, mask: Array | None
+) -> Array:
     """Attention on one device, of all keys to some queries or heads."""
     if kind == "splash":
-        return _splash(q, k, v, scale, k.shape[1] if length is None else length)
-    lengths = _lengths(k, length)
-    out = jax.nn.dot_product_attention(q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation=kind)
+        return _splash(q, k, v, scale, length)
+    end = None if length == k.shape[1] else jnp.full(k.shape[:1], length, jnp.int32)
+    out = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, key_value_seq_lengths=end, implementation=kind)
     return checkpoint_name(out, NAME)
-
-
-def _lengths(k: Array, length: int | None) -> Array | None:
-    return None if length in (None, k.shape[1]) else jnp.full(k.shape[:1], length, jnp.int32)
 
 
 def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:

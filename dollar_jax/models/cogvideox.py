@@ -4,6 +4,7 @@ left out, and so are the patches in time of version 1.5. As in our Wan, norms, m
 embedding and the residual sums are fp32 whatever `dtype` is."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,22 +13,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dollar_jax.models import activation_sharding, embeddings
-from dollar_jax.models.attention import ContextParallel, Implementation, attention
-from dollar_jax.models.embeddings import Rotary, rotate
-from dollar_jax.models.layers import MLP, FeedForward, LayerNorm, Linear, Remat, check_compute, run_tapped, stack_blocks
+from dollar_jax.models import activation_sharding, embeddings, layers
+from dollar_jax.models.embeddings import Rotary
+from dollar_jax.models.layers import MLP, Attention, FeedForward, LayerNorm, Linear, Tokens, TransformerConfig
 
 _zeros = nnx.initializers.zeros
-Tokens = Float[Array, "b n d"]
 Time = Float[Array, "b e"]
 IsText = Bool[Array, "n 1"]
 
 
 @dataclasses.dataclass(frozen=True)
-class CogVideoXConfig:
-    """Fields and defaults as in diffusers' `CogVideoXTransformer3DModel`; those after the blank are ours. The defaults
-    are the 2B model, whose positions are sinusoids added to the video's tokens. The 5B model has 42 layers, 48 heads
-    and rotary embeddings. The samples' sizes are latent ones, but for the frames."""
+class CogVideoXConfig(TransformerConfig):
+    """Fields and defaults as in diffusers' `CogVideoXTransformer3DModel`. The defaults are the 2B model, whose
+    positions are sinusoids added to the video's tokens. The 5B model has 42 layers, 48 heads and rotary embeddings. The
+    samples' sizes are latent ones, but for the frames."""
 
     num_attention_heads: int = 30
     attention_head_dim: int = 64
@@ -48,29 +47,13 @@ class CogVideoXConfig:
     temporal_interpolation_scale: float = 1.0
     use_rotary_positional_embeddings: bool = False
 
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    remat: Remat = "none"
-    scan_layers: bool = True
-    attention: Implementation = "auto"
-    context_parallel: ContextParallel = "gather"
-
     def __post_init__(self) -> None:
-        check_compute(self)
+        super().__post_init__()
         # A quarter of the channels is for time, three eighths each for height and width, all in pairs.
         rotary = self.use_rotary_positional_embeddings
         name, dim = ("attention_head_dim", self.attention_head_dim) if rotary else ("the width", self.dim)
         if dim % 16:
             raise ValueError(f"{name} is {dim}; it must be a multiple of 16 to hold positions in t, h and w")
-
-    @property
-    def dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        """Latent frames, rows and columns that make one token."""
-        return 1, self.patch_size, self.patch_size
 
     @property
     def text_dim(self) -> int:
@@ -94,40 +77,18 @@ class Modulation(nnx.Module):
         return (self.norm(x) * (1 + scale) + shift).astype(self.dtype), gate
 
 
-class Attention(nnx.Module):
-    """Multi-head self-attention with layer norms over the queries and keys of each head."""
-
-    def __init__(self, c: CogVideoXConfig, rngs: nnx.Rngs) -> None:
-        dense = {"rngs": rngs, "dtype": c.dtype, "param_dtype": c.param_dtype}
-        self.to_q, self.to_k, self.to_v = (Linear(c.dim, c.dim, bias=c.attention_bias, **dense) for _ in range(3))
-        self.to_out = Linear(c.dim, c.dim, **dense)
-        self.norm_q = LayerNorm(c.attention_head_dim, 1e-6, param_dtype=c.param_dtype)
-        self.norm_k = LayerNorm(c.attention_head_dim, 1e-6, param_dtype=c.param_dtype)
-        self.config = c
-
-    def __call__(self, x: Tokens, rotary: Rotary | None, length: int) -> Tokens:
-        """Tokens from `length` on are padding."""
-        c = self.config
-        q, k, v = (f(x).reshape(*x.shape[:2], c.num_attention_heads, -1) for f in (self.to_q, self.to_k, self.to_v))
-        q, k = self.norm_q(q), self.norm_k(k)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        q, k = q.astype(c.dtype), k.astype(c.dtype)
-        out = attention(q, k, v, length=length, implementation=c.attention, context=c.context_parallel)
-        return self.to_out(out.reshape(x.shape))
-
-
 class CogVideoXBlock(nnx.Module):
     def __init__(self, c: CogVideoXConfig, rngs: nnx.Rngs) -> None:
         self.norm1 = Modulation(c, rngs)
-        self.attn1 = Attention(c, rngs)
+        norm = functools.partial(LayerNorm, c.attention_head_dim, 1e-6, param_dtype=c.param_dtype)
+        self.attn1 = Attention(c, norm, rngs, bias=c.attention_bias)
         self.norm2 = Modulation(c, rngs)
         self.ff = FeedForward(c.dim, 4 * c.dim, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype)
         self.dtype = c.dtype
 
     def __call__(self, x: Tokens, time: Time, is_text: IsText, rotary: Rotary | None, length: int) -> Tokens:
         y, gate = self.norm1(x, time, is_text)
-        x = (x + gate * self.attn1(y, rotary, length)).astype(self.dtype)
+        x = (x + gate * self.attn1(y, rotary=rotary, length=length)).astype(self.dtype)
         y, gate = self.norm2(x, time, is_text)
         return (x + gate * self.ff(y)).astype(self.dtype)
 
@@ -154,7 +115,7 @@ class CogVideoXTransformer(nnx.Module):
         self.patch_embedding = Linear(c.patch_size**2 * c.in_channels, c.dim, **dense)
         self.text_proj = Linear(c.text_embed_dim, c.dim, **dense)
         self.time_embedding = MLP(c.dim, c.time_embed_dim, jax.nn.silu, **exact)
-        self.blocks = stack_blocks(lambda rngs: CogVideoXBlock(c, rngs), c.num_layers, rngs)
+        self.blocks = layers.stack_blocks(lambda rngs: CogVideoXBlock(c, rngs), c.num_layers, rngs)
         self.norm_final = LayerNorm(c.dim, c.norm_eps, param_dtype=c.param_dtype)
         self.norm_out = OutputNorm(c, rngs)
         last = {"kernel_init": _zeros, "out_dtype": "float32"}
@@ -163,7 +124,7 @@ class CogVideoXTransformer(nnx.Module):
     def __call__(self, x: Float[Array, "b t h w c"], t: Float[Array, " b"], text: Array, **tap: Any) -> Any:
         """`t` in [0, 999]; every row of `text` is attended to, as in CogVideoX those of padding are; `tap` is Wan's."""
         c = self.config
-        grid, patch = self._grid(x.shape[1:]), c.patch
+        grid, patch = c.grid(x.shape), c.patch
         # Whole rows, as in Wan.
         time = activation_sharding.constrain(self.time_embedding(embeddings.timestep_embedding(t, c.dim)), None)
         video = self.patch_embedding(embeddings.patchify(x, patch))
@@ -177,24 +138,14 @@ class CogVideoXTransformer(nnx.Module):
             video = (video + sinusoids(grid, c)).astype(c.dtype)
         y = jnp.concatenate([self.text_proj(text), video], axis=1)
         tokens = y.shape[1]
-        y = activation_sharding.pad_tokens(y, axis=1)
-        rotary = jax.tree.map(lambda table: activation_sharding.pad_tokens(table, axis=0), rotary)
+        y, rotary = jax.tree.map(activation_sharding.pad_tokens, (y, rotary))
         is_text = jnp.arange(y.shape[1])[:, None] < length
-        compute = {"length": c.num_layers, "remat": c.remat, "scan": c.scan_layers}
-        y, features = run_tapped(self.blocks, y, time, is_text, rotary, tokens, **compute, **tap)
+        y, features = layers.run_tapped(c, self.blocks, y, time, is_text, rotary, tokens, **tap)
         if tap.get("early"):
             return features[:, length:tokens]
         y = self.norm_out(self.norm_final(y[:, length:tokens]), time)
         v = embeddings.unpatchify(self.proj_out(y), grid, patch)
         return (v, features[:, length:tokens]) if tap else v
-
-    def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        c, (t, h, w, channels) = self.config, shape
-        if channels != c.in_channels:
-            raise ValueError(f"the latent has {channels} channels; in_channels is {c.in_channels}")
-        if h % c.patch_size or w % c.patch_size:
-            raise ValueError(f"a latent of h, w = {h}, {w} does not divide by {c.patch_size=}")
-        return t, h // c.patch_size, w // c.patch_size
 
 
 def sinusoids(grid: tuple[int, int, int], c: CogVideoXConfig) -> Float[Array, "n d"]:

@@ -94,27 +94,17 @@ def _pointwise(dim_in: int, dim_out: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs)
     return Linear(dim_in, dim_out, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype)
 
 
-class GroupNorm(nnx.Module):
+def _group_norm(dim: int, eps: float, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> nnx.GroupNorm:
     """Zero mean and unit variance per sample and group of channels, over frames and pixels; fp32 inside."""
-
-    def __init__(self, dim: int, eps: float, c: CogVideoXVAEConfig) -> None:
-        self.scale = nnx.Param(jnp.ones((dim,), c.param_dtype))
-        self.bias = nnx.Param(jnp.zeros((dim,), c.param_dtype))
-        self.groups, self.eps = c.norm_num_groups, eps
-
-    def __call__(self, x: Video) -> Video:
-        y = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
-        centred = y - y.mean((1, 2, 3, 5), keepdims=True)
-        variance = jnp.square(centred).mean((1, 2, 3, 5), keepdims=True)
-        y = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+    more = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype), "use_fast_variance": False}
+    return nnx.GroupNorm(dim, num_groups=c.norm_num_groups, epsilon=eps, rngs=rngs, **more)
 
 
 class SpatialNorm(nnx.Module):
     """A group norm whose scale and shift at every pixel are read from the latent (arXiv 2209.09002)."""
 
     def __init__(self, dim: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
-        self.norm_layer = GroupNorm(dim, 1e-6, c)
+        self.norm_layer = _group_norm(dim, 1e-6, c, rngs)
         self.conv_y = _pointwise(c.latent_channels, dim, c, rngs)
         self.conv_b = _pointwise(c.latent_channels, dim, c, rngs)
 
@@ -139,8 +129,8 @@ class ResnetBlock(nnx.Module):
     """norm, SiLU, convolution, twice, around a shortcut; with `spatial` the norms read the latent."""
 
     def __init__(self, dim_in: int, dim_out: int, spatial: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
-        def norm(dim: int) -> SpatialNorm | GroupNorm:
-            return SpatialNorm(dim, c, rngs) if spatial else GroupNorm(dim, c.norm_eps, c)
+        def norm(dim: int) -> SpatialNorm | nnx.GroupNorm:
+            return SpatialNorm(dim, c, rngs) if spatial else _group_norm(dim, c.norm_eps, c, rngs)
 
         self.norm1, self.conv1 = norm(dim_in), CausalConv3d(dim_in, dim_out, c, rngs)
         self.norm2, self.conv2 = norm(dim_out), CausalConv3d(dim_out, dim_out, c, rngs)
@@ -212,7 +202,7 @@ class Encoder(nnx.Module):
         self.conv_in = CausalConv3d(c.in_channels, dims[0], c, rngs)
         self.down_blocks = _levels(dims, c.layers_per_block, False, c, rngs)
         self.mid_block = Block((dims[-1],) * 3, False, c, rngs)
-        self.norm_out = GroupNorm(dims[-1], 1e-6, c)
+        self.norm_out = _group_norm(dims[-1], 1e-6, c, rngs)
         self.conv_out = CausalConv3d(dims[-1], 2 * c.latent_channels, c, rngs)
 
     def __call__(self, x: Video, cache: CausalCache) -> Float[Array, "b t2 h2 w2 z"]:

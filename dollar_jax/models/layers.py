@@ -1,5 +1,7 @@
-"""What the transformers share: dense layers, norms, and a stack of equal layers run by a scan."""
+"""What the transformers share: dense layers, norms, attention, and a stack of equal layers run by a scan."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
@@ -10,11 +12,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dollar_jax.models import activation_sharding
-from dollar_jax.models.attention import ContextParallel, Implementation
+from dollar_jax.models.attention import ContextParallel, Implementation, attention
+from dollar_jax.models.embeddings import Rotary, rotate
 
 Remat = Literal["none", "full", "dots", "attention"]
 Initializer = Callable[..., Array]
 Block = TypeVar("Block", bound=nnx.Module)
+Tokens = Float[Array, "b n d"]
 
 xavier = nnx.initializers.xavier_uniform()
 _small = nnx.initializers.normal(0.02)
@@ -96,6 +100,9 @@ class RMSNorm(nnx.Module):
         return x * inverse * self.scale[...]
 
 
+Norm = LayerNorm | RMSNorm
+
+
 class MLP(nnx.Module):
     """Two dense layers named as in diffusers' embedders, `linear_1` and `linear_2`."""
 
@@ -119,11 +126,86 @@ class FeedForward(nnx.Module):
         return self.proj_out(jax.nn.gelu(self.proj_in(x)))
 
 
-def check_compute(config: Any) -> None:
-    """Raises ValueError naming the one of these settings of a transformer that is no choice."""
-    for name, kind in {"remat": Remat, "attention": Implementation, "context_parallel": ContextParallel}.items():
-        if getattr(config, name) not in get_args(kind):
-            raise ValueError(f"{name} is {getattr(config, name)!r}; it can be one of {get_args(kind)}")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """What the configurations of video transformers share: fields of diffusers', and after the blank of ours. Raises
+    ValueError naming the one of ours that is no choice."""
+
+    patch_size: int | tuple[int, int, int]
+    num_attention_heads: int
+    attention_head_dim: int
+    in_channels: int
+    num_layers: int
+
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: Remat = "none"
+    scan_layers: bool = True
+    attention: Implementation = "auto"
+    context_parallel: ContextParallel = "gather"
+
+    def __post_init__(self) -> None:
+        for name, kind in {"remat": Remat, "attention": Implementation, "context_parallel": ContextParallel}.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it can be one of {get_args(kind)}")
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns that make one token."""
+        return self.patch_size if isinstance(self.patch_size, tuple) else (1, self.patch_size, self.patch_size)
+
+    def grid(self, latent: tuple[int, ...]) -> tuple[int, int, int]:
+        """How many tokens a latent of shape [b t h w c] has in t, h and w; ValueError where it does not fit."""
+        *size, channels = latent[1:]
+        if channels != self.in_channels:
+            raise ValueError(f"the latent has {channels} channels; in_channels is {self.in_channels}")
+        if any(s % p for s, p in zip(size, self.patch, strict=True)):
+            raise ValueError(f"a latent of t, h, w = {size} does not divide by patch_size={self.patch_size}")
+        t, h, w = (s // p for s, p in zip(size, self.patch, strict=True))
+        return t, h, w
+
+
+class Attention(nnx.Module):
+    """Multi-head attention whose queries and keys go through a `norm`, of each head or, as wide as all of them, of all
+    together; with `added`, keys and values of its own for an image's tokens."""
+
+    def __init__(
+        self, c: TransformerConfig, norm: Callable[[], Norm], rngs: nnx.Rngs, bias: bool = True, added: bool = False
+    ) -> None:
+        dense = {"rngs": rngs, "dtype": c.dtype, "param_dtype": c.param_dtype}
+        self.to_q, self.to_k, self.to_v = (Linear(c.dim, c.dim, bias=bias, **dense) for _ in range(3))
+        self.to_out = Linear(c.dim, c.dim, **dense)
+        self.norm_q, self.norm_k = norm(), norm()
+        if added:
+            self.add_k_proj, self.add_v_proj = (Linear(c.dim, c.dim, **dense) for _ in range(2))
+            self.norm_added_k = norm()
+        self.config = c
+
+    def __call__(
+        self, x: Tokens, *context: Float[Array, "b _ d"], rotary: Rotary | None = None, length: int | None = None
+    ) -> Tokens:
+        """Attention to the `context`, a text and perhaps an image's tokens; without, self-attention, in which tokens
+        from `length` on are padding."""
+        c, parallel = self.config, None if context else self.config.context_parallel
+
+        def split(y: Array, norm: Norm | None = None) -> Array:
+            y = y if norm is None else norm(y.reshape(*y.shape[:2], -1, *norm.scale.shape))
+            return y.reshape(*y.shape[:2], c.num_attention_heads, -1)
+
+        keys, *image = context or (x,)
+        q, k, v = split(self.to_q(x), self.norm_q), split(self.to_k(keys), self.norm_k), split(self.to_v(keys))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = q.astype(c.dtype), k.astype(c.dtype)
+        out = attention(q, k, v, length=length, implementation=c.attention, context=parallel)
+        for tokens in image:
+            k, v = split(self.add_k_proj(tokens), self.norm_added_k).astype(c.dtype), split(self.add_v_proj(tokens))
+            out += attention(q, k, v, implementation=c.attention)
+        return self.to_out(out.reshape(x.shape))
 
 
 def stack_blocks(build: Callable[[nnx.Rngs], Block], length: int, rngs: nnx.Rngs) -> Block:
@@ -162,9 +244,10 @@ def run_blocks(
 
 
 def run_tapped(
-    blocks: nnx.Module, x: Array, *args: Any, length: int, tap: float | None = None, early: bool = False, **how: Any
+    c: TransformerConfig, blocks: nnx.Module, x: Array, *args: Any, tap: float | None = None, early: bool = False
 ) -> tuple[Array, Array]:
     """`run_blocks`, and x after the share `tap` of the blocks; `early`, no block after those runs."""
-    block = 0 if tap is None else max(1, round(tap * length))
-    features = run_blocks(blocks, x, *args, length=block, **how) if block else x
-    return features if early else run_blocks(blocks, features, *args, length=length, first=block, **how), features
+    run = functools.partial(run_blocks, blocks, remat=c.remat, scan=c.scan_layers)
+    block = 0 if tap is None else max(1, round(tap * c.num_layers))
+    features = run(x, *args, length=block) if block else x
+    return features if early else run(features, *args, length=c.num_layers, first=block), features

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import PRNGKeyArray, PyTree
 
@@ -18,7 +17,7 @@ class Network:
     shapes: PyTree
 
     def init(self, key: PRNGKeyArray) -> PyTree:
-        return _split(self.build, key)[1]
+        return _split(self.build(nnx.Rngs(params=key)))[1]
 
     def apply(self, params: PyTree, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
         module = nnx.merge(self.graphdef, _rename(params, lambda k: int(k) if k.isdigit() else k))
@@ -27,20 +26,12 @@ class Network:
 
 def make_network(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     """Splits the module that `build` makes, once and without allocating it."""
-    graphdef = None
-
-    def abstract(key: PRNGKeyArray) -> PyTree:
-        nonlocal graphdef
-        graphdef, params = _split(build, key)
-        return params
-
-    shapes = jax.eval_shape(abstract, jax.random.key(0))
-    assert graphdef is not None
+    graphdef, shapes = _split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))
     return Network(graphdef, build, shapes)
 
 
-def _split(build: Callable[[nnx.Rngs], nnx.Module], key: PRNGKeyArray) -> tuple[nnx.GraphDef, PyTree]:
-    graphdef, state = nnx.split(build(nnx.Rngs(params=key)), nnx.Param)
+def _split(module: nnx.Module) -> tuple[nnx.GraphDef, PyTree]:
+    graphdef, state = nnx.split(module, nnx.Param)
     return graphdef, _rename(nnx.to_pure_dict(state), str)
 
 

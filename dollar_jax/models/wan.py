@@ -3,8 +3,9 @@ norms, modulation, rotary and timestep embedding and residual sums are fp32 what
 timestep embedder, residual stream's norms and modulation tables whatever `param_dtype` is."""
 
 import dataclasses
+import functools
 import math
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dollar_jax.models import activation_sharding, layers
-from dollar_jax.models.attention import ContextParallel, Implementation, attention
-from dollar_jax.models.embeddings import Rotary, patchify, rotary_tables, rotate, timestep_embedding, unpatchify
-from dollar_jax.models.layers import MLP, FeedForward, LayerNorm, Linear, Remat, RMSNorm, run_tapped, stack_blocks
-from dollar_jax.types import ImageCondition
+from dollar_jax.models.embeddings import Rotary, patchify, rotary_tables, timestep_embedding, unpatchify
+from dollar_jax.models.layers import MLP, Attention, FeedForward, LayerNorm, Linear, RMSNorm, TransformerConfig
+from dollar_jax.types import ImageCondition, Latent, TextStates, Time
 
 
 @dataclasses.dataclass(frozen=True)
-class WanConfig:
-    """As diffusers' `WanTransformer3DModel`, with the 14B model's values; those after the blank are ours."""
+class WanConfig(TransformerConfig):
+    """As diffusers' `WanTransformer3DModel`, with the 14B model's values."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40
@@ -39,29 +39,13 @@ class WanConfig:
     image_dim: int | None = None
     added_kv_proj_dim: int | None = None
 
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    remat: Remat = "none"
-    scan_layers: bool = True
-    attention: Implementation = "auto"
-    context_parallel: ContextParallel = "gather"
-
     def __post_init__(self) -> None:
         if self.qk_norm != "rms_norm_across_heads":
             raise ValueError(f"qk_norm is {self.qk_norm!r}; Wan has only 'rms_norm_across_heads'")
-        layers.check_compute(self)
+        super().__post_init__()
         if self.attention_head_dim % 2 or self.freq_dim % 2:
             found = f"attention_head_dim {self.attention_head_dim} and freq_dim {self.freq_dim}"
             raise ValueError(f"{found} must be even, for rotations and for sine and cosine pairs")
-
-    @property
-    def dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        """Latent frames, rows and columns that make one token."""
-        return self.patch_size
 
 
 class ImageEmbedder(nnx.Module):
@@ -98,48 +82,11 @@ class ConditionEmbedder(nnx.Module):
         return time, modulation.reshape(*t.shape, 6, -1), self.text_embedder(text)
 
 
-class Attention(nnx.Module):
-    """Multi-head attention whose queries and keys are normalised over all heads; with `added`, also over an image."""
-
-    def __init__(self, c: WanConfig, rngs: nnx.Rngs, added: bool = False) -> None:
-        dense = {"rngs": rngs, "dtype": c.dtype, "param_dtype": c.param_dtype}
-        self.to_q, self.to_k, self.to_v, self.to_out = (Linear(c.dim, c.dim, **dense) for _ in range(4))
-        self.norm_q, self.norm_k = (RMSNorm(c.dim, c.eps, param_dtype=c.param_dtype) for _ in range(2))
-        if added:
-            self.add_k_proj, self.add_v_proj = (Linear(c.dim, c.dim, **dense) for _ in range(2))
-            self.norm_added_k = RMSNorm(c.dim, c.eps, param_dtype=c.param_dtype)
-        self.heads, self.dtype = c.num_attention_heads, c.dtype
-        self.implementation: Implementation = c.attention
-        self.context_parallel: ContextParallel = c.context_parallel
-
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        context: Float[Array, "b m d"],
-        *image: Float[Array, "b i d"],
-        rotary: Rotary | None = None,
-        length: int | None = None,
-    ) -> Float[Array, "b n d"]:
-        """Self-attention when `rotary` is given; of its tokens those from `length` on are padding."""
-
-        def split(y: Array) -> Array:
-            return y.reshape(*y.shape[:2], self.heads, -1)
-
-        q, k, v = split(self.norm_q(self.to_q(x))), split(self.norm_k(self.to_k(context))), split(self.to_v(context))
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        q, k, parallel = q.astype(self.dtype), k.astype(self.dtype), None if rotary is None else self.context_parallel
-        out = attention(q, k, v, length=length, implementation=self.implementation, context=parallel)
-        for tokens in image:
-            k, v = split(self.norm_added_k(self.add_k_proj(tokens))).astype(self.dtype), split(self.add_v_proj(tokens))
-            out += attention(q, k, v, implementation=self.implementation)
-        return self.to_out(out.reshape(x.shape))
-
-
 class WanBlock(nnx.Module):
     def __init__(self, c: WanConfig, rngs: nnx.Rngs) -> None:
-        self.attn1 = Attention(c, rngs)
-        self.attn2 = Attention(c, rngs, added=c.image_dim is not None)
+        norm = functools.partial(RMSNorm, c.dim, c.eps, param_dtype=c.param_dtype)
+        self.attn1 = Attention(c, norm, rngs)
+        self.attn2 = Attention(c, norm, rngs, added=c.image_dim is not None)
         self.norm2 = LayerNorm(c.dim, c.eps, param_dtype="float32") if c.cross_attn_norm else None
         self.ffn = FeedForward(c.dim, c.ffn_dim, rngs=rngs, dtype=c.dtype, param_dtype=c.param_dtype)
         self.scale_shift_table = nnx.Param(_table(rngs, 6, c.dim))
@@ -157,7 +104,7 @@ class WanBlock(nnx.Module):
         table = self.scale_shift_table[...] + modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = _by_token(table, x.shape[1], clean)
         y = self._modulate(x, shift1, scale1)
-        x = (x + self.attn1(y, y, rotary=rotary, length=length) * gate1).astype(self.dtype)
+        x = (x + self.attn1(y, rotary=rotary, length=length) * gate1).astype(self.dtype)
         y = x if self.norm2 is None else self.norm2(x).astype(self.dtype)
         x = x + self.attn2(y, *context)
         y = self._modulate(x, shift2, scale2)
@@ -176,20 +123,14 @@ class WanTransformer(nnx.Module):
         dense = {"rngs": rngs, "dtype": c.dtype, "param_dtype": c.param_dtype}
         self.patch_embedding = Linear(patch * c.in_channels, c.dim, **dense)
         self.condition_embedder = ConditionEmbedder(c, rngs)
-        self.blocks = stack_blocks(lambda rngs: WanBlock(c, rngs), c.num_layers, rngs)
+        self.blocks = layers.stack_blocks(lambda rngs: WanBlock(c, rngs), c.num_layers, rngs)
         out = patch * (c.out_channels or c.in_channels)
         # Guidance multiplies what rounding leaves of the difference of two predictions.
         self.proj_out = Linear(c.dim, out, kernel_init=nnx.initializers.zeros, out_dtype="float32", **dense)
         self.scale_shift_table = nnx.Param(_table(rngs, 2, c.dim))
 
     def __call__(
-        self,
-        x: Float[Array, "b t h w c"],
-        t: Float[Array, " b"],
-        text: Float[Array, "b l d"],
-        given: int = 0,
-        image: ImageCondition | None = None,
-        **tap: Any,
+        self, x: Latent, t: Time, text: TextStates, given: int = 0, image: ImageCondition | None = None, **tap: Any
     ) -> Any:
         """`t` in [0, 1000]; `text` comes with padded rows zeroed and, as in Wan, not masked. The tokens of the first
         `given` latent frames have the time 0 instead, as TI2V's of an image (a time for every token in diffusers). An
@@ -200,7 +141,8 @@ class WanTransformer(nnx.Module):
             further = c.in_channels - x.shape[-1] - image.latent.shape[-1]
             mask = jnp.zeros((*x.shape[:-1], further), x.dtype).at[:, 0].set(1)
             x = jnp.concatenate([x, mask, image.latent.astype(x.dtype)], -1)
-        grid = self._grid(x.shape[1:])
+        if max(grid := c.grid(x.shape)) > c.rope_max_seq_len:
+            raise ValueError(f"a grid of {grid} patches is longer than {c.rope_max_seq_len=}")
         # Height and width get 2⌊head_dim / 6⌋ channels each and time the rest.
         space = 2 * (c.attention_head_dim // 6)
         time_rows, rows, columns = (np.arange(size) for size in grid)
@@ -212,12 +154,10 @@ class WanTransformer(nnx.Module):
             context.append(self.condition_embedder.image_embedder(image.tokens))
         y = patchify(x, c.patch_size)
         tokens = y.shape[1]
-        y = activation_sharding.pad_tokens(y, axis=1)
-        rotary = jax.tree.map(lambda table: activation_sharding.pad_tokens(table, axis=0), rotary)
+        y, rotary = jax.tree.map(activation_sharding.pad_tokens, (y, rotary))
         context = [activation_sharding.constrain(tokens, None, None) for tokens in context]
         y = self.patch_embedding(activation_sharding.constrain(y, activation_sharding.CONTEXT, None))
-        how = {"length": c.num_layers, "remat": c.remat, "scan": c.scan_layers}
-        y, features = run_tapped(self.blocks, y, context, modulation, rotary, tokens, clean, **how, **tap)
+        y, features = layers.run_tapped(c, self.blocks, y, context, modulation, rotary, tokens, clean, **tap)
         if tap.get("early"):
             return features[:, :tokens]
         shift, scale = _by_token(self.scale_shift_table[...] + time[:, :, None], y.shape[1], clean)
@@ -225,17 +165,6 @@ class WanTransformer(nnx.Module):
         y = activation_sharding.constrain(y, activation_sharding.CONTEXT, None)
         velocity = unpatchify(y[:, :tokens], grid, c.patch_size)
         return (velocity, features[:, :tokens]) if tap else velocity
-
-    def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        c, (*size, channels) = self.config, shape
-        if channels != c.in_channels:
-            raise ValueError(f"the latent has {channels} channels; in_channels is {c.in_channels}")
-        if any(s % p for s, p in zip(size, c.patch_size, strict=True)):
-            raise ValueError(f"a latent of t, h, w = {size} does not divide by {c.patch_size=}")
-        grid = tuple(s // p for s, p in zip(size, c.patch_size, strict=True))
-        if max(grid) > c.rope_max_seq_len:
-            raise ValueError(f"a grid of {grid} patches is longer than {c.rope_max_seq_len=}")
-        return cast(tuple[int, int, int], grid)
 
 
 def _by_token(table: Float[Array, "b s k d"], tokens: int, clean: int) -> list[Float[Array, "b #n d"]]:

@@ -12,7 +12,7 @@ import functools
 import importlib
 import runpy
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ def get_reward(name: str, folder: str | None = None) -> AnyReward:
             raise ValueError(f"the reward {name!r} needs its weights: give their folder in the term's `folder`")
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"the reward {name!r} was to be read from {folder}, which is not a folder")
-        return _ours(LOADERS[name])(Path(folder))
+        module, _, function = LOADERS[name].partition(":")  # which is slow to import
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)(Path(folder))
     if folder is not None:
         raise ValueError(f"the reward {name!r} has no weights to read; set its `folder` to None")
     if name in REWARDS:
@@ -51,12 +52,6 @@ def get_reward(name: str, folder: str | None = None) -> AnyReward:
         raise ValueError(f"the reward {name!r} cannot be used: {where} has no function {attribute!r}")
     meaning = (found.__doc__ or attribute).strip().splitlines()[0]
     return Reward(found, f"{part}, {meaning}" if part else meaning, (part,) if part else ())
-
-
-def _ours(place: str) -> Callable[..., AnyReward]:
-    """A function of a module of this package that is slow to import."""
-    module, _, function = place.partition(":")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), function)
 
 
 def _module(name: str, where: str) -> Any:

@@ -5,13 +5,11 @@ that read prompts CLIP's tokenizer. Every frame is scored, a clip's reward is th
 precision, in which HPSv2's are published. Where one is differentiated, to compare with, layers are computed again."""
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dollar_jax.models.clip import Fit, preprocess
 from dollar_jax.rewards.reward import JaxReward
@@ -38,10 +36,7 @@ def _agreement(fit: Fit, meaning: str, folder: Path) -> JaxReward:
         text = network.apply(params, tokens, method="embed_text")
         return jnp.einsum("btp,bp->b", images, text) / images.shape[1]
 
-    def ids(prompts: Sequence[str]) -> np.ndarray:
-        return tokenize(tokenizer, prompts, length)[0]
-
-    return JaxReward(cosine, meaning, params, ids)
+    return JaxReward(cosine, meaning, params, lambda prompts: tokenize(tokenizer, prompts, length)[0])
 
 
 # The cosine of picture and prompt, or of ViCLIP's 8 frames together and prompt, as the folder is: about 0.27 for HPSv2,

@@ -49,17 +49,15 @@ class Monitor:
 
     def hacked(self, guard: RewardGuard) -> str | None:
         """The reason to stop, in words, or None. Every process has the same samples, and decides alike."""
-        if guard.min_correlation is None and guard.max_fall is None:
-            return None
-        full, own = np.isfinite(self.state["pairs"]).all(), self.summary()
-        names = ["reward_fresh_correlation", *(f"reward_{name}_fall" for name in self.names)]
-        values = np.array([own.get(name, np.nan) for name in names])
-        if not full:  # too few pairs for a verdict
-            values[0] = np.nan
-        if guard.min_correlation is not None and values[0] < guard.min_correlation:
+        own = self.summary()
+        correlation = own.get("reward_fresh_correlation", np.nan)
+        if not np.isfinite(self.state["pairs"]).all():  # too few for a verdict
+            correlation = np.nan
+        if guard.min_correlation is not None and correlation < guard.min_correlation:
             least = f"config.reward.guard.min_correlation {guard.min_correlation:g}"
-            return f"latent and true reward correlate by {values[0]:.3f} on fresh samples, less than {least}"
-        for name, fall in zip(self.names, values[1:], strict=True):
+            return f"latent and true reward correlate by {correlation:.3f} on fresh samples, less than {least}"
+        for name in self.names:
+            fall = own.get(f"reward_{name}_fall", np.nan)
             if guard.max_fall is not None and fall > guard.max_fall:
                 most = f"more than config.reward.guard.max_fall {guard.max_fall:g}"
                 return f"the held-out reward {name!r} has fallen by {fall:.2f} of its standard deviations, {most}"

@@ -59,7 +59,7 @@ class PixelRewards:
 
 def pixel_rewards(config: RewardConfig, rewards: Sequence[AnyReward], decode: Decode) -> PixelRewards | None:
     """The JAX ones among the terms' rewards, if any. Raises ValueError when a host reward is to be differentiated."""
-    found = [i for i, reward in enumerate(rewards) if isinstance(reward, JaxReward)]
+    found = {i: reward for i, reward in enumerate(rewards) if isinstance(reward, JaxReward)}
     differentiated = METHODS[config.method].differentiates_pixels
     if differentiated and (host := [i for i in config.trained if i not in found]):
         name = config.rewards[host[0]].name
@@ -67,6 +67,5 @@ def pixel_rewards(config: RewardConfig, rewards: Sequence[AnyReward], decode: De
         raise ValueError(f"the reward {name!r} is a host reward, without a gradient: {mend}")
     if not found:
         return None
-    chosen = tuple(r for r in rewards if isinstance(r, JaxReward))
-    labels = tuple(config.rewards[i].label for i in found)
-    return PixelRewards(decode, chosen, tuple(found), labels, len(rewards), config.remat and differentiated)
+    labels, remat = tuple(config.rewards[i].label for i in found), config.remat and differentiated
+    return PixelRewards(decode, tuple(found.values()), tuple(found), labels, len(rewards), remat)

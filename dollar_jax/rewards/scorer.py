@@ -65,7 +65,6 @@ class Scorer:
         self._decode_programs: dict[Shape, Program] = {}
         self._trained, self._held_out = np.array(c.trained, int), np.array(c.held_out, int)
         self._pending: _Pending | None = None
-        self._everywhere: Program | None = None
         # Data with aspect buckets has latents of several shapes: a step learns from those of its batch's.
         self.method = method_of(config)
         memories = {tuple(shape): self.method.memory(shape, text_shape) for shape in latent_shapes}
@@ -114,10 +113,7 @@ class Scorer:
         if jax.process_count() > 1:
             # At once: dispatched ahead of the next step, it is done before it, and `collect` need not wait for that.
             text = sharding.make_global_rows(text, here, samples.latent.sharding, count)
-            if self._everywhere is None:
-                where = sharding.replicated(samples.latent.sharding.mesh)
-                self._everywhere = Program("gather_samples", lambda *x: x, out_shardings=where)
-            samples, text = self._everywhere(samples, text)
+            samples, text = sharding.put((samples, text), sharding.replicated(samples.latent.sharding.mesh))
         self._pending = _Pending(samples, text, here, finite, shape)
 
     def collect(self) -> None:

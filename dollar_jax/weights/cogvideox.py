@@ -6,7 +6,7 @@ import numpy as np
 
 from dollar_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from dollar_jax.weights.kind import Kind
-from dollar_jax.weights.table import DENSE, NORM, Row, Transform, module_rows
+from dollar_jax.weights.table import DENSE, NORM, Row, Transform, module_rows, patch_kernel
 
 
 def cogvideox_table(config: CogVideoXConfig) -> list[Row]:
@@ -26,21 +26,15 @@ def cogvideox_table(config: CogVideoXConfig) -> list[Row]:
         ("norm_out.linear", "norm_out/linear", DENSE),
         ("norm_out.norm", "norm_out/norm", NORM),
     ]
+    order = _output(config)
+    kernel = Transform(lambda x: order.forward(x).T, lambda x: order.inverse(x.T))
     return [
-        Row("patch_embed.proj.weight", "patch_embedding/kernel", _patch_kernel(config)),
+        Row("patch_embed.proj.weight", "patch_embedding/kernel", patch_kernel(config.patch[1:], config.in_channels)),
         Row("patch_embed.proj.bias", "patch_embedding/bias"),
-        Row("proj_out.weight", "proj_out/kernel", _output_kernel(config)),
-        Row("proj_out.bias", "proj_out/bias", _output(config)),
+        Row("proj_out.weight", "proj_out/kernel", kernel),
+        Row("proj_out.bias", "proj_out/bias", order),
         *module_rows(modules),
     ]
-
-
-def _patch_kernel(config: CogVideoXConfig) -> Transform:
-    """Conv2d kernel [dim, c, ph, pw] ↔ the dense [(ph pw c), dim] of `patchify`."""
-    shape = (config.patch_size, config.patch_size, config.in_channels, -1)
-    return Transform(
-        lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]), lambda x: x.reshape(shape).transpose(3, 2, 0, 1)
-    )
 
 
 def _output(config: CogVideoXConfig) -> Transform:
@@ -50,11 +44,6 @@ def _output(config: CogVideoXConfig) -> Transform:
         lambda x: np.moveaxis(x.reshape(c, p, p, *x.shape[1:]), 0, 2).reshape(x.shape),
         lambda x: np.moveaxis(x.reshape(p, p, c, *x.shape[1:]), 2, 0).reshape(x.shape),
     )
-
-
-def _output_kernel(config: CogVideoXConfig) -> Transform:
-    order = _output(config)
-    return Transform(lambda x: order.forward(x).T, lambda x: order.inverse(x.T))
 
 
 _FIXED = {"flip_sin_to_cos": True, "freq_shift": 0, "ofs_embed_dim": None, "dropout": 0.0, "patch_size_t": None}

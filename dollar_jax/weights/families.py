@@ -17,11 +17,10 @@ from dollar_jax.schedule import Path as DiffusionPath
 from dollar_jax.schedule import Schedule
 from dollar_jax.weights.clip import CLIP_VISION
 from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER
-from dollar_jax.weights.cogvideox_vae import COGVIDEOX_VAE
 from dollar_jax.weights.kind import Kind
 from dollar_jax.weights.umt5 import T5, UMT5
+from dollar_jax.weights.vae import COGVIDEOX_VAE, WAN_VAE
 from dollar_jax.weights.wan import WAN_NATIVE, WAN_TRANSFORMER
-from dollar_jax.weights.wan_vae import WAN_VAE
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 

@@ -47,6 +47,12 @@ class Row:
     transform: Transform = SAME
 
 
+def patch_kernel(patch: tuple[int, ...], channels: int) -> Transform:
+    """Convolution kernel [dim, c, *patch] ↔ the dense [(*patch c), dim] of `patchify`."""
+    shape = (*patch, channels, -1)
+    return Transform(lambda x: CONV.forward(x).reshape(-1, len(x)), lambda x: CONV.inverse(x.reshape(shape)))
+
+
 def module_rows(modules: Iterable[tuple[str, str, Mapping[str, str]]]) -> list[Row]:
     """Rows of whole modules: their templates in the file and among the parameters, and DENSE or NORM."""
     return [
@@ -128,7 +134,7 @@ def export_stream(table: Sequence[Row], params: Params) -> Iterator[tuple[str, n
 
 def _places(table: Sequence[Row], arrays: Mapping[str, Any]) -> dict[str, _Place]:
     """Where each tensor goes, for parameters with these paths and shapes."""
-    rows = [(_path_pattern(row.path), row) for row in table if row.path]
+    rows = [(re.compile(_FIELD.sub(r"(?P<\1>\2)", row.path)), row) for row in table if row.path]
     places: dict[str, _Place] = {}
     for path, array in arrays.items():
         found = ((pattern.fullmatch(path), row) for pattern, row in rows)
@@ -141,11 +147,3 @@ def _places(table: Sequence[Row], arrays: Mapping[str, Any]) -> dict[str, _Place
                 raise ValueError(f"parameters {path!r} and {places[key].path!r} are both {key!r}")
             places[key] = _Place(path, i, row.transform)
     return places
-
-
-def _path_pattern(path: str) -> re.Pattern[str]:
-    literals = _FIELD.split(path)
-    parts = [re.escape(literals[0])]
-    for name, regex, literal in zip(literals[1::3], literals[2::3], literals[3::3], strict=True):
-        parts += [f"(?P<{name}>{regex})", re.escape(literal)]
-    return re.compile("".join(parts))

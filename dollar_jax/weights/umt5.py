@@ -6,15 +6,13 @@ from dollar_jax.models.umt5 import UMT5Config, UMT5Encoder
 from dollar_jax.weights.kind import Kind
 from dollar_jax.weights.table import TRANSPOSE, Row
 
+_ATTENTION = "encoder.block.{i}.layer.0.SelfAttention"
 UMT5_TABLE = [
     Row("shared.weight", "shared/embedding"),
     # Tied to `shared`; most files leave it out.
     Row("encoder.embed_tokens.weight", None),
-    Row("encoder.block.{i}.layer.0.SelfAttention.{p}.weight", "blocks/attention/{p:q|k|v|o}/kernel", TRANSPOSE),
-    Row(
-        "encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight",
-        "blocks/attention/relative_attention_bias/embedding",
-    ),
+    Row(f"{_ATTENTION}.{{p}}.weight", "blocks/attention/{p:q|k|v|o}/kernel", TRANSPOSE),
+    Row(f"{_ATTENTION}.relative_attention_bias.weight", "blocks/attention/relative_attention_bias/embedding"),
     # T5 keeps the one that its layers share in the first.
     Row("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "relative_attention_bias/embedding"),
     Row("encoder.block.{i}.layer.0.layer_norm.weight", "blocks/attention_norm/scale"),

@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import numpy as np
-
 from dollar_jax.models.wan import WanConfig, WanTransformer
 from dollar_jax.weights.kind import Kind
-from dollar_jax.weights.table import BATCHED, DENSE, NORM, Row, Transform, module_rows
+from dollar_jax.weights.table import BATCHED, DENSE, NORM, Row, module_rows, patch_kernel
 
 
 def wan_table(config: WanConfig) -> list[Row]:
@@ -27,25 +25,12 @@ def wan_table(config: WanConfig) -> list[Row]:
         ("proj_out", "proj_out", DENSE),
     ]
     return [
-        Row("patch_embedding.weight", "patch_embedding/kernel", _patch_kernel(config)),
+        Row("patch_embedding.weight", "patch_embedding/kernel", patch_kernel(config.patch_size, config.in_channels)),
         Row("patch_embedding.bias", "patch_embedding/bias"),
         Row("scale_shift_table", "scale_shift_table", BATCHED),
         Row("blocks.{i}.scale_shift_table", "blocks/scale_shift_table", BATCHED),
         *module_rows(modules),
     ]
-
-
-def _patch_kernel(config: WanConfig) -> Transform:
-    """Conv3d kernel [dim, c, pt, ph, pw] ↔ the dense [(pt ph pw c), dim] of `patchify`."""
-
-    def forward(x: np.ndarray) -> np.ndarray:
-        return x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0])
-
-    def inverse(x: np.ndarray) -> np.ndarray:
-        shape = (*config.patch_size, config.in_channels, x.shape[-1])
-        return x.reshape(shape).transpose(4, 3, 0, 1, 2)
-
-    return Transform(forward, inverse)
 
 
 _MORE: Any = {"table": lambda config, shapes: wan_table(config), "fixed": {"pos_embed_seq_len": None}}

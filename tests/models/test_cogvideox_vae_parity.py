@@ -13,9 +13,9 @@ import torch
 from dollar_jax.models.cogvideox_vae import CogVideoXVAE, CogVideoXVAEConfig
 from dollar_jax.models.network import make_network
 from dollar_jax.models.wan_vae import denormalise, normalise
-from dollar_jax.weights.cogvideox_vae import COGVIDEOX_VAE, cogvideox_vae_table
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 from dollar_jax.weights.table import export_stream, import_params
+from dollar_jax.weights.vae import COGVIDEOX_VAE, vae_table
 
 torch.set_num_threads(1)
 
@@ -71,7 +71,7 @@ def saved(tmp_path_factory):
 def load(folder):
     config = COGVIDEOX_VAE.read(read_config(folder))
     network = make_network(lambda rngs: CogVideoXVAE(config, rngs))
-    params = import_params(cogvideox_vae_table(network.shapes), read_tensors(folder), network.shapes)
+    params = import_params(vae_table(network.shapes), read_tensors(folder), network.shapes)
     return config, Jitted(network), jax.tree.map(jnp.asarray, params)
 
 
@@ -154,7 +154,7 @@ def test_chunks_after_the_first_are_compiled_once(saved):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_export_is_bit_identical(saved, tmp_path, name):
     _, model, config, vae, params = saved[name]
-    tensors = dict(export_stream(cogvideox_vae_table(vae.network.shapes), params))
+    tensors = dict(export_stream(vae_table(vae.network.shapes), params))
     theirs = {key: value.numpy() for key, value in model.state_dict().items()}
     assert tensors.keys() == theirs.keys()
     write_component(tmp_path, COGVIDEOX_VAE.write(config), tensors)

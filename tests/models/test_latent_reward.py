@@ -2,9 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from dollar_jax.config import LatentRewardSettings
-from dollar_jax.models.latent_reward import LatentRewardModel
+from dollar_jax.models.latent_reward import FeatureHead, LatentRewardModel
 from dollar_jax.models.network import make_network
 
 
@@ -120,3 +122,21 @@ def test_misuse_is_refused(with_text):
         LatentRewardSettings(temporal_kernel=2)
     with pytest.raises(ValueError, match="groups"):
         LatentRewardSettings(width=100)
+
+
+def test_the_head_is_attention_by_learned_queries_and_an_mlp():
+    head = make_network(lambda rngs: FeatureHead(12, 8, rngs))
+    tokens = 2 + 3 * jax.random.normal(jax.random.key(1), (2, 30, 12))
+    params = head.init(jax.random.key(0))
+    np.testing.assert_array_equal(head.apply(params, tokens), np.zeros(2))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 2, "float32"), params)
+    p = jax.tree.map(lambda x: torch.tensor(np.asarray(x)), params)
+
+    def dense(name, x):
+        return x @ p[name]["kernel"] + p[name]["bias"]
+
+    x = F.layer_norm(torch.tensor(np.asarray(tokens)), (12,), eps=1e-6)
+    found = F.scaled_dot_product_attention(p["queries"].expand(2, -1, -1), dense("to_k", x), dense("to_v", x))
+    theirs = dense("score", F.silu(dense("hidden", found.reshape(2, -1))))[:, 0]
+    np.testing.assert_allclose(head.apply(params, tokens), theirs, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from dollar_jax.models.network import make_network
 from dollar_jax.models.wan_vae import CausalConv3d, RMSNorm, WanVAE, WanVAEConfig, denormalise, normalise
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 from dollar_jax.weights.table import export_stream, import_params
-from dollar_jax.weights.wan_vae import WAN_VAE, wan_vae_table
+from dollar_jax.weights.vae import WAN_VAE, vae_table
 
 TOLERANCE = 1e-4
 # Many small convolutions: to compile them well takes longer than to run them badly.
@@ -67,7 +67,7 @@ def saved(tmp_path_factory):
 def load(folder):
     config = WAN_VAE.read(read_config(folder))
     network = make_network(lambda rngs: WanVAE(config, rngs))
-    params = import_params(wan_vae_table(network.shapes), read_tensors(folder), network.shapes)
+    params = import_params(vae_table(network.shapes), read_tensors(folder), network.shapes)
     return config, Jitted(network), jax.tree.map(jnp.asarray, params)
 
 
@@ -202,7 +202,7 @@ def test_norms_have_a_finite_gradient_at_zero():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_export_is_bit_identical(saved, tmp_path, name):
     _, model, config, vae, params = saved[name]
-    tensors = dict(export_stream(wan_vae_table(vae.network.shapes), params))
+    tensors = dict(export_stream(vae_table(vae.network.shapes), params))
     theirs = {key: value.numpy() for key, value in model.state_dict().items()}
     assert tensors.keys() == theirs.keys()
     write_component(tmp_path, WAN_VAE.write(config), tensors)
@@ -271,7 +271,7 @@ def test_foreign_configurations_are_refused(saved, change, message):
 
 def test_bad_shape_names_the_tensor(saved):
     _, _, _, vae, params = saved["patched"]
-    table = wan_vae_table(vae.network.shapes)
+    table = vae_table(vae.network.shapes)
     tensors = dict(export_stream(table, params))
     name = "decoder.up_blocks.0.upsamplers.0.resample.1.weight"
     tensors[name] = tensors[name][:1]

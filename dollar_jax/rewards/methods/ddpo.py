@@ -109,26 +109,18 @@ class RolloutMemory:
     """The rollouts of the last step, each given to one step only."""
 
     def __init__(self, shapes: Rollouts):
-        states, text, reward = (np.zeros(shape.shape, np.float32) for shape in jax.tree.leaves(shapes))
-        self.rollouts = Rollouts(states, text, np.full_like(reward, np.nan))
-
-    @property
-    def state(self) -> dict[str, np.ndarray]:
-        return {f"walk_{name}": value for name, value in vars(self.rollouts).items()}
-
-    @state.setter
-    def state(self, arrays: dict[str, np.ndarray]) -> None:
-        self.rollouts = Rollouts(**{name.removeprefix("walk_"): value for name, value in arrays.items()})
+        self.state = {f"walk_{name}": np.zeros(shape.shape, np.float32) for name, shape in vars(shapes).items()}
+        self.state["walk_reward"].fill(np.nan)
 
     def add(self, samples: RewardSamples, text: np.ndarray, reward: np.ndarray) -> None:
         good = np.isfinite(reward[:, 0]).all(1)
         # What is left out may be not finite, and 0 times that is not 0.
-        rows = np.asarray(samples.states), text, reward[:, 0]
-        self.rollouts = Rollouts(*(np.array(x, np.float32) for x in rows))
-        for array, value in zip(vars(self.rollouts).values(), (0, 0, np.nan), strict=True):
-            array[~good] = value
+        rows = {"walk_states": (samples.states, 0), "walk_text": (text, 0), "walk_reward": (reward[:, 0], np.nan)}
+        for name, (found, none) in rows.items():
+            self.state[name] = np.array(found, np.float32)
+            self.state[name][~good] = none
 
     def take(self, step: int) -> Rollouts:
-        taken = self.rollouts
-        self.rollouts = dataclasses.replace(taken, reward=np.full_like(taken.reward, np.nan))
+        taken = Rollouts(**{name.removeprefix("walk_"): value for name, value in self.state.items()})
+        self.state["walk_reward"] = np.full_like(taken.reward, np.nan)
         return taken
