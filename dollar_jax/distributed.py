@@ -24,6 +24,15 @@ from dollar_jax.signals import SignalFlag
 HEARTBEAT_SECONDS = 60
 
 
+def share_cpu(devices: int) -> None:
+    """For virtual devices of one CPU, before the first is used: a collective holds one of their threads until all have
+    come to it. All come where no two loops of a program run side by side, taken by each device in its own order, and
+    where there are more threads than collectives under way. One may be late beside other work."""
+    os.environ.setdefault("PJRT_NPROC", str(4 * devices))
+    flags = "concurrency_optimized_scheduler=false --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_enable_{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+
 @contextlib.contextmanager
 def joined(address: str | None, count: int | None, index: int | None, report: Callable[..., int]) -> Iterator[None]:
     """Within it, jax's devices are those of all processes; enter it before the first use of a device. With none of the

@@ -16,15 +16,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Virtual devices share the threads of a CPU, and a collective holds one until all have come to it. They do for
-# certain where no two independent loops of a program run side by side, which each device may take in another order, and
-# where there are more threads than collectives under way. On a busy machine one may come late.
-os.environ.setdefault("PJRT_NPROC", "32")
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-).strip()
-
 import jax
 import jaxtyping
 import numpy as np
@@ -33,8 +24,10 @@ from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dollar_jax.config import DistillConfig, distill_config
+from dollar_jax.distributed import share_cpu
 
 jax.config.update("jax_num_cpu_devices", 8)
+share_cpu(8)
 jax.config.update("jax_debug_key_reuse", True)
 # Half of the time is compilation, and half of that its optimisations; `whole_compilation` brings them back.
 jax.config.update("jax_disable_most_optimizations", True)

@@ -1,6 +1,8 @@
 """The command line: what is impossible gets one sentence and exit code 2, before any work."""
 
+import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -272,6 +274,22 @@ def test_every_way_to_end_has_its_exit_code():
     codes |= {KeyboardInterrupt: 130, Interrupted: 130, Preempted: 143, ProcessLost: 7, ZeroDivisionError: 1}
     assert {kind: report_error("train", kind("why")) for kind in codes} == codes
     assert set(codes.values()) | {0} == cli.EXIT_CODES.keys()
+
+
+@pytest.mark.multiprocess
+def test_virtual_devices_share_a_cpu_without_waiting_for_each_other():
+    """A user's flags stay, and win."""
+    code = "from dollar_jax.cli.base import prepare_jax; prepare_jax(); import jax, os; jax.devices()"
+    code += "; print(jax.device_count(), os.environ.get('PJRT_NPROC'), os.environ.get('XLA_FLAGS'))"
+
+    def said(devices):
+        env = {k: v for k, v in os.environ.items() if k != "PJRT_NPROC"} | {"JAX_NUM_CPU_DEVICES": devices}
+        env["XLA_FLAGS"] = own = "--xla_cpu_collective_call_terminate_timeout_seconds=50"
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        return run.stdout.replace(own, "OWN").strip()
+
+    assert said("1") == "1 None OWN"
+    assert re.fullmatch(r"2 8 --xla_cpu_enable_concurrency_optimized_scheduler=false .*=600 OWN", said("2"))
 
 
 @pytest.mark.multiprocess

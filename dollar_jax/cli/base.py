@@ -152,10 +152,14 @@ def prepare_jax() -> None:
     GiB in one heap: to have the pages of its buffers cleared at each call is a third of a gradient's time on a CPU."""
     import jax
 
+    from dollar_jax.distributed import share_cpu
+
     if not any(map(glob.glob, ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*"))):
         with contextlib.suppress(OSError, AttributeError):  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of malloc.h
             for option in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
                 ctypes.CDLL("libc.so.6").mallopt(*option)
+    if jax.config.jax_num_cpu_devices > 1:
+        share_cpu(jax.config.jax_num_cpu_devices)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "dollar_jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
 
