@@ -50,6 +50,15 @@ def test_neither_batches_nor_devices_change_a_video(toy_generator):
     assert all(np.abs(alone[i] - alone[j]).max() > 2 for i in range(5) for j in range(i))
 
 
+def test_no_mesh_changes_a_latent_or_a_frame_and_the_smallest_pictures_are_the_fingerprints():
+    teacher, sampling = load_teacher("moving_shapes"), SamplingConfig(1, 1.0, 0.0)
+    meshes = make_mesh(MeshConfig(1, 1, 1, 1), jax.local_devices()[:1]), make_mesh(MeshConfig(1, 4, 2, 1))
+    one, spread = (Generator(teacher, 12, sampling, (1, 8, 8), mesh=mesh) for mesh in meshes)
+    assert fingerprint(one)["vae"] == pytest.approx(fingerprint(spread)["vae"], abs=2e-5)
+    latent = np.random.default_rng(0).standard_normal((1, 1, 2, 2, 16), np.float32)
+    np.testing.assert_allclose(one.decode(latent), spread.decode(latent), atol=1e-5)
+
+
 def test_a_video_depends_on_its_prompt_seed_and_number_alone(toy_generator):
     generator = dataclasses.replace(toy_generator, mesh=sampling_mesh(MeshConfig(-1, 1, 1, 1)))
     draw, params = generator.student_sampler(TIMES), generator.pipeline.transformer.params

@@ -58,8 +58,10 @@ def attention(
     if context is not None:
         _check(q, k, context)
     if kind == "xla" and (context is None or activation_sharding.axis_size(CONTEXT) == 1):
-        # XLA shares its own operations out as well as we could.
-        q = activation_sharding.constrain(q, None if context else CONTEXT, TENSOR)
+        # XLA shares its own operations out as well as we could, but for convolutions (a VAE's) of 2 rows on 2 devices,
+        # which it gets wrong: so few tokens are not shared.
+        few = q.shape[1] < BLOCK * activation_sharding.axis_size(CONTEXT)
+        q = activation_sharding.constrain(q, None if context or few else CONTEXT, TENSOR)
         return local(q, *(activation_sharding.constrain(x, None, TENSOR) for x in (k, v)))
     over = activation_sharding.rows(q.shape[0])
     heads = TENSOR if q.shape[2] % activation_sharding.axis_size(TENSOR) == 0 else None
