@@ -26,8 +26,7 @@ from tqdm import tqdm
 from dollar_jax.config import RewardTerm
 from dollar_jax.data import shapes
 from dollar_jax.generate import make_generator, subset
-from dollar_jax.models.feature_head import FeatureHead
-from dollar_jax.models.latent_reward import LatentRewardModel
+from dollar_jax.models.latent_reward import FeatureHead, LatentRewardModel
 from dollar_jax.models.network import make_network
 from dollar_jax.optim import make_optimiser
 from dollar_jax.rewards import load_rewards
