@@ -431,27 +431,20 @@ class Dropped(NamedTuple):
 
 
 DROPPED = {"compute.offload": Dropped("0.2.0", "a larger mesh.fsdp, or compute.remat=full", ())}
-"""Settings of earlier versions by their dotted paths."""
+"""Settings of earlier versions by group.name."""
 
 
 def distill_config(fields: Any, past: bool = False) -> DistillConfig:
     """The configuration of a ConfigDict or mapping; ValueError naming what is wrong. In a run's config.json (`past`) of
     an earlier version, a dropped setting is passed over where the run had the value that all runs have now."""
     for path, gone in DROPPED.items():
-        *groups, name = path.split(".")
-        group: Any = fields
-        for part in groups:
-            group = group[part] if hasattr(group, "items") and part in group else {}
-        if hasattr(group, "items") and name in group:
-            if not past or plain(group[name]) != plain(gone.now):
+        group, name = path.split(".")
+        if group in fields and hasattr(fields[group], "items") and name in fields[group]:
+            rest = dict(fields[group].items())
+            if not past or plain(rest.pop(name)) != plain(gone.now):
                 raise ValueError(f"config.{path} was dropped in version {gone.version}: {gone.instead}")
-            fields = _without(fields, path)
+            fields = {**fields, group: rest}
     return from_config(DistillConfig, fields)
-
-
-def _without(fields: Mapping[str, Any], path: str) -> dict[str, Any]:
-    name, _, rest = path.partition(".")
-    return {k: _without(v, rest) if k == name else v for k, v in fields.items() if rest or k != name}
 
 
 def changed(config: DistillConfig, changes: Mapping[str, Any]) -> DistillConfig:

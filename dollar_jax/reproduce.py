@@ -17,7 +17,7 @@ from dollar_jax.config import DistillConfig, changed, distill_config
 from dollar_jax.data import shapes
 from dollar_jax.data.latents import load_data
 from dollar_jax.evaluate.features import vae_features
-from dollar_jax.evaluate.measure import default_plan, draw_in_turns, measure, network_measures, samplers
+from dollar_jax.evaluate.measure import default_plan, draw_in_turns, measure, real_features, samplers
 from dollar_jax.evaluate.metrics import write_metrics
 from dollar_jax.files import read_arrays, read_json
 from dollar_jax.generate import Generator, make_generator
@@ -87,7 +87,8 @@ class Lab:
     def __init__(self, workdir: Path, generator: Generator, base: DistillConfig, quick: bool):
         self.workdir, self.generator, self.base, self.quick = workdir, generator, base, quick
         self.reward = weighted_sum(base.reward.rewards, load_rewards(base.reward.rewards))
-        self.network = functools.cache(functools.partial(network_measures, vae_features(generator), quick))
+        self.features = vae_features(generator)
+        self.reference = functools.cache(functools.partial(real_features, self.features, quick))
 
     def shown(self, seed: int) -> list[str]:
         """The prompts whose videos are kept."""
@@ -105,7 +106,7 @@ class Lab:
         drawn = samplers(self.generator, student, config.student.timesteps)
         drawn = {name: row for name, row in drawn.items() if name.startswith(wanted)}
         plan = default_plan(seed, self.quick)
-        rows, videos = measure(self.generator, drawn, plan, self.reward, self.network())
+        rows, videos = measure(self.generator, drawn, plan, self.reward, self.features, self.reference())
         for row in rows.values():
             # Taken hours apart from the others': `time` takes them side by side.
             del row["diffusion_seconds"], row["total_seconds"]

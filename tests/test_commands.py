@@ -48,7 +48,9 @@ def workdir(tmp_path_factory, own_config, wan_folder):
 def few_captions(monkeypatch):
     """Measures on two captions, of which one is drawn twice."""
     captions = shapes.covering_captions()[:2]
-    monkeypatch.setattr(evaluation, "default_plan", lambda seed, quick: SamplePlan(captions, captions[:1], 2, 4, seed))
+    monkeypatch.setattr(
+        evaluation.measure, "default_plan", lambda seed, quick: SamplePlan(captions, captions[:1], 2, 4, seed)
+    )
 
 
 def test_train_leaves_a_run(workdir):
@@ -92,7 +94,7 @@ def test_sample_refuses_a_picture_that_no_player_shows(workdir, tmp_path, capsys
 
 
 def test_evaluate_takes_any_prompts_and_goes_on(workdir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation.measuring, "TIMED", 1)
+    monkeypatch.setattr(evaluation.measure, "TIMED", 1)
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\na small blue/green square\n")
     out = tmp_path / "own.json"
     flags = [f"--workdir={workdir}", f"--prompts_file={tmp_path / 'prompts.txt'}", f"--out={out}", "--num=2"]

@@ -76,7 +76,9 @@ def test_it_is_sampled_and_exported(run, tmp_path):
 @pytest.mark.slow
 def test_it_is_measured(run, tmp_path, monkeypatch):
     captions = shapes.covering_captions()[:2]
-    monkeypatch.setattr(evaluation, "default_plan", lambda seed, quick: SamplePlan(captions, captions[:1], 2, 4, seed))
+    monkeypatch.setattr(
+        evaluation.measure, "default_plan", lambda seed, quick: SamplePlan(captions, captions[:1], 2, 4, seed)
+    )
     dollar("evaluate", f"--workdir={run}", f"--out={tmp_path / 'measured.json'}")
     assert "student_4" in json.loads((tmp_path / "measured.json").read_text())
 

@@ -18,11 +18,17 @@ from dollar_jax.video import SUFFIXES, write_video
 _LONGEST_NAME = 255  # bytes, on every usual file system
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not blank, each once; FileNotFoundError, or ValueError without any."""
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, also those that come twice; FileNotFoundError if there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it must hold a prompt per line")
-    if not (prompts := dict.fromkeys(filter(None, map(str.strip, read_text(path).splitlines())))):
+    # Long prompts may hold what str.splitlines also breaks at.
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of `read_lines`, each once; ValueError without any."""
+    if not (prompts := dict.fromkeys(read_lines(path))):
         raise ValueError(f"{path} holds no prompt; write one per line")
     return list(prompts)
 

@@ -38,11 +38,6 @@ def hash_params(params: Any) -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
-    libraries = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")}
-    return {"dollar_jax": __version__, **libraries, "python": platform.python_version()}
-
-
 def made_of(prompts: Sequence[str], seeds: Sequence[int], num: int, files: Mapping[str, str]) -> dict[str, Any]:
     """The prompts and seeds of videos that are no list of VBench's; `files` gives each file's prompt."""
     listed = "\n".join(sorted(prompts)).encode()
@@ -56,7 +51,9 @@ def describe(config: DistillConfig, generator: Generator, fps: float, samplers: 
     *others, sampler = samplers
     made = {"frames": frames, "height": height, "width": width, "fps": fps, **sampler.description}
     made |= {"beside": [other.description for other in others]} if others else {}
-    return {**made, "teacher": config.teacher, "weights_sha256": hash_params(sampler.params), "versions": versions()}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")}
+    versions = {"dollar_jax": __version__, **versions, "python": platform.python_version()}
+    return {**made, "teacher": config.teacher, "weights_sha256": hash_params(sampler.params), "versions": versions}
 
 
 def manifest_path(folder: Path) -> Path:

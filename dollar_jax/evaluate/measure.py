@@ -15,7 +15,7 @@ from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.folder import variety
 from dollar_jax.evaluate.frechet import frechet_distance
 from dollar_jax.evaluate.quality import net_change, temporal_flicker
-from dollar_jax.generate import BoundSampler, Generator, subset, video_keys
+from dollar_jax.generate import BoundSampler, Generator, Sampler, subset, video_keys
 from dollar_jax.rewards import AnyReward
 from dollar_jax.types import Params
 from dollar_jax.video import to_uint8
@@ -25,19 +25,17 @@ TIMED = 3  # batches at least, for a median
 
 def samplers(generator: Generator, student: Params | None, timesteps: Sequence[float]) -> dict[str, BoundSampler]:
     """The table's rows. `teacher_n`: n guided ODE steps. `undistilled_n`: the teacher in the student's place."""
-    teacher = generator.pipeline.params
-    weight = generator.sampling.guidance_weight
-    passes = 2 if weight else 1
-    rows = {}
-    for steps in (generator.sampling.num_steps, 4, 1):
-        rows[f"teacher_{steps}"] = BoundSampler(generator.teacher_sampler(steps, weight), teacher, passes * steps)
-    for prefix, params in (("student", student), ("undistilled", teacher)):
-        for steps in (4, 2, 1):
-            if params is None or steps > len(timesteps) or (prefix, steps) == ("undistilled", 2):
-                continue
-            sampler = generator.student_sampler(subset(timesteps, steps))
-            rows[f"{prefix}_{steps}"] = BoundSampler(sampler, params, steps)
-    return rows
+    teacher, weight = generator.pipeline.params, generator.sampling.guidance_weight
+    rows: list[tuple[str, Sampler, Params, int]] = []
+    for steps in dict.fromkeys((generator.sampling.num_steps, 4, 1)):
+        draw = generator.teacher_sampler(steps, weight)
+        rows.append((f"teacher_{steps}", draw, teacher, steps * (2 if weight else 1)))
+    for prefix, params, counts in (("student", student, (4, 2, 1)), ("undistilled", teacher, (4, 1))):
+        for steps in counts:
+            if params is not None and steps <= len(timesteps):
+                draw = generator.student_sampler(subset(timesteps, steps))
+                rows.append((f"{prefix}_{steps}", draw, params, steps))
+    return {name: BoundSampler(*row, {"sampler": name, "nfe": row[-1]}) for name, *row in rows}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +68,18 @@ def measure(
     rows: dict[str, BoundSampler],
     plan: SamplePlan,
     reward: AnyReward | None,
-    network: "NetworkMeasures | None" = None,
+    features: Features | None = None,
+    reference: np.ndarray | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
     """Per row: alignment, reward, vendi, flicker, nfe, seconds per video, ...; and its videos, uint8 [n t h w 3]. Every
-    row draws from the same noise. Times are medians over at least `TIMED` batches, see `draw_in_turns`."""
+    row draws from the same noise. Times are medians over at least `TIMED` batches, see `draw_in_turns`. `features` and
+    `reference` are as of `quality`."""
     batches = -(-len(plan.prompts) // plan.batch)
     drawn, seconds = draw_in_turns(generator, rows, plan.prompts, plan.batch, plan.seed, -(-TIMED // batches))
     metrics = {}
     for name, row in rows.items():
         medians = {f"{stage}_seconds": statistics.median(times) for stage, times in seconds[name].items()}
-        metrics[name] = {**quality(drawn[name], plan, reward, network), "nfe": row.nfe, **medians}
+        metrics[name] = {**quality(drawn[name], plan, reward, features, reference), "nfe": row.nfe, **medians}
     return metrics, {name: to_uint8(frames) for name, frames in drawn.items()}
 
 
@@ -108,35 +108,31 @@ def draw_in_turns(
     return {name: np.concatenate(found)[: len(prompts)] for name, found in frames.items()}, seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class NetworkMeasures:
-    """Features of a network, and those of real clips [n d] that the Fréchet distance is to."""
-
-    features: Features
-    reference: np.ndarray
-
-
-def network_measures(features: Features, quick: bool = False) -> NetworkMeasures:
-    """Against 256 real clips of the default domain's validation split; a quarter if quick."""
+def real_features(features: Features, quick: bool = False) -> np.ndarray:
+    """Features [n d] of 256 real clips of the default domain's validation split; of a quarter if quick."""
     clips = [shapes.example(shapes.SEED, "validation", i)[0] for i in range(64 if quick else 256)]
     bar = tqdm(clips, "features of real clips", unit="video")
-    return NetworkMeasures(features, np.concatenate([features.vectors(clip[None]) for clip in bar]))
+    return np.concatenate([features.vectors(clip[None]) for clip in bar])
 
 
 def quality(
-    drawn: np.ndarray, plan: SamplePlan, reward: AnyReward | None, network: NetworkMeasures | None = None
+    drawn: np.ndarray,
+    plan: SamplePlan,
+    reward: AnyReward | None,
+    features: Features | None = None,
+    reference: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """The measures of a plan's videos, floats in [0, 1] in the order of its prompts."""
+    """The measures of a plan's videos, floats in [0, 1] in the order of its prompts. `reference` are the `features`
+    [n d] of real clips, which the Fréchet distance is to."""
     count = len(plan.captions)
     groups = to_uint8(drawn[count:]).reshape(len(plan.diverse), plan.samples, *drawn.shape[1:])
-    features = None if network is None else network.features
     vectors = None if features is None else features.vectors(to_uint8(drawn))
     parts = [None] * len(groups) if vectors is None else np.split(vectors[count:], len(groups))
     within = [variety(group, features, part) for group, part in zip(groups, parts, strict=True)]
     scores = {} if reward is None else {"reward": float(reward(drawn, plan.prompts).mean())}
-    if network is not None and vectors is not None:
+    if vectors is not None and reference is not None:
         # One video per caption, as in the reference: those of the few captions drawn often would bias it.
-        scores["frechet"] = frechet_distance(vectors[:count], network.reference)
+        scores["frechet"] = frechet_distance(vectors[:count], reference)
     scores |= {name: float(np.mean([row[name] for row in within])) for name in within[0]}
     scores["vendi_std"] = float(np.std([row["vendi"] for row in within]))
     scores |= {"flicker": float(temporal_flicker(drawn).mean()), "net_change": float(net_change(drawn).mean())}

@@ -15,12 +15,11 @@ import numpy as np
 
 from dollar_jax.config import DistillConfig, RewardTerm
 from dollar_jax.data.clip import clip_fps
-from dollar_jax.evaluate import measure as measuring
+from dollar_jax.evaluate import measure
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.files import draw_missing, file_name
 from dollar_jax.evaluate.folder import measure_folder
 from dollar_jax.evaluate.manifest import describe, made_of, manifest_path, write_manifest
-from dollar_jax.evaluate.measure import default_plan, draw_in_turns, measure, percentages, samplers, speedups
 from dollar_jax.evaluate.metrics import write_metrics
 from dollar_jax.generate import Generator, video_keys
 from dollar_jax.report.run import write_report
@@ -47,12 +46,12 @@ def evaluate(
     begun = time.perf_counter()
     _, folder = outputs(out)
     config = read_config(workdir)
-    plan = default_plan(config.seed, quick)
+    plan = measure.default_plan(config.seed, quick)
     terms, reward = _reward(workdir, config, allow_code)
     rewards = ", ".join(term.label for term in terms if term.weight)
-    rows = samplers(generator, restore_student(workdir, generator), config.student.timesteps)
-    network = None if features is None else measuring.network_measures(features, quick)
-    table, videos = measure(generator, rows, plan, reward, network)
+    rows = measure.samplers(generator, restore_student(workdir, generator), config.student.timesteps)
+    reference = None if features is None else measure.real_features(features, quick)
+    table, videos = measure.measure(generator, rows, plan, reward, features, reference)
     teacher, chosen = f"teacher_{config.sampling.num_steps}", plan.spread(SHOWN)
     shown = {name: clips[chosen] for name, clips in videos.items()}
     prompts = [str(plan.captions[i]) for i in chosen]
@@ -61,14 +60,11 @@ def evaluate(
         write_video(folder / f"{prompt.replace(' ', '_')}.mp4", side_by_side(pair), scale=8)
     timings = {**(timings or {}), "sample and measure": time.perf_counter() - begun}
     notes = [] if reward is None else [f"The reward is {rewards}: {reward.meaning}."]
-    fps, described = clip_fps(config.data, generator.pipeline.family.fps), []
-    for name in (teacher, "student_4"):
-        if name in rows:
-            described.append(rows[name]._replace(description={"sampler": name, "nfe": rows[name].nfe}))
+    fps = clip_fps(config.data, generator.pipeline.family.fps)
+    described = [rows[name] for name in (teacher, "student_4") if name in rows]
     made = made_of(plan.prompts, [plan.seed], plan.samples, {}) | describe(config, generator, fps, described)
     write_metrics(manifest_path(folder), made | {"shown": prompts})
-    more = {"manifest": made, **({} if features is None else {"features": features.name})}
-    return _write(workdir, config, out, table, timings, more, prompts=prompts, videos=shown, notes=notes)
+    return _write(workdir, config, out, table, timings, made, features, prompts=prompts, videos=shown, notes=notes)
 
 
 def _reward(workdir: Path, config: DistillConfig, allow_code: bool) -> tuple[list[RewardTerm], AnyReward | None]:
@@ -79,11 +75,21 @@ def _reward(workdir: Path, config: DistillConfig, allow_code: bool) -> tuple[lis
     return terms, weighted_sum(terms, load_rewards(terms))
 
 
-def _write(workdir: Path, config: DistillConfig, out: Path, table: Any, timings: Any, more: Any, **shown: Any) -> Any:
+def _write(
+    workdir: Path,
+    config: DistillConfig,
+    out: Path,
+    table: Any,
+    timings: Any,
+    made: Any,
+    features: Features | None,
+    **shown: Any,
+) -> Any:
     """The JSON and the page of the samplers in `table`; what the JSON holds. `shown` is the page's."""
     teacher = f"teacher_{config.sampling.num_steps}"
-    percentages(table, teacher)
-    metrics = {**table, **speedups(table, teacher), "seconds": sum(timings.values()), "timings": timings, **more}
+    measure.percentages(table, teacher)
+    metrics = {**table, **measure.speedups(table, teacher), "seconds": sum(timings.values()), "timings": timings}
+    metrics |= {"manifest": made, **({} if features is None else {"features": features.name})}
     metrics["config"] = dataclasses.asdict(config)
     write_metrics(out, metrics)
     text, history = json.dumps(metrics["config"], indent=2), read_history(workdir)
@@ -111,19 +117,18 @@ def evaluate_prompts(
     _, reward = _reward(workdir, config, allow_code)
     rewards = {**rewards, **({} if reward is None else {"reward": reward})}
     teacher = f"teacher_{config.sampling.num_steps}"
-    ways = samplers(generator, restore_student(workdir, generator), config.student.timesteps)
+    ways = measure.samplers(generator, restore_student(workdir, generator), config.student.timesteps)
     ways = {name: way for name, way in ways.items() if name == teacher or name.startswith("student")}
     fps = clip_fps(config.data, generator.pipeline.family.fps)
     files = [(file_name(prompt, i), prompt, i) for prompt in prompts for i in range(num)]
     batch = generator.samples_at_once(len(prompts))
     few = list(itertools.islice(itertools.cycle(prompts), batch))
-    _, seconds = draw_in_turns(generator, ways, few, batch, seed, measuring.TIMED)
+    _, seconds = measure.draw_in_turns(generator, ways, few, batch, seed, measure.TIMED)
     table, shown, made = {}, {}, made_of(prompts, [seed], num, {name: prompt for name, prompt, _ in files})
     scale = max(1, 256 // generator.clip[2])  # small videos lose their colours in H.264
     stride = scale * max(1, generator.clip[2] // 256)
     for name, way in ways.items():
-        described = {"sampler": name, "nfe": way.nfe}
-        write_manifest(folder / name, made | describe(config, generator, fps, [way._replace(description=described)]))
+        write_manifest(folder / name, made | describe(config, generator, fps, [way]))
         keys = functools.partial(video_keys, seed, num)
         draw_missing(folder / name, files, keys, generator, [(way.draw, way.params)], batch_size, fps, scale)
         measured = measure_folder(folder / name, features, rewards=rewards, enlarged=scale)
@@ -132,9 +137,10 @@ def evaluate_prompts(
         first = [read_video(folder / name / file_name(prompt, 0)) for prompt in prompts[:SHOWN]]
         shown[name] = np.stack(first)[:, :, ::stride, ::stride]
     timings = {"sample and measure": time.perf_counter() - begun}
-    more = {"manifest": made, **({} if features is None else {"features": features.name})}
     notes = [f"{name.capitalize()}: {reward.meaning}." for name, reward in rewards.items()]
-    return _write(workdir, config, out, table, timings, more, prompts=prompts[:SHOWN], videos=shown, notes=notes)
+    return _write(
+        workdir, config, out, table, timings, made, features, prompts=prompts[:SHOWN], videos=shown, notes=notes
+    )
 
 
 def outputs(out: Path) -> tuple[Path, Path]:

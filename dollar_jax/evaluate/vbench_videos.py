@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from dollar_jax.evaluate.files import draw_missing, read_prompts, video_name
-from dollar_jax.files import read_json, read_text
+from dollar_jax.evaluate.files import draw_missing, read_lines, read_prompts, video_name
+from dollar_jax.files import read_json
 from dollar_jax.generate import Generator, Sampler, video_keys
 from dollar_jax.types import Params
 
@@ -26,7 +26,7 @@ def pair_names(prompts: Path, names: Path) -> dict[str, str]:
     """The prompt to draw by the name of its files: line i of `prompts` is the rewritten line, or row, i of `names`.
     `names` is a text file, or VBench_full_info.json. A name that comes twice keeps its first prompt. Raises
     FileNotFoundError, or ValueError when the two do not pair."""
-    long, short = _lines(prompts), _lines(names)
+    long, short = ([p for p, _ in _full_info(f)] if f.suffix == ".json" else read_lines(f) for f in (prompts, names))
     if len(long) != len(short):
         short = list(dict.fromkeys(short))
     if len(long) != len(short):
@@ -36,16 +36,6 @@ def pair_names(prompts: Path, names: Path) -> dict[str, str]:
     for name, prompt in zip(short, long, strict=True):
         pairs.setdefault(name, prompt)
     return pairs
-
-
-def _lines(path: Path) -> list[str]:
-    """The prompts of a list, in order, also those that come twice."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; it must hold a prompt per line")
-    if path.suffix == ".json":
-        return [prompt for prompt, _ in _full_info(path)]
-    # Long prompts may hold what str.splitlines also breaks at.
-    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 def _full_info(path: Path) -> list[tuple[str, list[str]]]:

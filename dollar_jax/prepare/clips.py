@@ -59,19 +59,19 @@ class Loader:
 
     def __call__(self, index: int, item: Item) -> list[Clip | Rejected] | str:
         """The clips of the `index`-th item, or the reason why it has none."""
-        settings = self.settings.clip_settings
-        rng = np.random.default_rng([self.settings.seed, index])
+        settings = self.settings
+        rng = np.random.default_rng([settings.seed, index])
         try:
             if self.dataset is not None:
                 video, caption = self.dataset.read(item["video"]["record"])
                 clips = clips_of(array_frames(video), settings, rng)
             else:
-                any_of = np.random.default_rng([self.settings.seed, index, 1])
-                choice = any_of if self.settings.caption == "random" else None
-                caption = sources.read_caption(item, choice, self.settings.language)
-                if self.settings.prompts is not None:
+                any_of = np.random.default_rng([settings.seed, index, 1])
+                choice = any_of if settings.caption == "random" else None
+                caption = sources.read_caption(item, choice, settings.language)
+                if settings.prompts is not None:
                     return [Clip(index, 0, item["name"], caption)]
-                if self.settings.latents:
+                if settings.latents:
                     return [Clip(index, 0, item["name"], caption, latent=sources.read_latent(item))]
                 clips = read_clips(sources.open_video(item), settings, rng)
         except Unusable as reason:
@@ -81,7 +81,7 @@ class Loader:
         found: list[Clip | Rejected] = []
         for i, frames in enumerate(clips):
             name = item["name"] if settings.clips == 1 else f"{item['name']}#{i}"
-            cut = None if self.settings.keep_cuts else hard_cut(frames)
+            cut = None if settings.keep_cuts else hard_cut(frames)
             clip = Clip(index, i, name, caption, frames)
             found.append(clip if cut is None else Rejected(index, name, f"crosses a hard cut before its frame {cut}"))
         return found

@@ -11,6 +11,7 @@ bucket that occurs in it. Until all units are finished, their files lie in OUT/p
 In the end the shards are moved to OUT under the names of a TFDS data set, and parts/ is deleted. A unit depends on the
 list and the settings alone, so that a job that was killed and resumed ends with the same bytes as any other."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -80,12 +81,11 @@ def prepare(
     with tqdm(total=expected, initial=done, desc="preparing", unit="video", smoothing=0.05) as bar:
         encode_units(todo, encoder, out, workers, bar)
     if process_index:
-        try:
-            waiting = len(_missing(parts, range(units)))
-            summary = dataclasses.replace(_tally(parts, units), waiting=waiting)
-        except FileNotFoundError:  # host 0 finishes as soon as it sees the last unit
-            return _finished(out)
-        return summary if parts.exists() else _finished(out)
+        with contextlib.suppress(FileNotFoundError):  # host 0 finishes as soon as it sees the last unit
+            summary = _tally(parts, units)
+            if parts.exists():
+                return summary
+        return _finished(out)
     _wait(parts, units)
     return _finish(settings, encoder, out, units)
 
@@ -132,7 +132,8 @@ def _reports(parts: Path, units: int) -> Iterator[dict[str, Any]]:
 def _tally(parts: Path, units: int) -> Summary:
     reports = list(_reports(parts, units))
     clips = sum(shard["clips"] for report in reports for shard in report["shards"])
-    return Summary(clips, sum(r["videos"] for r in reports), sum(len(r["rejected"]) for r in reports), 0)
+    videos, rejected = sum(r["videos"] for r in reports), sum(len(r["rejected"]) for r in reports)
+    return Summary(clips, videos, rejected, units - len(reports))
 
 
 def _wait(parts: Path, units: int) -> None:

@@ -26,7 +26,8 @@ def list_manifest(path: Path, prompts: bool = False) -> Iterator[Item]:
     Raises ValueError for a file of another kind, or a CSV without such columns."""
     needed: list[tuple[str, ...]] = [CAPTION_KEYS] if prompts else [VIDEO_KEYS, CAPTION_KEYS]
     csv_rows = functools.partial(_csv_rows, needed=needed)  # which reads the header at once
-    readers: dict[str, Any] = {".csv": csv_rows, ".tsv": csv_rows, ".jsonl": _json_rows, ".json": _json_list}
+    readers: dict[str, Any] = {".csv": csv_rows, ".tsv": csv_rows, ".jsonl": _json_rows}
+    readers[".json"] = lambda path: enumerate(read_json(path, list), 1)
     if prompts or path.name in MANIFESTS:
         readers[".txt"] = _text_rows if prompts else _paired_rows
     if (kind := path.suffix.lower()) not in readers:
@@ -134,10 +135,6 @@ def _json_rows(path: Path) -> Rows:
                     yield number, parse_json(line, "it")
                 except ValueError:
                     yield number, None
-
-
-def _json_list(path: Path) -> Rows:
-    return iter(enumerate(read_json(path, list), 1))
 
 
 def _text_rows(path: Path) -> Rows:

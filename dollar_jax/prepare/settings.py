@@ -14,21 +14,15 @@ PARTS = "parts"  # the folder of unfinished work inside the data set's folder
 
 
 @dataclasses.dataclass(frozen=True)
-class PrepareSettings:
+class PrepareSettings(ClipSettings):
     """Everything that decides the bytes of the data set; a resumed job must have the same settings. Either `source`
     (see `sources.list_source`) or `prompts` (see `sources.list_manifest`) is None. `split` is that of a TFDS source.
-    `frames`, `buckets`, `fps`, `crop` and `clips` are those of `videos.ClipSettings`. With `sample` a record holds one
-    sample of the VAE's posterior, otherwise its mean and standard deviation."""
+    With `sample` a record holds one sample of the VAE's posterior, otherwise its mean and standard deviation."""
 
     source: str | None
     split: str
     prompts: str | None
     teacher: str
-    frames: int
-    buckets: tuple[tuple[int, int], ...]
-    fps: float | None
-    crop: Literal["centre", "random"]
-    clips: int
     sample: bool
     dtype: Literal["float16", "float32"]
     max_text_length: int
@@ -55,10 +49,6 @@ class PrepareSettings:
             raise ValueError("--latents are those of a --source of tar files, of one size")
         if self.prompts is not None and len(self.buckets) > 1:
             raise ValueError("prompts alone have no shape of their own: give one size, not several buckets")
-
-    @property
-    def clip_settings(self) -> ClipSettings:
-        return ClipSettings(self.frames, self.buckets, self.fps, self.crop, self.clips)
 
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(PrepareSettings)}

@@ -59,16 +59,10 @@ def _encoded(videos: Mapping[str, np.ndarray], shrink: int) -> dict[str, list[tu
     for key, clips in videos.items():
         found[key] = []
         for clip in clips:
-            data = encode_mp4(_shrunk(clip, shrink), crf=28) if shrink else encode_webp(clip)
+            small = np.stack([np.asarray(Image.fromarray(frame).reduce(max(shrink, 1))) for frame in clip])
+            data = encode_mp4(small, crf=28) if shrink else encode_webp(small)
             found[key].append((kind, f"data:{kind};base64,{base64.b64encode(data).decode()}"))
             size += len(data) * 4 // 3
             if size > VIDEO_LIMIT:
                 return None
     return found
-
-
-def _shrunk(clip: np.ndarray, factor: int) -> np.ndarray:
-    if factor == 1:
-        return clip
-    size = max(2, clip.shape[2] // factor), max(2, clip.shape[1] // factor)
-    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX)) for frame in clip])
