@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,7 +183,7 @@ class Generator:
         stacked = jax.tree.map(lambda *x: np.stack(x, dtype=np.float32), *given) if given else None
         return Condition(self.text(prompts), stacked)
 
-    def continue_from(self, images: Mapping[str, Path]) -> None:
+    def continue_from(self, images: Mapping[str, Path | IO[bytes]]) -> None:
         """Takes image files as `given`, by prompt."""
         frames = functools.cache(lambda path: self.first_frames(read_image(path, *self.clip[1:])[None]))
         self.given.update({prompt: jax.tree.map(lambda x: x[0], frames(path)) for prompt, path in images.items()})

@@ -1,9 +1,12 @@
 """`dollar serve`: a page and an HTTP API to try a run's student, one drawing at a time. GET /api says what may be asked
 for, with defaults; POST some of it as a JSON object, such as {"prompt": "a red circle", "teacher": true}, to get
-{"student": {"video": URL, "seconds": S}, "teacher": …}, or {"error": SENTENCE} with status 400; 503 if many wait."""
+{"student": {"video": URL, "seconds": S}, "teacher": …}, or {"error": SENTENCE} with status 400; 503 if many wait. What
+continues an image takes one as "image", the bytes of a file in base64."""
 
+import base64
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import threading
@@ -13,6 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from dollar_jax.data.clip import clip_fps
 from dollar_jax.files import parse_json
 from dollar_jax.generate import draw_videos, make_generator, subset, teacher_folder, video_keys
@@ -21,7 +26,8 @@ from dollar_jax.video import write_video
 from dollar_jax.weights.pipeline import read_family
 
 _MOST_PIXELS = 4  # times those of the run's own clips
-_MOST_BYTES = 2**16  # of a request
+_MOST_BYTES, _MOST_IMAGE_BYTES = 2**16, 2**24  # of a request, and of the image in one
+_PIXEL = "R0lGODlhAQABAIAAAMLCwgAAACH5BAAAAAAALAAAAAABAAEAAAICRAEAOw=="  # a file of one, to warm up with
 _KEPT = 64  # videos
 
 
@@ -30,13 +36,15 @@ class Studio:
 
     def __init__(self, workdir: Path, folder: Path, most_waiting: int, longest_prompt: int):
         self.config, self.folder, self.longest_prompt = drawing_config(workdir), folder, longest_prompt
-        if self.config.data.given_frames or read_family(teacher_folder(self.config.teacher)).conditioned:
-            raise ValueError(f"the student of {workdir} continues an image, and the page gives none: use dollar sample")
+        given = self.config.data.given_frames or read_family(teacher_folder(self.config.teacher)).conditioned
+        self.most_bytes = _MOST_BYTES + _MOST_IMAGE_BYTES * bool(given)
         self.generator = self._sized = make_generator(self.config)
         self.params = restore_student(workdir, self.generator)
         self._turn, self._places = threading.Lock(), threading.BoundedSemaphore(most_waiting + 1)
         steps = len(self.config.student.timesteps)
         self.defaults = {"prompt": "", "steps": steps, "seed": 0, "teacher": False, "clip": self.generator.clip}
+        self.defaults |= {"image": ""} if given else {}
+        self.example = {"prompt": "warm up"} | ({"image": _PIXEL} if given else {})
         (folder / "api").write_text(json.dumps(self.defaults))
         (folder / "index.html").write_bytes((resources.files("dollar_jax") / "assets" / "serve.html").read_bytes())
 
@@ -44,7 +52,7 @@ class Studio:
         """Draws when its turn comes; raises ValueError for what cannot be drawn, BlockingIOError if too many wait."""
         if not isinstance(request, dict) or request.keys() - self.defaults.keys():
             raise ValueError(f"the request must be a JSON object with some of {', '.join(self.defaults)}")
-        prompt, steps, seed, teacher, clip = ({**self.defaults, **request}).values()
+        prompt, steps, seed, teacher, clip, *image = ({**self.defaults, **request}).values()
         if not isinstance(prompt, str) or not 0 < len(prompt.strip()) <= self.longest_prompt:
             raise ValueError(f"prompt must be a text of 1 to {self.longest_prompt} characters")
         for name, value, low, high in ("steps", steps, 1, self.config.sampling.num_steps), ("seed", seed, 0, 2**31 - 1):
@@ -60,14 +68,21 @@ class Studio:
             raise BlockingIOError("too many are waiting already; try again later")
         try:
             with self._turn:
-                return self._draw(prompt, steps, seed, teacher, clip)  # pyright: ignore[reportArgumentType]
+                return self._draw(prompt, steps, seed, teacher, clip, *image)  # pyright: ignore[reportArgumentType]
         finally:
             self._places.release()
 
-    def _draw(self, prompt: str, steps: int, seed: int, teacher: bool, clip: tuple[int, int, int]) -> dict[str, Any]:
+    def _draw(
+        self, prompt: str, steps: int, seed: int, teacher: bool, clip: tuple[int, int, int], *image: str
+    ) -> dict[str, Any]:
         if clip not in (self.generator.clip, self._sized.clip):  # whose programs are kept
             self._sized = dataclasses.replace(self.generator, clip=clip)
         generator = self.generator if clip == self.generator.clip else self._sized
+        generator.given.clear()
+        try:
+            generator.continue_from({prompt: io.BytesIO(base64.b64decode(*image, validate=True))} if image else {})
+        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError("image must be an image file's bytes in base64, the first frame") from error
         samplers = {"student": (generator.student_sampler(subset(self.config.student.timesteps, steps)), self.params)}
         if teacher:
             samplers["teacher"] = choose_teacher(generator, self.config)[:2]
@@ -101,8 +116,8 @@ class Handler(SimpleHTTPRequestHandler):
     def do_POST(self) -> None:
         size, answer = self.headers.get("Content-Length", ""), {}
         try:
-            if not size.isdecimal() or int(size) > _MOST_BYTES:
-                raise ValueError(f"post at most {_MOST_BYTES} bytes of JSON")
+            if not size.isdecimal() or int(size) > self.studio.most_bytes:
+                raise ValueError(f"post at most {self.studio.most_bytes} bytes of JSON")
             status, answer = 200, self.studio.sample(parse_json(self.rfile.read(int(size)).decode(), "the request"))
         except (ValueError, BlockingIOError) as error:
             status, answer = 400 if isinstance(error, ValueError) else 503, {"error": str(error)}

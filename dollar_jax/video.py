@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import IO
 
 import av
 import jax
@@ -92,7 +93,7 @@ def read_video(path: str | os.PathLike[str]) -> np.ndarray:
     return np.stack(frames)
 
 
-def read_image(path: str | os.PathLike[str], height: int, width: int) -> np.ndarray:
+def read_image(path: str | os.PathLike[str] | IO[bytes], height: int, width: int) -> np.ndarray:
     """An image file scaled to cover a size and cropped to it about the centre, uint8 [h, w, 3]; raises OSError."""
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")

@@ -1,5 +1,6 @@
 """`dollar serve` as its users meet it: the command, its API over HTTP, its page in Chromium."""
 
+import base64
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from dollar_jax.checkpoint import Checkpoints
@@ -29,10 +31,14 @@ PROMPT = "a small red circle moving left slowly"
 
 
 @pytest.fixture(scope="module")
-def url(wan_folder, make_config, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("served")
-    record_config(make_config({"teacher": str(wan_folder)}), workdir)
-    params = jax.tree.map(jnp.asarray, load_pipeline(wan_folder).transformer.params)
+def url(request, wan_folder, save_wan, make_config, tmp_path_factory):
+    """Of a student from text, or of one told of an "image"."""
+    workdir, teacher = tmp_path_factory.mktemp("served"), wan_folder
+    if hasattr(request, "param"):
+        teacher = tmp_path_factory.mktemp("i2v")
+        save_wan(teacher, pipeline="WanImageToVideoPipeline", transformer={"in_channels": 12})
+    record_config(make_config({"teacher": str(teacher)}), workdir)
+    params = jax.tree.map(jnp.asarray, load_pipeline(teacher).transformer.params)
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         checkpoints.save(7, {"ema": {"ema": params}})
     drafts = tmp_path_factory.mktemp("drafts")
@@ -99,6 +105,7 @@ def test_the_student_and_the_teacher_are_drawn_from_a_seed(url, tmp_path):
         ({"prompt": PROMPT, "clip": [17, 320, 320]}, "at most 4 times the run's (17, 32, 32)"),
         ({"prompt": PROMPT, "clip": [16, 32, 32]}, "frames must be 1 + a multiple of 4"),
         ({"prompt": PROMPT, "size": 3}, "some of prompt, steps, seed, teacher, clip"),
+        ({"prompt": PROMPT, "image": ""}, "some of prompt, steps, seed, teacher, clip"),
     ],
 )
 def test_bad_requests_are_told_why(url, body, message):
@@ -130,33 +137,72 @@ def test_an_address_that_cannot_be_had_is_named(url, capsys, where):
     assert f"{' '.join(flags)}: " in err and "--port=0 takes a free one" in err
 
 
-@pytest.mark.slow
-def test_the_page_in_a_browser(url, tmp_path):
-    """Two people at once type a prompt and see a video play; a prompt that is too long is a sentence."""
-    browsers = filter(None, map(shutil.which, ("chromium", "google-chrome")))
+@pytest.fixture
+def open_page():
+    """Opens a page of a URL in Chromium, ready to draw; in the end none has had an error."""
+    browsers, errors = filter(None, map(shutil.which, ("chromium", "google-chrome"))), []
     with sync_playwright() as playwright:
         chromium = Path(next(browsers, playwright.chromium.executable_path))
         if not chromium.exists():
             pytest.skip("neither Chromium nor Chrome is installed; or: playwright install chromium")
         browser = playwright.chromium.launch(executable_path=chromium)
-        pages = [browser.new_page(), browser.new_page()]
-        errors = []
-        for page in pages:
+
+        def ready(url):
+            page = browser.new_page()
             page.on("pageerror", lambda error: errors.append(error))
             page.goto(url)
             page.wait_for_function("document.forms[0].steps.value === '3'")
             page.fill("[name=prompt]", PROMPT)
-        pages[1].check("[name=teacher]")
-        for page in pages:
-            page.click("button")
-        for page, count in zip(pages, (1, 2), strict=True):
-            page.wait_for_function(f"document.querySelectorAll('video').length === {count}")
-            page.wait_for_function("[...document.querySelectorAll('video')].every(v => v.currentTime > 0)")
-            assert PROMPT in page.inner_text("article")
-        pages[0].fill("[name=prompt]", "a" * 10_000)
-        pages[0].click("button")
-        pages[0].wait_for_selector("#status.error")
-        assert "1 to 1000 characters" in pages[0].inner_text("#status")
-        pages[1].screenshot(path=os.environ.get("SCREENSHOT", tmp_path / "page.png"))
-        assert not errors
+            return page
+
+        yield ready
         browser.close()
+    assert not errors
+
+
+def assert_plays(page, videos):
+    page.wait_for_function(f"document.querySelectorAll('video').length === {videos}")
+    page.wait_for_function("[...document.querySelectorAll('video')].every(v => v.currentTime > 0)")
+    assert PROMPT in page.inner_text("article")
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(url, open_page, tmp_path):
+    """Two people at once type a prompt and see a video play; a prompt that is too long is a sentence."""
+    pages = [open_page(url), open_page(url)]
+    assert not pages[0].is_visible("[name=image]")
+    pages[1].check("[name=teacher]")
+    for page in pages:
+        page.click("button")
+    for page, count in zip(pages, (1, 2), strict=True):
+        assert_plays(page, count)
+    pages[0].fill("[name=prompt]", "a" * 10_000)
+    pages[0].click("button")
+    pages[0].wait_for_selector("#status.error")
+    assert "1 to 1000 characters" in pages[0].inner_text("#status")
+    pages[1].screenshot(path=os.environ.get("SCREENSHOT", tmp_path / "page.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("url", ["image"], indirect=True)
+def test_an_image_is_continued(url, open_page, picture, tmp_path):
+    """Over HTTP the file's bytes in base64, on the page a file that is chosen."""
+    with urllib.request.urlopen(url + "/api") as answer:
+        assert json.load(answer)["image"] == ""
+    Image.new("RGB", (300, 200), "white").save(tmp_path / "white.jpg")
+    images = [base64.b64encode(path.read_bytes()).decode() for path in (picture, picture, tmp_path / "white.jpg")]
+    answers = [post(url, {"prompt": PROMPT, "teacher": True, "image": image}) for image in images]
+    assert [status for status, _ in answers] == [200] * 3
+    for name in ("student", "teacher"):
+        one, same, other = (video(url, answer[name], tmp_path).astype(int) for _, answer in answers)
+        np.testing.assert_array_equal(one, same)
+        assert np.abs(one - other).mean() > 1
+    for wrong in ("", "no base64", images[0][:200], 3, "A" * 2**24):
+        status, answer = post(url, {"prompt": PROMPT, "image": wrong})
+        assert status == 400 and "image must be an image file's bytes" in answer["error"]
+    page = open_page(url)
+    page.click("button")
+    assert page.evaluate("document.forms[0].image.validity.valueMissing")
+    page.set_input_files("[name=image]", picture)
+    page.click("button")
+    assert_plays(page, 1)

@@ -1,5 +1,6 @@
 """Wan 2.2's TI2V, tiny: imported, sampled, distilled and exported by the commands, against diffusers' pipelines."""
 
+import base64
 import dataclasses
 import json
 import shutil
@@ -124,14 +125,17 @@ def test_image_to_video_from_videos_to_diffusers(
     out = tmp_path / "video.gif"
     assert sample(run, out) == 2 and "give --image" in capsys.readouterr().err
     assert sample(run, out, f"--image={picture}", "--scale=1") == 0
-    with pytest.raises(ValueError, match="continues an image"):
-        Studio(run, tmp_path, 1, 100)
+    (served := tmp_path / "served").mkdir()
+    studio = Studio(run, served, 1, 100)
+    drawn = studio.sample({"prompt": PROMPT, "image": base64.b64encode(picture.read_bytes()).decode()})
     config = read_config(run)
     generator = make_generator(config)
     first = generator.decode(generator.encode(read_image(picture, 32, 32)[None, None]))[0, 0]
     write_video(tmp_path / "first.gif", to_uint8(first)[None])  # its colours are as few
     shown, expected = (np.float32(read_video(path)[0]) for path in (out, tmp_path / "first.gif"))
     assert np.abs(shown - expected).mean() < 1 < expected.std()
+    shown = read_video(served / drawn["student"]["video"][1:])[0, 4::8, 4::8]  # enlarged, with fewer colours
+    assert np.abs(shown - expected).mean() < 0.5 * np.abs(expected[::-1] - expected).mean()
     assert cli.main(["evaluate", f"--workdir={run}", "--quick"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert {"teacher_2", "student_2"} <= metrics.keys()

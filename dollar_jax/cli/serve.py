@@ -30,7 +30,7 @@ def run() -> None:
     with server, tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
         studio = Studio(Path(FLAGS.workdir), Path(folder), FLAGS.queue, FLAGS.longest_prompt)
         print("compiling", flush=True)
-        studio.sample({"prompt": "warm up"})
+        studio.sample(studio.example)
         server.RequestHandlerClass = functools.partial(Handler, studio)
         print(f"The student answers at http://{FLAGS.host}:{server.server_port}/ until Ctrl-C.", flush=True)
         server.serve_forever()
