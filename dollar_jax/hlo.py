@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from typing import Any
 
+import numpy as np
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Matrix products of a splash attention kernel, each of 2 · heads · queries · keys · channels operations.
 KERNELS = {"fwd": 2, "dq": 3, "dkv": 4}
@@ -18,19 +20,43 @@ _FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "copy-start"
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one execution on one chip: matrix operations, bytes moved to and from memory, bytes sent by kind. Every result
-    is taken to be written once and read once; what a loop adds to an array in place, alone."""
+    """Of one execution on one chip: matrix operations, bytes moved to and from memory, and bytes sent by kind of
+    collective, groups as HLO writes them (see `groups`) and whether other work may go on meanwhile. Every result is
+    taken to be written once and read once; what a loop adds to an array in place, alone."""
 
     flops: float
     memory_bytes: float
-    collective_bytes: dict[str, float]
+    sent: dict[tuple[str, str, bool], float]
+
+    @property
+    def collective_bytes(self) -> dict[str, float]:
+        """Bytes sent by kind."""
+        sums = {kind: sum(sent for key, sent in self.sent.items() if key[0] == kind) for kind in COLLECTIVES}
+        return {kind: total for kind, total in sums.items() if total}
 
 
 def cost(text: str) -> Cost:
     """What the optimised HLO module in `text` does on one chip."""
     module = _Module(text)
     total = module.total(module.entry)
-    return Cost(total["flops"], total["memory"], {k: total[k] for k in COLLECTIVES if total[k]})
+    return Cost(total["flops"], total["memory"], {k: v for k, v in total.items() if isinstance(k, tuple) and v})
+
+
+def groups(text: str, count: int) -> np.ndarray:
+    """[group, member] of the numbers of `count` devices, in the mesh's order, from what HLO writes after
+    `replica_groups=` as a list, an iota or axes of a mesh, or [pair, 2] after `source_target_pairs=`."""
+    if found := re.match(r"\[(\d+),(\d+)\]<=(.*)", text):
+        return _iota(found[3]).reshape(int(found[1]), int(found[2]))
+    if found := re.match(r"mesh\[(.*?)\](.*)\{(.*)\}", text):
+        shape = []  # of each axis what is before, in and after the part of it that a group spans
+        for name, size in re.findall(r"'(.+?)'=(\d+)", found[1]):
+            span = re.search(rf"'{name}'(?::\((\d+)\)(\d+))?", found[3])
+            before, part = (int(span[1] or 1), int(span[2] or size)) if span else (int(size), 1)
+            shape += [before, part, int(size) // (before * part)]
+        ids = _iota(found[2]) if "([" in found[2] else np.array(_numbers(found[2]) or range(math.prod(shape)))
+        parts = range(1, len(shape), 3)
+        return np.moveaxis(ids.reshape(shape), parts, range(-len(parts), 0)).reshape(-1, math.prod(shape[1::3]))
+    return np.array([_numbers(found) for found in re.findall(r"\{([\d,]+)\}", text)] or [range(count)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +74,8 @@ class _Module:
         self.instructions: dict[str, _Instruction] = {}
         here: list[_Instruction] = []
         self.entry = ""
+        found = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
+        self.count = int(found[1]) if found else 0
         for line in text.splitlines():
             if line and not line[0].isspace():
                 if found := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
@@ -60,30 +88,29 @@ class _Module:
                     self.instructions[instruction.name] = instruction
 
     @functools.cache  # noqa: B019 (a module lives as long as its count)
-    def total(self, name: str) -> Counter[str]:
+    def total(self, name: str) -> Counter[Any]:
         """The cost of a computation and of all it calls."""
         total: Any = Counter()  # whose values may be fractions, which its type does not say
         for i in self.computations[name]:
-            inner: Counter[str] = Counter()
-            if i.opcode == "while":
-                times = self._trips(i)
-                for part in re.findall(r"(?:body|condition)=%?([\w.\-]+)", i.rest):
-                    inner.update({k: v * times for k, v in self.total(part).items()})
-            elif i.opcode == "conditional":
-                listed = re.search(r"branch_computations=\{(.*?)\}", i.rest)
-                branches = re.findall(r"%([\w.\-]+)", listed[1] if listed else "")
-                branches += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", i.rest)
+            inner: Counter[Any] = Counter()
+            if i.opcode == "conditional":
+                branches = _called(i, "branch_computations|true_computation|false_computation")
                 inner.update(max((self.total(b) for b in branches), key=lambda c: c["memory"]))
-            elif i.opcode in ("fusion", "call", "async-start"):
-                called = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", i.rest)
-                inner.update(self.total(called[1]) if called else {})
+            elif i.opcode in ("while", "fusion", "call", "async-start"):
+                times = self._trips(i) if i.opcode == "while" else 1
+                for part in _called(i, "body|condition|calls|to_apply"):
+                    inner.update({k: v * times for k, v in self.total(part).items()})
+            if i.opcode == "async-start":
+                inner = Counter({(*k[:2], True) if isinstance(k, tuple) else k: v for k, v in inner.items()})
             if i.opcode == "fusion":
                 del inner["memory"]
             total.update(inner)
             total["flops"] += self._flops(i)
             kind = i.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                total[kind] += self._sent(i, kind)
+                found = re.search(r"(?:replica_groups|source_target_pairs)=(.*?)(?=, (?!device_ids)[a-z_]+=|$)", i.rest)
+                where = found[1] if found else ""
+                total[kind, where, i.opcode != kind] += self._sent(i, kind, groups(where, self.count).shape[1])
             if i.opcode not in _FREE and not i.opcode.endswith("-done"):
                 total["memory"] += 2 * self._written(i)
         return total
@@ -91,20 +118,19 @@ class _Module:
     def _written(self, i: _Instruction) -> int:
         """Bytes of a result, of one that is written into a larger array in place those of the slice."""
         if i.opcode == "dynamic-update-slice":
-            return _bytes(self.instructions[i.operands[1]].shape)
-        if i.opcode == "fusion" and (called := re.search(r"calls=%?([\w.\-]+)", i.rest)):
-            return self._written(self.computations[called[1]][-1])
+            return sum(_sizes(self.instructions[i.operands[1]].shape))
+        if i.opcode == "fusion":
+            return self._written(self.computations[_called(i, "calls")[0]][-1])
         if i.opcode in ("bitcast", "tuple"):  # the last of a fusion
             return sum(self._written(self.instructions[o]) for o in i.operands)
-        return _bytes(i.shape)
+        return sum(_sizes(i.shape))
 
     def _trips(self, i: _Instruction) -> int:
         if found := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', i.rest):
             return int(found[1])
-        condition, body = (re.search(rf"{part}=%?([\w.\-]+)", i.rest) for part in ("condition", "body"))
-        assert condition is not None and body is not None
+        (condition,), (body,) = (_called(i, part) for part in ("condition", "body"))
         # A counted loop compares with its count; one that XLA has unrolled counts by more than one.
-        inside = self.computations[condition[1]]
+        inside = self.computations[condition]
         constants = [c for c in inside if c.opcode == "constant" and c.shape[0] in "su"]
         count = max((int(c.operands[0]) for c in constants), default=1)
         counters = [c for c in inside if c.opcode == "get-tuple-element" and re.match(r"[su]32\[\]", c.shape)]
@@ -112,7 +138,7 @@ class _Module:
             return count
         index = re.search(r"index=(\d+)", counters[0].rest)
         assert index is not None
-        return math.ceil(count / self._increment(self.computations[body[1]][-1].operands[int(index[1])]))
+        return math.ceil(count / self._increment(self.computations[body][-1].operands[int(index[1])]))
 
     def _increment(self, name: str) -> int:
         """What is added to a loop's counter on the way to this value; 1 where that cannot be seen."""
@@ -143,16 +169,9 @@ class _Module:
             return 2.0 * KERNELS[found[1]] * math.prod(q) * k[-2]
         return 0.0
 
-    def _sent(self, i: _Instruction, kind: str) -> float:
-        """Bytes that leave a chip in a ring, or for a permutation at once."""
-        size = max((_bytes(part) for part in _parts(i.shape)), default=0)
-        if i.opcode in ("all-reduce", "all-to-all"):
-            size = _bytes(i.shape)
-        group = 0
-        if found := re.search(r"replica_groups=\[\d+,(\d+)\]", i.rest):
-            group = int(found[1])
-        elif found := re.search(r"replica_groups=\{\{([\d,]+)\}", i.rest):
-            group = found[1].count(",") + 1
+    def _sent(self, i: _Instruction, kind: str, group: int) -> float:
+        """Bytes that leave a chip in a ring of `group`, or for a permutation at once."""
+        size = sum(_sizes(i.shape)) if i.opcode in ("all-reduce", "all-to-all") else max(_sizes(i.shape), default=0)
         share = (group - 1) / group if group else 1.0
         # The largest part of an asynchronous reduce-scatter is its operand, otherwise the shape is the result's.
         scattered = {"reduce-scatter": group - 1 if i.opcode == kind else share}
@@ -187,6 +206,12 @@ def _instruction(name: str, text: str) -> _Instruction | None:
     return _Instruction(name, shape, found[1], tuple(names), rest)
 
 
+def _called(i: _Instruction, attributes: str) -> list[str]:
+    """The computations that these attributes name, alone or as lists."""
+    found = re.findall(rf"(?:{attributes})=(\{{.*?\}}|%?[\w.\-]+)", i.rest)
+    return [name for names in found for name in re.findall(r"[\w.\-]+", names)]
+
+
 def _balanced(text: str) -> tuple[str, str]:
     """The leading parenthesis, and what follows it."""
     depth = 0
@@ -197,19 +222,23 @@ def _balanced(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _parts(shape: str) -> list[str]:
-    return [f"{kind}[{dims}]" for kind, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shape)]
-
-
 def _dims(shape: str) -> tuple[int, ...]:
     found = re.match(r"\(?\w+\[([\d,]*)\]", shape)
-    return tuple(int(d) for d in found[1].split(",") if d) if found else ()
+    return tuple(_numbers(found[1])) if found else ()
 
 
-def _bytes(shape: str) -> int:
-    total = 0
-    for part in _parts(shape):
-        kind = part.partition("[")[0]
-        bits = 8 if kind == "pred" or kind.startswith("f8") else int(re.sub(r"\D", "", kind) or 0)
-        total += bits * math.prod(_dims(part)) // 8
-    return total
+def _iota(text: str) -> np.ndarray:
+    """Of "[2,4]T(1,0)" the numbers 0 to 7 as 2 × 4, transposed."""
+    shape, order = (_numbers(part) for part in text.partition("T")[::2])
+    return np.arange(math.prod(shape)).reshape(shape).transpose(order or range(len(shape)))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _sizes(shape: str) -> list[int]:
+    """Bytes of each array."""
+    found = re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shape)
+    bits = [8 if kind[:4] == "pred" or kind[:2] == "f8" else int(re.sub(r"\D", "", kind) or 0) for kind, _ in found]
+    return [n * math.prod(_numbers(dims)) // 8 for n, (_, dims) in zip(bits, found, strict=True)]

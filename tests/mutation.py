@@ -41,6 +41,7 @@ SCORER = "tests/rewards/test_scorer.py"
 HTTP, PUBLISHED = "tests/rewards/test_http.py", "tests/rewards/test_clip.py"
 TORCH = "tests/weights/test_torch_file.py"
 PROGRAM = "tests/test_programs.py"
+LINKS = "tests/plan/test_links.py"
 LOSSES = "tests/test_losses.py"
 SCHEDULE = "tests/test_schedule.py"
 SAMPLING = "tests/test_sampling.py"
@@ -459,6 +460,16 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ('"all-reduce": 2 * share', '"all-reduce": share', ["tests/test_hlo.py"]),
         ("v * times for k, v", "v for k, v", ["tests/test_hlo.py"]),
         ('if i.opcode == "fusion":\n                del', "if False:\n                del", ["tests/test_hlo.py"]),
+        # An axis' inner part taken for its outer one; what waits taken for what does not.
+        ("shape += [before, part, int(size)", "shape += [1, part, before * int(size)", [LINKS]),
+        ("i.opcode != kind] +=", "False] +=", [LINKS]),
+    ],
+    "plan/links.py": [
+        # Every axis a ring; groups that lie between each other, each with the links for itself; the long way round.
+        ("self.rings[axis] and len(at)", "len(at)", [LINKS]),
+        ("== self.sizes[axis])) / apart", "== self.sizes[axis]))", [LINKS]),
+        ("+ sum(here) % 2 > size", "> 2 * size", [LINKS]),
+        ("[:3]) + sums[False]", "[:3])", [LINKS]),
     ],
     "monitoring.py": [
         # TensorBoard hides the last checkpoint's events, or shows those twice that are logged again.

@@ -18,7 +18,7 @@ def define_flags(arguments: list[str]) -> None:
     define("string", "video", None, "HEIGHTxWIDTHxFRAMES; the data's own unless given.")
     about = "The program; or all of a run, prepare, sample (sample-command) or evaluate: exit 2 if one fails."
     define("enum", "what", "train", ["train", "sample", "decode", "text", "import", *COMMANDS], about)
-    define("bool", "search", False, "Try meshes and remat policies, and rank them.")
+    define("bool", "search", False, "Try meshes, keys by gather or Ulysses, micro-batches and remat, and rank them.")
     define("string", "json", None, "File for the figures as JSON.")
 
 
@@ -37,26 +37,28 @@ def run() -> None:
     if FLAGS.mesh:
         config = dataclasses.replace(config, mesh=parse_mesh(FLAGS.mesh))
     rest = (FLAGS.topology, FLAGS.what, planner.parse_video(FLAGS.video) if FLAGS.video else None)
-    if FLAGS.what in COMMANDS:
-        if FLAGS.search:
-            raise ValueError(f"--search ranks meshes for one program: leave it out with --what={FLAGS.what}")
-        found = list(tqdm(planner.plans_apart(config, *rest), "compiling", unit="program"))
-    elif FLAGS.search:
-        found = planner.rank(list(tqdm(planner.search(config, *rest), "compiling", unit="plan")))
-    else:
-        found = [planner.plan(config, *rest)]
+    whole = FLAGS.what in COMMANDS
+    if FLAGS.search and whole:
+        raise ValueError(f"--search ranks meshes for one program: leave it out with --what={FLAGS.what}")
+    make = planner.search if FLAGS.search else planner.plans
+    found = list(tqdm(make(config, *rest), "compiling", unit="program"))
     if not found:
         raise ValueError("no mesh divides this batch over these chips: change config.batch_size")
+    if FLAGS.search:
+        found = planner.rank(found)
+    elif found[0].error and not whole:
+        raise ValueError(f"no plan of {found[0].program}: {found[0].error}")
     print(planner.table(found))
+    if FLAGS.search:
+        print(planner.why(found))
     fields = [dataclasses.asdict(p) for p in found]
     if FLAGS.what == "train":
         cost, words = training_cost(config, FLAGS.topology, rest[2])
         print(words)
         fields = [f | {"training": cost} for f in fields]
     if FLAGS.json:
-        listed = FLAGS.search or FLAGS.what in COMMANDS
-        write_file(FLAGS.json, json.dumps(fields if listed else fields[0], indent=2) + "\n")
-    if FLAGS.what in COMMANDS:
+        write_file(FLAGS.json, json.dumps(fields if FLAGS.search or whole else fields[0], indent=2) + "\n")
+    if whole:
         if bad := [p.program for p in found if p.error or not p.fits]:
             raise ValueError(f"{len(bad)} of {len(found)} programs do not compile or fit: {', '.join(bad)}")
         print(f"All {len(found)} programs compile and fit.")

@@ -15,20 +15,23 @@ from dollar_jax.flops import HBM_GIB, PEAK_TFLOPS
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of one device, a chip or half of one: memory its compiler hands out, bf16 peak, memory and link bandwidth."""
+    """Of one device, a chip or half of one: memory its compiler hands out, bf16 peak, memory bandwidth; what one of the
+    chip's links carries one way, and whether its slices are made of cubes of 4 × 4 × 4 chips."""
 
     hbm_gib: float
     tflops: float
     memory_gbps: float
     link_gbps: float
+    cubes: bool
 
 
-# https://cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x, whose chips are two devices.
+# https://cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x, whose chips are two devices. Of a chip's "bidirectional ICI
+# bandwidth" each of four links, or six in three dimensions, has half its share one way.
 CHIPS = {
-    "v5e": Chip(HBM_GIB["TPU v5 lite"], PEAK_TFLOPS["TPU v5 lite"], 819, 200),
-    "v5p": Chip(HBM_GIB["TPU v5"], PEAK_TFLOPS["TPU v5"], 2765, 600),
-    "v6e": Chip(HBM_GIB["TPU v6 lite"], PEAK_TFLOPS["TPU v6 lite"], 1640, 448),
-    "tpu7x": Chip(HBM_GIB["TPU7x"], PEAK_TFLOPS["TPU7x"], 3690, 300),
+    "v5e": Chip(HBM_GIB["TPU v5 lite"], PEAK_TFLOPS["TPU v5 lite"], 819, 400 / 4 / 2, False),
+    "v5p": Chip(HBM_GIB["TPU v5"], PEAK_TFLOPS["TPU v5"], 2765, 1200 / 6 / 2, True),
+    "v6e": Chip(HBM_GIB["TPU v6 lite"], PEAK_TFLOPS["TPU v6 lite"], 1640, 800 / 4 / 2, False),
+    "tpu7x": Chip(HBM_GIB["TPU7x"], PEAK_TFLOPS["TPU7x"], 3690, 1200 / 6 / 2, True),
 }
 
 

@@ -1,9 +1,10 @@
-"""`dollar plan`: the very programs that will run, compiled for TPU chips that need not be there. The time is a bound:
-the slowest of matrix products, memory traffic and collectives at the chip's peaks, as if all three overlapped."""
+"""`dollar plan`: the very programs that will run, compiled for TPU chips that need not be there. The times are bounds,
+at the chips' peaks: `links.bounds`."""
 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import multiprocessing
 import re
@@ -11,21 +12,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 
 from dollar_jax import sharding
 from dollar_jax.config import DistillConfig, changed
-from dollar_jax.data.clip import MOVING_SHAPES, clip_size
 from dollar_jax.data.latents import load_programs
 from dollar_jax.flops import count_flops
 from dollar_jax.generate import Generator, draw_programs, sampling_mesh
-from dollar_jax.hlo import Cost, cost
+from dollar_jax.hlo import cost
+from dollar_jax.models.attention import ContextParallel
 from dollar_jax.plan.chips import Chip, chips, host_devices
-from dollar_jax.plan.teachers import architecture_of, weightless_generator
+from dollar_jax.plan.links import bounds
+from dollar_jax.plan.teachers import architecture_of, clip_of, weightless_generator
 from dollar_jax.prepare.shards import prepare_programs
 from dollar_jax.program import Program
 from dollar_jax.programs import run_programs, shared_rewards, step_flops, teacher_programs
@@ -35,6 +35,8 @@ from dollar_jax.rewards.pixels import PixelRewards, pixel_rewards
 What = Literal["train", "sample", "decode", "text", "import"]
 Whole = Literal["run", "prepare", "sample-command", "evaluate"]  # a command with all that it executes
 GIB = 2**30
+TIMES = ("all hidden", "as scheduled", "nothing hidden")
+LOW = -1.0  # the compiler's effort of -1 to 1: several times faster than its own, 0, and hardly different in memory
 Video = tuple[int, int, int]
 
 
@@ -49,6 +51,8 @@ class Plan:
     chips: int
     mesh: dict[str, int]
     remat: str
+    accumulation: int = 1
+    context_parallel: str = "gather"
     argument_gib: float
     output_gib: float = 0.0
     temp_gib: float | None  # None where the compiler refuses or aborts
@@ -56,56 +60,58 @@ class Plan:
     kept_gib: float  # beside the arguments: of a run its state and teacher, between two steps
     hbm_gib: float
     fits: bool = False
-    model_tflops: float
+    model_tflops: float = 0.0
     compiled_tflops: float | None = None
     collective_gib: float | None = None
     collectives_gib: dict[str, float] | None = None
-    roofline_seconds: float | None = None
+    roofline_seconds: float | None = None  # with all hidden
+    parts_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # TIMES: see links.bounds
+    mfu: dict[str, float] = dataclasses.field(default_factory=dict)
     bound: str | None = None
-    compile_seconds: float
+    compile_seconds: float = 0.0
     largest_buffers: Sequence[str] = ()
     advice: str | None = None
     error: str | None = None
 
-
-def plan(config: DistillConfig, topology: str, what: What = "train", video: Video | None = None) -> Plan:
-    """Compiles for a topology such as "v5p:2x2x2"; `video` is height, width and frames. Raises ValueError."""
-    (found,) = plans(config, topology, what, video)
-    if found.error:
-        raise ValueError(f"the compiler refuses this program: {found.error}")
-    return found
+    @property
+    def setting(self) -> dict[str, str]:
+        """What a search tries."""
+        mesh = ",".join(f"{axis}={n}" for axis, n in self.mesh.items() if n > 1) or "1 chip"
+        ways = {"micro-batches": str(self.accumulation), "keys by": self.context_parallel}
+        return {"mesh": mesh, **ways, "remat": self.remat}
 
 
 def plans(config: DistillConfig, topology: str, what: What | Whole, video: Video | None = None) -> Iterator[Plan]:
-    """A plan of every program that is executed, as they are compiled; raises as `plan` does for what cannot be."""
-    return (job.plan() for job in _jobs(config, topology, what, video))
-
-
-def plans_apart(*request: Any) -> Iterator[Plan]:
-    """`plans` by a process of its own: where the compiler aborts, the plan says so, and the next one is made."""
+    """Of each program that is executed, as it is compiled for a topology such as "v5p:2x2x2"; `video` is height, width
+    and frames. By a process of its own: where the compiler aborts it is asked again at its own effort, and if it aborts
+    then too, the plan says so. Raises ValueError for what cannot be asked."""
     aborted: list[Plan] | None = None
-    done = 0
+    done, effort = 0, LOW
     while aborted is None or done < len(aborted):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
-            aborted = worker.submit(_load, request).result()
+            aborted = worker.submit(_load, config, topology, what, video).result()
             with contextlib.suppress(BrokenProcessPool):
                 while done < len(aborted):
-                    done += 1
-                    yield worker.submit(_plan, done - 1).result()
+                    yield worker.submit(_plan, done, effort).result()
+                    done, effort = done + 1, LOW
                 return
-            yield aborted[done - 1]
+        if effort != LOW:
+            yield aborted[done]
+        done, effort = (done, 0.0) if effort == LOW else (done + 1, LOW)
 
 
 _loaded: "list[_Job]" = []  # in a worker
 
 
-def _load(request: Sequence[Any]) -> list[Plan]:
+def _load(*request: Any) -> list[Plan]:
     _loaded[:] = _jobs(*request)
-    return [job.failed("the compiler aborts") for job in _loaded]
+    said = "the compiler aborts, or the host has not the memory for it: try another --mesh or --config.compute.remat"
+    return [job.failed(said) for job in _loaded]
 
 
-def _plan(index: int) -> Plan:
-    return _loaded[index].plan()
+def _plan(index: int, effort: float) -> Plan:
+    return _loaded[index].plan(effort)
 
 
 @dataclasses.dataclass
@@ -118,12 +124,11 @@ class _Job:
     common: dict[str, Any]
     flops: Callable[[], float] | None  # of all devices together; None for those that are traced
 
-    def plan(self) -> Plan:
+    def plan(self, effort: float = LOW) -> Plan:
         begun = time.perf_counter()
         assert self.program.mesh is not None
         devices = list(self.program.mesh.devices.flat)
-        # Several times faster to compile, and hardly different in memory.
-        options: Any = {"exec_time_optimization_effort": -1.0} if devices[0].platform == "tpu" else None
+        options: Any = {"exec_time_optimization_effort": effort} if devices[0].platform == "tpu" else None
         traced = self.program.trace()
         flops = count_flops(traced.jaxpr.jaxpr) if self.flops is None else self.flops()
         self.common["model_tflops"] = flops / len(devices) / 1e12
@@ -135,30 +140,44 @@ class _Job:
             return self.failed(str(error))
         self.common["compile_seconds"] = time.perf_counter() - begun
         memory, used = compiled.memory_analysis(), cost(compiled.as_text())
-        found: Any = {"argument": memory.argument_size_in_bytes, "temp": memory.temp_size_in_bytes}
-        found["output"] = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        sizes = {"argument": memory.argument_size_in_bytes, "temp": memory.temp_size_in_bytes}
+        sizes["output"] = memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak, room = getattr(memory, "peak_memory_in_bytes", 0), self.chip.hbm_gib - self.common["kept_gib"]
-        fits = sum(found.values()) / GIB <= room
+        fits = sum(sizes.values()) / GIB <= room
         if not fits and options and peak / GIB <= room:
             # The temporaries' sum counts memory that is used twice: the compiler is asked whether the same fits there.
             options["xla_tpu_max_hbm_size_mib"] = int(room * 1024)
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 again = lowered.compile(compiler_options=options).memory_analysis()
                 fits = again.temp_size_in_bytes == memory.temp_size_in_bytes
-        found["peak"] = peak
-        found = {f"{name}_gib": size / GIB for name, size in found.items()}
+        found: Any = {f"{name}_gib": size / GIB for name, size in (sizes | {"peak": peak}).items()}
         collectives = {kind: value / GIB for kind, value in used.collective_bytes.items()}
-        found |= {"collectives_gib": collectives, "collective_gib": sum(collectives.values())}
-        found["roofline_seconds"], found["bound"] = _roofline(used, self.chip)
-        return Plan(**self.common, **found, fits=fits, compiled_tflops=used.flops / 1e12)
+        found |= {"collective_gib": sum(collectives.values()), "collectives_gib": collectives}
+        found |= bounds(used, devices, self.chip, self.common["model_tflops"])
+        return Plan(**(self.common | found), fits=fits, compiled_tflops=used.flops / 1e12)
 
     def failed(self, failure: str) -> Plan:
-        return _failed(self.config, failure, _held(self.program.arguments, self.program.in_shardings), self.common)
+        """From the compiler's own account of what it refuses, or what does not fit."""
+        units, held = {"K": 2**-20, "M": 2**-10, "G": 1.0}, self.common["argument_gib"]
+        # It names all that is used, or the temporaries alone.
+        everything = re.search(r"Used ([\d.]+)([KMG]) of", failure)
+        found = everything or re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", failure)
+        used = float(found[1]) * units[found[2]] + (0.0 if everything else held) if found else None
+        buffers = []
+        for size, rest in re.findall(r"Size: ([\d.]+[KMG])(.*?)(?====|\Z)", failure, re.DOTALL):
+            name, shape = re.search(r'op_name="([^"]*)"', rest), re.search(r"Shape: (\S+?)[{\s]", rest)
+            buffers.append(f"{size:>8}  {shape[1] if shape else ''}  {name[1] if name else ''}".rstrip())
+        said: Any = {"peak_gib": used, "temp_gib": None if used is None else used - held}
+        if "RESOURCE_EXHAUSTED" in failure:
+            said["advice"] = _advice(self.config, self.common)
+        else:
+            said["error"] = failure.splitlines()[0]
+        return Plan(**self.common, **said, largest_buffers=buffers[:8])
 
 
 def _jobs(config: DistillConfig, topology: str, what: What | Whole, video: Video | None = None) -> list[_Job]:
     devices, chip = chips(topology)
-    clip = _clip(config, video)
+    clip = clip_of(config, video)
     generator = weightless_generator(config, architecture_of(config), clip, sharding.make_mesh(config.mesh, devices))
     config = shared_rewards(config, generator.mesh)
     generator = dataclasses.replace(generator, host=sharding.host_mesh(host_devices(topology, devices)))
@@ -168,27 +187,53 @@ def _jobs(config: DistillConfig, topology: str, what: What | Whole, video: Video
     for program in programs:
         common: dict[str, Any] = {"what": what, "topology": topology, "chips": len(devices), "hbm_gib": chip.hbm_gib}
         common |= {"program": program.name, "remat": config.compute.remat, "kept_gib": _kept(what, program, programs)}
+        common |= {"accumulation": config.accumulation, "context_parallel": config.compute.context_parallel}
         common["videos"] = program.arguments[1].shape[0] if hasattr(program.arguments[1], "shape") else None
         common["mesh"] = dict(generator.mesh.shape if program.mesh is None else program.mesh.shape)
-        common |= {"model_tflops": 0.0, "compile_seconds": 0.0}
+        common["argument_gib"] = _held(program.arguments, program.in_shardings)
         flops = functools.partial(step_flops, config, generator, pixels) if program.name == "step" else None
         jobs.append(_Job(program, config, chip, common, flops))
     return jobs
 
 
 def search(config: DistillConfig, topology: str, what: What = "train", video: Video | None = None) -> Iterator[Plan]:
-    """Plans of every mesh that makes sense and of the remat policies; tensor parallelism would save nothing beside."""
-    count = len(chips(topology)[0])
-    rows = config.batch_size // config.accumulation
-    for context in (c for c in (1, 2, 4, 8, 16) if count % c == 0 and rows % (count // c) == 0):
-        for remat in ("attention", "full") if what == "train" else (config.compute.remat,):
-            mesh = {"data": 1, "fsdp": count // context, "context": context, "tensor": 1}
-            yield plan(changed(config, {"mesh": mesh, "compute.remat": remat}), topology, what, video)
+    """Plans of every mesh and way of keys over its context axis; tensor parallelism would save nothing beside. A step's
+    have the fewest micro-batches that fit, or fewer with all computed again. Each is made by a process of its own."""
+    count, heads = len(chips(topology)[0]), architecture_of(config).transformer.num_attention_heads
+    pieces, remats = sorted({1, 2, 4, 8, config.accumulation}), ("attention", "full")
+    if what != "train":
+        pieces, remats = [config.accumulation], (config.compute.remat,)
+    fewest: dict[Any, int] = {}
+    for context, way, remat, parts in itertools.product((1, 2, 4, 8, 16), get_args(ContextParallel), remats, pieces):
+        fsdp, left = divmod(count, context)
+        divides = not left and config.batch_size % (parts * fsdp) == 0
+        divides &= way == "gather" or (context > 1 and heads % context == 0)
+        if divides and parts < fewest.get((context, way), math.inf):
+            mesh = {"data": 1, "fsdp": fsdp, "context": context, "tensor": 1}
+            scored = math.gcd(config.batch_size // parts, math.lcm(config.reward.samples, fsdp))
+            changes = {"mesh": mesh, "accumulation": parts, "reward.samples": scored}
+            changes |= {"compute.remat": remat, "compute.context_parallel": way}
+            (found,) = plans(changed(config, changes), topology, what, video)
+            fewest |= {(context, way): parts} if found.fits else {}
+            yield found
 
 
 def rank(plans: Sequence[Plan]) -> list[Plan]:
-    """What fits first, the fastest bound first."""
-    return sorted(plans, key=lambda p: (not p.fits, p.roofline_seconds or math.inf))
+    """What fits first, the fastest first where only what is asynchronous is hidden."""
+    return sorted(plans, key=lambda p: (not p.fits, p.seconds.get("as scheduled", math.inf)))
+
+
+def why(ranked: Sequence[Plan]) -> str:
+    """A sentence: what makes the first of ranked plans the first."""
+    told, fitting = [], [p for p in ranked if p.fits][:2]
+    for p in fitting:
+        setting = ", ".join(f"{name} {value}" for name, value in p.setting.items())
+        told.append(f"{setting}: {p.seconds['as scheduled']:.3g} s")
+    if len(told) < 2:
+        return f"only one fits, {told[0]}" if told else "none fits: take more chips, or fewer videos to a step"
+    now, then = (p.parts_seconds for p in fitting)
+    worse = max(now, key=lambda part: then[part] - now[part])
+    return f"best is {told[0]}; next {told[1]}, its {worse} {then[worse]:.3g} s in place of {now[worse]:.3g}"
 
 
 def parse_video(text: str) -> Video:
@@ -200,45 +245,30 @@ def parse_video(text: str) -> Video:
 
 
 def table(plans: Sequence[Plan]) -> str:
-    """The plans as lines of text, one column each."""
+    """The plans as lines of text, those of one program as a column each."""
 
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
-    memories = ("argument", "output", "temp", "peak", "kept", "hbm")
+    def cells(p: Plan) -> dict[str, str]:
+        memories = {f"{n}, GiB": getattr(p, f"{n}_gib") for n in ("argument", "output", "temp", "peak", "kept", "hbm")}
+        work = {"model, TFLOP": p.model_tflops, "compiled, TFLOP": p.compiled_tflops}
+        work |= {f"{kind}, GiB": (p.collectives_gib or {}).get(kind) for kind in kinds}
+        work |= {f"{name}, s": p.seconds.get(name) for name in TIMES}
+        found = {"program": p.program + (f" × {p.videos}" if p.videos else ""), **p.setting}
+        found |= {name: number(gib) for name, gib in memories.items()} | {"fits": "yes" if p.fits else "NO"}
+        found |= {name: number(value) for name, value in work.items()}
+        found["MFU of these, %"] = "/".join(f"{100 * mfu:.0f}" for mfu in p.mfu.values()) or "–"
+        return found | {"bound by": p.bound or "–", "compiled in, s": number(p.compile_seconds)}
+
     kinds = sorted({kind for p in plans for kind in p.collectives_gib or {}})
-    rows = [
-        ("program", [p.program + (f" × {p.videos}" if p.videos else "") for p in plans]),
-        ("mesh", [",".join(f"{a}={n}" for a, n in p.mesh.items() if n > 1) or "1 chip" for p in plans]),
-        ("remat", [p.remat for p in plans]),
-        *((f"{name}, GiB", [number(getattr(p, f"{name}_gib")) for p in plans]) for name in memories),
-        ("fits", ["yes" if p.fits else "NO" for p in plans]),
-        ("model, TFLOP", [number(p.model_tflops) for p in plans]),
-        ("compiled, TFLOP", [number(p.compiled_tflops) for p in plans]),
-        *((f"{kind}, GiB", [number((p.collectives_gib or {}).get(kind)) for p in plans]) for kind in kinds),
-        ("roofline, s", [number(p.roofline_seconds) for p in plans]),
-        ("bound by", [p.bound or "–" for p in plans]),
-        ("compiled in, s", [number(p.compile_seconds) for p in plans]),
-    ]
-    if len({p.program for p in plans}) > 1:  # a line for each
-        wide = [max(len(cell) for cell in (name, *cells)) for name, cells in rows]
-        turned = zip(*([name, *cells] for name, cells in rows), strict=True)
-        lines = ["  ".join(f"{c:>{w}}" for c, w in zip(line, wide, strict=True)) for line in turned]
-    else:
-        width = max(max(len(cell) for _, cells in rows for cell in cells) + 2, 10)
-        lines = [f"{name:20}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows]
+    rows = [list(cells(plans[0])), *(list(cells(p).values()) for p in plans)]
+    if len({p.program for p in plans}) == 1:
+        rows = list(zip(*rows, strict=True))
+    wide = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, wide, strict=True)) for row in rows]
     notes = [f"{p.program}: {n}" for p in plans for n in (*p.largest_buffers, p.advice, p.error) if n]
     return "\n".join([*lines, *notes])
-
-
-def _clip(config: DistillConfig, video: Video | None) -> tuple[int, int, int]:
-    """Frames, height, width; the data's own unless given."""
-    if video is not None:
-        height, width, frames = video
-        return frames, height, width
-    if config.data.name != MOVING_SHAPES and not Path(config.data.name).is_dir():
-        raise ValueError(f"the data {config.data.name} is not there: give --video=HEIGHTxWIDTHxFRAMES")
-    return clip_size(config.data)
 
 
 def programs_of(what: str, config: DistillConfig, generator: Generator, pixels: PixelRewards | None) -> list[Program]:
@@ -268,19 +298,8 @@ def programs_of(what: str, config: DistillConfig, generator: Generator, pixels: 
         return [generator.student_sampler(config.student.timesteps).program(batch)]
     if what == "decode":
         return [generator.decode_program((batch, *generator.latent_shape), mesh)]
-    if what == "text":
-        return [generator.text_program(batch, mesh)]
-    raise ValueError(f"--what={what} is none of {', '.join((*get_args(What), *get_args(Whole)))}")
-
-
-def _roofline(used: Cost, chip: Chip) -> tuple[float, str]:
-    """Seconds of the slowest of the three, and which it is."""
-    times = {
-        "matrix products": used.flops / (chip.tflops * 1e12),
-        "memory": used.memory_bytes / (chip.memory_gbps * 1e9),
-        "collectives": sum(used.collective_bytes.values()) / (chip.link_gbps * 1e9),
-    }
-    return max((seconds, name) for name, seconds in times.items())
+    assert what == "text"
+    return [generator.text_program(batch, mesh)]
 
 
 def _kept(what: What | Whole, program: Program, programs: Sequence[Program]) -> float:
@@ -295,34 +314,12 @@ def _kept(what: What | Whole, program: Program, programs: Sequence[Program]) -> 
 
 def _held(arguments: Any, places: Any) -> float:
     """GiB of a device's memory that arguments take."""
-    total = 0
-    leaves = jax.tree.leaves(arguments)
-    for leaf, where in zip(leaves, jax.tree.leaves(jax.tree.broadcast(places, arguments)), strict=True):
-        # A key's type has no size of its own.
-        size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-        total += math.prod(where.shard_shape(leaf.shape)) * size
-    return total / GIB
+    leaves = zip(jax.tree.leaves(arguments), jax.tree.leaves(jax.tree.broadcast(places, arguments)), strict=True)
+    return sum(math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, where in leaves) / GIB
 
 
-def _failed(config: DistillConfig, failure: str, held: float, common: dict[str, Any]) -> Plan:
-    """From the compiler's own account of what it refuses, or what does not fit."""
-    too_large = "RESOURCE_EXHAUSTED" in failure
-    units = {"K": 2**-20, "M": 2**-10, "G": 1.0}
-    # It names all that is used, or the temporaries alone.
-    everything = re.search(r"Used ([\d.]+)([KMG]) of", failure)
-    found = everything or re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", failure)
-    used = float(found[1]) * units[found[2]] + (0.0 if everything else held) if found else None
-    buffers = []
-    for size, rest in re.findall(r"Size: ([\d.]+[KMG])(.*?)(?====|\Z)", failure, re.DOTALL):
-        name, shape = re.search(r'op_name="([^"]*)"', rest), re.search(r"Shape: (\S+?)[{\s]", rest)
-        buffers.append(f"{size:>8}  {shape[1] if shape else ''}  {name[1] if name else ''}".rstrip())
-    said: Any = {"advice": _advice(config, held, common)} if too_large else {"error": failure.splitlines()[0]}
-    sizes = {"argument_gib": held, "temp_gib": None if used is None else used - held, "peak_gib": used}
-    return Plan(**common, **sizes, largest_buffers=buffers[:8], **said)
-
-
-def _advice(config: DistillConfig, held: float, common: dict[str, Any]) -> str:
-    if held > common["hbm_gib"] / 2:
+def _advice(config: DistillConfig, common: dict[str, Any]) -> str:
+    if common["argument_gib"] > common["hbm_gib"] / 2:
         return "It is the state that fills the chip: a larger fsdp or context in --mesh shares it out further"
     if "vae" in common["program"] or "decode" in common["program"]:
         return "Decode fewer frames at a time: --config.compute.vae_chunk=1"

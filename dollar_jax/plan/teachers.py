@@ -1,10 +1,12 @@
 """Teachers without their weights: their networks' programs by shapes alone."""
 
 import dataclasses
+from pathlib import Path
 
 from jax.sharding import Mesh
 
 from dollar_jax.config import DistillConfig
+from dollar_jax.data.clip import MOVING_SHAPES, clip_size
 from dollar_jax.generate import Generator, as_configured, teacher_folder, transformer_options
 from dollar_jax.weights.families import PUBLISHED, Architecture
 from dollar_jax.weights.kind import Kind
@@ -20,6 +22,15 @@ def architecture_of(config: DistillConfig) -> Architecture:
         known = ", ".join(PUBLISHED)
         raise ValueError(f"the teacher {config.teacher} is not there; without it only these can be planned: {known}")
     return PUBLISHED[folder.name]
+
+
+def clip_of(config: DistillConfig, video: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """Frames, height and width: of a video of height, width and frames, or of the data; ValueError without both."""
+    if video is not None:
+        return video[2], *video[:2]
+    if config.data.name != MOVING_SHAPES and not Path(config.data.name).is_dir():
+        raise ValueError(f"the data {config.data.name} is not there: give --video=HEIGHTxWIDTHxFRAMES")
+    return clip_size(config.data)
 
 
 def weightless_generator(

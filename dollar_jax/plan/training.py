@@ -8,10 +8,9 @@ import jax.numpy as jnp
 
 from dollar_jax import sharding
 from dollar_jax.config import DistillConfig, MeshConfig
-from dollar_jax.data.clip import clip_size
 from dollar_jax.flops import count_flops
 from dollar_jax.plan.chips import CHIPS
-from dollar_jax.plan.teachers import architecture_of, weightless_generator
+from dollar_jax.plan.teachers import architecture_of, clip_of, weightless_generator
 from dollar_jax.rewards.methods import method_of
 
 
@@ -43,7 +42,7 @@ def training_cost(config: DistillConfig, topology: str, video: tuple[int, int, i
     """`forwards`, TFLOP of one, and chip-hours to the last update at 30 and 50 % of the peak; and that in words. Of a
     tpu7x they are those of a device, half a chip. `video` is height, width and frames, unless the data's own."""
     architecture, parts = architecture_of(config), forwards(config)
-    clip = clip_size(config.data) if video is None else (video[2], *video[:2])
+    clip = clip_of(config, video)
     network = architecture.family.transformer.network(dataclasses.replace(architecture.transformer, attention="xla"))
     shapes = architecture.vae.latent_shape(*clip), (), (config.data.max_text_length, architecture.text_encoder.d_model)
     arguments = (jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in shapes)
