@@ -1,6 +1,8 @@
 """`dollar plan` on virtual devices in place of chips; with libtpu, on the TPU compiler."""
 
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -8,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import jax
@@ -149,6 +152,30 @@ def test_what_does_not_fit_is_named_with_a_mend(make_config):
     fits = dataclasses.replace(found, fits=True, seconds={"all hidden": 1.0, "as scheduled": 3.0})
     faster = dataclasses.replace(fits, seconds={"all hidden": 2.0, "as scheduled": 2.0})
     assert planner.rank([found, fits, faster]) == [faster, fits, found]
+
+
+class Worker(contextlib.AbstractContextManager):
+    """In place of a process with three programs, of which the second aborts at low effort and the third always."""
+
+    def __init__(self, *_):
+        self.broken = False
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, call, *arguments):
+        future = concurrent.futures.Future()
+        self.broken |= arguments in {(1, planner.LOW), (2, planner.LOW), (2, 0.0)}
+        if self.broken:
+            future.set_exception(BrokenProcessPool())
+        else:
+            future.set_result(["failed"] * 3 if call is planner._load else arguments)
+        return future
+
+
+def test_where_the_compiler_aborts_it_is_asked_again_at_its_own_effort(monkeypatch):
+    monkeypatch.setattr(planner, "ProcessPoolExecutor", Worker)
+    assert list(planner.plans("config", "v5e:2x2", "run")) == [(0, planner.LOW), (1, 0.0), "failed"]
 
 
 class Made:
