@@ -469,7 +469,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("self.rings[axis] and len(at)", "len(at)", [LINKS]),
         ("== self.sizes[axis])) / apart", "== self.sizes[axis]))", [LINKS]),
         ("+ sum(here) % 2 > size", "> 2 * size", [LINKS]),
-        ("[:3]) + sums[False]", "[:3])", [LINKS]),
+        ("sums[True]) + sums[False]", "sums[True])", [LINKS]),
     ],
     "monitoring.py": [
         # TensorBoard hides the last checkpoint's events, or shows those twice that are logged again.
