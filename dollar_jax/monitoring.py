@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dollar_jax.config import DistillConfig, VisibilityConfig
 from dollar_jax.data.clip import clip_fps
-from dollar_jax.evaluate.vendi import pixel_features, vendi_score
+from dollar_jax.evaluate.quality import pixel_features, vendi_score
 from dollar_jax.files import new_file, read_arrays
 from dollar_jax.flops import PEAK_TFLOPS, Throughput
 from dollar_jax.generate import DATA_PROMPTS, Generator, video_keys

@@ -408,5 +408,5 @@ def test_a_disk_without_room_for_what_is_said_does_not_end_a_command():
         full = base.Unbreakable(stream)
         print("x" * 100_000, file=full, flush=True)
         assert Path(f"/proc/self/fd/{full.fileno()}").resolve() == Path("/dev/full")  # there may be room later
-        full.end()
+        full.flush(last=True)
         assert Path(f"/proc/self/fd/{full.fileno()}").resolve() == Path("/dev/null")

@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             return report_error(name, error)
         finally:
-            out.end()
-            err.end()
+            out.flush(last=True)
+            err.flush(last=True)
     return 0
 
 

@@ -64,13 +64,9 @@ class Unbreakable:
             self._stream.write(text)
         return len(text)
 
-    def flush(self) -> None:
-        with self._tolerant():
-            self._stream.flush()
-
-    def end(self) -> None:
-        """Flushes it for the last time: Python's own would make an exit code of what cannot be written."""
-        with self._tolerant(last=True):
+    def flush(self, last: bool = False) -> None:
+        """After the `last` time Python's own makes no exit code of what cannot be written."""
+        with self._tolerant(last):
             self._stream.flush()
 
     @contextlib.contextmanager
@@ -96,7 +92,11 @@ def define_workdir(default: str | None = None) -> None:
 
 def define_config(arguments: list[str]) -> None:
     """--config=NAME, which is read at once and taken out of the arguments, and a flag for each of its settings."""
-    name, rest = _take("config", arguments)
+    early = flags.FlagValues()
+    early.set_gnu_getopt(True)  # --config may come after other arguments
+    flags.DEFINE_string("config", None, "", flag_values=early)
+    rest = early(["", *arguments], known_only=True)[1:]
+    name = early.config
     if name is None or any(argument in HELP for argument in arguments):
         about = (
             "Experiment: a name such as wan_1_3b, or a file such as configs/demo.py, with :vsd, :cd or :vsd+cd for a "
@@ -126,18 +126,6 @@ def define_config(arguments: list[str]) -> None:
         config_flags.DEFINE_config_dict("config", config, flag_values=FLAGS, sys_argv=arguments)
     except (LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"a --config. flag sets what is not there: {error}") from error
-
-
-def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of --flag=VALUE or --flag VALUE, the last one where there are several, and the other arguments."""
-    value, rest, left = None, [], iter(arguments)
-    for argument in left:
-        name, equals, given = argument.partition("=")
-        if name not in (f"--{flag}", f"-{flag}"):
-            rest.append(argument)
-        elif (found := given if equals else next(left, None)) is not None:
-            value = found
-    return value, rest
 
 
 def given_config() -> DistillConfig:

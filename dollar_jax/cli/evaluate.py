@@ -1,5 +1,6 @@
 """`dollar evaluate`."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,10 @@ def _vbench_videos() -> None:
     import jax
 
     from dollar_jax.evaluate import manifest
-    from dollar_jax.evaluate.vbench_videos import check_names, pair_names, read_vbench_prompts, write_videos
+    from dollar_jax.evaluate.files import draw_missing
+    from dollar_jax.evaluate.vbench_videos import pair_names, read_vbench_prompts, video_rows
     from dollar_jax.files import hash_file
-    from dollar_jax.generate import make_generator
+    from dollar_jax.generate import make_generator, video_keys
     from dollar_jax.run import choose_student, choose_teacher, drawing_config
 
     if not FLAGS.workdir or not FLAGS.prompts_file:
@@ -128,11 +130,8 @@ def _vbench_videos() -> None:
     low, names = (Path(name) if name else None for name in (FLAGS.low, FLAGS.names))
     config = drawing_config(workdir, low, FLAGS.teacher)
     prompts = None if names is None else pair_names(listed, names)
-    if prompts is not None and not FLAGS.names.endswith(".json"):
-        counts = {name: int(FLAGS.num) for name in prompts}
-    else:
-        counts = read_vbench_prompts(names or listed, FLAGS.num)
-    check_names(counts)
+    counts = read_vbench_prompts(names or listed, FLAGS.num)
+    rows = video_rows(counts, prompts)
     generator = make_generator(config)
     if FLAGS.images:  # whose names do not say what the camera does
         images = {name: Path(FLAGS.images, f"{name.rpartition(', camera ')[0] or name}.jpg") for name in counts}
@@ -151,13 +150,13 @@ def _vbench_videos() -> None:
             "names_sha256": names and hash_file(names),
             "seeds": [FLAGS.seed],
             "num": FLAGS.num,
-            "videos": sum(counts.values()),
+            "videos": len(rows),
             **manifest.describe(config, generator, fps, [sampler]),
         }
         manifest.write_manifest(folder, made)
-    by = sampler.draw, sampler.params, FLAGS.seed, FLAGS.batch_size
-    drawn = write_videos(folder, counts, generator, *by, fps, prompts)
-    print(f"{drawn} videos drawn; {folder} holds all of this process's {sum(counts.values())}")
+    keys = functools.partial(video_keys, FLAGS.seed, max(counts.values()))
+    drawn = draw_missing(folder, rows, keys, generator, [(sampler.draw, sampler.params)], FLAGS.batch_size, fps)
+    print(f"{drawn} videos drawn; {folder} holds all of this process's {len(rows)}")
     print(f"How they were made is in {manifest.manifest_path(folder)}.")
 
 

@@ -57,15 +57,11 @@ def _score(*paths: Path) -> dict[str, Any]:
     result["intervals"] = read_intervals(files)
     result["dynamic_degree"] = result["dimensions"].get("dynamic_degree")
     if FLAGS.metrics:
-        result["vendi"] = _vendi(Path(FLAGS.metrics))
+        try:
+            result["vendi"] = float(read_json(FLAGS.metrics)["vendi"])
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{FLAGS.metrics} holds no Vendi score; dollar evaluate --videos writes it") from error
     manifest = read_json(FLAGS.manifest) if FLAGS.manifest else find_manifest(paths[0])
     if manifest is not None:
         result["manifest"] = manifest
     return result
-
-
-def _vendi(path: Path) -> float:
-    try:
-        return float(read_json(path)["vendi"])
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path} holds no Vendi score; dollar evaluate --videos writes it") from error

@@ -16,8 +16,7 @@ from tqdm import tqdm
 from dollar_jax.config import DistillConfig
 from dollar_jax.data import shapes
 from dollar_jax.data.clip import MOVING_SHAPES
-from dollar_jax.data.prefetch import prefetch
-from dollar_jax.data.prepared import PreparedVideos, fingerprint_programs
+from dollar_jax.data.prepared import PreparedVideos, fingerprint_programs, prefetch
 from dollar_jax.distributed import wait_for
 from dollar_jax.files import new_file, read_arrays
 from dollar_jax.generate import Generator

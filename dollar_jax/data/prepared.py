@@ -3,7 +3,7 @@
 import functools
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from dollar_jax.config import DataConfig, DistillConfig
 from dollar_jax.data.clip import read_about
-from dollar_jax.data.prefetch import prefetch
 from dollar_jax.generate import Generator
 from dollar_jax.program import Program
+from dollar_jax.sharding import make_global_rows
 from dollar_jax.types import ImageCondition
 
 NAME, SPLIT = "dollar_latents", "train"
@@ -184,6 +184,23 @@ def _endless(records: Records, config: DistillConfig, number: int, rows: np.ndar
     dataset = dataset.map_with_index(lambda place, index: np.array([place, index]))
     dataset = dataset.batch(config.batch_size, drop_remainder=True).map(load)
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+
+
+def prefetch(
+    batches: grain.IterDataset, config: DistillConfig, rows: np.ndarray, sharding: Mapping[str, Any] | None
+) -> grain.IterDataset:
+    """Batches whose arrays a thread also puts on the devices, `config.data.prefetch` batches ahead of the step. They
+    hold this process's `rows` of the step's batch. The position in checkpoints is that of the last batch taken."""
+    if sharding is None:
+        return batches
+
+    def place(batch: dict[str, Any]) -> dict[str, Any]:
+        where = {name: sharding[name] for name in ("latent", "text", "image") if sharding.get(name)}
+        arrays = {name: batch[name] for name in where}
+        arrays = jax.tree.map(lambda x, s: make_global_rows(x, rows, s, config.batch_size), arrays, where)
+        return {**batch, "on_device": arrays}
+
+    return grain.experimental.ThreadPrefetchIterDataset(batches.map(place), prefetch_buffer_size=config.data.prefetch)
 
 
 def fingerprint_programs(generator: Generator) -> list[Program]:

@@ -13,8 +13,7 @@ from tqdm import tqdm
 from dollar_jax.data import shapes
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.folder import variety
-from dollar_jax.evaluate.frechet import frechet_distance
-from dollar_jax.evaluate.quality import net_change, temporal_flicker
+from dollar_jax.evaluate.quality import frechet_distance, net_change, temporal_flicker
 from dollar_jax.generate import BoundSampler, Generator, Sampler, subset, video_keys
 from dollar_jax.rewards import AnyReward
 from dollar_jax.types import Params
@@ -35,7 +34,7 @@ def samplers(generator: Generator, student: Params | None, timesteps: Sequence[f
             if params is not None and steps <= len(timesteps):
                 draw = generator.student_sampler(subset(timesteps, steps))
                 rows.append((f"{prefix}_{steps}", draw, params, steps))
-    return {name: BoundSampler(*row, {"sampler": name, "nfe": row[-1]}) for name, *row in rows}
+    return {name: BoundSampler(draw, params, n, {"sampler": name, "nfe": n}) for name, draw, params, n in rows}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,10 @@
 """The videos that VBench (Huang et al., arXiv 2311.17982) asks for."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from dollar_jax.evaluate.files import draw_missing, read_lines, read_prompts, video_name
+from dollar_jax.evaluate.files import read_lines, read_prompts, video_name
 from dollar_jax.files import read_json
-from dollar_jax.generate import Generator, Sampler, video_keys
-from dollar_jax.types import Params
 
 
 def read_vbench_prompts(path: Path, num: int) -> dict[str, int]:
@@ -49,30 +47,13 @@ def _full_info(path: Path) -> list[tuple[str, list[str]]]:
         raise ValueError(f"{path} is not like VBench_full_info.json: {error!r}") from error
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Raises ValueError for a prompt that names no file, with what to do about it."""
-    for name in names:
-        try:
-            video_name(name, 0)
-        except ValueError as error:
-            mend = "for rewritten prompts give --names, VBench's own list, whose short prompts name the files"
-            raise ValueError(f"{error}; {mend}") from error
-
-
-def write_videos(
-    folder: Path,
-    counts: Mapping[str, int],
-    generator: Generator,
-    draw: Sampler,
-    params: Params,
-    seed: int,
-    batch_size: int | None,
-    fps: float = 8,
-    prompts: Mapping[str, str] | None = None,
-) -> int:
-    """Draws what is missing of `{prompt}-{0...}.mp4` in `folder`; how many this process has drawn. With `prompts` the
-    keys of `counts` only name the files, and `prompts` holds what is drawn for each. Video i of a prompt starts from
-    the i-th noise of `seed`. Raises ValueError for a prompt that cannot name a file."""
-    rows = [(video_name(p, i), p if prompts is None else prompts[p], i) for p, n in counts.items() for i in range(n)]
-    most = max(counts.values())
-    return draw_missing(folder, rows, lambda: video_keys(seed, most), generator, [(draw, params)], batch_size, fps)
+def video_rows(counts: Mapping[str, int], prompts: Mapping[str, str] | None = None) -> list[tuple[str, str, int]]:
+    """What `files.draw_missing` draws of `counts` videos of each prompt: `{prompt}-{i}.mp4`, its prompt, and i, whose
+    noise it starts from. With `prompts` the keys of `counts` only name the files, and `prompts` holds what is drawn for
+    each. Raises ValueError for a prompt that names no file, with what to do about it."""
+    drawn = {name: name for name in counts} if prompts is None else prompts
+    try:
+        return [(video_name(name, i), drawn[name], i) for name, n in counts.items() for i in range(n)]
+    except ValueError as error:
+        mend = "for rewritten prompts give --names, VBench's own list, whose short prompts name the files"
+        raise ValueError(f"{error}; {mend}") from error

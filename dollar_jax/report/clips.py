@@ -44,25 +44,15 @@ def embed(prompts: Sequence[str], videos: Mapping[str, np.ndarray], labels: Mapp
     count = len(prompts)
     while True:
         for shrink in (0, 1, 2, 4) if exact else (1, 2, 4):
-            encoded = _encoded({key: clips[:count] for key, clips in shown.items()}, shrink)
-            if encoded is not None:
-                sizes = {key: (clips.shape[3], clips.shape[2]) for key, clips in shown.items()}
-                each = ([Clip(labels[k], *encoded[k][i], *sizes[k]) for k in shown] for i in range(count))
-                return Clips(list(zip(prompts[:count], each, strict=True)), len(prompts) - count)
+            rows = [[_clip(labels[k], clips[i], shrink) for k, clips in shown.items()] for i in range(count)]
+            if sum(len(clip.uri) for row in rows for clip in row) <= VIDEO_LIMIT:
+                return Clips(list(zip(prompts[:count], rows, strict=True)), len(prompts) - count)
         count //= 2  # no clips always fit
 
 
-def _encoded(videos: Mapping[str, np.ndarray], shrink: int) -> dict[str, list[tuple[str, str]]] | None:
-    """(media type, data URI) of every clip, exact where `shrink` is 0; None when they are too large together."""
-    kind = "video/mp4" if shrink else "image/webp"
-    found, size = {}, 0
-    for key, clips in videos.items():
-        found[key] = []
-        for clip in clips:
-            small = np.stack([np.asarray(Image.fromarray(frame).reduce(max(shrink, 1))) for frame in clip])
-            data = encode_mp4(small, crf=28) if shrink else encode_webp(small)
-            found[key].append((kind, f"data:{kind};base64,{base64.b64encode(data).decode()}"))
-            size += len(data) * 4 // 3
-            if size > VIDEO_LIMIT:
-                return None
-    return found
+def _clip(label: str, frames: np.ndarray, shrink: int) -> Clip:
+    """Exact where `shrink` is 0, else H.264 of frames so many times smaller."""
+    small = np.stack([np.asarray(Image.fromarray(frame).reduce(max(shrink, 1))) for frame in frames])
+    kind, data = ("video/mp4", encode_mp4(small, crf=28)) if shrink else ("image/webp", encode_webp(small))
+    uri = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return Clip(label, kind, uri, frames.shape[2], frames.shape[1])

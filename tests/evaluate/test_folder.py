@@ -10,8 +10,7 @@ from dollar_jax.data import shapes
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.files import find_videos
 from dollar_jax.evaluate.folder import measure_folder
-from dollar_jax.evaluate.frechet import frechet_distance
-from dollar_jax.evaluate.vendi import pixel_features, vendi_score
+from dollar_jax.evaluate.quality import frechet_distance, pixel_features, vendi_score
 from dollar_jax.rewards import get_reward
 from dollar_jax.video import write_video
 

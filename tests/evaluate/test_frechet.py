@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from dollar_jax.evaluate.frechet import frechet_distance
+from dollar_jax.evaluate.quality import frechet_distance
 
 
 def samples(seed, n=400, d=6):

@@ -1,5 +1,6 @@
 """The videos VBench asks for: their names, prompts, numbers and frame rate."""
 
+import functools
 import json
 
 import av
@@ -7,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from dollar_jax.evaluate.files import draw_missing
 from dollar_jax.evaluate.manifest import hash_params, manifest_path, write_manifest
-from dollar_jax.evaluate.vbench_videos import check_names, pair_names, read_vbench_prompts, write_videos
+from dollar_jax.evaluate.vbench_videos import pair_names, read_vbench_prompts, video_rows
+from dollar_jax.generate import video_keys
 from dollar_jax.video import read_video
 
 
@@ -37,9 +40,10 @@ def write(toy_generator):
     params = toy_generator.pipeline.transformer.params
     counts = {"a bb": 3, "ccc a": 1}
 
-    def run(folder, batch_size=8, **rest):
+    def run(folder, prompts=None, fps=8):
+        rows, keys = video_rows(counts, prompts), functools.partial(video_keys, 0, 3)
         with jax.debug_key_reuse(False):
-            return write_videos(folder, counts, toy_generator, sampler, params, 0, batch_size, **rest)
+            return draw_missing(folder, rows, keys, toy_generator, [(sampler, params)], 8, fps)
 
     return run
 
@@ -78,7 +82,7 @@ def test_rewritten_prompts_are_named_by_the_short_ones(tmp_path):
     long.write_text("\ufeff" + "\r\n".join(LONG) + "\r\n")
     short.write_text("\ufeffa cat\r\na dog\r\na cat\r\n")
     with pytest.raises(ValueError, match="no file can be named by the prompt .* give --names"):
-        check_names(LONG)
+        video_rows(dict.fromkeys(LONG, 1))
     expected = {"a cat": LONG[0], "a dog": LONG[1]}
     assert pair_names(long, short) == expected
     full = tmp_path / "VBench_full_info.json"

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dollar_jax.evaluate.vendi import pixel_features, vendi_score
+from dollar_jax.evaluate.quality import pixel_features, vendi_score
 
 
 def features(n, d):
