@@ -47,12 +47,9 @@ Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, Metrics]]
 def pretrain(config: PretrainConfig, workdir: Path) -> Path:
     """Trains and measures the teacher; returns its folder, `workdir/teacher`. Raises ValueError before any work."""
     vae_config, text, dit = networks(config)
-    for name, one, other in (
-        ("text_dim", text.d_model, dit.text_dim),
-        ("in_channels", vae_config.z_dim, dit.in_channels),
-    ):
-        if one != other:
-            raise ValueError(f"config.pretrain.transformer.{name} is {other}, and what it gets has {one} channels")
+    for name, channels in {"text_dim": text.d_model, "in_channels": vae_config.z_dim}.items():
+        if channels != (own := getattr(dit, name)):
+            raise ValueError(f"config.pretrain.transformer.{name} is {own}, and what it gets has {channels} channels")
     for phase in config.vae_phases:
         vae_config.latent_shape(min(phase.frames, shapes.FRAMES), shapes.SIZE, shapes.SIZE)
         if phase.frames > shapes.FRAMES:

@@ -27,9 +27,9 @@ FLAGS = flags.FlagValues()
 EXPECTED = (flags.Error, ValueError, OSError, SyntaxError, FloatingPointError)
 
 
-def define(kind: str, name: str, default: Any, *rest: Any) -> None:
+def define(kind: str, name: str, default: Any, *rest: Any, required: bool = False) -> None:
     """A flag of an absl kind: `rest` is its help, and for numbers the least value, for an enum its values before."""
-    getattr(flags, f"DEFINE_{kind}")(name, default, *rest, flag_values=FLAGS)
+    getattr(flags, f"DEFINE_{kind}")(name, default, *rest, flag_values=FLAGS, required=required)
 
 
 def check_flags(arguments: Sequence[str] = ()) -> None:
@@ -80,14 +80,8 @@ class Unbreakable:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
-def require(name: str) -> None:
-    flags.mark_flag_as_required(name, FLAGS)
-
-
 def define_workdir(default: str | None = None) -> None:
-    define("string", "workdir", default, "Folder of the run.")
-    if default is None:
-        require("workdir")
+    define("string", "workdir", default, "Folder of the run.", required=default is None)
 
 
 def define_config(arguments: list[str]) -> None:
@@ -105,8 +99,7 @@ def define_config(arguments: list[str]) -> None:
             "dollar config --config=NAME lists them all."
         )
         arguments[:] = [argument for argument in arguments if not argument.startswith("--config.")]
-        define("string", "config", None, about)
-        require("config")
+        define("string", "config", None, about, required=True)
         return
     from ml_collections import config_flags
 

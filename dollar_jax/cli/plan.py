@@ -5,15 +5,14 @@ import json
 import os
 from pathlib import Path
 
-from dollar_jax.cli.base import FLAGS, define, define_config, given_config, require
+from dollar_jax.cli.base import FLAGS, define, define_config, given_config
 
 COMMANDS = ("run", "prepare", "sample-command", "evaluate")
 
 
 def define_flags(arguments: list[str]) -> None:
     define_config(arguments)
-    define("string", "topology", None, "Chips, such as v5p:2x2x2 or v6e:8x8.")
-    require("topology")
+    define("string", "topology", None, "Chips, such as v5p:2x2x2 or v6e:8x8.", required=True)
     define("string", "mesh", None, "Such as fsdp=16,context=4; config.mesh unless given.")
     define("string", "video", None, "HEIGHTxWIDTHxFRAMES; the data's own unless given.")
     about = "The program; or all of a run, prepare, sample (sample-command) or evaluate: exit 2 if one fails."

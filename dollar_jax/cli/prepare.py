@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dollar_jax.cli.base import FLAGS, define, prepare_jax, require
+from dollar_jax.cli.base import FLAGS, define, prepare_jax
 
 _SECONDS = 16  # of a video, from which clips are taken: further on, its caption may be of something else
 
@@ -14,8 +14,7 @@ _SECONDS = 16  # of a video, from which clips are taken: further on, its caption
 def define_flags(_: list[str]) -> None:
     define("string", "source", None, "Videos with captions: a folder, manifest, .tar, .parquet, hf:NAME or tfds:NAME.")
     define("string", "prompts", None, "Prompts without videos instead: a .txt, one a line, a .csv or a .jsonl.")
-    define("string", "out", None, "Folder of the data set.")
-    require("out")
+    define("string", "out", None, "Folder of the data set.", required=True)
     define("string", "teacher", "moving_shapes", "The pipeline whose VAE and text encoder encode.")
     define("integer", "frames", None, "Frames of a clip; the teacher's by default.", 1)
     define("integer", "height", None, "Height of a clip in pixels; the teacher's by default.", 1)

@@ -2,6 +2,7 @@
 small red circle moving left slowly". Everything else varies without a caption and is what diversity measures: position,
 exact radius, speed and colour, the background's grey and its tint. `verify` reads the attributes off every frame."""
 
+import colorsys
 import dataclasses
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -101,12 +102,6 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np
     return np.clip(0.5 - signed_distance(shape, _GRID_X - x, _GRID_Y - y, radius), 0, 1)
 
 
-def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
-    """HSV to RGB; hue in degrees."""
-    k = (np.array([5.0, 3.0, 1.0]) + hue / 60) % 6
-    return value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
-
-
 def render(caption: Caption, rng: np.random.Generator) -> np.ndarray:
     """One video of the caption, uint8 [17, 32, 32, 3]; what the caption leaves open is drawn from `rng`."""
     radius = rng.uniform(*RADII[caption.size])
@@ -120,7 +115,8 @@ def render(caption: Caption, rng: np.random.Generator) -> np.ndarray:
     x, y = tracks
     mask = coverage(caption.shape, x, y, np.full(FRAMES, radius))[..., None]
     hue = HUES[caption.colour] + rng.uniform(-10, 10)
-    colour = _rgb(hue, saturation=rng.uniform(0.5, 1), value=rng.uniform(0.6, 1))
+    saturation, value = rng.uniform(0.5, 1), rng.uniform(0.6, 1)
+    colour = np.array(colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value))
     tint = rng.normal(size=3)
     tint = 0.05 * rng.uniform() * (tint - tint.mean()) / np.linalg.norm(tint - tint.mean())
     background = rng.uniform(0.2, 0.8) + tint

@@ -44,9 +44,8 @@ class Loader:
 
     def __init__(self, settings: PrepareSettings):
         self.settings = settings
-        self.dataset = None
-        if settings.source is not None and settings.source.startswith(TFDS):
-            self.dataset = sources.Dataset(settings.source.removeprefix(TFDS), settings.split)
+        name = settings.source or ""
+        self.dataset = sources.Dataset(name.removeprefix(TFDS), settings.split) if name.startswith(TFDS) else None
 
     def items(self) -> Iterator[Item]:
         """The source's items in their order; raises OSError or ValueError for a source that cannot be read."""

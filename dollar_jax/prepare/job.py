@@ -90,8 +90,8 @@ def prepare(
     return _finish(settings, encoder, out, units)
 
 
-def encode_units(units: Collection[int], encoder: Encoder, out: Path, workers: int = 1, bar: Any = None) -> None:
-    """Writes the shards and reports of these units into `out`; videos are decoded by `workers` threads."""
+def encode_units(units: Collection[int], encoder: Encoder, out: Path, workers: int, bar: tqdm) -> None:
+    """Writes the shards and reports of these units into `out`; `workers` threads decode videos, `bar` counts them."""
     size, rejected = encoder.settings.shard_size, 0
     items = _read_index(out / PARTS / "index.jsonl", set(units), size)
     loaded = _load_ahead(Loader(encoder.settings), items, workers)
@@ -100,9 +100,8 @@ def encode_units(units: Collection[int], encoder: Encoder, out: Path, workers: i
         for index, item, clips in members:
             job.add(index, item, clips)
             rejected = before + len(job.rejected)
-            if bar is not None:
-                bar.update()
-                bar.set_postfix({"rejected": rejected} if rejected else None, refresh=False)
+            bar.update()
+            bar.set_postfix({"rejected": rejected} if rejected else None, refresh=False)
         job.close()
 
 

@@ -10,7 +10,6 @@ TFDS split ({"record"}).
 `caption` is what the source says, whatever its type; in its place `captions` are the files or spans it may be in, of
 which the first that holds one counts. `broken` in an item says what was wrong with it already."""
 
-import contextlib
 import functools
 import io
 import itertools
@@ -89,7 +88,9 @@ def _list_folder(folder: Path, root: Path, seen: set[tuple[int, int]]) -> Iterat
     inside = "" if folder == root else f"{readable(str(folder.relative_to(root)))}/"
     try:
         with os.scandir(folder) as entries:
-            found = sorted((e.name, _is_folder(e), e.is_symlink()) for e in entries if not e.name.startswith("."))
+            kinds = [(e.name, e.is_dir(follow_symlinks=False), e.is_symlink()) for e in entries if e.name[0] != "."]
+        # os.path takes a link to itself for no folder.
+        found = sorted((name, os.path.isdir(folder / name) if link else kind, link) for name, kind, link in kinds)
     except OSError as error:
         yield {"name": inside, "broken": f"cannot be read: {error.strerror}"}
         return
@@ -122,12 +123,6 @@ def _list_folder(folder: Path, root: Path, seen: set[tuple[int, int]]) -> Iterat
         elif path.suffix.lower() in SUFFIXES:
             captions = [{"path": str(path.with_suffix(kind))} for kind in (".txt", ".json")]
             yield {"name": inside + readable(name), "video": {"path": str(path)}, "captions": captions}
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    with contextlib.suppress(OSError):  # a link to itself
-        return entry.is_dir()
-    return False
 
 
 def _is_listed_where_it_lies(link: Path, root: Path) -> bool:

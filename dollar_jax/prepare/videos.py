@@ -2,6 +2,7 @@
 
 A frame becomes what a good player shows on a BT.709 screen; docs/data.md has the table."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
@@ -240,14 +241,12 @@ def check_showable(frame: av.VideoFrame) -> None:
 
 def _container_crop(file: Any, index: int) -> Crop:
     """What the container says to cut off stream `index`."""
-    if isinstance(file, str):
-        with open(file, "rb") as opened:
-            return pixel_crop(opened.read(1 << 20), index)  # the tracks are described at the beginning
-    position = file.tell()
-    file.seek(0)
-    crop = pixel_crop(file.read(1 << 20), index)
-    file.seek(position)
-    return crop
+    with open(file, "rb") if isinstance(file, str) else contextlib.nullcontext(file) as opened:
+        position = opened.tell()
+        opened.seek(0)
+        head = opened.read(1 << 20)  # the tracks are described at the beginning
+        opened.seek(position)
+    return pixel_crop(head, index)
 
 
 def _decode(container: Any, stream: Any) -> Iterator[Timed]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -49,13 +50,8 @@ def cells(*texts: str) -> list[Cell]:
 
 def number(value: Any) -> float | None:
     """The value as a finite float, or None."""
-    if isinstance(value, bool | str) or value is None:
-        return None
-    try:
-        value = float(value)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if real and math.isfinite(value) else None
 
 
 def signed(value: float, digits: int) -> str:
