@@ -13,7 +13,7 @@ import numpy as np
 from dollar_jax.files import write_file
 from dollar_jax.report.charts import dot_chart
 from dollar_jax.report.clips import Clips, embed
-from dollar_jax.report.measures import MEASURES
+from dollar_jax.report.measures import MEASURES, kind_and_steps
 from dollar_jax.report.page import Cell, Table, cells, duration, figure, signed, steps, write_page
 
 COLUMNS = ("alignment", "reward", "vendi", "vendi_network", "frechet", "flicker", "net_change", "nfe")
@@ -136,7 +136,7 @@ def paper_claims(results: Sequence[Result], speed: Speed) -> list[Claim]:
     """The paper's claims, those whose cells there are: a value for each seed, and of speed for each round of timing."""
     found = {(result.method, result.seed): result.rows for result in results}
     seeds = sorted({result.seed for result in results})
-    teacher = max(found["teacher", seeds[0]], key=_steps)
+    teacher = max(found["teacher", seeds[0]], key=lambda name: kind_and_steps(name)[1])
     claims = []
     for sentence, measure, method, other, compare, bound in _DIFFERENCES:
         second = (other, "student_4") if other else ("teacher", teacher)
@@ -147,10 +147,6 @@ def paper_claims(results: Sequence[Result], speed: Speed) -> list[Claim]:
         pairs = zip(speed[teacher]["diffusion"], speed[student]["diffusion"], strict=True)
         claims.append(Claim(sentence, [a / b for a, b in pairs], ge, least, 1, ratio=True))
     return [claim for claim in claims if claim.values]
-
-
-def _steps(sampler: str) -> int:
-    return int(sampler.rpartition("_")[2])
 
 
 def _claims_table(claims: Sequence[Claim]) -> Table:
@@ -167,7 +163,7 @@ def _measures_table(means: Means, labels: Mapping[str, str]) -> Table:
     for (method, sampler), found in means.items():
         shown = {name: list(map(MEASURES[name].show, found.get(name, ()))) for name in COLUMNS}
         texts = [" ± ".join(values[:1] if name == "nfe" else values) or "–" for name, values in shown.items()]
-        rows.append(cells(f"{labels[method]}, {steps(_steps(sampler))}", *texts))
+        rows.append(cells(f"{labels[method]}, {steps(kind_and_steps(sampler)[1])}", *texts))
     return Table(cells("Sampler", *(MEASURES[name].heading for name in COLUMNS)), rows)
 
 
@@ -177,11 +173,11 @@ def _speed_table(speed: Speed) -> Table:
     slowest = max(medians.values(), key=lambda row: row["nfe"])
     rows = []
     for name, row in medians.items():
-        called = f"{name.rpartition('_')[0].capitalize()}, {steps(_steps(name))}"
+        kind, count = kind_and_steps(name)
         faster = f"×{figure(slowest['diffusion'] / row['diffusion'], 1)}"
         share = figure(100 * row["total"] / slowest["total"], 1)
         seconds = figure(row["diffusion"], 4), faster, figure(row["total"], 4), share
-        rows.append(cells(called, f"{row['nfe']:g}", *seconds))
+        rows.append(cells(f"{kind.capitalize()}, {steps(count)}", f"{row['nfe']:g}", *seconds))
     seconds = ("Diffusion, s per video", "Times faster", "Whole inference, s per video", "Share of the teacher’s, %")
     return Table(cells("Sampler", "NFE", *seconds), rows)
 
@@ -199,7 +195,7 @@ def _plots(means: Means, labels: Mapping[str, str], count: int) -> list[dict[str
 def _videos(prompts: Sequence[str], videos: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> Clips:
     shown = {}
     for method, samplers in videos.items():
-        key = max(samplers, key=_steps) if method == "teacher" else "student_4"
+        key = max(samplers, key=lambda name: kind_and_steps(name)[1]) if method == "teacher" else "student_4"
         if key in samplers:
             shown[method] = samplers[key]
     return embed(prompts, shown, labels)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,6 +45,12 @@ MEASURES = {  # the keys are those of a sampler in metrics.json
     "diffusion_seconds": Measure("Diffusion", "time", duration, _faster),
     "total_seconds": Measure("Whole inference", "time", duration, _faster),
 }
+
+
+def kind_and_steps(sampler: str) -> tuple[str, int]:
+    """The parts of `student_4`; 0 steps where a name says none."""
+    match = re.fullmatch(r"(.+)_(\d+)", sampler)
+    return (match[1], int(match[2])) if match else (sampler, 0)
 
 
 def of_samplers(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 from dollar_jax.objectives import TERMS
 from dollar_jax.report.charts import line_chart
 from dollar_jax.report.clips import embed
-from dollar_jax.report.measures import MEASURES, of_samplers
+from dollar_jax.report.measures import MEASURES, kind_and_steps, of_samplers
 from dollar_jax.report.page import Cell, Table, cells, duration, figure, number, significant, steps, times, write_page
 
 COLUMNS = ("alignment", "reward", "vendi", "flicker", "nfe", "diffusion_seconds", "total_seconds")
@@ -57,7 +57,7 @@ class SamplerRow:
 
 def sampler_rows(keys: Iterable[str]) -> list[SamplerRow]:
     """Rows for keys `<kind>_<steps>`: the teacher at its most steps, then students, then the rest."""
-    parsed = [(key, *_kind_and_steps(key)) for key in dict.fromkeys(keys)]
+    parsed = [(key, *kind_and_steps(key)) for key in dict.fromkeys(keys)]
     most = max((count for _, kind, count in parsed if kind == "teacher"), default=0)
     ranked = []
     for key, kind, count in parsed:
@@ -96,24 +96,19 @@ def write_report(
     write_page(path, "run.html", tiles=tiles, notes=notes, settings=config_text, **tables, **shown)
 
 
-def _kind_and_steps(key: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(.+)_(\d+)", key)
-    return (match[1], int(match[2])) if match else (key, 0)
-
-
 def _reference(rows: Sequence[SamplerRow]) -> str | None:
     """The sampler others are compared with: the teacher at its most steps."""
-    return rows[0].key if rows and _kind_and_steps(rows[0].key)[0] == "teacher" else None
+    return rows[0].key if rows and kind_and_steps(rows[0].key)[0] == "teacher" else None
 
 
 def _tiles(metrics: Mapping[str, Any], samplers: Mapping[str, Any], rows: Sequence[SamplerRow]) -> list[Any]:
     """(figure, what it is of)."""
     tiles = []
     for key, value in metrics.items():
-        kind, count = _kind_and_steps(key)
+        kind, count = kind_and_steps(key)
         if kind == "speedup" and (speedup := number(value)) is not None:
             tiles.append((times(speedup), f"faster diffusion, {steps(count)} against the teacher"))
-    student = next((row.key for row in rows if _kind_and_steps(row.key)[0] == "student"), None)
+    student = next((row.key for row in rows if kind_and_steps(row.key)[0] == "student"), None)
     ours, theirs = (number(samplers[key].get("alignment")) if key else None for key in (student, _reference(rows)))
     if ours is not None and theirs is not None:
         tiles.append((figure(ours, 3), f"alignment with the prompt, against the teacher’s {figure(theirs, 3)}"))
@@ -188,9 +183,8 @@ def _curves(history: Sequence[Mapping[str, float]]) -> dict[str, list[dict[str, 
 
 
 def _timings(timings: Mapping[str, float]) -> Table | None:
-    known = {name: seconds for name, value in timings.items() if (seconds := number(value)) is not None}
-    if not known:
+    if not timings:
         return None
-    longest = max(known.values()) or 1.0
-    bars = {name: Cell(bar=max(100 * seconds / longest, 0.5)) for name, seconds in known.items()}
-    return Table(cells("Part", "Time", ""), [[*cells(_words(n), duration(known[n])), bar] for n, bar in bars.items()])
+    longest = max(timings.values()) or 1.0
+    rows = [[*cells(_words(n), duration(s)), Cell(bar=max(100 * s / longest, 0.5))] for n, s in timings.items()]
+    return Table(cells("Part", "Time", ""), rows)
