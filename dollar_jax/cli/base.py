@@ -65,7 +65,7 @@ class Unbreakable:
         return len(text)
 
     def flush(self, last: bool = False) -> None:
-        """After the `last` time Python's own makes no exit code of what cannot be written."""
+        """After the `last` one Python's own, at exit, makes no exit code of what could not be written."""
         with self._tolerant(last):
             self._stream.flush()
 

@@ -54,13 +54,8 @@ class EncodedVideos:
         if len(self) < config.batch_size:
             raise ValueError(f"there are {len(self)} training videos, fewer than config.batch_size {config.batch_size}")
         rows = np.arange(config.batch_size) if rows is None else rows
-        names = [f"video {i}" for i in range(len(self))]
-        columns = {
-            "latent": self.latent,
-            "text": self.text,
-            "caption": np.array(self.captions),
-            "name": np.array(names),
-        }
+        names = np.array([f"video {i}" for i in range(len(self))])
+        columns = {"latent": self.latent, "text": self.text, "caption": np.array(self.captions), "name": names}
 
         def load(index: np.ndarray) -> dict[str, Any]:
             return {name: column[index[rows]] for name, column in columns.items()}
