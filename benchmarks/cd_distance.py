@@ -49,7 +49,7 @@ def main() -> None:
     args.workdir.mkdir(parents=True, exist_ok=True)
     for distance, c in TRAINED.items():
         changes = {"consistency.distance": distance, "consistency.huber_c": c, "batch_size": args.batch}
-        changes |= {"steps": 200, "data.train_videos": 256, "visibility.samples_every": 0}
+        changes |= {"vsd.guidance_weight": 1.0, "steps": 200, "data.train_videos": 256, "visibility.samples_every": 0}
         config = changed(load("demo", "vsd+cd"), changes)
         generator = make_generator(config)
         programs = teacher_programs(config, generator, None)

@@ -55,6 +55,7 @@ TINY = {
     "steps": 20,
     "log_every": 1,
     "mesh.data": 1,
+    "vsd.guidance_weight": 1.0,
     "consistency.skip": 2,
     "student.timesteps": (1000.0, 700.0, 400.0),
     "reward.rewards": ({"name": "compressibility", "weight": 1.0, "folder": None},),

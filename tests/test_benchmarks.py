@@ -103,3 +103,25 @@ def test_speed_refuses_to_time_a_step_that_is_another(monkeypatch):
         jax.debug_key_reuse(False),
     ):  # the keys once more, for PyTorch
         list(speed.cases("tiny", 1, {"step"}, {"diffusers"}))
+
+
+FRONTIER = SPEED.with_name("frontier.py")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_frontier_runs_what_has_no_line_yet(tmp_path):
+    out = tmp_path / "lines.jsonl"
+
+    def rows(*only: str) -> list[str]:
+        command = [sys.executable, FRONTIER, f"--out={out}", "--quick", "--seeds", "0", "--only", *only]
+        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return [line for line in shown.splitlines() if line.startswith("| ")][1:]
+
+    first = rows("cd")
+    assert len(first) == 1 and first[0].startswith("| CD alone | 10 | 160 |")
+    (line,) = map(json.loads, out.read_text().splitlines())
+    assert line["student_4"].keys() >= {"alignment", "vendi", "frechet", "reward"} and line["student_1"]["nfe"] == 1
+    both = rows("teacher", "cd")
+    assert both[0].startswith("| the teacher") and both[1:] == first
+    assert [json.loads(line)["setting"] for line in out.read_text().splitlines()] == ["cd", "teacher"]

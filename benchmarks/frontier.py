@@ -1,0 +1,149 @@
+"""What a saving costs: the quality of the demo's student by what its training took, and what saturates its colours.
+
+    python benchmarks/frontier.py --out=runs/frontier.jsonl --seeds 0 1 2
+    python benchmarks/frontier.py --out=runs/frontier.jsonl --seeds 0 --only teacher demo half
+
+Each of SETTINGS and each seed trains the student of configs/demo.py without a reward, whose colours would show it, on
+batches of 8, and draws the demo's 120 videos in 4 steps and in 1; the teacher draws them in 50. A line of --out is what
+came of one; what has its line is not run again. F are forwards of the transformer per video and update, as `dollar
+plan` counts them. The table is printed at the end, mean ± deviation over the seeds; `vivid` is the share of coloured
+pixels that are bright and saturated."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dollar_jax.cli.base import prepare_jax
+from dollar_jax.config import DistillConfig, changed
+from dollar_jax.data.latents import load_data
+from dollar_jax.evaluate.features import vae_features
+from dollar_jax.evaluate.measure import default_plan, measure, real_features, samplers
+from dollar_jax.experiment import load
+from dollar_jax.generate import make_generator
+from dollar_jax.plan.training import forwards
+from dollar_jax.rewards import load_rewards, weighted_sum
+from dollar_jax.train import train
+
+DEMO, BACKWARD = {"batch_size": 32}, {"student.input": "backward"}
+GROUP, ROLLOUT = {"student.timestep_per": "micro_batch"}, {"fake_score.samples": "rollout"}
+EVERY = {"consistency.every": 2}
+GRID = {"consistency.times": "grid", "consistency.skip": 5, "consistency.boundary": "lcm"}
+FASTGEN = {"fake_score.updates": 4, "student.sampler": "ode", "gan.weight": 0.03}
+FASTVIDEO = BACKWARD | {"fake_score.updates": 5, "student.ema_start": 50}
+RCM = BACKWARD | GRID | {"consistency.skip": 1, "consistency.weight": 1.0, "vsd.weight": 0.01, "fake_score.updates": 4}
+# Name: the losses, what is changed of the demo, and what the table calls it.
+SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "demo": ("vsd+cd", {}, "forward input, all new, as the demo"),
+    "unguided": ("vsd+cd", {"vsd.guidance_weight": 0.0}, "`vsd.guidance_weight=0`"),
+    "updates_5": ("vsd+cd", {"fake_score.updates": 5}, "`fake_score.updates=5`"),
+    "half": ("vsd+cd", {"steps": 100}, "half the updates"),
+    "cd": ("cd", {}, "CD alone"),
+    "vsd": ("vsd", {}, "VSD alone"),
+    "cheap": ("vsd+cd", BACKWARD | GROUP | ROLLOUT | EVERY, "backward, all three savings"),
+    "backward": ("vsd+cd", BACKWARD, "backward input, all new"),
+    "noisier": ("vsd+cd", {"vsd.guidance_time": "noisier"}, "`vsd.guidance_time=noisier`"),
+    "half_guided": ("vsd+cd", {"vsd.guidance_weight": 0.5}, "`vsd.guidance_weight=0.5`"),
+    "fastgen": ("vsd", FASTGEN, "like FastGen's DMD2: VSD and GAN, forward, 4 fake updates, ODE"),
+    "fastvideo": ("vsd", FASTVIDEO, "like FastVideo's DMD: VSD, backward, 5 fake updates, late average"),
+    "rcm": ("vsd+cd", RCM, "like rCM: CD between neighbours of 50 steps, 0.01 VSD, backward, 4 fake updates"),
+    "real": ("vsd+cd", BACKWARD | GROUP | ROLLOUT | EVERY | GRID | {"fake_score.updates": 5}, "as the real teachers"),
+    "own": ("vsd+cd", {"fake_score.samples": "student"}, "forward, `fake_score.samples=student`"),
+    "group": ("vsd+cd", BACKWARD | GROUP, "backward, `student.timestep_per=micro_batch`"),
+    "rollout": ("vsd+cd", BACKWARD | ROLLOUT, "backward, `fake_score.samples=rollout`"),
+    "both": ("vsd+cd", BACKWARD | GROUP | ROLLOUT, "backward, both"),
+    "every_2": ("vsd+cd", EVERY, "forward, `consistency.every=2`"),
+    "batch_32": ("vsd+cd", DEMO, "the first, on the demo's batches of 32"),
+    "batch_32_half": ("vsd+cd", DEMO | {"vsd.guidance_weight": 0.5}, "the same, `vsd.guidance_weight=0.5`"),
+    "batch_32_quarter": ("vsd+cd", DEMO | {"vsd.guidance_weight": 0.25}, "the same, `vsd.guidance_weight=0.25`"),
+}
+
+
+def settings(name: str, seed: int, quick: bool) -> DistillConfig:
+    losses, changes, _ = SETTINGS.get(name, ("vsd+cd", {}, ""))
+    common = {"seed": seed, "batch_size": 8, "vsd.guidance_weight": 1.0, "visibility.samples_every": 0}
+    config = changed(load("demo", losses), common | changes)
+    return changed(config, {"steps": 2, "batch_size": 8, "data.train_videos": 32}) if quick else config
+
+
+class Lab:
+    """What all runs share: the teacher, the encoded data, the features of real clips."""
+
+    def __init__(self, folder: Path, quick: bool):
+        demo = load("demo")
+        self.folder, self.quick, self.generator = folder, quick, make_generator(demo)
+        self.vivid = weighted_sum(demo.reward.rewards, load_rewards(demo.reward.rewards))
+        self.features = vae_features(self.generator)
+        self.reference = functools.cache(functools.partial(real_features, self.features, quick))
+
+    def run(self, name: str, config: DistillConfig) -> dict[str, Any]:
+        """What the teacher, or a student just trained, draws: per sampler its measures, `reward` the vivid share."""
+        generator = dataclasses.replace(self.generator, student_ode=config.student.sampler == "ode")
+        begun, student, cost = time.perf_counter(), None, {}
+        if name != "teacher":
+            with tempfile.TemporaryDirectory() as run:
+                state = train(config, Path(run), generator, load_data(config, generator, self.folder))
+            student, cost = state.ema, {"videos": config.steps * config.batch_size, "forwards": forwards(config)}
+            cost["seconds"] = time.perf_counter() - begun
+        rows = samplers(generator, student, config.student.timesteps)
+        wanted = ["teacher_50"] if student is None else ["student_4", "student_1"]
+        rows = {key: rows[key] for key in wanted}
+        plan = default_plan(config.seed, self.quick)
+        table, _ = measure(generator, rows, plan, self.vivid, self.features, self.reference())
+        return cost | table
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Of the finished runs, as Markdown."""
+    steps = {"4": ("alignment", "vendi", "frechet", "reward"), "1": ("alignment", "vendi", "frechet")}
+    names = {"frechet": "Fréchet", "reward": "vivid", "vendi": "Vendi"}
+    heads = [f"{names.get(what, what)}, {n}" for n, measures in steps.items() for what in measures]
+    rows = [f"| setting | F | F, total | {' | '.join(heads)} | seeds |", "|---" * (len(heads) + 4) + "|"]
+    for name in ("teacher", *SETTINGS):
+        found = [line for line in lines if line["setting"] == name]
+        if not found:
+            continue
+        f = sum(found[0].get("forwards", {}).values())
+        cells = [SETTINGS[name][2], f"{f:.4g}", f"{f * found[0]['videos']:,.0f}"] if f else ["the teacher", "", ""]
+        for n, measures in steps.items():
+            key = "teacher_50" if name == "teacher" and n == "4" else f"student_{n}"
+            for what in measures:
+                values = [line[key][what] for line in found if key in line]
+                spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+                cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
+        rows.append(f"| {' | '.join(cells)} | {len(found)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a line of JSON for each finished run; is gone on with")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=["teacher", *SETTINGS], default=["teacher", *SETTINGS])
+    parser.add_argument("--quick", action="store_true", help="two steps each, to see that it runs")
+    args = parser.parse_args()
+    prepare_jax()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    lab = Lab(args.out.parent, args.quick)
+    for name, seed in [(name, seed) for seed in args.seeds for name in args.only]:
+        config = settings(name, seed, args.quick)
+        made = {"setting": name, "seed": seed, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
+        if any(line.items() >= made.items() for line in lines):
+            continue
+        lines.append(made | lab.run(name, config))
+        with args.out.open("a") as file:
+            file.write(json.dumps(lines[-1]) + "\n")
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
