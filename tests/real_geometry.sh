@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # From the documentation alone, for a tiny teacher at the real geometry: import, prepare, train with samples and a CLIP
 # reward on 8 virtual devices and then on with two processes, sample, evaluate, export. Minutes on two cores.
-#     bash tests/real_geometry.sh FOLDER [wan_1_3b|cogvideox_2b|cogvideox_5b [HEIGHT WIDTH FRAMES]]
+#     bash tests/real_geometry.sh FOLDER [wan_1_3b|cogvideox_2b|cogvideox_5b [HEIGHT WIDTH [FRAMES]]]
 set -euo pipefail
-work=$(realpath -m "${1:?FOLDER}") name=${2:-wan_1_3b} height=${3:-480} width=${4:-832} frames=${5:-5}
+work=$(realpath -m "${1:?FOLDER}") name=${2:-wan_1_3b} height=${3:-480} width=${4:-832}
+case $name in wan*) frames=5 ;; *) frames=9 ;; esac
+frames=${5:-$frames}
 cd "$(dirname "$0")/.."
 mkdir -p "$work"
 export JAX_PLATFORMS=cpu PYTHONPATH=$PWD JAX_COMPILATION_CACHE_DIR=$work/cache
