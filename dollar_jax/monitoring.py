@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from dollar_jax.config import DistillConfig, VisibilityConfig
+from dollar_jax.config import DistillConfig, RewardConfig, VisibilityConfig
 from dollar_jax.data.clip import clip_fps
 from dollar_jax.evaluate.quality import pixel_features, vendi_score
 from dollar_jax.files import new_file, read_arrays
@@ -29,7 +29,9 @@ from dollar_jax.flops import PEAK_TFLOPS, Throughput
 from dollar_jax.generate import DATA_PROMPTS, Generator, video_keys
 from dollar_jax.objectives import SCORE_BINS
 from dollar_jax.optim import learning_rate
+from dollar_jax.rewards import AnyReward, Reward, weighted_sum
 from dollar_jax.rewards.builtin import vivid
+from dollar_jax.rewards.host import HostScorer
 from dollar_jax.run import EVENTS, HISTORY, PROFILE, SAMPLES, truncate_history
 from dollar_jax.signals import SignalFlag
 from dollar_jax.types import Params
@@ -96,11 +98,21 @@ class SampleLogger:
     """Every `samples_every` steps: the student's samples beside the teacher's, and whether they collapse.
     `student(params)` and `teacher()` dispatch, on all processes, what draws `count` samples from the same noise each
     time, in parts; process 0 looks at what comes of it in the background of the next steps. The teacher's are drawn
-    when they are first needed, and kept in `samples/`, by `key`, for a resumed run."""
+    when they are first needed, and kept in `samples/`, by `key`, for a resumed run. `scorer` scores both as shown."""
 
-    def __init__(self, config: Any, workdir: Path, student: Draw, teacher: Draw, prompts: int, key: str, fps: float):
-        self.config, self.folder = config, workdir / SAMPLES
-        self._student, self._teacher, self._prompts, self._key, self._fps = student, teacher, prompts, key, fps
+    def __init__(
+        self,
+        config: VisibilityConfig,
+        workdir: Path,
+        student: Draw,
+        teacher: Draw,
+        prompts: Sequence[str],
+        key: str,
+        fps: float,
+        scorer: HostScorer | None = None,
+    ):
+        self.config, self.folder, self._scorer, self._fps = config, workdir / SAMPLES, scorer, fps
+        self._student, self._teacher, self._prompts, self._key = student, teacher, prompts, key
         self._background = ThreadPoolExecutor(1)
         self._reference = self._kept()
         found = np.array(self._reference is not None)
@@ -123,7 +135,7 @@ class SampleLogger:
                 np.savez(file, key=self._key, **self._reference._asdict())
         ours, theirs = self._on_host(student), self._reference
         assert theirs is not None
-        a, b = ours.stats(self._prompts), theirs.stats(self._prompts)
+        a, b = ours.stats(len(self._prompts)), theirs.stats(len(self._prompts))
         warnings = collapse(self.config, a, b)
         pairs = np.stack([side_by_side(pair) for pair in zip(theirs.frames, ours.frames, strict=True)])
         video = grid(pairs, self.config.videos, gap=6)
@@ -133,14 +145,25 @@ class SampleLogger:
         scalars = {"sample_vendi": a.vendi, "sample_vendi_teacher": b.vendi, "sample_mean_drift": a.mean - b.mean}
         scalars |= {"sample_std_ratio": a.std / max(b.std, 1e-9), "collapse": float(len(warnings))}
         scalars |= {"sample_saturation": a.saturation, "sample_saturation_teacher": b.saturation}
+        scalars |= self._rewards(sample_reward=ours, sample_reward_teacher=theirs)
         # Each prompt's first pair at a few times: a row per prompt.
         times = np.linspace(0, pairs.shape[1] - 1, SHEET_TIMES).round().astype(int)
         tiles = pairs[:: self.config.videos, times]
         sheet = grid(tiles.reshape(-1, 1, *tiles.shape[2:]), SHEET_TIMES, gap=6)[0]
         return scalars, sheet, warnings
 
+    def _rewards(self, **shown: Shown) -> dict[str, float]:
+        """The mean weighted sum of raw rewards, of those videos that got one."""
+        found: dict[str, float] = {}
+        for name, videos in shown.items():
+            if self._scorer is not None:
+                self._scorer.submit(unit_range(videos.frames), np.repeat(self._prompts, self.config.videos).tolist())
+                rewards = self._scorer.collect()
+                found |= {name: float(np.nanmean(rewards))} if np.isfinite(rewards).any() else {}
+        return found
+
     def _on_host(self, parts: Sequence[Shown]) -> Shown:
-        count = self._prompts * self.config.videos  # the last part may be filled up
+        count = len(self._prompts) * self.config.videos  # the last part may be filled up
         return Shown(*(np.concatenate([np.asarray(x) for x in field])[:count] for field in zip(*parts, strict=True)))
 
     def _kept(self) -> Shown | None:
@@ -153,11 +176,17 @@ class SampleLogger:
 
 
 def make_sample_logger(
-    config: DistillConfig, workdir: Path, generator: Generator, teacher: Params, decoder: Params, captions: Any
+    config: DistillConfig,
+    workdir: Path,
+    generator: Generator,
+    frozen: tuple[Params, Params],
+    captions: Any,
+    rewards: Any,
 ) -> SampleLogger:
     """The sample logger of a run: fixed prompts, fixed noise, the student's own timesteps, the teacher's own steps. The
-    prompts are the configuration's, or `DATA_PROMPTS` of the data's `captions`, with their first frames."""
-    c, sampling = config.visibility, config.sampling
+    prompts are the configuration's, or `DATA_PROMPTS` of the data's `captions`, with their first frames. `frozen` are
+    teacher and decoder, `rewards` those of the configuration's terms."""
+    c, sampling, (teacher, decoder) = config.visibility, config.sampling, frozen
     given = captions(DATA_PROMPTS) if c.samples_every and not c.prompts else {}
     generator.given.update(given)
     prompts = (c.prompts or tuple(given)) if c.samples_every else ()
@@ -178,8 +207,21 @@ def make_sample_logger(
     made = [config.teacher, prompts, c.videos, c.seed, dataclasses.asdict(sampling), generator.clip, shrink]
     student = functools.partial(draw, generator.student_sampler(config.student.timesteps))
     own = generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight)
-    fps = clip_fps(config.data, generator.pipeline.family.fps)
-    return SampleLogger(c, workdir, student, lambda: draw(own, teacher), len(prompts), json.dumps(made), fps)
+    fps, scorer = clip_fps(config.data, generator.pipeline.family.fps), _sample_scorer(config.reward, rewards)
+    return SampleLogger(c, workdir, student, lambda: draw(own, teacher), prompts, json.dumps(made), fps, scorer)
+
+
+def _sample_scorer(c: RewardConfig, rewards: Sequence[AnyReward]) -> HostScorer | None:
+    """What scores samples by the weighted sum of raw rewards, JAX ones on the host's CPU: the devices are busy."""
+    total = weighted_sum(c.rewards, rewards)
+    if total is None:
+        return None
+
+    def on_cpu(frames: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return total(frames, prompts)
+
+    return HostScorer("of samples", Reward(on_cpu, total.meaning), c.timeout, c.retries)
 
 
 class Log:

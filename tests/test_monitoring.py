@@ -23,6 +23,8 @@ from dollar_jax.generate import Generator
 from dollar_jax.models import activation_sharding
 from dollar_jax.monitoring import Log, Profile, SampleLogger, SampleStats, Shown, collapse, make_throughput, readable
 from dollar_jax.programs import step_flops
+from dollar_jax.rewards import Reward
+from dollar_jax.rewards.host import HostScorer
 from dollar_jax.run import read_history
 from dollar_jax.schedule import Schedule
 from dollar_jax.sharding import make_mesh
@@ -51,8 +53,8 @@ def show(latent):
     return [Shown(to_uint8(np.nan_to_num(decode(x))), x.mean(axes), np.square(x).mean(axes)) for x in parts]
 
 
-def make_logger(workdir, teacher=lambda: show(sampler()), config=CONFIG, key="", fps=8):
-    return SampleLogger(config, workdir, show, teacher, 2, key, fps)
+def make_logger(workdir, teacher=lambda: show(sampler()), config=CONFIG, key="", fps=8, scorer=None):
+    return SampleLogger(config, workdir, show, teacher, config.prompts, key, fps, scorer)
 
 
 @pytest.fixture
@@ -113,6 +115,25 @@ def test_samples_stand_beside_the_teachers(logger, tmp_path, monkeypatch):
     assert scalars["sample_mean_drift"] == pytest.approx(0.2, abs=1e-5)
     assert scalars["sample_std_ratio"] == pytest.approx(1, abs=1e-5)
     assert 1 < scalars["sample_vendi_teacher"] < 4
+
+
+def test_samples_are_scored_beside_the_teachers_whatever_a_reward_does(tmp_path):
+    """Of frames as they are shown, by prompt; a reward that fails leaves no number, and one of NaN does not count."""
+
+    def reward(frames, prompts):
+        if frames.mean() > 0.9:
+            raise ConnectionError
+        return np.where(np.array(prompts) == "a cube", np.nan, frames.mean((1, 2, 3, 4)))
+
+    logger = make_logger(tmp_path, scorer=HostScorer("test", Reward(reward, ""), 5.0, 0))
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        scalars, _, _ = logger.draw(10, sampler(scale=0.5)).result()
+    shown = {"sample_reward": sampler(scale=0.5), "sample_reward_teacher": sampler()}
+    for name, latent in shown.items():
+        assert scalars[name] == pytest.approx(to_uint8(decode(latent[:4])).mean() / 255, abs=1e-5)
+    with pytest.warns(RuntimeWarning, match="raised ConnectionError"):
+        scalars, _, _ = logger.draw(20, sampler(shift=20.0)).result()
+    assert "sample_reward" not in scalars and "sample_reward_teacher" in scalars
 
 
 def test_a_video_of_the_samples_is_left(logger, tmp_path):
