@@ -221,7 +221,8 @@ def _sample_scorer(c: RewardConfig, rewards: Sequence[AnyReward]) -> HostScorer 
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             return total(frames, prompts)
 
-    return HostScorer("of samples", Reward(on_cpu, total.meaning), c.timeout, c.retries)
+    # What a reward does wrong is said of the training's own samples.
+    return HostScorer("of samples", Reward(on_cpu, total.meaning), c.timeout, 0, quiet=True)
 
 
 class Log:

@@ -19,10 +19,10 @@ class HostScorer:
     """One reward's calls: `submit` frames, go on, `collect` the rewards later. Neither ever raises. Well-behaved
     rewards come back whatever the timing, so that a run can be repeated exactly. After a call that took longer than
     `timeout` seconds the reward is left out for 1, then 2, 4, … rounds, so that waiting for it costs a long run next to
-    nothing. `faults` counts what went wrong by kind; the first of each kind is a warning."""
+    nothing. `faults` counts what went wrong by kind; the first of each kind is a warning, unless `quiet`."""
 
-    def __init__(self, name: str, reward: AnyReward, timeout: float, retries: int):
-        self.name, self.reward = name, reward
+    def __init__(self, name: str, reward: AnyReward, timeout: float, retries: int, quiet: bool = False):
+        self.name, self.reward, self.quiet = name, reward, quiet
         self.timeout, self.retries = timeout, retries
         self.faults: collections.Counter[str] = collections.Counter()
         self._call: _Call | None = None
@@ -66,7 +66,7 @@ class HostScorer:
         return failed
 
     def _fault(self, kind: str, what: str, count: int = 1) -> None:
-        if not self.faults[kind]:
+        if not self.faults[kind] and not self.quiet:
             message = f"the reward {self.name!r} {what}; such samples are not learned from, and this is said once"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
         self.faults[kind] += count
