@@ -42,6 +42,7 @@ class TeacherTraining(Fit):
     ema_decay: float = field(0.999, "Decay of the moving average that is kept.", low=0, high=1)
     caption_dropout: float = field(0.1, "Share of the videos that are trained on without their caption.", low=0, high=1)
     shift: float = field(3.0, "Time shift of the rectified flow.", above=0)
+    given_frames: int = field(0, "1: a clip's first latent frame is given, an image to continue.", low=0, high=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,15 +25,15 @@ from dollar_jax.config import Fit, PretrainConfig, SamplingConfig
 from dollar_jax.data import shapes
 from dollar_jax.data.vocabulary import build_tokenizer
 from dollar_jax.files import new_file, read_arrays
-from dollar_jax.generate import Generator, draw_videos, video_keys
+from dollar_jax.generate import Generator, draw_videos, load_teacher, video_keys
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import UMT5Config, zero_padding
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig, normalise
 from dollar_jax.program import Program
-from dollar_jax.schedule import Schedule, add_noise, target, time_from_uniform
+from dollar_jax.schedule import Schedule, add_noise, generated, target, time_from_uniform
 from dollar_jax.video import signed_range, unit_range
-from dollar_jax.weights.families import WAN
+from dollar_jax.weights.families import WAN, WAN_TI2V
 from dollar_jax.weights.pipeline import Component, Pipeline, load_pipeline, save_pipeline, tokenize
 from dollar_jax.weights.umt5 import UMT5
 from dollar_jax.weights.vae import WAN_VAE
@@ -159,7 +159,7 @@ def train_vae(config: PretrainConfig, folder: Path) -> Component:
     vae = networks(config)[0]
     network = WAN_VAE.network(vae)
     key = jax.random.key(config.seed)
-    params = load_pipeline(config.init).vae.params if config.init else Program("init", network.init)(key)
+    params = load_teacher(config.init).vae.params if config.init else Program("init", network.init)(key)
     videos, _ = rendered(config.seed, "train", config.vae_videos)
     for number, phase in enumerate(config.vae_phases):
 
@@ -193,7 +193,7 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     tokenizer = build_tokenizer(shapes.VOCABULARY)
     vae_config, text_config, dit_config = networks(config)
     text, dit = UMT5.network(text_config), WAN_TRANSFORMER.network(dit_config)
-    schedule = Schedule("rf", "velocity", shift=c.shift)
+    schedule = Schedule("rf", "velocity", shift=c.shift, given_frames=c.given_frames)
     cache = folder / "latents.npz"
     if not cache.exists():
         videos, captions = rendered(config.seed, "train", c.videos)
@@ -218,13 +218,13 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
         # Evenly spread times: each step sees noisy and clean ends alike.
         u = (jnp.arange(len(x0)) + jax.random.uniform(keys[1])) / len(x0)
         t, eps = time_from_uniform(schedule, u), jax.random.normal(keys[2], x0.shape)
-        prediction = dit.apply(params["transformer"], add_noise(schedule, x0, eps, t), t, states)
-        value = losses.denoising(prediction, target(schedule, x0, eps, t)).mean()
+        prediction = dit.apply(params["transformer"], add_noise(schedule, x0, eps, t), t, states, *schedule.given)
+        value = losses.denoising(*generated(schedule, prediction, target(schedule, x0, eps, t))).mean()
         return value, {"loss": value}
 
     text_key, dit_key, *bias_keys = jax.random.split(jax.random.key(config.seed), 4)
     if config.init:
-        start = load_pipeline(config.init)
+        start = load_teacher(config.init)
         params = {"text_encoder": start.text_encoder.params, "transformer": start.transformer.params}
         params = jax.tree.map(jnp.asarray, params)
     else:
@@ -238,12 +238,15 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     batches = endless(records, c.batch_size, config.seed)
     params = fit("teacher", folder / "checkpoints", loss, params, batches, c, config, c.ema_decay)
     transformer, vae = Component(dit_config, dit, params["transformer"]), dataclasses.replace(vae, config=vae_config)
-    return Pipeline(WAN, transformer, vae, Component(text_config, text, params["text_encoder"]), tokenizer, schedule)
+    family, encoder = WAN_TI2V if c.given_frames else WAN, Component(text_config, text, params["text_encoder"])
+    return Pipeline(family, transformer, vae, encoder, tokenizer, schedule)
 
 
 def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
     """Reconstruction of validation videos, and per-frame accuracy of samples for every caption."""
     sampling = SamplingConfig(config.num_steps, config.guidance_weight)
+    schedule = dataclasses.replace(pipeline.schedule, given_frames=config.teacher.given_frames)
+    pipeline = dataclasses.replace(pipeline, schedule=schedule)
     generator = Generator(pipeline, config.max_text_length, sampling, (shapes.FRAMES, shapes.SIZE, shapes.SIZE))
     videos, captions = rendered(config.seed, "validation", 256)
     parts = np.split(videos, range(64, len(videos), 64))
@@ -253,6 +256,7 @@ def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
     everything = shapes.all_captions()
     draw = generator.teacher_sampler(config.num_steps, config.guidance_weight)
     prompts, keys = [str(caption) for caption in everything], video_keys(config.seed, len(everything))
+    generator.given.update(zip(prompts, generator.encode(shapes.first_frames(config.seed, everything)), strict=True))
     parts = draw_videos(generator, draw, pipeline.transformer.params, prompts, keys, 48)
     drawn = unit_range(np.concatenate(list(tqdm(parts, "sampling", -(-len(everything) // 48), unit="batch"))))
     held = np.array([caption.held_out for caption in everything])

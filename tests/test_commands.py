@@ -192,13 +192,15 @@ def test_prompts_are_prepared(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_leaves_metrics_a_page_and_videos(tmp_path, few_captions, monkeypatch):
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
+def test_demo_leaves_metrics_a_page_and_videos(tmp_path, few_captions, monkeypatch, image):
     from dollar_jax import config, experiment
 
     load = experiment.load
-    monkeypatch.setattr(experiment, "load", lambda name, *losses: config.changed(load(name, *losses), TINY))
+    few = {"pretrain.num_steps": 2, "pretrain.teacher.steps": 2, "pretrain.teacher.videos": 64}
+    monkeypatch.setattr(experiment, "load", lambda name, *losses: config.changed(load(name, *losses), TINY | few))
     monkeypatch.setattr(evaluation, "SHOWN", 2)
-    dollar("demo", f"--workdir={tmp_path}", "--seed=1")
+    dollar("demo", f"--workdir={tmp_path}", "--seed=1", *["--image"] * image)
     assert json.loads((tmp_path / "metrics.json").read_text())["config"]["seed"] == 1
     assert (tmp_path / "report.html").is_file() and list((tmp_path / "videos").glob("*.mp4"))
 

@@ -2,11 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from dollar_jax import pretrain
 from dollar_jax.cli import main
 from dollar_jax.data import shapes
+from dollar_jax.generate import make_generator
+from dollar_jax.run import read_config
+from dollar_jax.video import read_image, read_video, to_uint8, write_video
 from dollar_jax.weights.pipeline import load_pipeline
 
 SETTINGS = {
@@ -52,3 +56,34 @@ def test_pretrain_leaves_a_teacher_and_goes_on_after_a_kill(tmp_path, monkeypatc
     assert set(stored["metrics"]) == {"vae", "all_captions", "trained", "held_out"}
     assert stored["config"]["teacher"]["steps"] == 3
     assert load_pipeline(folder).transformer.config.num_layers == 1
+
+
+@pytest.mark.slow
+def test_the_shipped_teacher_learns_to_continue_an_image_and_is_distilled(tmp_path, picture, whole_compilation):
+    """`dollar demo --image`, with less of everything."""
+    config = ["--config=demo_i2v", "--config.data.train_videos=256", "--config.steps=40", "--config.log_every=1"]
+    config += [
+        "--config.pretrain.teacher.steps=60",
+        "--config.visibility.samples_every=0",
+        "--config.pretrain.num_steps=20",
+    ]
+    assert main(["pretrain", *config, f"--workdir={tmp_path / 'teacher'}"]) == 0
+    teacher, run = tmp_path / "teacher" / "teacher", tmp_path / "run"
+    measured = json.loads((teacher / "provenance.json").read_text())["metrics"]
+    assert measured["all_captions"]["alignment_strict"] > 0.9  # 0.86 before
+    assert main(["train", *config, f"--config.teacher={teacher}", f"--workdir={run}"]) == 0
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    early, late = (np.mean([row["student_loss"] for row in part]) for part in (history[:10], history[-10:]))
+    assert late < 0.97 * early
+    assert main(["evaluate", f"--workdir={run}", "--quick"]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["student_4"]["alignment"] > 0.95
+
+    out, caption = tmp_path / "video.gif", "a large red circle moving left slowly"
+    given = [f"--image={picture}", f"--prompt={caption}", "--num=1", "--scale=1", f"--out={out}"]
+    assert main(["sample", f"--workdir={run}", *given]) == 0
+    generator = make_generator(read_config(run))
+    first = to_uint8(generator.decode(generator.encode(read_image(picture, 32, 32)[None, None])))[0]
+    write_video(tmp_path / "first.gif", first)  # its colours are as few
+    video, (expected,) = np.float32(read_video(out)), np.float32(read_video(tmp_path / "first.gif"))
+    assert np.abs(video[0] - expected).mean() < 1 < np.abs(video[-1] - expected).mean()

@@ -11,6 +11,7 @@ def define_flags(_: list[str]) -> None:
     define_workdir("runs/demo")
     define("integer", "seed", 0, "Seed of everything.")
     define("bool", "quick", False, "A short run that only shows the way.")
+    define("bool", "image", False, "From a first frame and text: the teacher learns that before it is distilled.")
 
 
 def run() -> None:
@@ -21,14 +22,20 @@ def run() -> None:
     from dollar_jax.evaluate.run import evaluate
     from dollar_jax.experiment import load
     from dollar_jax.generate import make_generator
+    from dollar_jax.lock import owned
+    from dollar_jax.pretrain import pretrain
     from dollar_jax.sharding import make_mesh
     from dollar_jax.train import train
 
     start = time.perf_counter()
     prepare_jax()
-    config = changed(load("demo"), {"seed": FLAGS.seed})
+    config = changed(load("demo_i2v" if FLAGS.image else "demo"), {"seed": FLAGS.seed})
     if FLAGS.quick:
-        config = changed(config, {"steps": 20, "data.train_videos": 128})
+        config = changed(config, {"steps": 20, "data.train_videos": 128, "pretrain.teacher.steps": 20})
+    if FLAGS.image and config.pretrain:
+        with owned(workdir):
+            config = changed(config, {"teacher": str(pretrain(config.pretrain, workdir))})
+        lap("teach the teacher images")
     generator = make_generator(config, mesh=make_mesh(config.mesh))
     train(config, workdir, generator, lambda: load_data(config, generator, workdir))  # beside the step's compilation
     timings = {"encode data, distil": time.perf_counter() - start}

@@ -5,6 +5,7 @@ exact radius, speed and colour, the background's grey and its tint. `verify` rea
 import colorsys
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -133,6 +134,11 @@ def example(seed: int, split: str, index: int) -> tuple[np.ndarray, Caption]:
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     caption = captions[rng.integers(len(captions))]
     return render(caption, rng), caption
+
+
+def first_frames(seed: int, captions: Sequence[Caption]) -> np.ndarray:
+    """The first frames of a clip of each caption, uint8 [n, 1, 32, 32, 3]."""
+    return np.stack([render(caption, np.random.default_rng([seed, i]))[:1] for i, caption in enumerate(captions)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,6 +73,10 @@ def measure(
     """Per row: alignment, reward, vendi, flicker, nfe, seconds per video, ...; and its videos, uint8 [n t h w 3]. Every
     row draws from the same noise. Times are medians over at least `TIMED` batches, see `draw_in_turns`. `features` and
     `reference` are as of `quality`."""
+    if generator.pipeline.schedule.given_frames:
+        captions = [*plan.captions, *plan.diverse]
+        given = generator.encode(shapes.first_frames(plan.seed, captions))
+        generator.given.update(zip(map(str, captions), given, strict=True))
     batches = -(-len(plan.prompts) // plan.batch)
     drawn, seconds = draw_in_turns(generator, rows, plan.prompts, plan.batch, plan.seed, -(-TIMED // batches))
     metrics = {}
