@@ -139,8 +139,9 @@ def prepare_jax() -> None:
         with contextlib.suppress(OSError, AttributeError):  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of malloc.h
             for option in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
                 ctypes.CDLL("libc.so.6").mallopt(*option)
-    if jax.config.jax_num_cpu_devices > 1:
-        share_cpu(jax.config.jax_num_cpu_devices)
+    devices: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    if devices > 1:
+        share_cpu(devices)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "dollar_jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
 
