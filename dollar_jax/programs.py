@@ -64,8 +64,11 @@ def train_programs(
     `score_real`: the data has latents for the latent reward model to learn from beside the generated ones.
     `image_shapes`: of what the transformer is told of the images of so many rows."""
     method_of(config).check()
-    if image_shapes(1) is not None and config.reward.rewards and not method_of(config).keeps_images:
+    told = {} if (image := image_shapes(1)) is None else {"image": image}
+    if told and config.reward.rewards and not method_of(config).keeps_images:
         raise ValueError(f"config.reward.method {config.reward.method!r} does not keep images: take 'lrm' or 'direct'")
+    if told and config.reward.head.depth is not None:
+        raise ValueError("config.reward.head.depth reads the features of latents alone, and this teacher wants images")
     if (first := config.student.timesteps[0]) > schedule.num_train_timesteps:
         raise ValueError(f"config.student.timesteps has {first:g}, and the teacher only {schedule.num_train_timesteps}")
     if not within(schedule, times := config.student.timesteps).all():
@@ -83,7 +86,7 @@ def train_programs(
     def on_features(depth: float, width: int) -> Network:
         x = (jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in (latent_shape, (), text_shape))
         look = functools.partial(transformer.apply, tap=depth, early=True)
-        dim = jax.eval_shape(look, transformer.shapes, *x).shape[-1]
+        dim = jax.eval_shape(look, transformer.shapes, *x, **told).shape[-1]
         return make_network(lambda rngs: FeatureHead(dim, width, rngs, config.compute.dtype))
 
     if (depth := config.reward.head.depth) is not None:

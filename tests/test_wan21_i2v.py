@@ -163,6 +163,9 @@ def test_what_lacks_an_image_is_refused_in_a_sentence(config, teachers, prepared
     with pytest.raises(ValueError, match=r"'ddpo' does not keep images"):
         ddpo = config(**{"reward.method": "ddpo"})
         teacher_programs(ddpo, generator, None)
+    with pytest.raises(ValueError, match="config.reward.head.depth reads the features of latents alone"):
+        teacher_programs(config(**{"reward.head.depth": 0.5}), generator, None)
+    assert "gan_head" in teacher_programs(config(**{"gan.weight": 0.1}), generator, None).state_shapes.fake_score
     shapes_alone = dataclasses.replace(made, data=dataclasses.replace(made.data, name="moving_shapes"))
     with pytest.raises(ValueError, match="moving_shapes keeps no images"):
         load_data(shapes_alone, generator, tmp_path)

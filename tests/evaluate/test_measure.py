@@ -1,5 +1,7 @@
 """Sampling in turns: what is drawn, and how its time is taken."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from dollar_jax.evaluate.measure import BoundSampler, draw_in_turns
 
 class Machine:
     """A clock that drawing moves on, a hundredfold the first time, and slower while something else runs."""
+
+    pipeline = types.SimpleNamespace(schedule=types.SimpleNamespace(given_frames=0))
 
     def __init__(self, slow=()):
         self.now, self.turns, self.slow = 0.0, [], slow
