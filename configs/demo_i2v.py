@@ -9,12 +9,13 @@ As configs/demo.py, with Wan 2.2's TI2V for an example: `config.data.given_frame
 
 from ml_collections import ConfigDict
 
-from dollar_jax.experiment import as_config_dict, load
+from dollar_jax.experiment import experiment
 
 
 def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
-    config = as_config_dict(load("demo", losses))
-    config.update_from_flattened_dict(
+    return experiment(
+        "demo",
+        losses,
         {
             "teacher": "runs/i2v_teacher/teacher",
             "data.given_frames": 1,
@@ -29,6 +30,5 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "pretrain.teacher.adam_learning_rate": 3e-4,
             "pretrain.teacher.ema_decay": 0.95,
             "pretrain.vae_videos": 1,
-        }
+        },
     )
-    return config

@@ -17,12 +17,14 @@ converted scheduler's file says 3: `sampling.shift` is used, with a warning."""
 
 from ml_collections import ConfigDict
 
+from dollar_jax.config import changed
 from dollar_jax.experiment import as_config_dict, load
 
 
 def get_config(variant: str = "high") -> ConfigDict:
-    config = as_config_dict(load("wan22_a14b", variant))
-    config.update_from_flattened_dict(
+    config = load("wan22_a14b", variant)
+    own = changed(
+        config,
         {
             "teacher": "teachers/wan22_a14b_i2v",
             "data.name": "data/wan22_i2v_480p",
@@ -32,6 +34,6 @@ def get_config(variant: str = "high") -> ConfigDict:
             "student.timesteps": (899.0, 625.0) if config.expert == "low" else (1000.0, 937.5),
             "vsd.guidance_weight": 2.5,
             "consistency.guidance_weight": 2.5,
-        }
+        },
     )
-    return config
+    return as_config_dict(own)

@@ -29,8 +29,8 @@ def share_cpu(devices: int) -> None:
     come to it. All come where no two loops of a program run side by side, taken by each device in its own order, and
     where there are more threads than collectives under way. One may be late beside other work."""
     os.environ.setdefault("PJRT_NPROC", str(4 * devices))
-    flags = "concurrency_optimized_scheduler=false --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_enable_{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
+    order, late = "enable_concurrency_optimized_scheduler=false", "collective_call_terminate_timeout_seconds=600"
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_{order} --xla_cpu_{late} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
 @contextlib.contextmanager

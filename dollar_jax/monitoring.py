@@ -114,7 +114,7 @@ class SampleLogger:
         self.config, self.folder, self._scorer, self._fps = config, workdir / SAMPLES, scorer, fps
         self._student, self._teacher, self._prompts, self._key = student, teacher, prompts, key
         self._background = ThreadPoolExecutor(1)
-        self._reference = self._kept()
+        self._reference, self._reference_reward = self._kept(), {}
         found = np.array(self._reference is not None)
         self._known = bool(multihost_utils.broadcast_one_to_all(found)) if jax.process_count() > 1 else bool(found)
 
@@ -145,22 +145,22 @@ class SampleLogger:
         scalars = {"sample_vendi": a.vendi, "sample_vendi_teacher": b.vendi, "sample_mean_drift": a.mean - b.mean}
         scalars |= {"sample_std_ratio": a.std / max(b.std, 1e-9), "collapse": float(len(warnings))}
         scalars |= {"sample_saturation": a.saturation, "sample_saturation_teacher": b.saturation}
-        scalars |= self._rewards(sample_reward=ours, sample_reward_teacher=theirs)
+        # The teacher's is asked for again only while there is none.
+        self._reference_reward = self._reference_reward or self._rewards("sample_reward_teacher", theirs)
+        scalars |= self._rewards("sample_reward", ours) | self._reference_reward
         # Each prompt's first pair at a few times: a row per prompt.
         times = np.linspace(0, pairs.shape[1] - 1, SHEET_TIMES).round().astype(int)
         tiles = pairs[:: self.config.videos, times]
         sheet = grid(tiles.reshape(-1, 1, *tiles.shape[2:]), SHEET_TIMES, gap=6)[0]
         return scalars, sheet, warnings
 
-    def _rewards(self, **shown: Shown) -> dict[str, float]:
-        """The mean weighted sum of raw rewards, of those videos that got one."""
-        found: dict[str, float] = {}
-        for name, videos in shown.items():
-            if self._scorer is not None:
-                self._scorer.submit(unit_range(videos.frames), np.repeat(self._prompts, self.config.videos).tolist())
-                rewards = self._scorer.collect()
-                found |= {name: float(np.nanmean(rewards))} if np.isfinite(rewards).any() else {}
-        return found
+    def _rewards(self, name: str, shown: Shown) -> dict[str, float]:
+        """The mean weighted sum of raw rewards, of those videos that got one; nothing where none did."""
+        if self._scorer is None:
+            return {}
+        self._scorer.submit(unit_range(shown.frames), np.repeat(self._prompts, self.config.videos).tolist())
+        rewards = self._scorer.collect()
+        return {name: float(np.nanmean(rewards))} if np.isfinite(rewards).any() else {}
 
     def _on_host(self, parts: Sequence[Shown]) -> Shown:
         count = len(self._prompts) * self.config.videos  # the last part may be filled up
@@ -179,14 +179,15 @@ def make_sample_logger(
     config: DistillConfig,
     workdir: Path,
     generator: Generator,
-    frozen: tuple[Params, Params],
+    teacher: Params,
+    decoder: Params,
     captions: Any,
-    rewards: Any,
+    rewards: Sequence[AnyReward],
 ) -> SampleLogger:
     """The sample logger of a run: fixed prompts, fixed noise, the student's own timesteps, the teacher's own steps. The
-    prompts are the configuration's, or `DATA_PROMPTS` of the data's `captions`, with their first frames. `frozen` are
-    teacher and decoder, `rewards` those of the configuration's terms."""
-    c, sampling, (teacher, decoder) = config.visibility, config.sampling, frozen
+    prompts are the configuration's, or `DATA_PROMPTS` of the data's `captions`, with their first frames. `rewards` are
+    those of the configuration's terms."""
+    c, sampling = config.visibility, config.sampling
     given = captions(DATA_PROMPTS) if c.samples_every and not c.prompts else {}
     generator.given.update(given)
     prompts = (c.prompts or tuple(given)) if c.samples_every else ()

@@ -23,6 +23,7 @@ from dollar_jax import losses
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import Fit, PretrainConfig, SamplingConfig
 from dollar_jax.data import shapes
+from dollar_jax.data.latents import give_first_frames
 from dollar_jax.data.vocabulary import build_tokenizer
 from dollar_jax.files import new_file, read_arrays
 from dollar_jax.generate import Generator, draw_videos, load_teacher, video_keys
@@ -256,7 +257,7 @@ def measure(config: PretrainConfig, pipeline: Pipeline) -> dict[str, Any]:
     everything = shapes.all_captions()
     draw = generator.teacher_sampler(config.num_steps, config.guidance_weight)
     prompts, keys = [str(caption) for caption in everything], video_keys(config.seed, len(everything))
-    generator.given.update(zip(prompts, generator.encode(shapes.first_frames(config.seed, everything)), strict=True))
+    give_first_frames(generator, everything, config.seed)
     parts = draw_videos(generator, draw, pipeline.transformer.params, prompts, keys, 48)
     drawn = unit_range(np.concatenate(list(tqdm(parts, "sampling", -(-len(everything) // 48), unit="batch"))))
     held = np.array([caption.held_out for caption in everything])

@@ -82,7 +82,7 @@ def train(
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
         skips = Skips(config, workdir, first)
         sample_logger = make_sample_logger(
-            config, workdir, generator, (frozen.teacher, decoder), data.some_captions, rewards
+            config, workdir, generator, frozen.teacher, decoder, data.some_captions, rewards
         )
         flops = functools.partial(step_flops, config, generator, pixels, data.has_latents)
         throughput = make_throughput(config, programs.mesh, flops)

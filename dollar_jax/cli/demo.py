@@ -22,8 +22,6 @@ def run() -> None:
     from dollar_jax.evaluate.run import evaluate
     from dollar_jax.experiment import load
     from dollar_jax.generate import make_generator
-    from dollar_jax.lock import owned
-    from dollar_jax.pretrain import pretrain
     from dollar_jax.sharding import make_mesh
     from dollar_jax.train import train
 
@@ -33,6 +31,9 @@ def run() -> None:
     if FLAGS.quick:
         config = changed(config, {"steps": 20, "data.train_videos": 128, "pretrain.teacher.steps": 20})
     if FLAGS.image and config.pretrain:
+        from dollar_jax.lock import owned
+        from dollar_jax.pretrain import pretrain
+
         with owned(workdir):
             config = changed(config, {"teacher": str(pretrain(config.pretrain, workdir))})
         timings["teach the teacher images"] = time.perf_counter() - start

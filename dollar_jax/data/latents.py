@@ -101,3 +101,10 @@ def load_data(config: DistillConfig, generator: Generator, workdir: Path) -> Vid
             np.savez(file, latent=np.concatenate(latents), text=generator.text(captions), captions=captions)
     stored = read_arrays(cache)
     return EncodedVideos(stored["latent"], stored["text"], stored["captions"].tolist())
+
+
+def give_first_frames(generator: Generator, captions: Sequence[shapes.Caption], seed: int) -> None:
+    """Where a first frame has to be given: that of a clip of each of the default domain's captions, by prompt."""
+    if generator.pipeline.schedule.given_frames:
+        given = generator.first_frames(shapes.first_frames(seed, captions))
+        generator.given.update(zip(map(str, captions), given, strict=True))

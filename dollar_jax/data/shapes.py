@@ -137,8 +137,8 @@ def example(seed: int, split: str, index: int) -> tuple[np.ndarray, Caption]:
 
 
 def first_frames(seed: int, captions: Sequence[Caption]) -> np.ndarray:
-    """The first frames of a clip of each caption, uint8 [n, 1, 32, 32, 3]."""
-    return np.stack([render(caption, np.random.default_rng([seed, i]))[:1] for i, caption in enumerate(captions)])
+    """The first frames of a clip of each caption, uint8 [n, 32, 32, 3]."""
+    return np.stack([render(caption, np.random.default_rng([seed, i]))[0] for i, caption in enumerate(captions)])
 
 
 @dataclasses.dataclass(frozen=True)

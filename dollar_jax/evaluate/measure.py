@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dollar_jax.data import shapes
+from dollar_jax.data.latents import give_first_frames
 from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.folder import variety
 from dollar_jax.evaluate.quality import frechet_distance, net_change, temporal_flicker
@@ -73,10 +74,7 @@ def measure(
     """Per row: alignment, reward, vendi, flicker, nfe, seconds per video, ...; and its videos, uint8 [n t h w 3]. Every
     row draws from the same noise. Times are medians over at least `TIMED` batches, see `draw_in_turns`. `features` and
     `reference` are as of `quality`."""
-    if generator.pipeline.schedule.given_frames:
-        captions = [*plan.captions, *plan.diverse]
-        given = generator.encode(shapes.first_frames(plan.seed, captions))
-        generator.given.update(zip(map(str, captions), given, strict=True))
+    give_first_frames(generator, [*plan.captions, *plan.diverse], plan.seed)
     batches = -(-len(plan.prompts) // plan.batch)
     drawn, seconds = draw_in_turns(generator, rows, plan.prompts, plan.batch, plan.seed, -(-TIMED // batches))
     metrics = {}
