@@ -33,18 +33,33 @@ from dollar_jax.types import ImageCondition, Params
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainPrograms:
     """`step(state, frozen, batch)`, which donates the state; `init(key, teacher)`, the state at the start; and, where
-    there are adapters, `merge(teacher, adapters)`, the student's parameters. The rest says what the step takes."""
+    there are adapters, `merge(teacher, adapters)`, the student's parameters."""
 
     mesh: Mesh
     distillation: Distillation
     step: Program
     init: Program
     merge: Program | None
-    state_shapes: TrainState
-    state_sharding: TrainState
-    frozen_sharding: Frozen
-    batch_shapes: Batch
-    batch_sharding: Batch
+
+    @property
+    def state_shapes(self) -> TrainState:
+        return self.step.arguments[0]
+
+    @property
+    def state_sharding(self) -> TrainState:
+        return self.step.in_shardings[0]
+
+    @property
+    def frozen_sharding(self) -> Frozen:
+        return self.step.in_shardings[1]
+
+    @property
+    def batch_shapes(self) -> Batch:
+        return self.step.arguments[2]
+
+    @property
+    def batch_sharding(self) -> Batch:
+        return self.step.in_shardings[2]
 
 
 def train_programs(
@@ -129,9 +144,7 @@ def train_programs(
     begun, at = (jax.eval_shape(jax.random.key, 0), transformer.shapes), (whole, frozen_sharding.teacher)
     merge = merge_program(config.lora, mesh, transformer.shapes, state_shapes.ema) if config.lora.rank else None
     step = Program("step", update, arguments, mesh, places, (state_sharding, whole, samples_sharding), donate=(0,))
-    start = Program("init", init, begun, mesh, at, state_sharding)
-    known = state_shapes, state_sharding, frozen_sharding, batch_shapes, batch_sharding
-    return TrainPrograms(mesh, distillation, step, start, merge, *known)
+    return TrainPrograms(mesh, distillation, step, Program("init", init, begun, mesh, at, state_sharding), merge)
 
 
 def shared_rewards(config: DistillConfig, mesh: Mesh) -> DistillConfig:
