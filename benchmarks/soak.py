@@ -39,7 +39,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dollar_jax.data import shapes
-from dollar_jax.files import checksums, find_damage
+from dollar_jax.files import XXH128, checksums, find_damage
 from dollar_jax.video import write_video
 
 SETTINGS = {
@@ -233,7 +233,7 @@ class Soak:
         if newest(workdir) < before:
             self.lose(f"step {before} of {workdir} is gone")
         if step := newest(workdir):
-            fault = find_damage(workdir / "checkpoints" / str(step), (), f"checkpoint of step {step}")
+            fault = find_damage(workdir / "checkpoints" / str(step), (), f"checkpoint of step {step}", sums=XXH128)
             if fault:
                 self.lose(f"step {step} of {workdir} {fault}")
 

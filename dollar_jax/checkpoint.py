@@ -1,6 +1,6 @@
 """Orbax checkpoints: one folder per step, one item per part of the state.
 
-    checkpoints/120/student, ema, fake_score, reward_head, optimisers, progress, data, ..., SHA256SUMS
+    checkpoints/120/student, ema, fake_score, reward_head, optimisers, progress, data, ..., XXH128SUMS
 
 Items are restored by name, so that sampling reads the student alone. A step's folder appears under its name only when
 it is whole, with the checksums of all its files, and what is not as it was written is not restored."""
@@ -25,7 +25,7 @@ from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint.experimental import v1
 
-from dollar_jax.files import CHECKSUMS, find_damage, sync, write_checksums
+from dollar_jax.files import XXH128, find_damage, sync, write_checksums
 
 TRIES = 3  # of a save before the run ends
 _DRAFT = ".orbax-checkpoint-tmp"
@@ -81,7 +81,7 @@ class Checkpoints:
         wait, path = wait or self.failed(), _Folder(self.folder / str(step))
         for attempt in range(TRIES if jax.process_count() == 1 else 1):  # several are not where this one is
             try:
-                self._checkpointer.save(path, args=args, force=True, custom_metadata={"checksums": CHECKSUMS})
+                self._checkpointer.save(path, args=args, force=True, custom_metadata={"checksums": XXH128})
                 if wait:
                     self._checkpointer.wait_until_finished()
                 self._failure = None
@@ -110,7 +110,7 @@ class Checkpoints:
 
     def _commit(self, draft: Path, final: Path) -> None:
         """Ends a save, in process 0: the draft gets its checksums and its name, and what is not kept goes."""
-        write_checksums(draft, _about(int(final.name)))
+        write_checksums(draft, _about(int(final.name)), sums=XXH128)
         draft.rename(final)
         sync(self.folder)
         if self.keep is not None:
@@ -131,7 +131,7 @@ class Checkpoints:
             try:
                 items = self._read(path, like)
             except Exception as error:
-                if (path / CHECKSUMS).exists() or jax.process_count() > 1:
+                if (path / XXH128).exists() or jax.process_count() > 1:
                     raise ValueError(f"{path} cannot be restored into these networks: {_first_line(error)}") from error
                 faults[step] = f"cannot be read: {_first_line(error)}"
                 continue
@@ -145,8 +145,9 @@ class Checkpoints:
 
     def _fault(self, path: Path, names: Iterable[str]) -> str:
         """What is wrong with the named items of a step, as far as this process looks; empty when nothing is."""
-        if (path / CHECKSUMS).exists() or not _unsummed(path):
-            return find_damage(path, names, _about(int(path.name)), (jax.process_index(), jax.process_count()))
+        if (path / XXH128).exists() or not _unsummed(path):
+            share = jax.process_index(), jax.process_count()
+            return find_damage(path, names, _about(int(path.name)), share, XXH128)
         missing = [name for name in names if not (path / name).is_dir()]
         if not missing and jax.process_index() == 0:
             print(f"{path} was saved by version 0.1.0, without checksums: it is not checked", file=sys.stderr)

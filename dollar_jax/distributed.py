@@ -46,8 +46,7 @@ def joined(address: str | None, count: int | None, index: int | None, report: Ca
     except BaseException as error:
         if not several:
             raise
-        lost = isinstance(error, jax.errors.JaxRuntimeError) and re.search(_LOST, str(error))
-        _end(report(ProcessLost() if lost else error))
+        _end(report(ProcessLost() if _is_lost(error) else error))
     if several:
         over.set()
         jax.distributed.shutdown()  # waits for the others
@@ -88,6 +87,14 @@ class ProcessLost(ConnectionError):
 
 # How those that are left see that one died.
 _LOST = r"Gloo .* failed|Connection (closed|reset) by peer|heartbeat|[Cc]oordination service|unhealthy"
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, as a save's that others had a part in, says that a process died."""
+    if error is None:
+        return False
+    said = isinstance(error, jax.errors.JaxRuntimeError) and re.search(_LOST, str(error))
+    return bool(said) or _is_lost(error.__cause__ or error.__context__)
 
 
 class Preempted(KeyboardInterrupt):

@@ -16,10 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
+
 MOST_TEXT = 2**28  # bytes of a text file that is read as a whole
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DEEPEST = 64  # levels of JSON in JSON
-CHECKSUMS = "SHA256SUMS"  # of all files of a folder, as `sha256sum --check` reads it
+SHA256, XXH128 = "SHA256SUMS", "XXH128SUMS"  # checksums of all files of a folder, as sha256sum and xxh128sum check them
+_HASHES: dict[str, Any] = {SHA256: hashlib.sha256, XXH128: xxhash.xxh3_128}
 
 
 def write_file(path: str | os.PathLike[str], data: bytes | str, drafts: Path | None = None) -> None:
@@ -153,44 +156,46 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def hash_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+def hash_file(path: str | os.PathLike[str], sums: str = SHA256) -> str:
+    """The checksum of a file's content, SHA-256 or XXH3 of 128 bits, in hexadecimal."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, _HASHES[sums]).hexdigest()
 
 
-def checksums(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """SHA-256 of every file of a folder, by its path there; what is `known` already is not read again."""
+def checksums(folder: Path, known: Mapping[str, str] | None = None, sums: str = SHA256) -> dict[str, str]:
+    """The checksum of every file of a folder, by its path there; what is `known` already is not read again."""
     known = known or {}
-    return {**known, **_hash_all(folder, [name for name in _names(folder) if name not in known])}
+    return {**known, **_hash_all(folder, [name for name in _names(folder) if name not in known], sums)}
 
 
-def write_checksums(folder: Path, about: str = "", known: Mapping[str, str] | None = None) -> None:
-    """Leaves CHECKSUMS in a folder: `about` in the first line, a line per file, and the checksum of all these in the
-    last. When this returns, all files are on the disk. `known`: as of `checksums`."""
+def write_checksums(folder: Path, about: str = "", known: Mapping[str, str] | None = None, sums: str = SHA256) -> None:
+    """Leaves a file `sums` in a folder: `about` in the first line, a line per file, and the checksum of all these in
+    the last. When this returns, all files are on the disk. `known`: as of `checksums`."""
     folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
     with concurrent.futures.ThreadPoolExecutor() as pool:  # the disk takes them in meanwhile
         synced = pool.map(sync, [folder / name for name in _names(folder)])
-        lines = [f"# {about}", *(f"{value}  {name}" for name, value in sorted(checksums(folder, known).items()))]
+        lines = [f"# {about}", *(f"{value}  {name}" for name, value in sorted(checksums(folder, known, sums).items()))]
         list(synced)
     text = "".join(f"{line}\n" for line in lines)
-    (folder / CHECKSUMS).write_text(f"{text}# {hashlib.sha256(text.encode()).hexdigest()}\n")
-    for path in (folder / CHECKSUMS, *folders):
+    (folder / sums).write_text(f"{text}# {_HASHES[sums](text.encode()).hexdigest()}\n")
+    for path in (folder / sums, *folders):
         sync(path)
 
 
-def find_damage(folder: Path, parts: Iterable[str] = (), about: str = "", share: tuple[int, int] = (0, 1)) -> str:
-    """What is wrong with a folder that has CHECKSUMS, in words that go on from its name; empty when it is whole. Only
-    its own files and those of `parts`, folders that must be in it, are looked at if any are given, and of those only
-    share (i, n), every n-th file from the i-th, is read. `about` is what the folder must be."""
+def find_damage(
+    folder: Path, parts: Iterable[str] = (), about: str = "", share: tuple[int, int] = (0, 1), sums: str = SHA256
+) -> str:
+    """What is wrong with a folder that has a file `sums`, in words that go on from its name; empty when it is whole.
+    Only its own files and those of `parts`, folders that must be in it, are looked at if any are given, and of those
+    only share (i, n), every n-th file from the i-th, is read. `about` is what the folder must be."""
     try:
-        text = (folder / CHECKSUMS).read_text()
+        text = (folder / sums).read_text()
     except (OSError, ValueError):
-        return f"has no {CHECKSUMS} that can be read"
+        return f"has no {sums} that can be read"
     body, _, last = text[:-1].rpartition("\n")
     body += "\n"
-    if last != f"# {hashlib.sha256(body.encode()).hexdigest()}" or text[-1:] != "\n":
-        return f"has a {CHECKSUMS} that is damaged"
+    if last != f"# {_HASHES[sums](body.encode()).hexdigest()}" or text[-1:] != "\n":
+        return f"has a {sums} that is damaged"
     first, *lines = body[:-1].split("\n")
     if about and first != f"# {about}":
         return f"is {first[2:]} under another name"
@@ -209,7 +214,7 @@ def find_damage(folder: Path, parts: Iterable[str] = (), about: str = "", share:
     if added := sorted(found - listed.keys() if parts else ()):
         return f"holds {added[0]}, which is not its own"
     try:
-        hashed = _hash_all(folder, sorted(listed)[share[0] :: share[1]])
+        hashed = _hash_all(folder, sorted(listed)[share[0] :: share[1]], sums)
     except OSError as error:
         return f"cannot be read: {error}"
     other = [name for name, value in hashed.items() if value != listed[name]]
@@ -217,11 +222,11 @@ def find_damage(folder: Path, parts: Iterable[str] = (), about: str = "", share:
 
 
 def _names(folder: Path) -> list[str]:
-    """All files of a folder but its CHECKSUMS and hidden ones, which a network's file system may add."""
+    """All files of a folder but its checksums and hidden ones, which a network's file system may add."""
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    return [name for name in names if name != CHECKSUMS and not re.search(r"(^|/)\.", name)]
+    return [name for name in names if name not in _HASHES and not re.search(r"(^|/)\.", name)]
 
 
-def _hash_all(folder: Path, names: list[str]) -> dict[str, str]:
+def _hash_all(folder: Path, names: list[str], sums: str) -> dict[str, str]:
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(lambda name: hash_file(folder / name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: hash_file(folder / name, sums), names), strict=True))

@@ -9,11 +9,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xxhash
 
 from dollar_jax import checkpoint
 from dollar_jax.checkpoint import Checkpoints, NothingWhole, SaveFailed
 from dollar_jax.cli import main
-from dollar_jax.files import CHECKSUMS, find_damage
+from dollar_jax.files import SHA256, XXH128, find_damage, write_checksums
 
 ITEMS = ("student", "ema", "optimisers")
 
@@ -49,10 +50,15 @@ def restored(folder, names=ITEMS, keep=2):
         return checkpoints.restored
 
 
-def test_the_newest_are_kept_with_checksums_that_anybody_can_check(saved):
+def test_the_newest_are_kept_with_checksums_that_anybody_can_check(saved, folder):
     assert {p.name for p in saved.iterdir()} == {"20", "30"}
     assert restored(saved) == 30
-    assert os.system(f"cd '{saved}/30' && sha256sum --check --strict --quiet {CHECKSUMS}") == 0
+    lines = (saved / "30" / XXH128).read_text().splitlines()[1:-1]
+    for value, _, name in (line.partition("  ") for line in lines):
+        assert value == xxhash.xxh128_hexdigest((saved / "30" / name).read_bytes())
+    assert {line.partition("  ")[2].partition("/")[0] for line in lines} >= set(ITEMS)
+    write_checksums(folder / "30")
+    assert os.system(f"cd '{folder}/30' && sha256sum --check --strict --quiet {SHA256}") == 0
 
 
 def files(folder, pattern):
@@ -118,15 +124,15 @@ DAMAGE = {
     "item of another name": (lambda s: replace(s / "ema", s / "student"), "lacks ema/"),
     "step's metadata garbage": (lambda s: (s / "_CHECKPOINT_METADATA").write_text("{}"), "has another _CHECK"),
     "step's metadata deleted": (lambda s: (s / "_CHECKPOINT_METADATA").unlink(), "lacks _CHECKPOINT_METADATA"),
-    "checksums deleted": (lambda s: (s / CHECKSUMS).unlink(), f"has no {CHECKSUMS}"),
-    "checksums emptied": (lambda s: cut(s / CHECKSUMS, 0), f"has a {CHECKSUMS} that is damaged"),
-    "checksums truncated": (lambda s: cut(s / CHECKSUMS, 0.7), f"has a {CHECKSUMS} that is damaged"),
-    "checksums not text": (lambda s: (s / CHECKSUMS).write_bytes(b"\xff\xfe"), f"has no {CHECKSUMS}"),
-    "checksums a folder": (lambda s: ((s / CHECKSUMS).unlink(), (s / CHECKSUMS).mkdir()), f"has no {CHECKSUMS}"),
-    "checksums of another step": (lambda s: shutil.copy(older(s) / CHECKSUMS, s), "is checkpoint of step "),
+    "checksums deleted": (lambda s: (s / XXH128).unlink(), f"has no {XXH128}"),
+    "checksums emptied": (lambda s: cut(s / XXH128, 0), f"has a {XXH128} that is damaged"),
+    "checksums truncated": (lambda s: cut(s / XXH128, 0.7), f"has a {XXH128} that is damaged"),
+    "checksums not text": (lambda s: (s / XXH128).write_bytes(b"\xff\xfe"), f"has no {XXH128}"),
+    "checksums a folder": (lambda s: ((s / XXH128).unlink(), (s / XXH128).mkdir()), f"has no {XXH128}"),
+    "checksums of another step": (lambda s: shutil.copy(older(s) / XXH128, s), "is checkpoint of step "),
     "another step under its name": (lambda s: replace(s, older(s)), "is checkpoint of step "),
-    "all deleted": (lambda s: (shutil.rmtree(s), s.mkdir()), f"has no {CHECKSUMS}"),
-    "a file in its place": (lambda s: (shutil.rmtree(s), s.write_text("x")), f"has no {CHECKSUMS}"),
+    "all deleted": (lambda s: (shutil.rmtree(s), s.mkdir()), f"has no {XXH128}"),
+    "a file in its place": (lambda s: (shutil.rmtree(s), s.write_text("x")), f"has no {XXH128}"),
 }
 
 
@@ -182,7 +188,7 @@ def used(command, config, workdir, out):
         code = main(["train", f"--config={config}", f"--workdir={workdir}"])
         return code, used("export", config, workdir, out)[1] if code == 0 else None
     if command == "export":
-        code, made = main(["export", f"--workdir={workdir}", str(out)]), out / CHECKSUMS
+        code, made = main(["export", f"--workdir={workdir}", str(out)]), out / SHA256
         return code, made.read_text() if made.exists() else None
     if command == "sample":
         made = out.with_suffix(".gif")
@@ -237,30 +243,30 @@ def test_when_none_is_whole_all_are_named_and_none_is_moved(folder):
 
 
 def test_a_thousand_flipped_bits_are_noticed(folder):
-    """In any file of a step, SHA256SUMS too."""
+    """In any file of a step, XXH128SUMS too."""
     step, rng = folder / "30", random.Random(0)
     paths = [p for p in step.rglob("*") if p.is_file()]
     weights = [p.stat().st_size for p in paths]
     whole = {path: path.read_bytes() for path in paths}
-    assert not find_damage(step, ITEMS, "checkpoint of step 30")
+    assert not find_damage(step, ITEMS, "checkpoint of step 30", sums=XXH128)
     for i in range(1000):
         # Half of them as an accident would have it, half in the many small files.
         path = rng.choices(paths, weights)[0] if i % 2 else rng.choice([p for p in paths if whole[p]])
         flip(path, rng.randrange(8 * len(whole[path])))
-        assert find_damage(step, ITEMS, "checkpoint of step 30"), path
+        assert find_damage(step, ITEMS, "checkpoint of step 30", sums=XXH128), path
         path.write_bytes(whole[path])
 
 
 def test_processes_check_a_share_each(folder):
     flip(largest(folder / "30" / "ema"))
-    found = [find_damage(folder / "30", ["ema"], share=(i, 3)) for i in range(3)]
+    found = [find_damage(folder / "30", ["ema"], share=(i, 3), sums=XXH128) for i in range(3)]
     assert sum(map(bool, found)) == 1
 
 
 def test_a_step_of_version_0_1_0_is_read_and_said_to_be_unchecked(folder, capsys):
     metadata = folder / "30" / "_CHECKPOINT_METADATA"
     metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "custom_metadata": {}}))
-    (folder / "30" / CHECKSUMS).unlink()
+    (folder / "30" / XXH128).unlink()
     assert restored(folder) == 30
     assert "30 was saved by version 0.1.0, without checksums" in capsys.readouterr().err
     cut(folder / "30" / "ema" / "_METADATA", 0)
@@ -275,7 +281,7 @@ def test_other_networks_are_no_damage(folder):
     assert {p.name for p in folder.iterdir()} == {"20", "30"}
 
 
-def refuse(draft, about):
+def refuse(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
 

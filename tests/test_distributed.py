@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from dollar_jax import distributed
+from dollar_jax.checkpoint import SaveFailed
 from dollar_jax.run import read_history
 from dollar_jax.weights.pipeline import save_pipeline
 
@@ -241,8 +242,11 @@ def test_what_is_left_of_a_run_says_that_a_process_died(signs, monkeypatch):
         with pytest.raises(SystemExit) as end, distributed.joined(None, None, None, report):
             raise jax.errors.JaxRuntimeError(message)
         assert end.value.code == code
-    assert "another process of this run died" in str(seen[0]) and "goes on from its last checkpoint" in str(seen[0])
-    assert isinstance(seen[1], jax.errors.JaxRuntimeError)
+        with pytest.raises(SystemExit) as end, distributed.joined(None, None, None, report):
+            raise SaveFailed("step 9 could not be saved") from jax.errors.JaxRuntimeError(message)
+        assert end.value.code == (7 if code == 7 else 3)
+    assert "another process of this run died" in str(seen[0]) and "goes on from its last checkpoint" in str(seen[1])
+    assert isinstance(seen[2], jax.errors.JaxRuntimeError) and isinstance(seen[3], SaveFailed)
 
 
 def test_the_environment_says_whether_there_are_others(monkeypatch):

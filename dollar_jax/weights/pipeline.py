@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from dollar_jax.checkpoint import restore_tree
-from dollar_jax.files import CHECKSUMS, find_damage, open_regular, read_json
+from dollar_jax.files import SHA256, find_damage, open_regular, read_json
 from dollar_jax.models.network import Network
 from dollar_jax.schedule import Schedule
 from dollar_jax.weights import safetensors_io as files
@@ -280,8 +280,8 @@ def read_schedule(folder: Path, family: Family) -> Schedule:
 def check_whole(folder: Path) -> None:
     """Raises ValueError when a folder that has checksums is not as it was written."""
     share = jax.process_index(), jax.process_count()
-    if (folder / CHECKSUMS).exists() and (fault := find_damage(folder, share=share)):
-        raise ValueError(f"{folder} {fault}: copy it anew, or delete its {CHECKSUMS} if that was on purpose")
+    if (folder / SHA256).exists() and (fault := find_damage(folder, share=share)):
+        raise ValueError(f"{folder} {fault}: copy it anew, or delete its {SHA256} if that was on purpose")
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
