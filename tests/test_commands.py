@@ -184,11 +184,19 @@ def test_an_export_is_imported_and_trained_on(workdir, tmp_path):
     assert (tmp_path / "imported" / "transformer" / "params").is_dir()
 
 
-def test_prompts_are_prepared(tmp_path):
+def test_prompts_are_prepared_and_drawn(tmp_path, own_config, capsys):
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\na small blue square moving up quickly\n")
     dollar("prepare", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'data'}")
     assert (tmp_path / "data" / "rejected.jsonl").read_text() == ""
     assert list((tmp_path / "data").glob("**/*array_record*"))
+    samples = own_config(tmp_path, {"sampling.num_steps": 2})
+    command = ["prepare", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'drawn'}", "--clips=2"]
+    dollar(*command, f"--teacher_samples={samples}")
+    assert (tmp_path / "drawn" / "preview.jpg").is_file()
+    assert "4 samples of 2" in capsys.readouterr().out
+    command[2] = f"--out={tmp_path / 'refused'}"
+    assert main([*command, "--teacher_samples=demo_i2v"]) == 2
+    assert "takes no image" in capsys.readouterr().err and not (tmp_path / "refused").exists()
 
 
 @pytest.mark.slow

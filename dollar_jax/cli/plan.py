@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dollar_jax.cli.base import FLAGS, define, define_config, given_config
 
-COMMANDS = ("run", "prepare", "sample-command", "evaluate")
+COMMANDS = ("run", "prepare", "teacher-samples", "sample-command", "evaluate")
 
 
 def define_flags(arguments: list[str]) -> None:
@@ -15,7 +15,8 @@ def define_flags(arguments: list[str]) -> None:
     define("string", "topology", None, "Chips, such as v5p:2x2x2 or v6e:8x8.", required=True)
     define("string", "mesh", None, "Such as fsdp=16,context=4; config.mesh unless given.")
     define("string", "video", None, "HEIGHTxWIDTHxFRAMES; the data's own unless given.")
-    about = "The program; or all of a run, prepare, sample (sample-command) or evaluate: exit 2 if one fails."
+    about = "The program; or all of a run, prepare, prepare --teacher_samples (teacher-samples), sample "
+    about += "(sample-command) or evaluate: exit 2 if one fails."
     define("enum", "what", "train", ["train", "sample", "decode", "text", "import", *COMMANDS], about)
     define("bool", "search", False, "Try meshes, keys by gather or Ulysses, micro-batches and remat, and rank them.")
     define("string", "json", None, "File for the figures as JSON.")

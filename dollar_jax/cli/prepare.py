@@ -14,6 +14,10 @@ _SECONDS = 16  # of a video, from which clips are taken: further on, its caption
 def define_flags(_: list[str]) -> None:
     define("string", "source", None, "Videos with captions: a folder, manifest, .tar, .parquet, hf:NAME or tfds:NAME.")
     define("string", "prompts", None, "Prompts without videos instead: a .txt, one a line, a .csv or a .jsonl.")
+    drawn = (
+        "A configuration such as wan_1_3b, by whose `sampling` the teacher draws --clips videos of each of --prompts."
+    )
+    define("string", "teacher_samples", None, drawn)
     define("string", "out", None, "Folder of the data set.", required=True)
     define("string", "teacher", "moving_shapes", "The pipeline whose VAE and text encoder encode.")
     define("integer", "frames", None, "Frames of a clip; the teacher's by default.", 1)
@@ -46,6 +50,7 @@ def run() -> None:
     import jax
 
     from dollar_jax.data import shapes
+    from dollar_jax.experiment import load
     from dollar_jax.generate import SHIPPED_TEACHERS
     from dollar_jax.prepare.clips import Loader
     from dollar_jax.prepare.job import prepare
@@ -72,7 +77,10 @@ def run() -> None:
     given: dict[str, Any] = {name: FLAGS[name].value for name in names}
     if FLAGS.source and os.path.exists(FLAGS.source):  # a path, from wherever the job is resumed
         given["source"] = os.path.abspath(FLAGS.source)
-    given["sample"] = FLAGS.sample or FLAGS.latents
+    config = load(FLAGS.teacher_samples) if FLAGS.teacher_samples else None
+    if config is not None:
+        given["sampling"], clips = config.sampling, FLAGS.clips or 1
+    given["sample"] = bool(FLAGS.sample or FLAGS.latents or config)
     given |= {"frames": frames, "fps": fps or None, "clips": clips, "vae_chunk": chunk, "teacher_dtype": dtype}
     given["buckets"] = tuple(map(_size, FLAGS.buckets or ())) or ((height, width),)
     given["max_text_length"] = FLAGS.max_text_length or (12 if shipped else 512)
@@ -83,8 +91,8 @@ def run() -> None:
     if index >= count:
         raise ValueError(f"--process_index={index} must be below --process_count={count}")
     out = Path(FLAGS.out)
-    summary = prepare(settings, load_generator(settings), out, index, count, FLAGS.workers)
-    what = "clips" if settings.prompts is None else "prompts"
+    summary = prepare(settings, load_generator(settings, config), out, index, count, FLAGS.workers)
+    what = "samples" if settings.sampling else "clips" if settings.prompts is None else "prompts"
     rejected = f"{summary.rejected} rejected, see {out / 'rejected.jsonl'}" if summary.rejected else "0 rejected"
     print(f"{summary.clips} {what} of {summary.videos} in the list; {rejected}")
     if summary.waiting:

@@ -33,7 +33,9 @@ from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.pixels import PixelRewards, pixel_rewards
 
 What = Literal["train", "sample", "decode", "text", "import"]
-Whole = Literal["run", "prepare", "sample-command", "evaluate"]  # a command with all that it executes
+Whole = Literal[
+    "run", "prepare", "teacher-samples", "sample-command", "evaluate"
+]  # a command with all that it executes
 GIB = 2**30
 TIMES = ("all hidden", "as scheduled", "nothing hidden")
 LOW = -1.0  # the compiler's effort of -1 to 1: several times faster than its own, 0, and hardly different in memory
@@ -282,9 +284,10 @@ def programs_of(what: str, config: DistillConfig, generator: Generator, pixels: 
             return list({(p.name, str(p.arguments)): p for p in found}.values())
         # After an import: from the shards of the teacher, the state that training starts from.
         return [programs.step if what == "train" else programs.init]
-    if what == "prepare":
+    if what in ("prepare", "teacher-samples"):
         here = dataclasses.replace(generator, mesh=generator.own_mesh)
-        return prepare_programs(here, generator.clip, here.mesh.size)
+        sampling = config.sampling if what == "teacher-samples" else None
+        return prepare_programs(here, generator.clip, here.mesh.size, sampling)
     if what in ("sample-command", "evaluate"):
         here = list(generator.own_mesh.devices.flat)
         here = dataclasses.replace(generator, mesh=sampling_mesh(config.mesh, here))
@@ -306,7 +309,7 @@ def _kept(what: What | Whole, program: Program, programs: Sequence[Program]) -> 
     """GiB of a device's memory that a command keeps beside a program's arguments, and perhaps some of those too."""
     if what == "run" and program.name not in ("init", "step"):
         return sum(_held(p.arguments, p.in_shardings) for p in programs if p.name == "step")
-    if what == "prepare":
+    if what in ("prepare", "teacher-samples"):
         others = {p.name: p for p in programs if p.name != program.name}.values()
         return sum(_held(p.arguments[:1], p.in_shardings[:1]) for p in others)
     return 0.0

@@ -69,7 +69,9 @@ class Loader:
                 choice = any_of if settings.caption == "random" else None
                 caption = sources.read_caption(item, choice, settings.language)
                 if settings.prompts is not None:
-                    return [Clip(index, 0, item["name"], caption)]
+                    name, count = item["name"], settings.clips if settings.sampling else 1
+                    names = [f"{name}#{i}" for i in range(count)] if count > 1 else [name]
+                    return [Clip(index, i, name, caption) for i, name in enumerate(names)]
                 if settings.latents:
                     return [Clip(index, 0, item["name"], caption, latent=sources.read_latent(item))]
                 clips = read_clips(sources.open_video(item), settings, rng)

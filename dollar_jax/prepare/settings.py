@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from dollar_jax.config import SamplingConfig
 from dollar_jax.data.clip import SETTINGS
 from dollar_jax.files import read_json, write_file
 from dollar_jax.prepare.sources import TFDS
@@ -17,7 +18,8 @@ PARTS = "parts"  # the folder of unfinished work inside the data set's folder
 class PrepareSettings(ClipSettings):
     """Everything that decides the bytes of the data set; a resumed job must have the same settings. Either `source`
     (see `sources.list_source`) or `prompts` (see `sources.list_manifest`) is None. `split` is that of a TFDS source.
-    With `sample` a record holds one sample of the VAE's posterior, otherwise its mean and standard deviation."""
+    With `sample` a record holds one sample of the VAE's posterior, otherwise its mean and standard deviation. With
+    `sampling` it holds what the teacher draws so of a prompt, `clips` of each."""
 
     source: str | None
     split: str
@@ -35,6 +37,7 @@ class PrepareSettings(ClipSettings):
     vae_chunk: int | None = None  # latent frames that the VAE makes at a time; None is the whole batch
     latents: bool = False  # the source's own, of this teacher's VAE and as the teacher takes them
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of the text encoder's weights
+    sampling: SamplingConfig | None = None
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.prompts is None):
@@ -47,8 +50,15 @@ class PrepareSettings(ClipSettings):
             raise ValueError("latents of others are one sample each, without its deviation: add --sample")
         if self.latents and (self.prompts or (self.source or "").startswith(TFDS) or len(self.buckets) > 1):
             raise ValueError("--latents are those of a --source of tar files, of one size")
+        if self.sampling and (self.prompts is None or not self.sample):
+            raise ValueError("--teacher_samples draws a --prompts list, and a record holds one --sample")
         if self.prompts is not None and len(self.buckets) > 1:
             raise ValueError("prompts alone have no shape of their own: give one size, not several buckets")
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether a record holds more than text."""
+        return self.prompts is None or self.sampling is not None
 
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(PrepareSettings)}

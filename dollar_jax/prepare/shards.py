@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -17,15 +18,16 @@ from PIL import Image, ImageDraw
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from dollar_jax import sharding
-from dollar_jax.config import MeshConfig, SamplingConfig
+from dollar_jax.config import DistillConfig, MeshConfig, SamplingConfig, changed
 from dollar_jax.data.prepared import IMAGE, fingerprint_programs
 from dollar_jax.files import sync, write_file
-from dollar_jax.generate import Generator, teacher_folder
+from dollar_jax.generate import Generator, make_generator, sampling_mesh, teacher_folder
 from dollar_jax.prepare.clips import Clip, Rejected
 from dollar_jax.prepare.settings import PARTS, PrepareSettings, bucket_name
 from dollar_jax.prepare.sources import Item
 from dollar_jax.program import Program
 from dollar_jax.types import ImageCondition
+from dollar_jax.video import to_uint8
 from dollar_jax.weights.pipeline import load_pipeline
 
 PREVIEW = "preview.jpg"
@@ -33,17 +35,33 @@ _MOST_CHANGED = 0.5  # of a latent's norm, decoded and encoded again
 _SHOWN, _MOMENTS, _THUMBNAIL = 8, 6, 96  # of a preview: clips, frames of each, their height in pixels
 
 
-def load_generator(settings: PrepareSettings) -> Generator:
-    """The teacher that the settings name, of which only VAE and text encoder are used."""
-    pipeline = load_pipeline(teacher_folder(settings.teacher), settings.teacher_dtype, without_transformer=True)
+def load_generator(settings: PrepareSettings, config: DistillConfig | None = None) -> Generator:
+    """The teacher that the settings name, of which only VAE and text encoder are used; or all of it, to draw samples as
+    a configuration says. ValueError for one that continues images."""
     clip = settings.frames, *settings.buckets[0]
+    if config is not None:
+        own = {"teacher": settings.teacher, "expert": None, "data.max_text_length": settings.max_text_length}
+        config = changed(config, own | {"compute.vae_chunk": settings.vae_chunk})
+        generator = make_generator(config, clip, sampling_mesh(MeshConfig(1, -1, 1, 1)))
+        if generator.pipeline.family.conditioned or generator.pipeline.schedule.given_frames:
+            raise ValueError("--teacher_samples draws from text alone, and this teacher or configuration takes images")
+        return generator
+    pipeline = load_pipeline(teacher_folder(settings.teacher), settings.teacher_dtype, without_transformer=True)
     return Generator(pipeline, settings.max_text_length, SamplingConfig(), clip, settings.vae_chunk)
 
 
-def prepare_programs(generator: Generator, clip: tuple[int, int, int], batch: int) -> list[Program]:
-    """What a job executes on its host's devices, `batch` clips at a time; a generator on those devices."""
+def prepare_programs(
+    generator: Generator, clip: tuple[int, int, int], batch: int, sampling: SamplingConfig | None = None
+) -> list[Program]:
+    """What a job executes on its host's devices, `batch` clips at a time, encoded or drawn by the teacher; a generator
+    on those devices."""
     shape, mesh = (batch, *clip, 3), generator.mesh
-    found = [generator.text_program(batch, mesh), generator.encode_program(shape, mesh)]
+    found = [generator.text_program(batch, mesh)]
+    if sampling:
+        found.append(generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight).program(batch))
+        found += [generator.text_program(1, mesh), generator.decode_program((batch, *generator.latent_shape), mesh)]
+        return [*found, *fingerprint_programs(generator)]
+    found.append(generator.encode_program(shape, mesh))
     if generator.pipeline.family.conditioned:
         found.append(generator.image_program((batch, *shape[2:]), mesh))
     return [*found, *fingerprint_programs(generator)]
@@ -59,7 +77,7 @@ def latents_features(
     latent = tensor(shape=(time, *(next(iter(s)) if len(s) == 1 else None for s in sides), channels))
     features: dict[str, Any] = {"name": tfds.features.Text(), "caption": tfds.features.Text()}
     features["text"] = tensor(shape=(None, text_dim))
-    if settings.prompts is None:
+    if settings.has_latents:
         features["latent"] = latent
         if not settings.sample:
             features["latent_std"] = latent
@@ -80,6 +98,9 @@ class Encoder:
         text, whole = pipeline.text_encoder, sharding.replicated(mesh)
         places = [("vae", whole), ("text_encoder", sharding.shard(mesh, text.network.shapes, strict=False))]
         places += [("image_encoder", whole)] * (pipeline.image_encoder is not None)
+        if settings.sampling:
+            experts = ("transformer", "transformer_2") if pipeline.transformer_2 else ("transformer",)
+            places += [(name, sharding.shard(mesh, pipeline.transformer.network.shapes)) for name in experts]
         placed = {}
         for name, where in places:
             part = getattr(pipeline, name)
@@ -113,10 +134,26 @@ class Encoder:
                 "its video: it is of another VAE, or not scaled as the teacher takes it"
             )
 
-    def records(self, clips: list[Clip]) -> Iterator[tuple[Clip, bytes | str]]:
-        """Each of at most `batch` clips of one size with its serialised record, or with the reason why it has none."""
+    def drawn(self, clips: list[Clip], texts: np.ndarray, show: bool) -> list[Clip]:
+        """The clips with the teacher's samples as latents, each from the noise of its own place in the list, and with
+        their frames if they are to be shown."""
+        c, fold, key = self.settings.sampling, jax.random.fold_in, jax.random.key(self.settings.seed)
+        assert c is not None
+        padded = [*clips, *[clips[-1]] * (self.batch - len(clips))]
+        keys = jnp.stack([fold(fold(key, clip.index), clip.number) for clip in padded])
+        draw = self.generator.teacher_sampler(c.num_steps, c.guidance_weight)
+        latents = draw(self.generator.pipeline.params, keys, texts)
+        frames = to_uint8(self.generator.decode(latents)) if show else [None] * len(clips)
+        made = zip(clips, np.asarray(latents), frames, strict=False)
+        return [dataclasses.replace(clip, latent=latent, frames=shown) for clip, latent, shown in made]
+
+    def records(self, clips: list[Clip], show: bool = False) -> Iterator[tuple[Clip, bytes | str]]:
+        """Each of at most `batch` clips of one size with its serialised record, or with the reason why it has none. If
+        they are to be shown, those that are drawn here get frames."""
         spare = self.batch - len(clips)
         texts = self.generator.text([clip.caption for clip in clips] + [""] * spare)
+        if self.settings.sampling:
+            clips = self.drawn(clips, texts, show)
         mean = std = image = None
         if self.settings.prompts is None and not self.settings.latents:
             frames = np.stack([clip.frames for clip in clips])  # type: ignore[arg-type]
@@ -177,7 +214,7 @@ class Unit:
 
     def _encode(self, clips: list[Clip]) -> None:
         bucket = bucket_name(clips[0].size or self.encoder.settings.buckets[0])
-        for clip, record in self.encoder.records(clips):
+        for clip, record in self.encoder.records(clips, len(self.shown) < _SHOWN):
             if isinstance(record, str):
                 self.rejected.append(Rejected(clip.index, clip.name, record))
                 continue

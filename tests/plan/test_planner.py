@@ -91,12 +91,15 @@ def test_rewards_are_shared_by_the_hosts_of_a_slice(virtual, make_config, monkey
 def test_what_prepare_sample_and_evaluate_execute_is_planned(virtual, make_config):
     """On the devices of one host, with batches that they share; each network's weights once beside the others'."""
     found = {}
-    for what in ("prepare", "sample-command", "evaluate"):
+    for what in ("prepare", "teacher-samples", "sample-command", "evaluate"):
         jobs = planner._jobs(make_config({**TINY, "lora.rank": 2}), "v5e:2x4", what)
         found[what] = collections.Counter(job.program.name for job in jobs)
         assert all(job.program.mesh.size == 8 for job in jobs)
         assert {job.common["videos"] for job in jobs} <= {8, 16, 1, None}
     assert found["prepare"] == {"vae_encode": 2, "text_encoder": 2}
+    # The captions, the negative prompt, and the fingerprint's empty one.
+    samples = {"text_encoder": 3, "teacher_sampler": 1, "vae_decode": 1, "vae_encode": 1}
+    assert found["teacher-samples"] == samples
     drawn = {"text_encoder": 1, "student_sampler": 1, "teacher_sampler": 1, "vae_decode": 1, "merge_adapters": 1}
     assert found["sample-command"] == drawn
     # Of three timesteps in all, so one and two steps of the student.

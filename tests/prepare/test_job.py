@@ -15,13 +15,17 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import torch
 
 from dollar_jax import cli
+from dollar_jax.config import DataConfig, SamplingConfig
 from dollar_jax.data import shapes
+from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.prepare import job, shards
 from dollar_jax.prepare.clips import Loader
 from dollar_jax.prepare.job import prepare
@@ -46,6 +50,7 @@ def one_encoder():
 
     def remembered(settings, generator):
         key = settings.frames, settings.buckets, settings.prompts is None, settings.sample, settings.dtype
+        key += (settings.sampling,)
         if key not in made:
             made[key] = make(settings, generator)
         made[key].settings = settings
@@ -318,6 +323,46 @@ def test_prompts_alone(settings, generator, tmp_path):
     assert set(first) == {"name", "caption", "text"}
     assert [len(first["text"]), len(second["text"])] == [5, 7]
     assert not (tmp_path / "out" / "preview.jpg").exists()
+
+
+def test_samples_of_the_teacher(settings, generator, tmp_path, monkeypatch):
+    """Two of each prompt, each what the teacher draws alone from that noise; a killed job ends with the same bytes."""
+    prompts = ["a small red circle", "a large cyan square moving up", "a large blue circle"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    sampling = SamplingConfig(num_steps=3, guidance_weight=2.0, negative_prompt="a blue square")
+    drawn = {"prompts": str(tmp_path / "prompts.txt"), "source": None, "sampling": sampling, "sample": True}
+    drawn = replace(settings, **drawn, clips=2, buckets=((16, 16),), shard_size=2, seed=5)
+    generator = replace(generator, sampling=sampling, clip=(5, 16, 16))
+    encode_units, killed = job.encode_units, tmp_path / "killed"
+
+    def until_the_second(units, *rest):
+        encode_units(units[:1], *rest)
+        raise Killed
+
+    monkeypatch.setattr(job, "encode_units", until_the_second)
+    with pytest.raises(Killed):
+        prepare(drawn, generator, killed)
+    monkeypatch.undo()
+    for out in (killed, tmp_path / "whole"):
+        assert prepare(drawn, generator, out).clips == 6
+    assert contents(killed) == contents(tmp_path / "whole")
+    found = {record["name"].decode(): record for record in records(killed)}
+    assert set(found) == {f"prompts.txt:{line}#{i}" for line in (1, 2, 3) for i in (0, 1)}
+    draw = generator.teacher_sampler(3, 2.0)
+    for row, caption in enumerate(prompts):
+        pair = [found[f"prompts.txt:{row + 1}#{i}"] for i in (0, 1)]
+        assert {record["caption"].decode() for record in pair} == {caption}
+        keys = jnp.stack([jax.random.fold_in(jax.random.fold_in(jax.random.key(5), row), i) for i in (0, 1)])
+        expected = draw(generator.pipeline.params, keys, generator.text([caption] * 2))
+        np.testing.assert_allclose([record["latent"] for record in pair], expected, atol=1e-4)
+        assert np.abs(pair[0]["latent"] - pair[1]["latent"]).max() > 0.1
+        assert "latent_std" not in pair[0]
+    assert PreparedVideos(DataConfig(name=str(killed))).has_latents
+    assert (killed / "preview.jpg").is_file()
+    with pytest.raises(ValueError, match="begun with sampling"):
+        prepare(replace(drawn, sampling=replace(sampling, num_steps=4)), generator, killed)
+    with pytest.raises(ValueError, match="--teacher_samples draws a --prompts list"):
+        replace(drawn, source="videos", prompts=None)
 
 
 def test_latents_that_are_not_finite_are_rejected(whole, settings, generator, tmp_path, monkeypatch):
