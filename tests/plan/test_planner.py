@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +27,7 @@ from dollar_jax.programs import shared_rewards
 from dollar_jax.weights.pipeline import save_pipeline
 from dollar_jax.weights.wan import WAN_TRANSFORMER
 
+ROOT = Path(__file__).parents[2]
 TINY = {"batch_size": 8, "mesh.data": 1, "mesh.fsdp": 4, "mesh.context": 2}
 
 
@@ -286,13 +288,28 @@ def test_the_tpu_compiler_makes_every_program_of_a_run(make_pipeline, tmp_path, 
     command += [f"--topology={topology}", f"--json={tmp_path / 'plan.json'}", f"--config.teacher={tmp_path / 'toy'}"]
     command += [f"--mesh=fsdp={devices}", "--config.data.train_videos=8", "--config.compute.vae_chunk=1"]
     command += ["--config.batch_size=8", "--config.reward.batch_size=8", "--config.reward.samples=8"]
-    root = Path(__file__).parents[2]
-    subprocess.run(command, check=True, cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     found = json.loads((tmp_path / "plan.json").read_text())
     assert {"init", "step", "student_sampler", "teacher_sampler"} <= {row["program"] for row in found}
     for row in found:
         assert row["fits"] and row["error"] is None and row["compile_seconds"] > 0, row["program"]
         assert row["argument_gib"] > 0 and row["temp_gib"] >= 0 and row["chips"] == devices
+
+
+DOCUMENTED = re.findall(
+    r"^dollar (plan --what=\w+ .*(?:\n    .*)*)", (ROOT / "docs" / "plans.md").read_text(), re.MULTILINE
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install -e '.[plan]'")
+@pytest.mark.parametrize("command", DOCUMENTED, ids=lambda command: " ".join(command.split()[1:4]))
+def test_every_program_of_the_documented_runs_compiles_and_fits(command, tmp_path):
+    """At real size; minutes each."""
+    command = [sys.executable, "-m", "dollar_jax", *command.split(), f"--json={tmp_path / 'plan.json'}"]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert all(row["fits"] and row["error"] is None for row in found) and len(found) > 3
 
 
 @pytest.mark.slow
@@ -311,8 +328,7 @@ def test_the_tpu_compiler_plans_the_demo(tmp_path):
         # The TPU kernel would compute 128 tokens where this domain has 20.
         "--config.compute.attention=xla",
     ]
-    root = Path(__file__).parents[2]
-    subprocess.run(command, check=True, cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["fits"] and found["hbm_gib"] == 15.75
     assert 0.7 * found["model_tflops"] < found["compiled_tflops"] < 2 * found["model_tflops"]
