@@ -50,8 +50,8 @@ class PrepareSettings(ClipSettings):
             raise ValueError("latents of others are one sample each, without its deviation: add --sample")
         if self.latents and (self.prompts or (self.source or "").startswith(TFDS) or len(self.buckets) > 1):
             raise ValueError("--latents are those of a --source of tar files, of one size")
-        if self.sampling and (self.prompts is None or not self.sample):
-            raise ValueError("--teacher_samples draws a --prompts list, and a record holds one --sample")
+        if self.sampling and self.prompts is None:
+            raise ValueError("--teacher_samples draws what --prompts lists: give those in place of --source")
         if self.prompts is not None and len(self.buckets) > 1:
             raise ValueError("prompts alone have no shape of their own: give one size, not several buckets")
 

@@ -361,7 +361,7 @@ def test_samples_of_the_teacher(settings, generator, tmp_path, monkeypatch):
     assert (killed / "preview.jpg").is_file()
     with pytest.raises(ValueError, match="begun with sampling"):
         prepare(replace(drawn, sampling=replace(sampling, num_steps=4)), generator, killed)
-    with pytest.raises(ValueError, match="--teacher_samples draws a --prompts list"):
+    with pytest.raises(ValueError, match="--teacher_samples draws what --prompts lists"):
         replace(drawn, source="videos", prompts=None)
 
 
