@@ -33,9 +33,8 @@ from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.pixels import PixelRewards, pixel_rewards
 
 What = Literal["train", "sample", "decode", "text", "import"]
-Whole = Literal[
-    "run", "prepare", "teacher-samples", "sample-command", "evaluate"
-]  # a command with all that it executes
+# A command with all that it executes.
+Whole = Literal["run", "prepare", "teacher-samples", "sample-command", "evaluate"]
 GIB = 2**30
 TIMES = ("all hidden", "as scheduled", "nothing hidden")
 LOW = -1.0  # the compiler's effort of -1 to 1: several times faster than its own, 0, and hardly different in memory
