@@ -63,6 +63,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "every_2": ("vsd+cd", EVERY, "forward, `consistency.every=2`"),
     "batch_32": ("vsd+cd", DEMO, "the first, on the demo's batches of 32"),
     "batch_32_half": ("vsd+cd", DEMO | {"vsd.guidance_weight": 0.5}, "the same, `vsd.guidance_weight=0.5`"),
+    "batch_32_own": (
+        "vsd+cd",
+        DEMO | {"vsd.guidance_weight": 0.3},
+        "the same, `vsd.guidance_weight=0.3`, the demo's own",
+    ),
     "batch_32_quarter": ("vsd+cd", DEMO | {"vsd.guidance_weight": 0.25}, "the same, `vsd.guidance_weight=0.25`"),
 }
 
