@@ -175,7 +175,7 @@ def test_a_full_disk_is_told_and_the_job_goes_on_when_there_is_room(whole, setti
 def test_what_is_not_said_is_the_teachers(videos, teacher, tmp_path, monkeypatch, capsys):
     """Wan's clips are 81 frames of 480 × 832 at 16 per second; 16 seconds hold three."""
     asked = []
-    monkeypatch.setattr(shards, "load_generator", lambda _: None)
+    monkeypatch.setattr(shards, "load_generator", lambda *_: None)
     monkeypatch.setattr(job, "prepare", lambda settings, *_: asked.append(settings) or job.Summary(1, 1, 0, 0))
     for more in ([], ["--clips=1", "--fps=0", "--width=64"], ["--frames=17"], ["--fps=4"], ["--teacher=moving_shapes"]):
         source = ["prepare", f"--source={videos}", f"--teacher={teacher}", f"--out={tmp_path / 'out'}"]
