@@ -249,7 +249,7 @@ def cases(name: str, threads: int, wanted: set[str], rivals: set[str]) -> Iterat
         arguments = draw.arguments(teacher, keys, states)
 
         def sample(net: Any) -> Callable[[], Any]:
-            return theirs(lambda: channels_last(euler(guided(net, text_t, null_t), noise, grid[:, None])))
+            return theirs(lambda: channels_last(euler(guided(net, text_t, null_t, WEIGHT), noise, grid[:, None])))
 
         mine = lambda: jax.block_until_ready(draw.program(size.rows)(*arguments))  # noqa: E731
         case = rows(f"Teacher, {steps} steps with guidance", mine, sample, model)
@@ -390,8 +390,8 @@ class PlainStep:
         own = {name: copy.deepcopy(teacher) for name in ("student", "ema", "fake", "teacher")}
         for name in ("ema", "teacher"):
             own[name].requires_grad_(False)
-        self.params = {name: list(net.parameters()) for name, net in own.items()}
-        self.nets = {name: wrap(net) for name, net in own.items()}
+        self.nets = {name: wrap(net) for name, net in own.items()}  # copies, where they are compiled
+        self.params = {name: list(net.parameters()) for name, net in self.nets.items()}
         self.optimisers = {}
         for name, c in (("student", config.student.optimiser), ("fake", config.fake_score.optimiser)):
             how = {"lr": c.learning_rate, "betas": (c.b1, c.b2), "eps": c.eps, "weight_decay": 0.0, "fused": True}
@@ -404,7 +404,8 @@ class PlainStep:
 
         c, nets, clean = self.c, self.nets, self.segments[-1, -1]
         draws = draws or self.draw(latent)
-        teacher = guided(nets["teacher"], text, self.null)
+        teacher = functools.partial(guided, nets["teacher"], text, self.null)
+        scored, solved = teacher(c.vsd.guidance_weight), teacher(c.consistency.guidance_weight)
         index, noise = draws["student"]
         t = self.times[index]
         x_t = noised(latent, noise, t)
@@ -412,12 +413,12 @@ class PlainStep:
         with torch.no_grad():
             at, eps = draws["vsd"]
             x_at = noised(x, eps, at)
-            real = x_at - sigma(at) * teacher(x_at, at)
+            real = x_at - sigma(at) * scored(x_at, at)
             fake = x_at - sigma(at) * velocity(nets["fake"], x_at, at, text)
             norm = (x - real).abs().mean((1, 2, 3, 4), keepdim=True).clamp(min=c.vsd.floor)
             gradient = (fake - real) / norm
             segments = self.segments[:, index]
-            earlier = euler(teacher, x_t, segments)
+            earlier = euler(solved, x_t, segments)
             end = segments[-1]
             target = earlier - sigma(end) * velocity(nets["ema"], earlier, end, text)
             target = torch.where((end <= clean).view(-1, 1, 1, 1, 1), earlier, target)
@@ -475,7 +476,7 @@ def velocity(net: Any, x: Any, t: Any, text: Any) -> Any:
     return net(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0]
 
 
-def guided(net: Any, text: Any, null: Any) -> Callable[[Any, Any], Any]:
+def guided(net: Any, text: Any, null: Any, weight: float) -> Callable[[Any, Any], Any]:
     """The velocity with guidance, both halves in one call."""
     import torch
 
@@ -483,7 +484,7 @@ def guided(net: Any, text: Any, null: Any) -> Callable[[Any, Any], Any]:
 
     def call(x: Any, t: Any) -> Any:
         cond, free = velocity(net, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return cond + WEIGHT * (cond - free)
+        return cond + weight * (cond - free)
 
     return call
 
