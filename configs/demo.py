@@ -22,8 +22,8 @@ What was learnt on the way to these values, on two CPU cores:
   at the same width (mean loss of steps 1,000-1,500: 0.582 against 0.622), random biases on queries and keys
   help at the start, and positions as extra input channels would help more (0.596 against 0.650 at 1,500 steps),
   but Wan has none. Fewer and larger tokens, patches of (1, 2, 4) or (1, 4, 4), are worse per step.
-* VSD with the teacher's own guidance, w = 1, makes the colours 1.6 times as vivid as the teacher's (0.57 against
-  0.36, Fréchet distance 2.0 against 0.7) without any reward; with w = 0.3 they are 0.32 (0.8): docs/recipe.md."""
+* VSD with the teacher's own guidance, w = 1, makes the colours 1.5 times as vivid as the teacher's (0.55 against
+  0.37, Fréchet distance 2.1 against 0.8) without any reward; with w = 0.3 they are 0.32 (0.8): docs/recipe.md."""
 
 from ml_collections import ConfigDict
 
@@ -114,7 +114,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "ema_decay": 0.95,
             "optimiser": {**adam, "learning_rate": 3e-4},
         },
-        # A quarter of the teacher's guidance: see above.
+        # Less than the teacher's guidance: see above.
         "vsd": {"guidance_weight": 0.3, "score_range": (0.02, 0.98), "score_shift": 3.0},
         "consistency": {"times": "student", "skip": 3, "guidance_weight": 1.0, "distance": "mse", "boundary": "none"},
         "fake_score": {"updates": 2, "optimiser": {**adam, "learning_rate": 6e-4}},

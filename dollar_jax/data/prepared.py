@@ -90,7 +90,7 @@ class PreparedVideos:
             most = f"config.data.max_text_length {config.max_text_length}"
             raise ValueError(f"{self.folder} holds captions of up to {length} tokens, more than {most}")
         self.info: Any = tfds.builder_from_directory(self.folder).info
-        self.has_latents, self._told = settings["prompts"] is None or bool(settings.get("sampling")), IMAGE
+        self.has_latents, self._told = "latent" in self.info.features, IMAGE
         shards: dict[str, list[Any]] = {}
         for bucket, shard in zip(self.about["shards"], self.info.splits[SPLIT].file_instructions, strict=True):
             shards.setdefault(bucket, []).append(shard)

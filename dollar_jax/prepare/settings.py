@@ -46,7 +46,7 @@ class PrepareSettings(ClipSettings):
             raise ValueError("videos of a TFDS data set carry no times: leave out --fps")
         if len(set(self.buckets)) != len(self.buckets) or not self.buckets:
             raise ValueError(f"the buckets must be different sizes, not {self.buckets}")
-        if self.latents and not self.sample:
+        if (self.latents or self.sampling) and not self.sample:
             raise ValueError("latents of others are one sample each, without its deviation: add --sample")
         if self.latents and (self.prompts or (self.source or "").startswith(TFDS) or len(self.buckets) > 1):
             raise ValueError("--latents are those of a --source of tar files, of one size")

@@ -28,7 +28,7 @@ from dollar_jax.prepare.sources import Item
 from dollar_jax.program import Program
 from dollar_jax.types import ImageCondition
 from dollar_jax.video import to_uint8
-from dollar_jax.weights.pipeline import load_pipeline
+from dollar_jax.weights.pipeline import EXPERTS, load_pipeline
 
 PREVIEW = "preview.jpg"
 _MOST_CHANGED = 0.5  # of a latent's norm, decoded and encoded again
@@ -59,8 +59,8 @@ def prepare_programs(
     found = [generator.text_program(batch, mesh)]
     if sampling:
         found.append(generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight).program(batch))
-        found += [generator.text_program(1, mesh), generator.decode_program((batch, *generator.latent_shape), mesh)]
-        return [*found, *fingerprint_programs(generator)]
+        found.append(generator.decode_program((batch, *generator.latent_shape), mesh))
+        return [*found, *fingerprint_programs(generator)]  # one of which encodes the negative prompt too
     found.append(generator.encode_program(shape, mesh))
     if generator.pipeline.family.conditioned:
         found.append(generator.image_program((batch, *shape[2:]), mesh))
@@ -99,7 +99,7 @@ class Encoder:
         places = [("vae", whole), ("text_encoder", sharding.shard(mesh, text.network.shapes, strict=False))]
         places += [("image_encoder", whole)] * (pipeline.image_encoder is not None)
         if settings.sampling:
-            experts = ("transformer", "transformer_2") if pipeline.transformer_2 else ("transformer",)
+            experts = [name for name in EXPERTS.values() if getattr(pipeline, name)]
             places += [(name, sharding.shard(mesh, pipeline.transformer.network.shapes)) for name in experts]
         placed = {}
         for name, where in places:

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
+from dollar_jax.evaluate import files
 from dollar_jax.evaluate.files import draw_missing
 from dollar_jax.evaluate.manifest import hash_params, manifest_path, write_manifest
 from dollar_jax.evaluate.vbench_videos import pair_names, read_vbench_prompts, video_rows
 from dollar_jax.generate import video_keys
-from dollar_jax.video import read_video
+from dollar_jax.video import write_video
 
 
 def test_the_list_of_prompts_says_how_many_videos_each_needs(tmp_path):
@@ -48,7 +49,14 @@ def write(toy_generator):
     return run
 
 
-def test_videos_are_named_as_vbench_wants_and_a_second_start_draws_what_is_missing(write, tmp_path):
+def test_videos_are_named_as_vbench_wants_and_a_second_start_draws_what_is_missing(write, tmp_path, monkeypatch):
+    drawn = {}
+
+    def remembered(path, clip, *rest):
+        drawn[path.parent.name, path.name] = clip.astype(int)
+        write_video(path, clip, *rest)
+
+    monkeypatch.setattr(files, "write_video", remembered)
     names = {"a bb-0.mp4", "a bb-1.mp4", "a bb-2.mp4", "ccc a-0.mp4"}
     assert write(tmp_path / "whole") == 4
     assert {path.name for path in (tmp_path / "whole").iterdir()} == names
@@ -60,9 +68,9 @@ def test_videos_are_named_as_vbench_wants_and_a_second_start_draws_what_is_missi
     assert write(tmp_path / "killed") == 3
     assert kept.read_bytes() == b"kept"
     for name in names - {kept.name}:
-        again, first = (read_video(tmp_path / run / name).astype(int) for run in ("killed", "whole"))
-        assert np.abs(again - first).mean() < 1  # rounded once for a batch of three and once for four, then compressed
-    assert np.abs(first - read_video(tmp_path / "whole" / kept.name)).mean() > 2
+        assert np.abs(drawn["killed", name] - drawn["whole", name]).max() <= 1  # before the codec makes more of it
+        assert (tmp_path / "killed" / name).stat().st_size
+    assert np.abs(drawn["whole", name] - drawn["whole", kept.name]).max() > 20
 
 
 def test_hosts_share_the_videos_between_them(write, tmp_path, monkeypatch):

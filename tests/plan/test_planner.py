@@ -99,8 +99,8 @@ def test_what_prepare_sample_and_evaluate_execute_is_planned(virtual, make_confi
         assert all(job.program.mesh.size == 8 for job in jobs)
         assert {job.common["videos"] for job in jobs} <= {8, 16, 1, None}
     assert found["prepare"] == {"vae_encode": 2, "text_encoder": 2}
-    # The captions, the negative prompt, and the fingerprint's empty one.
-    samples = {"text_encoder": 3, "teacher_sampler": 1, "vae_decode": 1, "vae_encode": 1}
+    # The captions; the fingerprint's empty prompt, and the negative one by the same program.
+    samples = {"text_encoder": 2, "teacher_sampler": 1, "vae_decode": 1, "vae_encode": 1}
     assert found["teacher-samples"] == samples
     drawn = {"text_encoder": 1, "student_sampler": 1, "teacher_sampler": 1, "vae_decode": 1, "merge_adapters": 1}
     assert found["sample-command"] == drawn
