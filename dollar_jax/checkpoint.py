@@ -146,8 +146,7 @@ class Checkpoints:
     def _fault(self, path: Path, names: Iterable[str]) -> str:
         """What is wrong with the named items of a step, as far as this process looks; empty when nothing is."""
         if (path / XXH128).exists() or not _unsummed(path):
-            share = jax.process_index(), jax.process_count()
-            return find_damage(path, names, _about(int(path.name)), share, XXH128)
+            return find_damage(path, names, _about(int(path.name)), (jax.process_index(), jax.process_count()), XXH128)
         missing = [name for name in names if not (path / name).is_dir()]
         if not missing and jax.process_index() == 0:
             print(f"{path} was saved by version 0.1.0, without checksums: it is not checked", file=sys.stderr)

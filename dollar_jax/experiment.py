@@ -36,8 +36,7 @@ def experiment(base: str | None, variant: str, changes: Mapping[str, Any]) -> Co
         fields = merged(fields, {"reward.rewards": tuple({"name": n, "folder": f or None} for n, _, f in pairs)})
     # By itself L_CD has nothing to do in the steps between.
     no_vsd = {"vsd.weight": 0.0, "gan.weight": 0.0, "consistency.every": 1}
-    without = {"vsd": no_vsd, "cd": {"consistency.weight": 0.0}, "lrm": {"reward.rewards": ()}}
-    for term, off in without.items():
+    for term, off in {"vsd": no_vsd, "cd": {"consistency.weight": 0.0}, "lrm": {"reward.rewards": ()}}.items():
         fields = fields if term in terms else merged(fields, off)
     return as_config_dict(distill_config(fields))
 

@@ -235,8 +235,7 @@ class Generator:
                 return vae.network.apply(params, signed_range(frames), method="encode", chunk=self.vae_chunk)
 
             mean, log_variance = self._videos(moments, frames)
-            std = jnp.exp(0.5 * log_variance) / jnp.array(vae.config.latents_std)
-            return normalise(mean, vae.config), std
+            return normalise(mean, vae.config), jnp.exp(0.5 * log_variance) / jnp.array(vae.config.latents_std)
 
         return self._vae_program("vae_encode", encode, jax.ShapeDtypeStruct(shape, jnp.uint8), mesh)
 
@@ -341,8 +340,7 @@ class Generator:
         """The student through its `timesteps`: one evaluation each, without guidance."""
 
         def draw(params: Params, keys: jax.Array, text: jax.Array, given: Any) -> jax.Array:
-            denoiser = self._denoiser(params, text, given)
-            start = denoiser, timesteps, self.noise(keys, given), _step_keys(keys)
+            start = self._denoiser(params, text, given), timesteps, self.noise(keys, given), _step_keys(keys)
             return sampling.few_step_sample(*start, self.student_ode)
 
         return Sampler("student_sampler", draw, self, guided=False)
@@ -377,8 +375,7 @@ def subset(timesteps: Sequence[float], count: int) -> tuple[float, ...]:
     known = len(timesteps)
     if count <= known:
         return tuple(timesteps[i * known // count] for i in range(count))
-    places = np.arange(count) * known / count
-    return tuple(np.interp(places, np.arange(known + 1), [*timesteps, 0.0]).tolist())
+    return tuple(np.interp(np.arange(count) * known / count, np.arange(known + 1), [*timesteps, 0.0]).tolist())
 
 
 def video_keys(seed: int, count: int) -> jax.Array:

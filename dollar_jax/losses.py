@@ -94,8 +94,7 @@ def boundary_scalings(
 
 def denoising(prediction: Latent, target: Latent) -> PerSample:
     """Diffusion loss of the fake-score network, mean squared error (DOLLAR eq. (8.13))."""
-    difference = _fp32(prediction) - jax.lax.stop_gradient(_fp32(target))
-    return _per_sample(jnp.square(difference))
+    return _per_sample(jnp.square(_fp32(prediction) - jax.lax.stop_gradient(_fp32(target))))
 
 
 def latent_reward(reward: PerSample) -> PerSample:

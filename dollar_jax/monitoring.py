@@ -81,8 +81,7 @@ def collapse(config: VisibilityConfig, student: SampleStats, teacher: SampleStat
         return ["the student's samples are not finite"]
     found = []
     # Of the videos beyond the first: one video alone has a score of 1.
-    kept = (student.vendi - 1) / max(teacher.vendi - 1, 1e-9)
-    if kept < config.least_diversity:
+    if (student.vendi - 1) / max(teacher.vendi - 1, 1e-9) < config.least_diversity:
         found.append(f"diversity is down to a Vendi score of {student.vendi:.2f}, the teacher's is {teacher.vendi:.2f}")
     ratio, (low, high) = student.std / max(teacher.std, 1e-9), config.std_range
     if not low <= ratio <= high:

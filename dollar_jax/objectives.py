@@ -105,8 +105,7 @@ def vsd(d: Distillation, p: StudentPass, key: Key) -> tuple[PerSample, dict[str,
     t = score_times(c, d.schedule, keys[0], len(x))
     x_t = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), t)
     if c.guidance_time == "score" or not c.guidance_weight:
-        weight = vsd_guidance(d.config, p.t, t)
-        real = d.denoiser(frozen.teacher, batch, frozen.null_text, weight).x0(x_t, t)
+        real = d.denoiser(frozen.teacher, batch, frozen.null_text, vsd_guidance(d.config, p.t, t)).x0(x_t, t)
     else:
         keys = jax.random.split(jax.random.fold_in(key, 2))
         noisier = score_times(c, d.schedule, keys[0], len(x), p.t)
@@ -124,8 +123,7 @@ def student_segments(config: DistillConfig, schedule: Schedule) -> Float[Array, 
     """Column k: the `skip` + 1 times from the student's k-th timestep to its next, or to clean or an expert's end."""
     times = config.student.timesteps
     end = max(schedules.timestep_grid(schedule, 1)[-1], schedule.time_range[0])
-    skip = config.consistency.skip
-    columns = [np.linspace(a, b, skip + 1) for a, b in zip(times, (*times[1:], end), strict=True)]
+    columns = [np.linspace(a, b, config.consistency.skip + 1) for a, b in zip(times, (*times[1:], end), strict=True)]
     grid = np.stack(columns, 1)
     return jnp.asarray(np.round(grid) if schedule.path == "ddpm" else grid, jnp.float32)
 

@@ -40,8 +40,7 @@ def apply_gradient(
     norm = optax.tree.norm(grads)
     good = good & (norm < jnp.inf if most is None else norm <= most)
     updates, state = optimiser.update(grads, state, params)
-    new = optax.apply_updates(params, updates), state
-    return select(good, new, carry), norm, good
+    return select(good, (optax.apply_updates(params, updates), state), carry), norm, good
 
 
 def select(good: Any, new: Any, old: Any) -> Any:

@@ -55,12 +55,10 @@ def pretrain(config: PretrainConfig, workdir: Path) -> Path:
         vae_config.latent_shape(min(phase.frames, shapes.FRAMES), shapes.SIZE, shapes.SIZE)
         if phase.frames > shapes.FRAMES:
             raise ValueError(f"config.pretrain.vae_phases has {phase.frames} frames, the videos {shapes.FRAMES}")
-    vae = train_vae(config, workdir / "vae")
-    pipeline = train_teacher(config, vae, workdir / "teacher_training")
+    pipeline = train_teacher(config, train_vae(config, workdir / "vae"), workdir / "teacher_training")
     folder = workdir / "teacher"
     save_pipeline(folder, pipeline, dtype=config.dtype)
-    metrics = measure(config, load_pipeline(folder))  # what was written, in its dtype
-    write_provenance(config, metrics, folder)
+    write_provenance(config, measure(config, load_pipeline(folder)), folder)  # what was written, in its dtype
     return folder
 
 

@@ -139,8 +139,7 @@ def _path(workdir: Path, key: str, seed: int) -> Path:
 
 def _settings(config: DistillConfig, quick: bool) -> Any:
     """The settings that a cell's figures depend on, as JSON gives them back."""
-    fields = dataclasses.asdict(config) | {"pretrain": None, "visibility": None, "quick": quick}
-    return json.loads(json.dumps(fields))
+    return json.loads(json.dumps(dataclasses.asdict(config) | {"pretrain": None, "visibility": None, "quick": quick}))
 
 
 def _read_cell(workdir: Path, key: str, seed: int, config: DistillConfig, quick: bool) -> dict[str, Any] | None:

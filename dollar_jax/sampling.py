@@ -72,8 +72,7 @@ def ode_solve(denoiser: Denoiser, x_t: Latent, times: TimeSteps, eta: float = 0.
 def ode_sample(denoiser: Denoiser, noise: Latent, num_steps: int, eta: float = 0.0, key: Keys | None = None) -> Latent:
     """The teacher's sample from pure noise: `ode_solve` over `timestep_grid(num_steps)`."""
     grid = jnp.asarray(schedules.timestep_grid(denoiser.schedule, num_steps))
-    times = jnp.broadcast_to(grid[:, None], (num_steps + 1, noise.shape[0]))
-    return ode_solve(denoiser, noise, times, eta, key)
+    return ode_solve(denoiser, noise, jnp.broadcast_to(grid[:, None], (num_steps + 1, noise.shape[0])), eta, key)
 
 
 def unipc_sample(denoiser: Denoiser, noise: Latent, num_steps: int) -> Latent:
@@ -89,8 +88,7 @@ def unipc_sample(denoiser: Denoiser, noise: Latent, num_steps: int) -> Latent:
         time = jnp.full(x.shape[:1], t, jnp.float32)
         prediction = denoiser.prediction(x, time)
         # At the exact noise level: the network's time is rounded.
-        exact = jnp.full_like(time, sigma * schedule.num_train_timesteps)
-        m = schedules.to_x0(schedule, prediction, x, exact)
+        m = schedules.to_x0(schedule, prediction, x, jnp.full_like(time, sigma * schedule.num_train_timesteps))
         corrected = row[0] * y + row[1] * m + row[2] * m1 + row[3] * m2
         x = jnp.where(first, x, corrected)
         following = row[4] * x + row[5] * m + row[6] * m1

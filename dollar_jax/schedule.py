@@ -178,8 +178,7 @@ def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
     if not 1 <= num_steps <= total:
         raise ValueError(f"num_steps must be between 1 and {total}, not {num_steps!r}.")
     if schedule.path == "rf":
-        u = np.linspace(1.0, 0.0, num_steps + 1)
-        return (total * _shift(schedule, u)).astype(np.float32)
+        return (total * _shift(schedule, np.linspace(1.0, 0.0, num_steps + 1))).astype(np.float32)
     times = np.round(total - np.arange(num_steps) * (total / num_steps)) - 1
     return np.append(times, CLEAN).astype(np.float32)
 
@@ -193,8 +192,7 @@ def unipc_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarr
         raise ValueError(f"UniPC takes 1 to {total} steps on a rectified flow, not {num_steps!r} on {schedule.path!r}.")
     sigmas = _shift(schedule, np.linspace(1.0, 1.0 / total, num_steps + 1)[:-1])
     sigmas[0] = min(sigmas[0], 1 - _FLOOR)  # log(1 - sigma) has to be finite
-    times = np.trunc(total * sigmas)
-    return times.astype(np.float32), np.append(sigmas, 0.0).astype(np.float32)
+    return np.trunc(total * sigmas).astype(np.float32), np.append(sigmas, 0.0).astype(np.float32)
 
 
 def unipc_table(sigmas: np.ndarray) -> np.ndarray:

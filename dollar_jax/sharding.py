@@ -56,8 +56,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
     if sizes.count(-1) == 1:
-        rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = len(devices) // max(rest, 1)
+        sizes[sizes.index(-1)] = len(devices) // max(math.prod(size for size in sizes if size != -1), 1)
     named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         mend = "set config.mesh so that the product of its axes is the number of devices"

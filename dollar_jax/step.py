@@ -136,6 +136,5 @@ def _accumulated(loss: Callable[..., Any], params: Params, micro: Any, key: jax.
         grads, aux = grad(params, *inputs)
         return jax.tree.map(jnp.add, total, grads), aux
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    total, aux = lax.scan(body, zeros, (micro, keys))
+    total, aux = lax.scan(body, jax.tree.map(jnp.zeros_like, params), (micro, keys))
     return jax.tree.map(lambda g: g / count, total), jax.tree.map(lambda x: x.mean(0) if x.ndim == 1 else x, aux)

@@ -81,9 +81,7 @@ def train(
         first = checkpoints.restored
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
         skips = Skips(config, workdir, first)
-        sample_logger = make_sample_logger(
-            config, workdir, generator, frozen.teacher, decoder, data.some_captions, rewards
-        )
+        logger = make_sample_logger(config, workdir, generator, frozen.teacher, decoder, data.some_captions, rewards)
         flops = functools.partial(step_flops, config, generator, pixels, data.has_latents)
         throughput = make_throughput(config, programs.mesh, flops)
         record_config(asked, workdir, resumed)
@@ -108,8 +106,7 @@ def train(
                 if busy is None:
                     log.wait_for(compiled or compile_step())
                 state, metrics, samples = programs.step(state, frozen, batch)
-                names = dict(zip(rows.tolist(), read["name"].tolist(), strict=True))
-                skips.step(step + 1, metrics, names, batch)
+                skips.step(step + 1, metrics, dict(zip(rows.tolist(), read["name"].tolist(), strict=True)), batch)
                 busy = metrics["student_loss"]
                 if scorer is not None:
                     scorer.collect()
@@ -130,11 +127,11 @@ def train(
                 host, seen = {} if scorer is None else dict(scorer.latest), None
                 if skips.total:
                     host["skipped_steps"] = float(skips.total)
-                if sample_logger.due(step + 1):
+                if logger.due(step + 1):
                     student = state.ema
                     if programs.merge is not None:
                         student = programs.merge(*programs.merge.place(frozen.teacher, student))
-                    seen = sample_logger.draw(step + 1, student)
+                    seen = logger.draw(step + 1, student)
                 log.step(step + 1, metrics, host, saving, seen)
                 if saving:
                     items = {**to_items(state), "data": batches}

@@ -125,7 +125,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("shift=config.score_shift", "shift=schedule.shift", [ALGORITHM]),
         # The real score without guidance; the fake one in its place.
         (
-            "batch, frozen.null_text, weight).x0(x_t, t)\n    else",
+            "batch, frozen.null_text, vsd_guidance(d.config, p.t, t)).x0(x_t, t)\n    else",
             "batch, frozen.null_text, 0.0).x0(x_t, t)\n    else",
             [GRADIENTS],
         ),
@@ -151,7 +151,11 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("x_t = schedules.add_noise(d.schedule, x, jax.random.normal(keys[1], x.shape), t)", "x_t = x", [ALGORITHM]),
         ("c.normalisation, c.floor", '"dmd", c.floor', [ALGORITHM]),
         # A teacher's step too few or too many.
-        ("np.linspace(a, b, skip + 1)", "np.linspace(a, b, skip + 2)", [OBJECTIVES, ALGORITHM]),
+        (
+            "np.linspace(a, b, config.consistency.skip + 1)",
+            "np.linspace(a, b, config.consistency.skip + 2)",
+            [OBJECTIVES, ALGORITHM],
+        ),
         # An expert is asked beyond the boundary, in scores and in CD; a student goes on to the clean end there.
         ("low, high = jnp.clip(low, *ends), jnp.clip(high, *ends)", "pass", [EXPERTS]),
         ("inside[: -c.skip] & inside[c.skip :]", "inside[: -c.skip]", [EXPERTS]),
@@ -409,7 +413,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("[:, 0][:, self._held_out])", "[:, 0][:, self._trained])", [SCORER]),
         ("row[:, self._trained] @ weights", "row[:, self._trained].sum(1)", [SCORER]),
         ("        self.latest = {}\n        if self._pending", "        if self._pending", [SCORER]),
-        ("known = samples.scale.any(1)", "known = samples.scale.all(1) | True", [SCORER]),
+        ("np.where(samples.scale.any(1)", "np.where(samples.scale.all(1) | True", [SCORER]),
     ],
     "rewards/monitor.py": [
         ("known.mean() > self.state", "known.mean() < self.state", [SCORER]),

@@ -168,7 +168,6 @@ def print_table(path: Path) -> None:
     columns = ("alignment", "reward", "vendi", "flicker", "nfe", "diffusion_seconds")
     print("\n" + f"{'':16}" + "".join(f"{name:>18}" for name in columns))
     for name, row in of_samplers(metrics).items():
-        cells = (f"{row[c]:>18.4g}" if c in row else f"{'–':>18}" for c in columns)
-        print(f"{name:16}" + "".join(cells))
+        print(f"{name:16}" + "".join(f"{row[c]:>18.4g}" if c in row else f"{'–':>18}" for c in columns))
     faster = [f"{k[8:]} steps ×{v:.1f}" for k, v in metrics.items() if k.startswith("speedup_")]
     print(f"faster than the teacher: {', '.join(faster)}; {metrics['seconds']:.0f} s in all")

@@ -85,8 +85,7 @@ class PreparedVideos:
     def __init__(self, config: DataConfig):
         self.folder, self.config = Path(config.name), config
         self.about = read_about(self.folder)
-        settings = self.about["settings"]
-        if (length := settings["max_text_length"]) > config.max_text_length:
+        if (length := self.about["settings"]["max_text_length"]) > config.max_text_length:
             most = f"config.data.max_text_length {config.max_text_length}"
             raise ValueError(f"{self.folder} holds captions of up to {length} tokens, more than {most}")
         self.info: Any = tfds.builder_from_directory(self.folder).info
@@ -149,8 +148,7 @@ class PreparedVideos:
         for number, (name, part) in enumerate(whole.items()):
             row = functools.partial(self._row, shape=self.about["latent_shapes"][name])
             datasets.append(_endless(part, config, number, rows, row))
-        weights = list(map(len, whole.values()))
-        mixed = grain.IterDataset.mix(datasets, weights) if len(datasets) > 1 else datasets[0]
+        mixed = grain.IterDataset.mix(datasets, list(map(len, whole.values()))) if len(datasets) > 1 else datasets[0]
         return iter(prefetch(mixed, config, rows, sharding))
 
     def _row(self, record: dict[str, Any], rng: np.random.Generator, shape: Sequence[int]) -> dict[str, Any]:
@@ -176,8 +174,7 @@ def _endless(records: Records, config: DistillConfig, number: int, rows: np.ndar
         parts = []
         for place, index in places[rows].tolist():
             # The noise goes by the place in the run, whichever process reads it.
-            rng = np.random.default_rng([config.seed, number, place])
-            parts.append(row(records.readable(index), rng))
+            parts.append(row(records.readable(index), np.random.default_rng([config.seed, number, place])))
         return jax.tree.map(lambda *found: np.stack(found), *parts)
 
     dataset = grain.MapDataset.range(len(records)).seed(config.seed + 1_000_003 * number).shuffle().repeat()

@@ -121,8 +121,7 @@ def render(caption: Caption, rng: np.random.Generator) -> np.ndarray:
     tint = rng.normal(size=3)
     tint = 0.05 * rng.uniform() * (tint - tint.mean()) / np.linalg.norm(tint - tint.mean())
     background = rng.uniform(0.2, 0.8) + tint
-    video = background * (1 - mask) + colour * mask
-    return to_uint8(video)
+    return to_uint8(background * (1 - mask) + colour * mask)
 
 
 SPLITS = ("train", "validation", "held_out")
@@ -158,8 +157,7 @@ class Reading:
     def correct(self, caption: Caption) -> np.ndarray:
         """Bool [t, 5]: whether each frame shows each captioned attribute, in ATTRIBUTES' order."""
         wanted = [values.index(getattr(caption, n)) for n, values in ATTRIBUTES.items()]
-        seen = np.stack([getattr(self, name) for name in ATTRIBUTES], -1)
-        return seen == np.array(wanted)
+        return np.stack([getattr(self, name) for name in ATTRIBUTES], -1) == np.array(wanted)
 
 
 MINIMUM_CHROMA = 0.12  # an object's distance from the background in colour, of at most 0.82

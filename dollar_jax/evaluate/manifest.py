@@ -81,8 +81,7 @@ def find_manifest(path: Path) -> dict[str, Any] | None:
         if isinstance(content.get("manifest"), dict):
             return content["manifest"]
     folder = path if path.is_dir() else path.absolute().parent
-    places = (folder / NAME, manifest_path(folder))
-    return next((read_json(place) for place in places if place.is_file()), None)
+    return next((read_json(place) for place in (folder / NAME, manifest_path(folder)) if place.is_file()), None)
 
 
 def check_alike(a: Path, b: Path) -> dict[str, tuple[Any, Any]]:

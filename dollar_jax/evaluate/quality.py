@@ -59,8 +59,7 @@ def vendi_score(features: np.ndarray) -> float:
         x = np.concatenate([x, zero], axis=1)
     n, d = x.shape
     # x xᵀ and xᵀ x have the same eigenvalues but for zeros: take the smaller.
-    gram = x @ x.T if n <= d else x.T @ x
-    p = np.linalg.eigvalsh(gram / n)
+    p = np.linalg.eigvalsh((x @ x.T if n <= d else x.T @ x) / n)
     p = p[p > 0]
     return float(np.exp(-(p * np.log(p)).sum()))
 

@@ -61,8 +61,7 @@ def aggregate(scores: Mapping[str, float], allow_missing: bool = False) -> VBenc
 
     quality, semantic, total = mean(QUALITY), mean(SEMANTIC), None
     if quality is not None and semantic is not None:
-        weighted = _QUALITY_WEIGHT * quality + _SEMANTIC_WEIGHT * semantic
-        total = weighted / (_QUALITY_WEIGHT + _SEMANTIC_WEIGHT)
+        total = (_QUALITY_WEIGHT * quality + _SEMANTIC_WEIGHT * semantic) / (_QUALITY_WEIGHT + _SEMANTIC_WEIGHT)
     percent = {name: 100 * scores[name] for name in DIMENSIONS if name in scores}
     return VBenchScore(quality, semantic, total, percent, missing)
 

@@ -15,8 +15,7 @@ def read_vbench_prompts(path: Path, num: int) -> dict[str, int]:
         return dict.fromkeys(read_prompts(path), num)
     counts: dict[str, int] = {}
     for prompt, dimensions in _full_info(path):
-        wanted = 5 * num if "temporal_flickering" in dimensions else num
-        counts[prompt] = max(wanted, counts.setdefault(prompt, 0))
+        counts[prompt] = max(5 * num if "temporal_flickering" in dimensions else num, counts.setdefault(prompt, 0))
     return counts
 
 

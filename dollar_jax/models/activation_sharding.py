@@ -32,8 +32,7 @@ def platform() -> str:
 
 def axis_size(axis: str | tuple[str, ...]) -> int:
     here = mesh()
-    names = (axis,) if isinstance(axis, str) else axis
-    return 1 if here is None else math.prod(here.shape[name] for name in names)
+    return 1 if here is None else math.prod(here.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
 
 
 def rows(batch: int) -> tuple[str, ...] | None:

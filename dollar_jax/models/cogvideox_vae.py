@@ -121,8 +121,7 @@ def _enlarge(x: Array, shape: tuple[int, ...]) -> Array:
     x = jnp.repeat(jnp.repeat(x, h // x.shape[2], 2), w // x.shape[3], 3)
     if t == x.shape[1]:
         return x
-    repeats = (t - single) // (x.shape[1] - single)
-    return jnp.concatenate([x[:, :single], jnp.repeat(x[:, single:], repeats, 1)], 1)
+    return jnp.concatenate([x[:, :single], jnp.repeat(x[:, single:], (t - single) // (x.shape[1] - single), 1)], 1)
 
 
 class ResnetBlock(nnx.Module):
@@ -189,8 +188,7 @@ class Block(nnx.Module):
 def _levels(dims: tuple[int, ...], layers: int, spatial: bool, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> Any:
     """A block for each resolution: the encoder's halve it, the decoder's, which are `spatial`, double it."""
     times = [*(2**i < c.temporal_compression_ratio for i in range(len(dims) - 1)), None]
-    before = (dims[0], *dims)
-    levels = zip(before[:-1], dims, times, strict=True)
+    levels = zip((dims[0], *dims[:-1]), dims, times, strict=True)
     return nnx.List([Block((dim_in, *[dim] * layers), spatial, c, rngs, time) for dim_in, dim, time in levels])
 
 

@@ -76,8 +76,7 @@ class LatentRewardModel(nnx.Module):
         tokens = jnp.concatenate([null.astype(tokens.dtype), tokens], axis=1)
         real = jnp.pad(jnp.any(text != 0, axis=-1), ((0, 0), (1, 0)), constant_values=True)
         q, k, v = self.to_q(features), self.to_k(tokens), self.to_v(tokens)
-        out = attention(*(a[:, :, None] for a in (q, k, v)), mask=real[:, None, None, :])
-        return out[:, :, 0]
+        return attention(*(a[:, :, None] for a in (q, k, v)), mask=real[:, None, None, :])[:, :, 0]
 
 
 class FeatureHead(nnx.Module):

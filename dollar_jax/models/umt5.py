@@ -77,8 +77,7 @@ class UMT5Attention(nnx.Module):
         q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
         own = self.relative_attention_bias
         bias = shared_bias if own is None else own(buckets)
-        out = attention(q, k, v, mask=mask, bias=bias, scale=1.0)
-        return self.o(out.reshape(*x.shape[:2], -1))
+        return self.o(attention(q, k, v, mask=mask, bias=bias, scale=1.0).reshape(*x.shape[:2], -1))
 
 
 class UMT5Block(nnx.Module):

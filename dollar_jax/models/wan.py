@@ -57,8 +57,7 @@ class ImageEmbedder(nnx.Module):
         self.proj_in, self.proj_out = Linear(width, width, **dense), Linear(width, c.dim, **dense)
 
     def __call__(self, x: Float[Array, "b m i"]) -> Float[Array, "b m dim"]:
-        y = self.proj_in(self.norm1(x))
-        return self.norm2(self.proj_out(jax.nn.gelu(y, approximate=False)))
+        return self.norm2(self.proj_out(jax.nn.gelu(self.proj_in(self.norm1(x)), approximate=False)))
 
 
 class ConditionEmbedder(nnx.Module):
@@ -78,8 +77,7 @@ class ConditionEmbedder(nnx.Module):
         time = self.time_embedder(timestep_embedding(t.ravel(), self.freq_dim)).reshape(*t.shape, -1)
         # Whole rows: to share their channels, XLA would trade the whole of the next kernel for another part.
         time = activation_sharding.constrain(time, None, None)
-        modulation = self.time_proj(jax.nn.silu(time))
-        return time, modulation.reshape(*t.shape, 6, -1), self.text_embedder(text)
+        return time, self.time_proj(jax.nn.silu(time)).reshape(*t.shape, 6, -1), self.text_embedder(text)
 
 
 class WanBlock(nnx.Module):

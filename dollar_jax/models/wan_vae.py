@@ -82,8 +82,7 @@ class _Conv(nnx.Module):
 
     def __init__(self, kernel: tuple[int, ...], dim_in: int, dim_out: int, c: WanVAEConfig, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(c.dtype)
-        shape = (*kernel, dim_in, dim_out)
-        self.kernel = nnx.Param(_uniform(rngs.params(), shape, c.param_dtype))
+        self.kernel = nnx.Param(_uniform(rngs.params(), (*kernel, dim_in, dim_out), c.param_dtype))
         self.bias = nnx.Param(jnp.zeros((dim_out,), c.param_dtype))
 
     def parameters(self) -> tuple[Array, Array]:

@@ -65,8 +65,7 @@ class Loader:
                 video, caption = self.dataset.read(item["video"]["record"])
                 clips = clips_of(array_frames(video), settings, rng)
             else:
-                any_of = np.random.default_rng([settings.seed, index, 1])
-                choice = any_of if settings.caption == "random" else None
+                choice = np.random.default_rng([settings.seed, index, 1]) if settings.caption == "random" else None
                 caption = sources.read_caption(item, choice, settings.language)
                 if settings.prompts is not None:
                     name, count = item["name"], settings.clips if settings.sampling else 1

@@ -60,8 +60,7 @@ def prepare(
     finishes. Raises ValueError before any work for impossible settings or an unusable source, or when `out` holds
     something else; and in the end when not one video could be used."""
     loader = Loader(settings)
-    first = next(loader.items(), None)
-    if first is None:
+    if next(loader.items(), None) is None:
         raise ValueError(f"there is nothing to prepare in {settings.source or settings.prompts}")
     encoder = Encoder(settings, generator)
     if settings.latents:

@@ -322,8 +322,7 @@ class Dataset:
         self.video = _only(name, "video", [k for k, s in shapes.items() if s and len(s) == 4 and s[-1] == 3])
         texts = [k for k, f in self.features.items() if isinstance(f, tfds.features.Text)]
         labels = [k for k, f in self.features.items() if isinstance(f, tfds.features.ClassLabel)]
-        named = [k for k in texts if k in CAPTION_KEYS]
-        self.caption = _only(name, "caption", named[:1] or texts or labels)
+        self.caption = _only(name, "caption", [k for k in texts if k in CAPTION_KEYS][:1] or texts or labels)
 
     def items(self) -> Iterator[Item]:
         """One per record; its caption is read with it."""

@@ -117,8 +117,7 @@ def hard_cut(clip: np.ndarray) -> int | None:
 def array_frames(video: np.ndarray) -> Iterator[Timed]:
     """A decoded video uint8 [t, h, w, 3] as frames, one second each for want of times."""
     for i, image in enumerate(video):
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        yield Fraction(i), Fraction(1), frame
+        yield Fraction(i), Fraction(1), av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
 
 
 def resample(frames: Iterable[Timed], fps: float | None) -> Iterator[av.VideoFrame]:

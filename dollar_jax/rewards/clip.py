@@ -33,8 +33,7 @@ def _agreement(fit: Fit, meaning: str, folder: Path) -> JaxReward:
             frames = frames[:, ::step][:, : config.frames]
         pixels = preprocess(frames.reshape(-1, *frames.shape[2:]), config.image_size, "stretch" if together else fit)
         images = network.apply(params, pixels, method="embed_images").reshape(len(frames), -1, config.projection_dim)
-        text = network.apply(params, tokens, method="embed_text")
-        return jnp.einsum("btp,bp->b", images, text) / images.shape[1]
+        return jnp.einsum("btp,bp->b", images, network.apply(params, tokens, method="embed_text")) / images.shape[1]
 
     return JaxReward(cosine, meaning, params, lambda prompts: tokenize(tokenizer, prompts, length)[0])
 

@@ -145,8 +145,7 @@ class Scorer:
         total = np.full(len(trained), np.nan)
         if samples.scale is not None:
             # Without a known deviation a reward counts nothing, which says nothing of its latent model.
-            known = samples.scale.any(1)
-            total = np.where(known, (trained[:, 0] * samples.scale).sum(1), np.nan)
+            total = np.where(samples.scale.any(1), (trained[:, 0] * samples.scale).sum(1), np.nan)
         self.monitor.add(samples.predicted[:, 0], total, samples.reward[:, 0][:, self._held_out])
         self._log(samples.reward)
 

@@ -54,8 +54,7 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", ada
             streams[name] = stream_params(part.table, shapes, functools.partial(read, name), part.network.shapes)
         except ValueError as error:
             raise ValueError(f"{found / name}: {error}") from error
-    total = sum(len(tensors) for tensors in stored.values())
-    bar = tqdm(total=total, desc="importing", unit="tensor")
+    bar = tqdm(total=sum(map(len, stored.values())), desc="importing", unit="tensor")
     with bar, new_folder(folder) as draft:
         for name in parts:
             save_stream(draft / name / pipelines.IMPORTED, streams[name])

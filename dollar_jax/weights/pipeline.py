@@ -70,8 +70,7 @@ def read_architecture(folder: str | Path) -> Architecture:
     """From a folder's JSON files alone; raises as `load_pipeline` does."""
     folder = Path(folder)
     family = read_family(folder)
-    configs = _read_configs(folder, family, {})
-    return Architecture(family, **configs, schedule=read_schedule(folder, family))
+    return Architecture(family, **_read_configs(folder, family, {}), schedule=read_schedule(folder, family))
 
 
 def read_parts(folder: Path, param_dtype: str = "float32", **transformer_options: Any) -> dict[str, Part]:
@@ -113,8 +112,7 @@ def load_pipeline(
             loaded[name] = Component(part.config, part.network, part.network.shapes)
         else:
             loaded[name] = load_component(folder / source, part, place if transformer else None)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    return Pipeline(family, **loaded, tokenizer=tokenizer, schedule=schedule)
+    return Pipeline(family, **loaded, tokenizer=load_tokenizer(folder / "tokenizer"), schedule=schedule)
 
 
 def read_family(folder: Path) -> Family:
@@ -279,8 +277,7 @@ def read_schedule(folder: Path, family: Family) -> Schedule:
 
 def check_whole(folder: Path) -> None:
     """Raises ValueError when a folder that has checksums is not as it was written."""
-    share = jax.process_index(), jax.process_count()
-    if (folder / SHA256).exists() and (fault := find_damage(folder, share=share)):
+    if (folder / SHA256).exists() and (fault := find_damage(folder, share=(jax.process_index(), jax.process_count()))):
         raise ValueError(f"{folder} {fault}: copy it anew, or delete its {SHA256} if that was on purpose")
 
 

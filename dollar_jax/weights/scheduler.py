@@ -63,8 +63,7 @@ def schedule_of(fields: Mapping[str, Any], path: DiffusionPath, file: Path) -> S
     if prediction not in _PREDICTIONS:
         raise ValueError(f"{file} has prediction_type = {prediction!r}; it can be one of {', '.join(_PREDICTIONS)}")
     rescale = typed(fields.get("rescale_betas_zero_snr", False), bool, "rescale_betas_zero_snr", file)
-    known = _PREDICTIONS[prediction]
-    return Schedule("ddpm", known, num_train_timesteps=steps, rescale_zero_snr=rescale, **noise)
+    return Schedule("ddpm", _PREDICTIONS[prediction], num_train_timesteps=steps, rescale_zero_snr=rescale, **noise)
 
 
 def scheduler_json(schedule: Schedule, path: DiffusionPath) -> dict[str, Any]:
