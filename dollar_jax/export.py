@@ -104,13 +104,9 @@ def export_run(
             manifest["low"] = {"step": found[1][1], "config": public(found[1][0], teacher)}
         path = workdir / "metrics.json"
         metrics = read_json(path) if path.is_file() else {}
-        context = {
-            "adapter": adapter,
-            "module": module,
-            "boundary": schedule.boundary,
-            "sample": (draft / "sample.mp4").is_file(),
-        }
-        card = model_card(config, teacher, manifest, metrics, family=family, pipeline=pipeline, **context)
+        context: dict[str, Any] = {"adapter": adapter, "module": module, "boundary": schedule.boundary}
+        context |= {"sample": (draft / "sample.mp4").is_file(), "family": family, "pipeline": pipeline}
+        card = model_card(config, teacher, manifest, metrics, **context)
         (draft / "README.md").write_text(card)
         hashes = checksums(draft)
         pipelines.write_json(draft / "manifest.json", manifest | {"files": hashes})

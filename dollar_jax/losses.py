@@ -102,12 +102,10 @@ def latent_reward(reward: PerSample) -> PerSample:
     return -_fp32(reward)
 
 
-def policy_gradient(
-    x_next: Latent, mean: Latent, deviation: Float[Array, "b #t 1 1 1"], advantage: PerSample
-) -> PerSample:
-    """REINFORCE of a Gaussian step, -A log N(x_next; mean, deviation^2), up to a constant and per element (DOLLAR eq.
+def policy_gradient(x_next: Latent, mean: Latent, std: Float[Array, "b #t 1 1 1"], advantage: PerSample) -> PerSample:
+    """REINFORCE of a Gaussian step, -A log N(x_next; mean, std^2), up to a constant and per element (DOLLAR eq.
     (8.24)-(8.26)). Only `mean` carries a gradient; none does where the advantage is not finite."""
-    difference = (jax.lax.stop_gradient(_fp32(x_next)) - _fp32(mean)) / _fp32(deviation)
+    difference = (jax.lax.stop_gradient(_fp32(x_next)) - _fp32(mean)) / _fp32(std)
     advantage = jax.lax.stop_gradient(_fp32(advantage))
     advantage = jnp.where(jnp.isfinite(advantage), advantage, 0.0)
     return advantage * _per_sample(0.5 * jnp.square(difference))

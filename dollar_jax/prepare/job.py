@@ -48,15 +48,10 @@ class Summary:
 
 
 def prepare(
-    settings: PrepareSettings,
-    generator: Generator,
-    out: Path,
-    process_index: int = 0,
-    process_count: int = 1,
-    workers: int = 4,
+    settings: PrepareSettings, generator: Generator, out: Path, index: int = 0, count: int = 1, workers: int = 4
 ) -> Summary:
     """Makes the data set in `out`, or resumes an unfinished job there; a finished one is left as it is. Of several
-    hosts that write to the same `out` each takes every `process_count`-th unit, and host 0 waits for the others and
+    hosts that write to the same `out` each takes every `count`-th unit, and host 0 waits for the others and
     finishes. Raises ValueError before any work for impossible settings or an unusable source, or when `out` holds
     something else; and in the end when not one video could be used."""
     loader = Loader(settings)
@@ -72,14 +67,14 @@ def prepare(
         return _finished(out)
     total = _write_index(parts / "index.jsonl", loader.items())
     units = -(-total // settings.shard_size)
-    mine = range(process_index, units, process_count)
+    mine = range(index, units, count)
     todo = _missing(parts, mine)
     sizes = [min(settings.shard_size, total - unit * settings.shard_size) for unit in range(units)]
     expected = sum(sizes[unit] for unit in mine)
     done = expected - sum(sizes[unit] for unit in todo)
     with tqdm(total=expected, initial=done, desc="preparing", unit="video", smoothing=0.05) as bar:
         encode_units(todo, encoder, out, workers, bar)
-    if process_index:
+    if index:
         with contextlib.suppress(FileNotFoundError):  # host 0 finishes as soon as it sees the last unit
             summary = _tally(parts, units)
             if parts.exists():

@@ -227,8 +227,8 @@ def test_latents_are_normalised_as_the_pipeline_does(saved):
 
 def test_fresh_convolutions_in_time_repeat_the_present():
     build = {
-        "same": lambda rngs: CausalConv3d(3, 3, (3, 1, 1), WanVAEConfig(), rngs, identity=True),
-        "twice": lambda rngs: CausalConv3d(3, 6, (3, 1, 1), WanVAEConfig(), rngs, identity=True),
+        "same": lambda rngs: CausalConv3d(3, 3, (3, 1, 1), WanVAEConfig(), rngs),
+        "twice": lambda rngs: CausalConv3d(3, 6, (3, 1, 1), WanVAEConfig(), rngs),
         "random": lambda rngs: CausalConv3d(3, 3, (3, 3, 3), WanVAEConfig(), rngs),
     }
     x = jnp.asarray(noise(1, 4, 2, 2, 3))

@@ -286,7 +286,7 @@ def test_real_clips_survive_kills_and_are_trained_on_and_measured(tmp_path, monk
 
 def test_three_hosts_share_the_work(whole, settings, generator, tmp_path):
     out = tmp_path / "out"
-    summaries = [prepare(settings, generator, out, process_index=i, process_count=3) for i in (2, 1, 0)]
+    summaries = [prepare(settings, generator, out, index=i, count=3) for i in (2, 1, 0)]
     assert [summary.waiting for summary in summaries] == [4, 2, 0]
     assert summaries[-1] == whole[1]
     assert contents(out) == contents(whole[0])
