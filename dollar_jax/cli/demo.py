@@ -19,7 +19,7 @@ def run() -> None:
     print(f"Distilling the teacher that ships with the package; what comes out is in {workdir}.", flush=True)
     from dollar_jax.config import changed
     from dollar_jax.data.latents import load_data
-    from dollar_jax.evaluate.run import evaluate
+    from dollar_jax.evaluate.run import Evaluation
     from dollar_jax.experiment import load
     from dollar_jax.generate import make_generator
     from dollar_jax.sharding import make_mesh
@@ -41,6 +41,6 @@ def run() -> None:
     generator = make_generator(config, mesh=make_mesh(config.mesh))
     train(config, workdir, generator, lambda: load_data(config, generator, workdir))  # beside the step's compilation
     timings["encode data, distil"] = time.perf_counter() - start
-    evaluate(workdir, generator, workdir / "metrics.json", FLAGS.quick, timings)
+    Evaluation(workdir, generator, workdir / "metrics.json").of_captions(FLAGS.quick, timings)
     print_table(workdir / "metrics.json")
     print(f"\nLook at {workdir / 'report.html'} in a browser; the videos are in {workdir / 'videos'}.")

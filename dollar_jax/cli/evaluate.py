@@ -38,7 +38,7 @@ def define_flags(_: list[str]) -> None:
 def run() -> None:
     from dollar_jax.data.clip import MOVING_SHAPES
     from dollar_jax.evaluate.features import alexnet_features, vae_features
-    from dollar_jax.evaluate.run import evaluate
+    from dollar_jax.evaluate.run import Evaluation
     from dollar_jax.generate import make_generator
     from dollar_jax.run import drawing_config
 
@@ -60,12 +60,13 @@ def run() -> None:
         features = features or (vae_features(generator) if shapes else None)
         if not FLAGS.videos:
             out = Path(FLAGS.out or Path(FLAGS.workdir) / "metrics.json")
+            evaluation = Evaluation(Path(FLAGS.workdir), generator, out, features, FLAGS.allow_code)
             if shapes and not FLAGS.prompts_file:
                 if FLAGS.reward:
                     raise ValueError("--reward goes with --prompts_file here: the run's own rewards are measured")
-                evaluate(Path(FLAGS.workdir), generator, out, FLAGS.quick, None, features, FLAGS.allow_code)
+                evaluation.of_captions(FLAGS.quick)
             else:
-                _evaluate_prompts(Path(FLAGS.workdir), config, generator, out, features)
+                _evaluate_prompts(evaluation, config)
             print_table(out)
     if FLAGS.videos:
         from dollar_jax.evaluate.dimensions import OURS, load_dimensions
@@ -94,10 +95,9 @@ def run() -> None:
             print(f"{name:26}{value:.6g}" if isinstance(value, float) else f"{name:26}{value}")
 
 
-def _evaluate_prompts(workdir: Path, config: Any, generator: Any, out: Path, features: Any) -> None:
+def _evaluate_prompts(evaluation: Any, config: Any) -> None:
     from dollar_jax.data.prepared import PreparedVideos
     from dollar_jax.evaluate.files import read_prompts
-    from dollar_jax.evaluate.run import evaluate_prompts
     from dollar_jax.rewards import get_reward
 
     rewards = {}
@@ -107,11 +107,10 @@ def _evaluate_prompts(workdir: Path, config: Any, generator: Any, out: Path, fea
     if FLAGS.prompts_file:
         prompts = read_prompts(Path(FLAGS.prompts_file))
     else:
-        given = PreparedVideos(config.data).check(config, generator).some_captions(4 if FLAGS.quick else 16)
-        generator.given.update(given)
+        given = PreparedVideos(config.data).check(config, evaluation.generator).some_captions(4 if FLAGS.quick else 16)
+        evaluation.generator.given.update(given)
         prompts = list(given)
-    more = rewards, features, FLAGS.batch_size, FLAGS.allow_code
-    evaluate_prompts(workdir, generator, out, prompts, 2 if FLAGS.quick else FLAGS.num, FLAGS.seed, *more)
+    evaluation.of_prompts(prompts, 2 if FLAGS.quick else FLAGS.num, FLAGS.seed, rewards, FLAGS.batch_size)
 
 
 def _vbench_videos() -> None:
