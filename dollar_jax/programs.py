@@ -3,7 +3,6 @@ is planned ahead of time and what runs are both built here. The teacher's networ
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,52 +31,31 @@ from dollar_jax.types import ImageCondition, Params
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainPrograms:
-    """`step(state, frozen, batch)`, which donates the state; `init(key, teacher)`, the state at the start; and, where
-    there are adapters, `merge(teacher, adapters)`, the student's parameters."""
+    """`step(state, frozen, batch)`, which donates the state, with shapes and places of these; `init(key, teacher)`, the
+    state at the start; and, where there are adapters, `merge(teacher, adapters)`, the student's parameters."""
 
     mesh: Mesh
     distillation: Distillation
     step: Program
     init: Program
     merge: Program | None
-
-    @property
-    def state_shapes(self) -> TrainState:
-        return self.step.arguments[0]
-
-    @property
-    def state_sharding(self) -> TrainState:
-        return self.step.in_shardings[0]
-
-    @property
-    def frozen_sharding(self) -> Frozen:
-        return self.step.in_shardings[1]
-
-    @property
-    def batch_shapes(self) -> Batch:
-        return self.step.arguments[2]
-
-    @property
-    def batch_sharding(self) -> Batch:
-        return self.step.in_shardings[2]
+    state_shapes: TrainState
+    batch_shapes: Batch
+    state_sharding: TrainState
+    frozen_sharding: Frozen
+    batch_sharding: Batch
 
 
-def train_programs(
-    config: DistillConfig,
-    transformer: Network,
-    schedule: Schedule,
-    latent_shape: tuple[int, ...],
-    text_shape: tuple[int, int],
-    devices: Sequence[Any] | None = None,
-    pixel_rewards: PixelRewards | None = None,
-    score_real: bool = True,
-    decoder: Params = (),
-    image_shapes: Callable[[int], ImageCondition | None] = lambda rows: None,
+def teacher_programs(
+    config: DistillConfig, generator: Generator, pixels: PixelRewards | None, devices: Any = None, real: bool = True
 ) -> TrainPrograms:
-    """Everything but the weights; raises ValueError, before any compilation, for a mesh that does not fit.
-    `pixel_rewards` are the JAX ones of config.reward.rewards, `decoder` the shapes of their decoder's parameters.
-    `score_real`: the data has latents for the latent reward model to learn from beside the generated ones.
-    `image_shapes`: of what the transformer is told of the images of so many rows."""
+    """For the teacher of a generator, and clips of its size; raises ValueError, before any compilation, for a mesh that
+    does not fit. `pixels` are the JAX rewards of config.reward.rewards. `real`: the data has latents for the latent
+    reward model to learn from beside the generated ones."""
+    pipeline, latent_shape, text_shape = generator.pipeline, generator.latent_shape, generator.text_shape
+    transformer, schedule, image_shapes = pipeline.transformer.network, pipeline.schedule, generator.image_shapes
+    if schedule.boundary and not config.expert:
+        raise ValueError(f"the teacher {config.teacher} has two experts: set config.expert to the one to train")
     method_of(config).check()
     told = {} if (image := image_shapes(1)) is None else {"image": image}
     if told and config.reward.rewards and not method_of(config).keeps_images:
@@ -107,7 +85,7 @@ def train_programs(
     if (depth := config.reward.head.depth) is not None:
         head = on_features(depth, config.reward.head.width)
     if config.gan.weight:
-        if not score_real:
+        if not real:
             raise ValueError("config.gan.weight needs real latents, and the data has none")
         gan_head = on_features(config.gan.depth, config.gan.width)
 
@@ -123,28 +101,29 @@ def train_programs(
     state_sharding = sharding.shard(mesh, state_shapes)
     whole = sharding.replicated(mesh)
     frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
-    batch_shapes = _batch_shapes(config, latent_shape, text_shape, pixel_rewards, image_shapes(config.batch_size))
+    batch_shapes = _batch_shapes(config, latent_shape, text_shape, pixels, image_shapes(config.batch_size))
     batch_sharding, samples_sharding = _batch_sharding(config, mesh, batch_shapes)
     # One forward is traced: heads that do not divide over the mesh are an error here, before any compilation.
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     given = (jax.ShapeDtypeStruct((rows, *shape), jnp.float32) for shape in (latent_shape, (), text_shape))
     told = {} if (image := image_shapes(rows)) is None else {"image": image}
     jax.eval_shape(sharding.with_mesh(mesh, transformer.apply), transformer.shapes, *given, **told)
-    networks = _networks(config, schedule, transformer, adapted, (head, gan_head), pixel_rewards)
-    distillation = Distillation(config, networks, schedule, score_real)
+    networks = _networks(config, schedule, transformer, adapted, (head, gan_head), pixels)
+    distillation = Distillation(config, networks, schedule, real)
 
     def update(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
         step = make_step(distillation.reading(frozen.teacher), optimisers)
         return step(state, frozen, batch)
 
-    reward = () if pixel_rewards is None else pixel_rewards.params(decoder)
+    reward = () if pixels is None else pixels.params(pipeline.vae.network.shapes)
     reward = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward)
     frozen_shapes = Frozen(transformer.shapes, jax.ShapeDtypeStruct((1, *text_shape), jnp.float32), reward)
     arguments, places = (state_shapes, frozen_shapes, batch_shapes), (state_sharding, frozen_sharding, batch_sharding)
     begun, at = (jax.eval_shape(jax.random.key, 0), transformer.shapes), (whole, frozen_sharding.teacher)
     merge = merge_program(config.lora, mesh, transformer.shapes, state_shapes.ema) if config.lora.rank else None
     step = Program("step", update, arguments, mesh, places, (state_sharding, whole, samples_sharding), donate=(0,))
-    return TrainPrograms(mesh, distillation, step, Program("init", init, begun, mesh, at, state_sharding), merge)
+    programs = step, Program("init", init, begun, mesh, at, state_sharding), merge
+    return TrainPrograms(mesh, distillation, *programs, state_shapes, batch_shapes, *places)
 
 
 def shared_rewards(config: DistillConfig, mesh: Mesh) -> DistillConfig:
@@ -156,21 +135,6 @@ def shared_rewards(config: DistillConfig, mesh: Mesh) -> DistillConfig:
     up = {name: -(-getattr(config.reward, name) // shards) * shards for name in ("samples", "batch_size")}
     up["samples"] = next(n for n in range(up["samples"], rows + 1, shards) if rows % n == 0)
     return dataclasses.replace(config, reward=dataclasses.replace(config.reward, **up))
-
-
-def teacher_programs(
-    config: DistillConfig,
-    generator: Generator,
-    pixels: PixelRewards | None,
-    devices: Any = None,
-    score_real: bool = True,
-) -> TrainPrograms:
-    """`train_programs` for the teacher of a generator, and clips of its size."""
-    pipeline, shapes = generator.pipeline, (generator.latent_shape, generator.text_shape)
-    if pipeline.schedule.boundary and not config.expert:
-        raise ValueError(f"the teacher {config.teacher} has two experts: set config.expert to the one to train")
-    more = devices, pixels, score_real, pipeline.vae.network.shapes, generator.image_shapes
-    return train_programs(config, pipeline.transformer.network, pipeline.schedule, *shapes, *more)
 
 
 def step_flops(config: DistillConfig, generator: Generator, pixel_rewards: Any, score_real: bool = True) -> float:

@@ -53,7 +53,7 @@ def train(
     asked, config = config, shared_rewards(config, generator.mesh)
     pipeline, rewards = generator.pipeline, load_rewards(config.reward.rewards)
     pixels = pixel_rewards(config.reward, rewards, generator.frames)
-    programs = teacher_programs(config, generator, pixels, score_real=callable(data) or data.has_latents)
+    programs = teacher_programs(config, generator, pixels, real=callable(data) or data.has_latents)
     decoder = None
     if rewards or config.visibility.samples_every:
         decoder = sharding.put(pipeline.vae.params, sharding.replicated(programs.mesh))

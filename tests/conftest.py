@@ -13,6 +13,7 @@ import struct
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -364,6 +365,21 @@ def assert_diffusers_draws() -> Callable[..., Any]:
         return latent, theirs
 
     return check
+
+
+@pytest.fixture(scope="session")
+def network_programs() -> Callable[..., Any]:
+    """`teacher_programs` of a network and a schedule, without a pipeline around them."""
+    from dollar_jax.programs import teacher_programs
+
+    def build(config, network, schedule, latent, text, devices=None, pixels=None, real=True, decoder=()):
+        parts = {"transformer": SimpleNamespace(network=network), "schedule": schedule}
+        parts["vae"] = SimpleNamespace(network=SimpleNamespace(shapes=decoder))
+        shapes = {"latent_shape": latent, "text_shape": text, "image_shapes": lambda rows: None}
+        generator: Any = SimpleNamespace(pipeline=SimpleNamespace(**parts), **shapes)
+        return teacher_programs(config, generator, pixels, devices, real)
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from dollar_jax.distillation import Frozen
 from dollar_jax.experiment import load
 from dollar_jax.fields import plain, settings
 from dollar_jax.generate import transformer_options
-from dollar_jax.programs import train_programs
 from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER
 from dollar_jax.weights.families import PUBLISHED
 from dollar_jax.weights.umt5 import T5
@@ -62,7 +61,7 @@ def test_rewards_by_argument():
 
 
 @pytest.mark.parametrize("name", ["cogvideox_2b", "cogvideox_5b"])
-def test_the_whole_step_builds_at_real_size(name):
+def test_the_whole_step_builds_at_real_size(name, network_programs):
     config, teacher = load(name, "vsd+cd+lrm,vivid"), PUBLISHED[name]
     vae = teacher.vae
     clip = (49, 480, 720)
@@ -73,7 +72,7 @@ def test_the_whole_step_builds_at_real_size(name):
         dataclasses.replace(teacher.transformer, param_dtype=compute.teacher_dtype, **transformer_options(compute))
     )
     text_shape = (config.data.max_text_length, teacher.text_encoder.d_model)
-    program = train_programs(config, transformer, teacher.schedule, shape, text_shape)
+    program = network_programs(config, transformer, teacher.schedule, shape, text_shape)
     frozen = Frozen(transformer.shapes, jax.ShapeDtypeStruct((1, *text_shape), jnp.float32))
     state, metrics, samples = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, program.state_shapes)

@@ -39,7 +39,7 @@ class Linear:
 
 
 @pytest.fixture
-def build(make_config, monkeypatch):
+def build(make_config, network_programs, monkeypatch):
     """The program of some settings, and the optimisers that its step got."""
 
     def build(changes, rewards=(), **more):
@@ -55,9 +55,7 @@ def build(make_config, monkeypatch):
             step = programs.make_step
             patch.setattr(programs, "make_step", make_step)
             schedule, here = Schedule("rf", "velocity", shift=3.0), jax.devices()[:1]
-            built = programs.train_programs(
-                config, Linear(), schedule, LATENT, TEXT, here, pixel_rewards=pixels, **more
-            )
+            built = network_programs(config, Linear(), schedule, LATENT, TEXT, here, pixels, **more)
             if not more and not rewards:
                 jax.eval_shape(built.step.function, *built.step.arguments)  # the step is made as it is traced
         return built, got
@@ -125,7 +123,7 @@ def shapes_of(built):
 def test_batch_and_scored_shapes_of_the_latent_reward(build, real):
     changes = {"batch_size": 8, "accumulation": 2, "reward.rewards": TERMS, "reward.samples": 4}
     changes |= {"reward.batch_size": 6, "reward.latent_frames": 1}
-    built, _ = build(changes, [RED, KEPT], score_real=real)
+    built, _ = build(changes, [RED, KEPT], real=real)
     batch, scored = shapes_of(built)
     cut = (1, *LATENT[1:])
     kept = ScoredLatents(latent=(2, 6, *cut), text=(2, 6, 1, TEXT[1]), reward=(2, 6, 1), weight=(2, 6))

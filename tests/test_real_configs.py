@@ -15,7 +15,6 @@ from dollar_jax.distillation import Frozen
 from dollar_jax.experiment import load
 from dollar_jax.generate import transformer_options
 from dollar_jax.models.wan_vae import WanVAEConfig
-from dollar_jax.programs import train_programs
 from dollar_jax.schedule import Schedule
 from dollar_jax.weights.families import FAMILIES, PUBLISHED
 from dollar_jax.weights.vae import WAN_VAE
@@ -86,13 +85,13 @@ def test_a_clip_of_wan_2_2_is_27280_tokens():
         ("paper", "wan_1_3b", (129, 192, 320)),
     ],
 )
-def test_the_step_fits_together_on_eight_devices(name, teacher, clip):
+def test_the_step_fits_together_on_eight_devices(name, teacher, clip, network_programs):
     config = load(name, "vsd+cd+lrm,vivid")
     options = {"param_dtype": config.compute.teacher_dtype, **transformer_options(config.compute)}
     wan = dataclasses.replace(PUBLISHED[teacher].transformer, **options)
     latent, text = WanVAEConfig().latent_shape(*clip), (config.data.max_text_length, wan.text_dim)
     transformer = WAN_TRANSFORMER.network(wan)
-    program = train_programs(config, transformer, Schedule("rf", "velocity", shift=3.0), latent, text)
+    program = network_programs(config, transformer, Schedule("rf", "velocity", shift=3.0), latent, text)
     null_text = jax.ShapeDtypeStruct((1, *text), "float32")
     frozen = Frozen(transformer.shapes, null_text)
     state, metrics, samples = jax.eval_shape(program.step, program.state_shapes, frozen, program.batch_shapes)

@@ -8,7 +8,6 @@ import pytest
 from dollar_jax import sharding
 from dollar_jax.config import MeshConfig
 from dollar_jax.models.cogvideox import CogVideoXConfig
-from dollar_jax.programs import train_programs
 from dollar_jax.schedule import Schedule
 from dollar_jax.state import to_items
 from dollar_jax.weights.cogvideox import COGVIDEOX_TRANSFORMER
@@ -30,11 +29,11 @@ def leaves(tree):
 
 
 @pytest.fixture(scope="module")
-def program(make_config):
+def program(make_config, network_programs):
     """Shapes and shardings of distilling Wan 2.1 1.3B over fsdp=4, tensor=2; nothing is allocated."""
     config = make_config({"mesh.fsdp": 4, "mesh.tensor": 2, "reward.head.use_text": True})
     schedule = Schedule("rf", "velocity", shift=3.0)
-    return train_programs(config, WAN_TRANSFORMER.network(WAN_1_3B), schedule, LATENT, TEXT)
+    return network_programs(config, WAN_TRANSFORMER.network(WAN_1_3B), schedule, LATENT, TEXT)
 
 
 def test_every_kernel_and_its_optimiser_state_is_split_by_fsdp(program):
@@ -114,7 +113,7 @@ def test_minus_one_takes_what_is_left():
     assert dict(mesh(data=-1, tensor=2).shape) == {"data": 4, "fsdp": 1, "context": 1, "tensor": 2}
 
 
-def test_bad_heads_are_refused_before_any_compilation(make_config):
+def test_bad_heads_are_refused_before_any_compilation(make_config, network_programs):
     """Twelve heads over eight devices, and Ulysses, which shares a tensor part's heads out again."""
     for changes, options, message in [
         ({"mesh.tensor": 8}, {}, "12 heads do not divide over the mesh's tensor axis of 8"),
@@ -126,7 +125,7 @@ def test_bad_heads_are_refused_before_any_compilation(make_config):
     ]:
         network = WAN_TRANSFORMER.network(dataclasses.replace(WAN_1_3B, num_layers=1, **options))
         with pytest.raises(ValueError, match=message):
-            train_programs(make_config(changes), network, Schedule("rf", "velocity"), LATENT, TEXT)
+            network_programs(make_config(changes), network, Schedule("rf", "velocity"), LATENT, TEXT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +163,7 @@ def test_bad_mesh_over_slices_is_one_sentence():
         sharding.make_mesh(MeshConfig(2, 8, 1, 1), [Chip(i) for i in range(16)])
 
 
-def test_bad_batch_is_refused_before_any_compilation(make_config):
+def test_bad_batch_is_refused_before_any_compilation(make_config, network_programs):
     network = WAN_TRANSFORMER.network(dataclasses.replace(WAN_1_3B, num_layers=1))
     for changes, name in [
         ({"batch_size": 12, "mesh.data": 8}, "batch_size / accumulation is 12"),
@@ -172,4 +171,4 @@ def test_bad_batch_is_refused_before_any_compilation(make_config):
         ({"reward.batch_size": 12, "mesh.data": 8}, r"reward\.batch_size is 12"),
     ]:
         with pytest.raises(ValueError, match=name + r".* data × fsdp = 8"):
-            train_programs(make_config(changes), network, Schedule("rf", "velocity"), LATENT, TEXT)
+            network_programs(make_config(changes), network, Schedule("rf", "velocity"), LATENT, TEXT)

@@ -18,7 +18,7 @@ from dollar_jax.models.latent_reward import FeatureHead
 from dollar_jax.models.network import make_network
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.optim import make_optimiser
-from dollar_jax.programs import latent_reward_network, train_programs
+from dollar_jax.programs import latent_reward_network
 from dollar_jax.rewards import JaxReward
 from dollar_jax.rewards.methods.ddpo import Rollouts
 from dollar_jax.rewards.methods.lrm import ScoredLatents
@@ -97,17 +97,9 @@ def make_batch(seed, updates=2):
 class Runner:
     """A program with its frozen part; every `start` is a fresh copy of one state."""
 
-    def __init__(self, config, pixels=None):
-        self.program = p = train_programs(
-            config,
-            NETWORK,
-            Schedule("rf", "velocity", shift=3.0),
-            LATENT,
-            TEXT,
-            jax.devices()[: devices(config)],
-            pixel_rewards=pixels,
-            decoder=np.float32(0.7),
-        )
+    def __init__(self, programs, config, pixels=None):
+        schedule, here = Schedule("rf", "velocity", shift=3.0), jax.devices()[: devices(config)]
+        self.program = p = programs(config, NETWORK, schedule, LATENT, TEXT, here, pixels, decoder=np.float32(0.7))
         null = 0.1 * jax.random.normal(jax.random.key(3), (1, *TEXT))
         frozen = Frozen(teacher(), null, () if pixels is None else pixels.params(np.float32(0.7)))
         self.frozen = jax.device_put(frozen, p.frozen_sharding, may_alias=False)
@@ -137,8 +129,8 @@ def host(tree):
 
 
 @pytest.fixture(scope="module")
-def runner(make_config):
-    return functools.cache(lambda *changes: Runner(make_config({**BASE, **dict(changes)})))
+def runner(make_config, network_programs):
+    return functools.cache(lambda *changes: Runner(network_programs, make_config({**BASE, **dict(changes)})))
 
 
 @pytest.fixture(scope="module")
@@ -458,9 +450,13 @@ TOY = [
 ]
 
 
-def pixel_runner(make_config, **changes):
-    config = make_config({**BASE, **PIXELS, **changes})
-    return Runner(config, pixel_rewards(config.reward, TOY, decode_toy))
+@pytest.fixture
+def pixel_runner(make_config, network_programs):
+    def build(**changes):
+        config = make_config({**BASE, **PIXELS, **changes})
+        return Runner(network_programs, config, pixel_rewards(config.reward, TOY, decode_toy))
+
+    return build
 
 
 def pixel_batch(seed, kept=None):
@@ -468,9 +464,9 @@ def pixel_batch(seed, kept=None):
     return dataclasses.replace(make_batch(seed), tokens=tokens, reward=kept)
 
 
-def test_jax_rewards_are_learned_from_in_the_same_step(make_config):
+def test_jax_rewards_are_learned_from_in_the_same_step(pixel_runner):
     changes = {"mesh.data": 4, "reward.head.use_text": False, "reward.latent_frames": 1}
-    runner = pixel_runner(make_config, **changes)
+    runner = pixel_runner(**changes)
     scored = jax.tree.map(np.zeros_like, make_batch(0).reward)
     scored = dataclasses.replace(scored, latent=scored.latent[:, :, :1], text=scored.text[:, :, :1])  # as it is kept
     state = runner.program.init(jax.random.key(0), runner.frozen.teacher)
@@ -493,8 +489,8 @@ def test_jax_rewards_are_learned_from_in_the_same_step(make_config):
     assert metrics["reward_regression"] > 0.1
 
 
-def test_rollouts_of_a_step_are_reinforced_in_a_later_one(make_config):
-    runner = pixel_runner(make_config, **{"reward.method": "ddpo"})
+def test_rollouts_of_a_step_are_reinforced_in_a_later_one(pixel_runner):
+    runner = pixel_runner(**{"reward.method": "ddpo"})
     shapes = (4, 3, *LATENT), (4, *TEXT), (4, 1)
     nothing = Rollouts(
         *(np.full(shape, value, np.float32) for shape, value in zip(shapes, (0, 0, np.nan), strict=True))
@@ -510,8 +506,8 @@ def test_rollouts_of_a_step_are_reinforced_in_a_later_one(make_config):
     np.testing.assert_allclose(metrics["reward_mean"], kept.reward.mean(), rtol=1e-5)
 
 
-def test_direct_rewards_move_the_student_and_leave_the_head(make_config):
-    runner = pixel_runner(make_config, **{"reward.method": "direct", "accumulation": 1})
+def test_direct_rewards_move_the_student_and_leave_the_head(pixel_runner):
+    runner = pixel_runner(**{"reward.method": "direct", "accumulation": 1})
     initial = host(to_items(runner.program.init(jax.random.key(0), runner.frozen.teacher)))
     state, metrics, samples = runner.step(runner.start(initial), pixel_batch(0))
     assert float(metrics["student_gradient"]) == 0  # nothing is known yet of the reward's scale
