@@ -28,9 +28,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dollar_jax.data import shapes as domain
 from dollar_jax.data.vocabulary import build_tokenizer
+from dollar_jax.files import write_json
 from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights.families import COMPONENTS, PUBLISHED
-from dollar_jax.weights.pipeline import load_component, read_parts, write_json
+from dollar_jax.weights.pipeline import load_component, read_parts
 from dollar_jax.weights.scheduler import scheduler_json
 from dollar_jax.weights.table import export_stream
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dollar_jax import __version__
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.clip import clip_size
-from dollar_jax.files import checksums, new_folder, read_json, write_checksums
+from dollar_jax.files import checksums, new_folder, read_json, write_checksums, write_json
 from dollar_jax.generate import SHIPPED_TEACHERS, teacher_folder
 from dollar_jax.models import lora
 from dollar_jax.objectives import terms
@@ -84,9 +84,9 @@ def export_run(
             vllm_omni = {"num_inference_steps": len(times), "denoising_timesteps": [round(t) for t in times]}
             vllm_omni |= {"solver": "ode" if ode else "sde", "guidance_scale": 1.0}
             changes = {"scheduler": [module, "StudentScheduler"], "dmd2_config": vllm_omni, "_class_name": pipeline}
-            pipelines.write_json(draft / "model_index.json", read_json(teacher / "model_index.json") | changes)
+            write_json(draft / "model_index.json", read_json(teacher / "model_index.json") | changes)
         fields = scheduler_json(schedule, schedule.path)
-        pipelines.write_json(draft / "scheduler" / "scheduler_config.json", {**fields, TIMESTEPS: times})
+        write_json(draft / "scheduler" / "scheduler_config.json", {**fields, TIMESTEPS: times})
         code = _TEMPLATES.get_template("scheduler.py.jinja")
         code = code.render(scheduler=fields["_class_name"], path=schedule.path, field=TIMESTEPS, ode=ode)
         (draft / "scheduler" / f"{module}.py").write_text(code)
@@ -109,7 +109,7 @@ def export_run(
         card = model_card(config, teacher, manifest, metrics, **context)
         (draft / "README.md").write_text(card)
         hashes = checksums(draft)
-        pipelines.write_json(draft / "manifest.json", manifest | {"files": hashes})
+        write_json(draft / "manifest.json", manifest | {"files": hashes})
         for path in draft.rglob("*"):  # safetensors makes files that only their owner may read
             path.chmod(0o755 if path.is_dir() else 0o644)
         write_checksums(draft, f"student of step {step}", hashes)
@@ -164,7 +164,7 @@ def save_adapter(folder: Path, params: Params, config: DistillConfig, family: Fa
     files.write_file(folder / adapters.DIFFUSERS_FILE, theirs, dtype)
     files.write_file(folder / "adapter_model.safetensors", peft, dtype)
     fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules, "bias": "none"}
-    pipelines.write_json(folder / "adapter_config.json", fields)
+    write_json(folder / "adapter_config.json", fields)
 
 
 def model_card(config: DistillConfig, teacher: Path, manifest: Any, metrics: Any, **context: Any) -> str:

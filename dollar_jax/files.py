@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -29,6 +30,26 @@ def write_file(path: str | os.PathLike[str], data: bytes | str, drafts: Path | N
     """Writes a file, text as UTF-8; whoever reads it meets the old content or the new. `drafts`: see `new_file`."""
     with new_file(path, drafts) as draft:
         draft.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: str | os.PathLike[str], value: Any, drafts: Path | None = None) -> None:
+    """Writes JSON, whole or not at all: mappings, sequences, strings, booleans, None and numbers (NumPy and JAX scalars
+    too). Raises ValueError naming a value of another type, or a number that is NaN or infinite."""
+    write_file(path, json.dumps(_plain(value, Path(path).stem), indent=2, ensure_ascii=False) + "\n", drafts)
+
+
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}[{str(key)!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}: a measurement failed, and nothing is written with it")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise ValueError(f"{where} is of type {type(value).__name__}, which JSON has no place for")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@ checkpointed, so a killed run goes on where it was; a finished stage is not run 
 
 import dataclasses
 import functools
-import json
 import re
 import shlex
 import subprocess
@@ -25,7 +24,7 @@ from dollar_jax.config import Fit, PretrainConfig, SamplingConfig
 from dollar_jax.data import shapes
 from dollar_jax.data.latents import give_first_frames
 from dollar_jax.data.vocabulary import build_tokenizer
-from dollar_jax.files import new_file, read_arrays
+from dollar_jax.files import new_file, read_arrays, write_json
 from dollar_jax.generate import Generator, draw_videos, load_teacher, video_keys
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import UMT5Config, zero_padding
@@ -35,7 +34,7 @@ from dollar_jax.program import Program
 from dollar_jax.schedule import Schedule, add_noise, generated, target, time_from_uniform
 from dollar_jax.video import signed_range, unit_range
 from dollar_jax.weights.families import WAN, WAN_TI2V
-from dollar_jax.weights.pipeline import Component, Pipeline, load_pipeline, save_pipeline, tokenize
+from dollar_jax.weights.pipeline import PROVENANCE, Component, Pipeline, load_pipeline, save_pipeline, tokenize
 from dollar_jax.weights.umt5 import UMT5
 from dollar_jax.weights.vae import WAN_VAE
 from dollar_jax.weights.wan import WAN_TRANSFORMER
@@ -272,4 +271,4 @@ def write_provenance(config: PretrainConfig, metrics: dict[str, Any], folder: Pa
     words = [re.sub("^--workdir=.*/(?=[^/])", "--workdir=", word) for word in sys.argv[1:]]
     fields = {"command": shlex.join(["dollar", *words]), "commit": commit or "unknown: not a git checkout"}
     fields |= {"config": dataclasses.asdict(config), "metrics": metrics}
-    (folder / "provenance.json").write_text(json.dumps(fields, indent=2) + "\n")
+    write_json(folder / PROVENANCE, fields)

@@ -18,8 +18,7 @@ from dollar_jax.data import shapes
 from dollar_jax.data.latents import load_data
 from dollar_jax.evaluate.features import vae_features
 from dollar_jax.evaluate.measure import default_plan, draw_in_turns, measure, real_features, samplers
-from dollar_jax.evaluate.metrics import write_metrics
-from dollar_jax.files import read_arrays, read_json
+from dollar_jax.files import read_arrays, read_json, write_json
 from dollar_jax.generate import Generator, make_generator
 from dollar_jax.report.ablation import Result, write_ablation
 from dollar_jax.rewards import load_rewards, weighted_sum
@@ -118,7 +117,7 @@ class Lab:
         else:
             # Optimisers and all, a checkpoint is far larger than what it was made for.
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
-        write_metrics(_path(self.workdir, key, seed), {"settings": _settings(config, self.quick), "rows": rows})
+        write_json(_path(self.workdir, key, seed), {"settings": _settings(config, self.quick), "rows": rows})
         return rows
 
     def time(self, key: str, config: DistillConfig) -> dict[str, Any]:
@@ -129,7 +128,7 @@ class Lab:
         prompts = [str(caption) for caption in shapes.covering_captions()[: self.base.batch_size]]
         _, seconds = draw_in_turns(self.generator, drawn, prompts, len(prompts), 0, ROUNDS)
         rows = {name: {"nfe": row.nfe, **seconds[name]} for name, row in drawn.items()}
-        write_metrics(_path(self.workdir, SPEED, 0), {"settings": _settings(config, self.quick), "rows": rows})
+        write_json(_path(self.workdir, SPEED, 0), {"settings": _settings(config, self.quick), "rows": rows})
         return rows
 
 

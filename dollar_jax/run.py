@@ -1,7 +1,6 @@
 """The folder of a training run: its settings, its history, and the student in its checkpoints."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 from dollar_jax import sharding
 from dollar_jax.checkpoint import Checkpoints, abstract, on_host
 from dollar_jax.config import DistillConfig, LoraConfig, changed, distill_config, unresumable
-from dollar_jax.files import parse_json, read_json, read_text, write_file
+from dollar_jax.files import parse_json, read_json, read_text, write_file, write_json
 from dollar_jax.generate import BoundSampler, Generator, merge_program, student_network, subset
 from dollar_jax.models import lora
 from dollar_jax.models.network import Network
@@ -77,7 +76,7 @@ def record_config(config: DistillConfig, workdir: Path, resumed: bool = True) ->
     if resumed:
         check_config(config, workdir)
     if jax.process_index() == 0:
-        write_file(workdir / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        write_json(workdir / CONFIG, dataclasses.asdict(config))
 
 
 def read_history(workdir: Path) -> list[dict[str, float]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dollar_jax.cli.base import FLAGS, define, prepare_jax
-from dollar_jax.files import read_json
+from dollar_jax.files import read_json, write_json
 
 
 def define_flags(_: list[str]) -> None:
@@ -72,7 +72,6 @@ def run() -> None:
         from dollar_jax.evaluate.dimensions import OURS, load_dimensions
         from dollar_jax.evaluate.folder import measure_folder
         from dollar_jax.evaluate.manifest import find_manifest
-        from dollar_jax.evaluate.metrics import write_metrics
         from dollar_jax.rewards import get_reward
 
         folder = Path(FLAGS.videos)
@@ -87,10 +86,10 @@ def run() -> None:
         rows = measures.pop("dimensions", {})
         if rows:
             published = {name: row for name, row in rows.items() if not name.endswith("_ours")}
-            write_metrics(out.with_name(f"{out.stem}_vbench.json"), published)
+            write_json(out.with_name(f"{out.stem}_vbench.json"), published)
             measures |= {name: mean for name, (mean, _) in rows.items()}
             measures["ours"] = OURS
-        write_metrics(out, measures)
+        write_json(out, measures)
         for name, value in measures.items():
             print(f"{name:26}{value:.6g}" if isinstance(value, float) else f"{name:26}{value}")
 

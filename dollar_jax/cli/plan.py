@@ -1,7 +1,6 @@
 """`dollar plan`."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def run() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from tqdm import tqdm
 
-    from dollar_jax.files import check_writable, write_file
+    from dollar_jax.files import check_writable, write_json
     from dollar_jax.plan import planner
     from dollar_jax.plan.chips import parse_mesh
     from dollar_jax.plan.training import training_cost
@@ -57,7 +56,7 @@ def run() -> None:
         print(words)
         fields = [f | {"training": cost} for f in fields]
     if FLAGS.json:
-        write_file(FLAGS.json, json.dumps(fields if FLAGS.search or whole else fields[0], indent=2) + "\n")
+        write_json(FLAGS.json, fields if FLAGS.search or whole else fields[0])
     if whole:
         if bad := [p.program for p in found if p.error or not p.fits]:
             raise ValueError(f"{len(bad)} of {len(found)} programs do not compile or fit: {', '.join(bad)}")

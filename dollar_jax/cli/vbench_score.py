@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dollar_jax.cli.base import FLAGS, define
-from dollar_jax.files import read_json
+from dollar_jax.files import read_json, write_json
 
 
 def define_flags(_: list[str]) -> None:
@@ -19,7 +19,6 @@ def define_flags(_: list[str]) -> None:
 
 def run(*files: str) -> None:
     from dollar_jax.evaluate.manifest import check_alike
-    from dollar_jax.evaluate.metrics import write_metrics
 
     if not files:
         raise ValueError("give VBench's result files: dollar vbench-score FILE…")
@@ -37,7 +36,7 @@ def run(*files: str) -> None:
     else:
         result = _score(*paths)
     if FLAGS.json:
-        write_metrics(FLAGS.json, result)
+        write_json(FLAGS.json, result)
     print(json.dumps(result, indent=2))
 
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dollar_jax import __version__
-from dollar_jax.evaluate.metrics import write_metrics
-from dollar_jax.files import read_json
+from dollar_jax.files import read_json, write_json
 
 if TYPE_CHECKING:
     from dollar_jax.config import DistillConfig
@@ -71,7 +70,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], free: Sequence[str
             if name not in free and before.get(name) != manifest[name]:
                 other = f"{folder} holds videos made with {name} = {before.get(name)!r}, not {manifest[name]!r}"
                 raise ValueError(f"{other}: choose another folder, or the same settings to draw what is missing")
-    write_metrics(path, manifest)
+    write_json(path, manifest)
 
 
 def find_manifest(path: Path) -> dict[str, Any] | None:

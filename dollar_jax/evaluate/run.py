@@ -20,7 +20,7 @@ from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.files import draw_missing, file_name
 from dollar_jax.evaluate.folder import measure_folder
 from dollar_jax.evaluate.manifest import describe, made_of, manifest_path, write_manifest
-from dollar_jax.evaluate.metrics import write_metrics
+from dollar_jax.files import write_json
 from dollar_jax.generate import BoundSampler, Generator, video_keys
 from dollar_jax.report.run import write_report
 from dollar_jax.rewards import LOADERS, REWARDS, AnyReward, load_rewards, weighted_sum
@@ -63,7 +63,7 @@ class Evaluation:
         fps = clip_fps(config.data, self.generator.pipeline.family.fps)
         described = [rows[name] for name in (teacher, "student_4") if name in rows]
         made = made_of(plan.prompts, [plan.seed], plan.samples, {}) | describe(config, self.generator, fps, described)
-        write_metrics(manifest_path(folder), made | {"shown": prompts})
+        write_json(manifest_path(folder), made | {"shown": prompts})
         self._write(config, table, timings, made, prompts=prompts, videos=shown, notes=notes)
 
     def of_prompts(
@@ -117,7 +117,7 @@ class Evaluation:
         metrics = {**table, **measure.speedups(table, teacher), "seconds": sum(timings.values()), "timings": timings}
         metrics |= {"manifest": made, **({} if self.features is None else {"features": self.features.name})}
         metrics["config"] = dataclasses.asdict(config)
-        write_metrics(self.out, metrics)
+        write_json(self.out, metrics)
         shown |= {"history": read_history(self.workdir), "config_text": json.dumps(metrics["config"], indent=2)}
         write_report(outputs(self.out)[0], metrics=metrics, timings=timings, **shown)
 

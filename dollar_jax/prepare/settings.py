@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from dollar_jax.config import SamplingConfig
 from dollar_jax.data.clip import SETTINGS
-from dollar_jax.files import read_json, write_file
+from dollar_jax.files import read_json, write_json
 from dollar_jax.prepare.sources import TFDS
 from dollar_jax.prepare.videos import ClipSettings
 
@@ -89,4 +89,4 @@ def remember_settings(settings: PrepareSettings, out: Path) -> None:
     if out.exists() and any(path.name != PARTS for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no data set of ours: choose another --out")
     (out / PARTS).mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(now, indent=2) + "\n", drafts=out / PARTS)
+    write_json(path, now, drafts=out / PARTS)

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dollar_jax.checkpoint import save_stream
-from dollar_jax.files import new_folder, write_checksums
+from dollar_jax.files import new_folder, write_checksums, write_json
 from dollar_jax.weights import pipeline as pipelines
 from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights.adapter import read_changes
@@ -64,7 +64,7 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", ada
         for path in (found / "model_index.json", *found.glob("README.md"), *found.glob("LICENSE*")):
             shutil.copy(path, draft)
         name = Path(source).resolve().name if Path(source).is_dir() else source
-        pipelines.write_json(draft / pipelines.PROVENANCE, {"source": name})
+        write_json(draft / pipelines.PROVENANCE, {"source": name})
         write_checksums(draft, "imported pipeline")
 
 

@@ -1,7 +1,6 @@
 """A video pipeline's folder in diffusers layout ↔ networks, parameters and schedule."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from dollar_jax.checkpoint import restore_tree
-from dollar_jax.files import SHA256, find_damage, open_regular, read_json
+from dollar_jax.files import SHA256, find_damage, open_regular, read_json, write_json
 from dollar_jax.models.network import Network
 from dollar_jax.schedule import Schedule
 from dollar_jax.weights import safetensors_io as files
@@ -279,9 +278,3 @@ def check_whole(folder: Path) -> None:
     """Raises ValueError when a folder that has checksums is not as it was written."""
     if (folder / SHA256).exists() and (fault := find_damage(folder, share=(jax.process_index(), jax.process_count()))):
         raise ValueError(f"{folder} {fault}: copy it anew, or delete its {SHA256} if that was on purpose")
-
-
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """One object as a JSON file, in a folder that is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(fields, indent=2) + "\n")
