@@ -203,7 +203,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("    return -_fp32(reward)", "    return _fp32(reward)", [LOSSES]),
         # Good rollouts become less likely.
         ("return advantage * _per_sample(", "return -advantage * _per_sample(", [GRADIENTS]),
-        ("- _fp32(mean)) / _fp32(deviation)", "- _fp32(mean))", [GRADIENTS]),
+        ("- _fp32(mean)) / _fp32(std)", "- _fp32(mean))", [GRADIENTS]),
         ("used = jnp.isfinite(reward) & (weight != 0)", "used = jnp.isfinite(reward)", [LOSSES]),
     ],
     "schedule.py": [
@@ -296,7 +296,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
             "make_optimiser(config.fake_score.optimiser, config.steps)",
             [PROGRAM],
         ),
-        ("Distillation(config, networks, schedule, score_real)", "Distillation(config, networks, schedule)", [PROGRAM]),
+        ("Distillation(config, networks, schedule, real)", "Distillation(config, networks, schedule)", [PROGRAM]),
     ],
     "rewards/methods/base.py": [
         # Half a reward's schedule.
