@@ -1,8 +1,7 @@
 """Floating-point operations: what a device can do, what a program asks for, and the share of a run in between."""
 
-import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,8 +18,7 @@ HBM_GIB = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x":
 NEW = {"splash_mha_dkv": 3 / 4, "splash_mha_dq": 1 / 3}
 
 
-@dataclasses.dataclass(frozen=True)
-class Throughput:
+class Throughput(NamedTuple):
     """`flops` of one step on all devices together; None where they, or the devices' peak, are not known."""
 
     batch_size: int

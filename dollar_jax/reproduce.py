@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -31,8 +31,7 @@ SHOWN = 4  # prompts whose videos are on the page
 Experiment = Callable[[str], DistillConfig]  # the losses of configs/demo.py → its settings
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """A row of the ablation: the losses of configs/demo.py, and what of its settings is changed besides."""
 
     key: str

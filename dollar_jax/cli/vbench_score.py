@@ -1,6 +1,5 @@
 """`dollar vbench-score`."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def _score(*paths: Path) -> dict[str, Any]:
             raise FileNotFoundError(f"{paths[0]} holds no result file of VBench's")
     else:
         files = list(paths)
-    result = dataclasses.asdict(aggregate(read_results(files), FLAGS.allow_missing))
+    result = aggregate(read_results(files), FLAGS.allow_missing)._asdict()
     result["intervals"] = read_intervals(files)
     result["dynamic_degree"] = result["dimensions"].get("dynamic_degree")
     if FLAGS.metrics:

@@ -2,10 +2,10 @@
 VBench's own measure: temporal flickering, background consistency on CLIP ViT-B/32, aesthetic quality on LAION's
 predictor. Three keep VBench's formula on a network of ours, and compare only among videos measured here: `…_ours`."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import jax
@@ -30,8 +30,7 @@ _SHORT = 64  # of a frame, for the flow: motion that VBench calls dynamic is the
 _CONTRAST = 25 * (2 / 255) ** 2  # of a window of 5 x 5 pixels; with less a pixel counts as still
 
 
-@dataclasses.dataclass(frozen=True)
-class Dimensions:
+class Dimensions(NamedTuple):
     """`clip` maps frames uint8 [t h w 3] and a prompt to unit features [t d] and [d]; `beauty` frames to 1 ... 10."""
 
     clip: Callable[[np.ndarray, str], tuple[np.ndarray, np.ndarray]] | None = None

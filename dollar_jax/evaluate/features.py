@@ -1,11 +1,10 @@
 """Videos as feature vectors, for diversity and for the Fréchet distance. Two networks: the teacher's own VAE encoder,
 which is always at hand, and AlexNet with given weights (torchvision's names), or LPIPS heads (arXiv 1801.03924)."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,7 @@ from dollar_jax.weights.safetensors_io import read_tensors
 Videos = np.ndarray  # uint8 [n t h w 3]
 
 
-@dataclasses.dataclass(frozen=True)
-class Features:
+class Features(NamedTuple):
     """`vectors` maps uint8 videos [n t h w 3] to [n d]; `distance`, where there is one, two of them to [n]."""
 
     name: str

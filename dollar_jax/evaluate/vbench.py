@@ -1,12 +1,11 @@
 """VBench (Huang et al., arXiv 2311.17982): its aggregate scores. Nothing here needs jax, so that it answers at once.
 Normalisation and weights are those of VBench's own `scripts/constant.py`."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,8 +33,7 @@ _QUALITY_WEIGHT, _SEMANTIC_WEIGHT = 4, 1
 _RESAMPLES = 2000
 
 
-@dataclasses.dataclass(frozen=True)
-class VBenchScore:
+class VBenchScore(NamedTuple):
     """Percent. A group none of whose dimensions is there is None, and so then is the total."""
 
     quality: float | None

@@ -1,6 +1,5 @@
 """An item of the source's list as clips to encode."""
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +13,7 @@ from dollar_jax.prepare.sources import TFDS, Item
 from dollar_jax.prepare.videos import Unusable, array_frames, clips_of, hard_cut, read_clips
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
+class Clip(NamedTuple):
     """The `number`-th clip of the `index`-th video of the list: `frames`, uint8 [t, h, w, 3], or in their place a
     `latent`, float32 [t, h, w, c]; or neither for a prompt."""
 

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from tqdm import tqdm
@@ -37,8 +37,7 @@ from dollar_jax.prepare.sources import Item
 REJECTED = "rejected.jsonl"
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """What a job has made; `waiting` is the number of units that other hosts have yet to finish."""
 
     clips: int

@@ -145,7 +145,7 @@ class Encoder:
         latents = draw(self.generator.pipeline.params, keys, texts)
         frames = to_uint8(self.generator.decode(latents)) if show else [None] * len(clips)
         made = zip(clips, np.asarray(latents), frames, strict=False)
-        return [dataclasses.replace(clip, latent=latent, frames=shown) for clip, latent, shown in made]
+        return [clip._replace(latent=latent, frames=shown) for clip, latent, shown in made]
 
     def records(self, clips: list[Clip], show: bool = False) -> Iterator[tuple[Clip, bytes | str]]:
         """Each of at most `batch` clips of one size with its serialised record, or with the reason why it has none. If

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from operator import ge, gt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,7 @@ COLUMNS = ("alignment", "reward", "vendi", "vendi_network", "frechet", "flicker"
 PLOTTED = ("alignment", "reward", "vendi", "vendi_network", "frechet")
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """One cell: a method (or "teacher") with one seed, and its measures by sampler, `student_4` and so on."""
 
     method: str

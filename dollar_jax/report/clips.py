@@ -1,8 +1,8 @@
 """Videos inside a page, as good as its size allows."""
 
 import base64
-import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,8 +13,7 @@ VIDEO_LIMIT = 4_500_000  # bytes of all videos in a page, as base64
 SMALL = 128  # pixels; up to here clips are kept exact, and shown with square pixels
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
+class Clip(NamedTuple):
     label: str
     kind: str  # media type
     uri: str
@@ -26,8 +25,7 @@ class Clip:
         return max(self.width, self.height) <= SMALL
 
 
-@dataclasses.dataclass(frozen=True)
-class Clips:
+class Clips(NamedTuple):
     """Prompts with their clips side by side, and how many prompts are left out."""
 
     prompts: list[tuple[str, list[Clip]]]

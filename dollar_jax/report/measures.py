@@ -1,16 +1,14 @@
 """The measures of samples: how a table heads, shows and compares them."""
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from dollar_jax.report.page import duration, figure, signed, times
 
 
-@dataclasses.dataclass(frozen=True)
-class Measure:
+class Measure(NamedTuple):
     """`compare` sets a value against the teacher's; the best and the worst of a ranked one are marked."""
 
     heading: str

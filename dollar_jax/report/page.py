@@ -1,11 +1,10 @@
 """A page that opens offline, from a template in templates/: tables, and numbers as a person writes them."""
 
-import dataclasses
 import math
 import numbers
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -21,8 +20,7 @@ def write_page(path: str | os.PathLike[str], template: str, **context: Any) -> N
     write_file(path, _TEMPLATES.get_template(template).render(context))
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A table's cell: its text, smaller text below, a mark in the colour of its kind, a bar of `bar` percent."""
 
     text: str = ""
@@ -32,8 +30,7 @@ class Cell:
     bar: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """The first cell of a row is its heading."""
 
     head: Sequence[Cell]

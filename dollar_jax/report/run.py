@@ -1,11 +1,10 @@
 """`report.html` of a run: measures, videos side by side, training curves, settings, in one file."""
 
-import dataclasses
 import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,8 +45,7 @@ CURVES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplerRow:
+class SamplerRow(NamedTuple):
     """A sampler as the report names it; `key` is its name in metrics.json and among the videos."""
 
     key: str

@@ -3,7 +3,7 @@ devices run a step, host rewards score what the previous one generated; they rea
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,7 @@ from dollar_jax.types import Params
 Shape = tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pending:
+class _Pending(NamedTuple):
     """A step's samples under way and their text, all of them on every process. `here` are those rows that this process
     scores, and `finite` whether the latents of these are. `shape` is that of the latents of the step's batch."""
 

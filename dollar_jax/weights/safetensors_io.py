@@ -1,11 +1,10 @@
 """Reads and writes a component folder of diffusers or transformers: config.json and safetensors."""
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -56,8 +55,7 @@ def tensor_files(folder: str | Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} holds {what}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """A tensor in a file, not read yet."""
 
     path: Path

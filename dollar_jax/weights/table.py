@@ -5,7 +5,6 @@
 A field `{name:regex}` of the path is repeated as `{name}` in the source. The field `{i}`, in the source only, is the
 position on the parameter's leading axis. The first row whose path matches a parameter is its row."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +18,7 @@ Pairs = Iterable[tuple[str, np.ndarray]]
 _FIELD = re.compile(r"\{(\w+):([^{}]+)\}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Transform:
+class Transform(NamedTuple):
     """From a file's tensor to one unstacked parameter, and the inverse."""
 
     forward: Callable[[np.ndarray], np.ndarray]
@@ -38,8 +36,7 @@ DENSE = {"weight": "kernel", "bias": "bias"}  # leaves of a module in the file â
 NORM = {"weight": "scale", "bias": "bias"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Template of tensor names â†” template of parameter paths; a path of None skips the tensors."""
 
     source: str
