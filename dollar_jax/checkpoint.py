@@ -147,8 +147,7 @@ class Checkpoints:
         """What is wrong with the named items of a step, as far as this process looks; empty when nothing is."""
         if (path / XXH128).exists() or not _unsummed(path):
             return find_damage(path, names, _about(int(path.name)), (jax.process_index(), jax.process_count()), XXH128)
-        missing = [name for name in names if not (path / name).is_dir()]
-        if not missing and jax.process_index() == 0:
+        if not (missing := [name for name in names if not (path / name).is_dir()]) and jax.process_index() == 0:
             print(f"{path} was saved by version 0.1.0, without checksums: it is not checked", file=sys.stderr)
         return f"has no {missing[0]}" if missing else ""
 

@@ -45,11 +45,9 @@ def load(name: str, *losses: str) -> DistillConfig:
     """The experiment `name`, of configs/ or the path of a file; raises ValueError or OSError naming the file."""
     path = find(name)
     try:
-        module = runpy.run_path(str(path))
-        if "get_config" not in module:
+        if "get_config" not in (module := runpy.run_path(str(path))):
             raise ValueError("there is no function get_config in it")
-        config = module["get_config"](*losses)
-        if not hasattr(config, "items"):
+        if not hasattr(config := module["get_config"](*losses), "items"):
             raise ValueError(f"get_config must return settings, not {config!r}")
         return distill_config(config)
     except (Exception, SystemExit) as error:
@@ -70,8 +68,7 @@ def as_config_dict(config: Any) -> ConfigDict:
     """A dataclass as a ConfigDict of the same fields; what is None takes a value of the field's own type."""
     fields = {}
     for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value := getattr(config, name)):
             value = as_config_dict(value)
         elif value is None and unwrapped(hint) in (int, float, str, bool):
             value = config_dict.placeholder(unwrapped(hint))

@@ -58,8 +58,7 @@ def check_path(cls: type, path: str, where: str = "config") -> None:
     """Raises ValueError, with the nearest name, when a dotted path is no setting of the dataclass `cls`."""
     part, _, rest = path.partition(".")
     name, indexed, _ = part.partition("[")
-    hints = typing.get_type_hints(cls)
-    if name not in hints:
+    if name not in (hints := typing.get_type_hints(cls)):
         raise ValueError(_unknown(name, hints, where))
     hint, where = unwrapped(hints[name]), f"{where}.{part}"
     if indexed and typing.get_origin(hint) is tuple:

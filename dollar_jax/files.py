@@ -127,8 +127,7 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_TEXT) -> str:
 
 def read_json(path: str | os.PathLike[str], kind: type = dict) -> Any:
     """What a JSON file holds, of that type at its top; raises as `read_text`, and as `parse_json`."""
-    content = parse_json(read_text(path), path)
-    if not isinstance(content, kind):
+    if not isinstance(content := parse_json(read_text(path), path), kind):
         raise ValueError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}, not {str(content)[:40]}")
     return content
 
@@ -137,8 +136,7 @@ def parse_json(text: str, where: Any) -> Any:
     """What JSON text says; ValueError naming `where` for what is no JSON, too deep or says a name twice."""
 
     def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        if len(found := dict(pairs)) < len(pairs):
             names = [name for name, _ in pairs]
             raise ValueError(f"it says {next(name for name in names if names.count(name) > 1)!r} twice")
         return found

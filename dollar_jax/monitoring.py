@@ -213,8 +213,7 @@ def make_sample_logger(
 
 def _sample_scorer(c: RewardConfig, rewards: Sequence[AnyReward]) -> HostScorer | None:
     """What scores samples by the weighted sum of raw rewards, JAX ones on the host's CPU: the devices are busy."""
-    total = weighted_sum(c.rewards, rewards)
-    if total is None:
+    if (total := weighted_sum(c.rewards, rewards)) is None:
         return None
 
     def on_cpu(frames: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
@@ -388,8 +387,7 @@ class Profile(SignalFlag):
 def make_throughput(config: DistillConfig, mesh: Mesh, flops: Callable[[], float]) -> Throughput:
     """Of steps of so many model FLOPs, which are counted only where the devices' peak is known."""
     devices = mesh.devices.ravel()
-    peak = config.visibility.peak_tflops or PEAK_TFLOPS.get(devices[0].device_kind)
-    if peak is None:
+    if (peak := config.visibility.peak_tflops or PEAK_TFLOPS.get(devices[0].device_kind)) is None:
         return Throughput(config.batch_size, None, None)
     return Throughput(config.batch_size, flops(), peak * 1e12 * len(devices))
 

@@ -138,8 +138,7 @@ def grid_segments(c: ConsistencyConfig, schedule: Schedule, key: Key, batch: int
 def grid_starts(c: ConsistencyConfig, schedule: Schedule) -> tuple[int, int]:
     """The first index of the grid from which all `skip` steps are in the time range, and the last, exclusive."""
     inside = schedules.within(schedule, schedules.timestep_grid(schedule, c.num_steps))
-    starts = np.flatnonzero(inside[: -c.skip] & inside[c.skip :])
-    if not len(starts):
+    if not len(starts := np.flatnonzero(inside[: -c.skip] & inside[c.skip :])):
         raise ValueError(f"config.consistency.num_steps {c.num_steps} leaves no skip {c.skip} in the expert's range")
     return int(starts[0]), int(starts[-1]) + 1
 

@@ -192,8 +192,7 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     vae_config, text_config, dit_config = networks(config)
     text, dit = UMT5.network(text_config), WAN_TRANSFORMER.network(dit_config)
     schedule = Schedule("rf", "velocity", shift=c.shift, given_frames=c.given_frames)
-    cache = folder / "latents.npz"
-    if not cache.exists():
+    if not (cache := folder / "latents.npz").exists():
         videos, captions = rendered(config.seed, "train", c.videos)
         mean, std = encode_all(vae, videos)
         with new_file(cache) as draft, draft.open("wb") as file:

@@ -91,9 +91,7 @@ def teacher_programs(
 
     def init(key: jax.Array, teacher: Params) -> TrainState:
         state_key, head_key = jax.random.split(key)
-        start = teacher
-        if config.lora.rank:
-            start = lora.adapters(adapted.init(jax.random.fold_in(key, 2)))
+        start = lora.adapters(adapted.init(jax.random.fold_in(key, 2))) if config.lora.rank else teacher
         new = None if gan_head is None else gan_head.init(jax.random.fold_in(key, 3))
         return init_state(state_key, start, head.init(head_key), optimisers, len(config.reward.trained), new)
 

@@ -142,8 +142,7 @@ def _settings(config: DistillConfig, quick: bool) -> Any:
 
 def _read_cell(workdir: Path, key: str, seed: int, config: DistillConfig, quick: bool) -> dict[str, Any] | None:
     """A finished cell's rows, or None when it is not there."""
-    path = _path(workdir, key, seed)
-    if not path.exists():
+    if not (path := _path(workdir, key, seed)).exists():
         return None
     cell = read_json(path)
     stored = {name: value for name, value in cell["settings"].items() if name not in ("visibility", "quick")}

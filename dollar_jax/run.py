@@ -28,8 +28,7 @@ PROFILE = "profile"
 
 def read_config(workdir: Path) -> DistillConfig:
     """The settings of the run in a workdir; raises FileNotFoundError when there is none."""
-    path = workdir / CONFIG
-    if not path.is_file():
+    if not (path := workdir / CONFIG).is_file():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG} in it")
     fields = read_json(path)
     try:

@@ -61,8 +61,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         mend = "set config.mesh so that the product of its axes is the number of devices"
         raise ValueError(f"the mesh {named} needs {math.prod(sizes)} devices, but there are {len(devices)}: {mend}")
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    if len(slices) > 1:
+    if len(slices := {getattr(device, "slice_index", 0) for device in devices}) > 1:
         if sizes[0] % len(slices):
             wrong = f"must be a multiple of that, not {sizes[0]}: only data goes over the network between them"
             raise ValueError(f"the devices are {len(slices)} slices, so config.mesh.data {wrong}")
@@ -86,8 +85,7 @@ def host_count(mesh: Mesh) -> int:
 
 def check_batch(mesh: Mesh, name: str, size: int) -> None:
     """Raises ValueError unless `size` rows divide over the data and fsdp axes."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if size % shards:
+    if size % (shards := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(f"{name} is {size}, which does not divide over data × fsdp = {shards} shards of the mesh")
 
 
@@ -97,8 +95,7 @@ def shard(mesh: Mesh, tree: Any, strict: bool = True) -> Any:
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next((spec for rule, spec in RULES if re.fullmatch(rule, name)), None)
-        if spec is None:
+        if (spec := next((spec for rule, spec in RULES if re.fullmatch(rule, name)), None)) is None:
             raise ValueError(f"no sharding rule matches {name!r} of shape {leaf.shape}")
         for size, axes in zip(leaf.shape, spec, strict=False):
             axes = (axes,) if isinstance(axes, str) else axes or ()

@@ -83,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 usage = f"dollar {name} {command.takes}".rstrip()
                 print(f"{usage}: {command.summary}\n\n{FLAGS.get_help()}")
                 return 0
-            extra = FLAGS([f"dollar {name}", *rest])[1:]
-            if extra and not command.takes:
+            if (extra := FLAGS([f"dollar {name}", *rest])[1:]) and not command.takes:
                 raise ValueError(f"unexpected argument {extra[0]!r}; dollar {name} --help lists its flags")
             check_flags(extra)
             module.run(*extra)

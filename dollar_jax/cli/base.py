@@ -90,8 +90,7 @@ def define_config(arguments: list[str]) -> None:
     early.set_gnu_getopt(True)  # --config may come after other arguments
     flags.DEFINE_string("config", None, "", flag_values=early)
     rest = early(["", *arguments], known_only=True)[1:]
-    name = early.config
-    if name is None or any(argument in HELP for argument in arguments):
+    if (name := early.config) is None or any(argument in HELP for argument in arguments):
         about = (
             "Experiment: a name such as wan_1_3b, or a file such as configs/demo.py, with :vsd, :cd or :vsd+cd for a "
             "part of its losses, or :vsd+cd+lrm,hpsv2=FOLDER to name its rewards. Settings change with "

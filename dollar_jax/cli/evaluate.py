@@ -83,8 +83,7 @@ def run() -> None:
         measures = measure_folder(folder, features, reference, reward and {"reward": reward}, dimensions)
         if (made := find_manifest(folder)) is not None:
             measures["manifest"] = made
-        rows = measures.pop("dimensions", {})
-        if rows:
+        if rows := measures.pop("dimensions", {}):
             published = {name: row for name, row in rows.items() if not name.endswith("_ours")}
             write_json(out.with_name(f"{out.stem}_vbench.json"), published)
             measures |= {name: mean for name, (mean, _) in rows.items()}

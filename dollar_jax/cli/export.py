@@ -24,8 +24,7 @@ def run(*names: str) -> None:
     if len(names) != 1:
         raise ValueError("give the new folder: dollar export --workdir=RUN FOLDER")
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    size = re.fullmatch(r"([1-9]\d*)([KMG]B)", FLAGS.shard_size)
-    if size is None:
+    if (size := re.fullmatch(r"([1-9]\d*)([KMG]B)", FLAGS.shard_size)) is None:
         raise ValueError(f"--shard_size={FLAGS.shard_size} must be a size such as 500MB or 5GB")
     if FLAGS.push_to_hub and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", FLAGS.push_to_hub):
         raise ValueError(f"--push_to_hub={FLAGS.push_to_hub} must be OWNER/NAME")

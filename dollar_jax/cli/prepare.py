@@ -102,7 +102,6 @@ def run() -> None:
 
 
 def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text.strip())
-    if not found:
+    if not (found := re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text.strip())):
         raise ValueError(f"--buckets must be sizes such as 480x832,832x480, not {text!r}")
     return int(found[1]), int(found[2])

@@ -15,8 +15,7 @@ def run() -> None:
     from dollar_jax.pretrain import pretrain
 
     prepare_jax()
-    config = given_config().pretrain
-    if config is None:
+    if (config := given_config().pretrain) is None:
         raise ValueError("this configuration has no pretrain settings; configs/demo.py has")
     with owned(Path(FLAGS.workdir)):
         print(f"The teacher is in {pretrain(config, Path(FLAGS.workdir))}.")

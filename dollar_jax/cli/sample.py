@@ -48,8 +48,7 @@ def run() -> None:
     prepare_jax()
     workdir, out = Path(FLAGS.workdir), Path(FLAGS.out)
     given = [*FLAGS.prompt, *(read_prompts(Path(FLAGS.prompts_file)) if FLAGS.prompts_file else [])]
-    prompts = list(dict.fromkeys(given))
-    if not prompts:
+    if not (prompts := list(dict.fromkeys(given))):
         raise ValueError("--prompt or --prompts_file must be given")
     if FLAGS.teacher and FLAGS.beside_teacher:
         raise ValueError("--teacher beside --beside_teacher: leave one of them out")

@@ -46,8 +46,7 @@ def _score(*paths: Path) -> dict[str, Any]:
     if len(paths) == 1 and paths[0].is_dir():
         found = [path for path in sorted(paths[0].glob("*.json")) if not path.name.startswith(".")]
         # VBench leaves its list of videos beside its results.
-        files = [path for path in found if not path.name.endswith((NAME, "_full_info.json"))]
-        if not files:
+        if not (files := [path for path in found if not path.name.endswith((NAME, "_full_info.json"))]):
             raise FileNotFoundError(f"{paths[0]} holds no result file of VBench's")
     else:
         files = list(paths)

@@ -35,7 +35,6 @@ def read_about(folder: Path) -> Any:
         begun = (folder / SETTINGS).exists()
         hint = "it is not finished: run dollar prepare again" if begun else "dollar prepare makes one"
         raise FileNotFoundError(f"config.data.name {str(folder)!r} holds no prepared data set; {hint}")
-    about = tfds.builder_from_directory(folder).info.metadata
-    if not about or "latent_shapes" not in about:
+    if not (about := tfds.builder_from_directory(folder).info.metadata) or "latent_shapes" not in about:
         raise ValueError(f"{folder} was not made by dollar prepare")
     return about

@@ -72,8 +72,7 @@ class Records:
         """The record of that index, or the next one that is not damaged in its place. So a damaged record moves none of
         the others, and processes need not tell each other of it."""
         for i in range(len(self)):
-            record = self[(index + i) % len(self)]
-            if record is not None:
+            if (record := self[(index + i) % len(self)]) is not None:
                 return record
         raise ValueError(f"every record of {self._shards[0].filename} and its fellows is damaged")
 

@@ -53,8 +53,7 @@ class Caption:
         words = text.lower().split()
         found = {}
         for name, values in ATTRIBUTES.items():
-            hits = [word for word in words if word in values]
-            if len(hits) != 1:
+            if len(hits := [word for word in words if word in values]) != 1:
                 raise ValueError(f"the prompt {text!r} must name exactly one {name} out of {', '.join(values)}")
             found[name] = hits[0]
         return Caption(**found)

@@ -58,8 +58,7 @@ def find_videos(folder: Path) -> dict[str, list[Path]]:
         raise FileNotFoundError(f"{folder} is not a folder")
     # macOS leaves a hidden ._NAME.mp4, which is no video, beside every file on a foreign disk.
     files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    paths = [path for path in files if path.suffix.lower() in SUFFIXES]
-    if not paths:
+    if not (paths := [path for path in files if path.suffix.lower() in SUFFIXES]):
         raise FileNotFoundError(f"{folder} holds no {' or '.join(SUFFIXES)} file")
     if others := sorted(path.name for path in files if path.suffix.lower() not in (*SUFFIXES, ".json", ".html")):
         print(f"not measured, for they are no {' or '.join(SUFFIXES)}: {', '.join(others)}")
@@ -100,8 +99,7 @@ def draw_missing(
     row is the name of a file, the prompt, and which of `keys` its noise comes from. Every process draws its own share,
     so killed and started again, on as many or fewer hosts, the folder ends with the same videos."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    missing = [row for row in rows[jax.process_index() :: jax.process_count()] if row[0] not in there]
-    if missing:
+    if missing := [row for row in rows[jax.process_index() :: jax.process_count()] if row[0] not in there]:
         names, prompts, index = zip(*missing, strict=True)
         clips = draw_beside(generator, samplers, prompts, lambda: keys()[np.array(index)], batch_size)
         for name, clip in zip(names, clips, strict=True):

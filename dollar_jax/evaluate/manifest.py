@@ -63,8 +63,7 @@ def manifest_path(folder: Path) -> Path:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], free: Sequence[str] = ("versions",)) -> None:
     """Writes a folder's manifest; ValueError when it holds videos made otherwise, but for the entries in `free`."""
-    path = manifest_path(folder)
-    if path.is_file() and folder.is_dir():
+    if (path := manifest_path(folder)).is_file() and folder.is_dir():
         before, manifest = read_json(path), json.loads(json.dumps(manifest))  # a tuple is read back as a list
         for name in manifest:
             if name not in free and before.get(name) != manifest[name]:

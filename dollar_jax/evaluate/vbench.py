@@ -46,8 +46,7 @@ class VBenchScore(NamedTuple):
 def aggregate(scores: Mapping[str, float], allow_missing: bool = False) -> VBenchScore:
     """Quality, Semantic and Total of shares in [0, 1] by dimension name; ValueError naming dimensions that are missing.
     With `allow_missing` the averages are over the dimensions that are there, and do not compare with published ones."""
-    missing = [name for name in DIMENSIONS if name not in scores]
-    if missing and not allow_missing:
+    if (missing := [name for name in DIMENSIONS if name not in scores]) and not allow_missing:
         mend = "add their result files, or pass --allow_missing for averages over those given"
         listed = ", ".join(missing)
         raise ValueError(f"{len(missing)} of VBench's {len(DIMENSIONS)} dimensions are missing: {listed}; {mend}")
@@ -123,8 +122,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds no VBench results: it must be an object of dimensions")
     values: dict[str, Any] = {}
     for key, value in content.items():
-        name = re.sub(r"[\s_-]+", "_", key.strip().lower())
-        if name not in DIMENSIONS:
+        if (name := re.sub(r"[\s_-]+", "_", key.strip().lower())) not in DIMENSIONS:
             raise ValueError(f"{path}: {key!r} is no dimension of VBench's; there are {', '.join(DIMENSIONS)}")
         if name in values:
             raise ValueError(f"{path} holds {name} twice")

@@ -60,8 +60,7 @@ def row_by_row(function: Callable[[Array], PyTree], x: Array) -> PyTree:
 
 def padded_length(tokens: int) -> int:
     """Tokens of a sequence once it is padded to divide over the context axis, in whole blocks when long."""
-    parts = axis_size(CONTEXT)
-    if parts == 1:
+    if (parts := axis_size(CONTEXT)) == 1:
         return tokens
     step = parts * BLOCK if tokens >= 4 * parts * BLOCK else parts
     return -(-tokens // step) * step

@@ -37,6 +37,4 @@ def _split(module: nnx.Module) -> tuple[nnx.GraphDef, PyTree]:
 
 def _rename(tree: PyTree, name: Callable[[Any], Any]) -> PyTree:
     """The tree with every key replaced: NNX numbers a list's modules, files and we name them."""
-    if not isinstance(tree, dict):
-        return tree
-    return {name(key): _rename(value, name) for key, value in tree.items()}
+    return {name(key): _rename(value, name) for key, value in tree.items()} if isinstance(tree, dict) else tree

@@ -61,8 +61,7 @@ def prepare(
         found = (clip for item in loader.items() for clip in loader(0, item) if isinstance(clip, Clip))
         encoder.check(next((clip.latent for clip in found if clip.latent is not None), None))
     remember_settings(settings, out)
-    parts = out / PARTS
-    if not parts.exists():
+    if not (parts := out / PARTS).exists():
         return _finished(out)
     total = _write_index(parts / "index.jsonl", loader.items())
     units = -(-total // settings.shard_size)

@@ -55,9 +55,8 @@ def column(path: Path, names: list[str], keys: tuple[str, ...]) -> str:
 def encoding_of(start: bytes) -> tuple[str, str]:
     """Encoding and `errors` of a text that begins so: UTF-16 where it says so, as Windows writes it; else UTF-8, whose
     other bytes become lone surrogates: they may name a file, but are no caption."""
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "utf-16", "replace"
-    return "utf-8-sig", "surrogateescape"
+    wide = start.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return ("utf-16", "replace") if wide else ("utf-8-sig", "surrogateescape")
 
 
 def _open(path: Path, newline: str | None = None) -> TextIO:
@@ -75,8 +74,7 @@ def _manifest_item(path: Path, number: int, row: Any, prompts: bool) -> Item:
     item: Item = {"name": where, "caption": first_of(row, CAPTION_KEYS)}
     if prompts:
         return item
-    video = first_of(row, VIDEO_KEYS)
-    if not video:
+    if not (video := first_of(row, VIDEO_KEYS)):
         return {"name": where, "broken": f"names no video: a row needs {' or '.join(VIDEO_KEYS)}"}
     return {**item, "name": readable(str(video)), "video": {"path": str(video), "folder": str(path.parent)}}
 
@@ -145,8 +143,7 @@ def _text_rows(path: Path) -> Rows:
 
 
 def _paired_rows(path: Path) -> Rows:
-    captions = path.with_name(path.name.replace("video", "prompt"))
-    if not captions.is_file():
+    if not (captions := path.with_name(path.name.replace("video", "prompt"))).is_file():
         raise ValueError(f"{path} names videos, but there is no {captions.name} with their captions beside it")
     if sum(1 for _ in _text_rows(path)) != sum(1 for _ in _text_rows(captions)):
         raise ValueError(f"{path} and {captions.name} have different numbers of lines")

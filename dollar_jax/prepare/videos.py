@@ -280,8 +280,7 @@ def _alpha_decoder(stream: Any) -> Any:
 
 def shown_stream(streams: Any) -> Any:
     """The video stream a player shows: the default one, of several or none the largest; never a cover or preview."""
-    streams = [s for s in streams if not s.disposition & _NEVER_SHOWN]
-    if not streams:
+    if not (streams := [s for s in streams if not s.disposition & _NEVER_SHOWN]):
         raise Unusable("holds no video")
     if not (streams := [s for s in streams if s.codec_context is not None]):
         raise Unusable("has a codec that this FFmpeg cannot decode")
@@ -290,8 +289,7 @@ def shown_stream(streams: Any) -> Any:
 
 def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """Transposed, then flipped up-down, then left-right: the display matrix, to the nearest quarter turn."""
-    entry = frame.side_data.get("DISPLAYMATRIX")
-    if entry is None:
+    if (entry := frame.side_data.get("DISPLAYMATRIX")) is None:
         return False, False, False
     # x' = a x + c y, y' = b x + d y, rows (a, b, u), (c, d, v), (x, y, w) in FFmpeg's libavutil/display.h.
     a, b, _, c, d = np.frombuffer(bytes(entry), np.int32)[:5].tolist()

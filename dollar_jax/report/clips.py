@@ -35,8 +35,7 @@ class Clips(NamedTuple):
 def embed(prompts: Sequence[str], videos: Mapping[str, np.ndarray], labels: Mapping[str, str]) -> Clips:
     """The videos uint8 [prompts, t, h, w, 3] of the samplers in `labels`, in its order. Small clips become lossless
     WebP, exact pixels and an image to every browser, H.264 or not; larger ones H.264, fewer and smaller to fit."""
-    shown = {key: videos[key] for key in labels if key in videos}
-    if not shown or not len(prompts):
+    if not (shown := {key: videos[key] for key in labels if key in videos}) or not len(prompts):
         return Clips([])
     exact = all(clips.shape[2] * clips.shape[3] <= SMALL**2 for clips in shown.values())
     count = len(prompts)

@@ -144,8 +144,7 @@ def _cell(name: str, values: Mapping[str, float | None], key: str, reference: st
 
 def _more_measures(samplers: Mapping[str, Mapping[str, Any]], rows: Sequence[SamplerRow]) -> Table | None:
     values = {row.key: {k: v for k, x in samplers[row.key].items() if (v := number(x)) is not None} for row in rows}
-    names = [name for name in dict.fromkeys(itertools.chain(*values.values())) if name not in COLUMNS]
-    if not names:
+    if not (names := [name for name in dict.fromkeys(itertools.chain(*values.values())) if name not in COLUMNS]):
         return None
     head = ["Sampler", *(MEASURES[name].heading if name in MEASURES else _words(name) for name in names)]
     shown = {key: [significant(found[n]) if n in found else "" for n in names] for key, found in values.items()}
@@ -170,8 +169,7 @@ def _curves(history: Sequence[Mapping[str, float]]) -> dict[str, list[dict[str, 
     names = dict.fromkeys(name for entry in history for name in entry if name != "step")
     for _, group, heading, name in sorted(((*_place(name), name) for name in names), key=lambda row: row[0]):
         numbers = [(number(entry.get("step", i)), number(entry.get(name))) for i, entry in enumerate(history)]
-        points = [(step, value) for step, value in numbers if step is not None and value is not None]
-        if not points:
+        if not (points := [(step, value) for step, value in numbers if step is not None and value is not None]):
             continue
         x, y = np.array(points, np.float64).T
         logarithmic = group == "Losses" and y.min() > 0 and y.max() / y.min() > 8

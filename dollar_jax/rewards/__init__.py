@@ -78,8 +78,7 @@ def load_rewards(terms: Sequence[RewardTerm]) -> list[AnyReward]:
 
 def weighted_sum(terms: Sequence[RewardTerm], rewards: Sequence[AnyReward]) -> Reward | None:
     """Σ weight · raw reward over the trained terms as one host reward, for measuring; None without any."""
-    pairs = [(t, r) for t, r in zip(terms, rewards, strict=True) if t.weight]
-    if not pairs:
+    if not (pairs := [(t, r) for t, r in zip(terms, rewards, strict=True) if t.weight]):
         return None
     together = calls([r for _, r in pairs])
     weights = np.array([t.weight for t, _ in pairs], np.float32)

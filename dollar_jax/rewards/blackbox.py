@@ -13,8 +13,7 @@ from dollar_jax.video import to_uint8
 def onnx_classifier(folder: Path) -> Reward:
     """The one output, or the last class's probability, of an image classifier `folder`/model.onnx. Its input is float32
     [n, h, w, 3] or [n, 3, h, w] of fixed h and w; it gets frames in [0, 1], resized. A clip's reward is their mean."""
-    path = folder / "model.onnx"
-    if not path.is_file():
+    if not (path := folder / "model.onnx").is_file():
         raise FileNotFoundError(f"{path} does not exist; an ONNX reward is read from there")
     try:
         import onnxruntime  # optional

@@ -81,7 +81,6 @@ def calls(rewards: Sequence[AnyReward]) -> dict[tuple[int, ...], AnyReward]:
 
 
 def _one_each(answer: Any, count: int) -> np.ndarray:
-    rewards = np.asarray(answer, np.float32)
-    if rewards.shape != (count,):
+    if (rewards := np.asarray(answer, np.float32)).shape != (count,):
         raise WrongShape(f"the reward gave shape {rewards.shape} for {count} videos; it must give one number per video")
     return rewards

@@ -173,8 +173,7 @@ def import_reward(source: Path, folder: Path, clip: Path | None = None) -> None:
         width = len(tensors.get("vision_model.embeddings.class_embedding", ()))
         described = (place for place in places if (place / "config.json").is_file())
         configs = (*(clip_config(files.read_config(place)) for place in described), VIT_H_14)
-        config = next((c for c in configs if c.vision.hidden_size == width), None)
-        if config is None:
+        if (config := next((c for c in configs if c.vision.hidden_size == width), None)) is None:
             what = "a head without its CLIP" if head else "of no CLIP that a config.json describes"
             raise ValueError(f"{source} is {what}: give --clip=FOLDER of {_LIKE}")
         frames, length = (len(tensors.get(name, (None,))) for name in _LENGTHS)

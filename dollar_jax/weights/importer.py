@@ -25,8 +25,7 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", ada
     they are, transformer and text encoder as Orbax in `dtype`, the rest in fp32, an `adapter` (see `read_changes`)
     merged. In memory are one parameter with all its layers, one tensor and the adapter. All is checked before the first
     tensor is read, and `folder` appears when it is whole. Raises FileNotFoundError, FileExistsError or ValueError."""
-    folder = Path(folder)
-    if folder.exists():
+    if (folder := Path(folder)).exists():
         raise FileExistsError(f"{folder} is there already; delete it, or import into another folder")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; a teacher can be imported as one of {DTYPES}")
@@ -70,8 +69,7 @@ def import_pipeline(source: str, folder: str | Path, dtype: str = "float32", ada
 
 def fetch(source: str, patterns: list[str]) -> Path:
     """The folder `source`, or the files of these names in the hub's repository OWNER/NAME, downloaded."""
-    folder = Path(source)
-    if folder.is_dir():
+    if (folder := Path(source)).is_dir():
         return folder
     if folder.exists():
         raise ValueError(f"{source} is a file; give the pipeline folder, the one with model_index.json")

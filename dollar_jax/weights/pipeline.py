@@ -116,16 +116,14 @@ def load_pipeline(
 
 def read_family(folder: Path) -> Family:
     """The family of a folder by its model_index.json; FileNotFoundError or ValueError naming the wrong entry."""
-    path = folder / "model_index.json"
-    if not path.is_file():
+    if not (path := folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json{_foreign(folder)}")
     index = read_json(path)
     found = {name: _class_name(path, name, index.get(name)) for name in COMPONENTS}
     matching = [f for f in FAMILIES if all(index.get(name) == value for name, value in f.entries.items())]
     pipelines = {name: f for f in reversed(matching) for name in (f.image_pipeline, f.pipeline) if name}
     transformers = {family.transformer.class_name: family for family in reversed(matching)}
-    pipeline = str(index.get("_class_name", ""))
-    if pipeline and pipeline not in pipelines:
+    if (pipeline := str(index.get("_class_name", ""))) and pipeline not in pipelines:
         raise ValueError(f"{path} is of a {pipeline}; the pipelines known are {', '.join(pipelines)}")
     if found["transformer"] not in transformers:
         known = ", ".join(transformers)
@@ -256,8 +254,7 @@ def load_component(folder: Path, part: Part, place: Callable[[Params], Any] | No
 
 def read_schedule(folder: Path, family: Family) -> Schedule:
     """What scheduler_config.json and two experts' boundary say; FileNotFoundError or ValueError naming the field."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
+    if not (path := folder / "scheduler" / "scheduler_config.json").is_file():
         raise FileNotFoundError(f"{path} does not exist; it says how the teacher is sampled")
     schedule, path = schedule_of(read_json(path), family.path, path), folder / "model_index.json"
     index = read_json(path)

@@ -21,8 +21,7 @@ _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bf
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The folder's config.json; raises FileNotFoundError or ValueError naming the file."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not (path := Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{path} does not exist; it describes the weights beside it")
     return read_json(path)
 
@@ -31,20 +30,17 @@ def tensor_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a folder: the one file, a lone variant such as model.fp16.safetensors, or the shards of
     an index; where there are both, diffusers follows the index and transformers the file, and so is it here. Raises
     FileNotFoundError for none, several variants, or a missing shard; pickles are never opened."""
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not (folder := Path(folder)).is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
     indices = sorted(folder.glob("*.safetensors.index*.json"))
     names = (f"{DIFFUSERS_FILE}.index.json", DIFFUSERS_FILE, TRANSFORMERS_FILE, f"{TRANSFORMERS_FILE}.index.json")
-    usual = [folder / name for name in names if (folder / name).is_file()]
-    if usual or len(indices) == 1:
+    if (usual := [folder / name for name in names if (folder / name).is_file()]) or len(indices) == 1:
         first = (usual or indices)[0]
         return _shards(first) if first in indices else [first]
     if indices:
         found = ", ".join(index.name for index in indices)
         raise FileNotFoundError(f"{folder} holds several variants of its weights, {found}: leave the one you mean")
-    others = sorted(folder.glob("*.safetensors"))
-    if len(others) == 1:
+    if len(others := sorted(folder.glob("*.safetensors"))) == 1:
         return others
     what = "no safetensors file"
     if others:
@@ -169,8 +165,7 @@ def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map := read_json(index).get("weight_map"), dict):
         raise ValueError(f"{index} has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:

@@ -46,12 +46,10 @@ def schedule_of(fields: Mapping[str, Any], path: DiffusionPath, file: Path) -> S
     """What a scheduler's file means on a diffusion path; ValueError naming the field that asks for something else."""
     schedulers = _FLOWS if path == "rf" else _DDPMS
     fields = fields.get("_teacher_scheduler", fields)  # of a student that 0.1 exported
-    name = str(fields.get("_class_name"))
-    if name not in schedulers:
+    if (name := str(fields.get("_class_name"))) not in schedulers:
         raise ValueError(f"{file} is a {name}; the schedulers known are {', '.join(schedulers)}")
     for field, (default, value) in schedulers[name][1].items():
-        found = fields.get(field, default)
-        if found != value:
+        if (found := fields.get(field, default)) != value:
             raise ValueError(f"{file} has {field} = {found!r}; a {name} must have {value!r} to be followed here")
     steps = typed(fields.get("num_train_timesteps", 1000), int, "num_train_timesteps", file)
     if path == "rf":

@@ -71,8 +71,7 @@ class _Place(NamedTuple):
 def import_params(table: Sequence[Row], tensors: Mapping[str, np.ndarray] | Pairs, shapes: Params) -> Params:
     """Parameters as numpy arrays like `shapes` (see `Network.shapes`). Raises ValueError naming a tensor."""
     pairs = list(cast(Pairs, tensors.items() if isinstance(tensors, Mapping) else tensors))
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    if len(found := dict(pairs)) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"tensor {next(name for name in names if names.count(name) > 1)!r} comes twice")
     sizes = {name: tensor.shape for name, tensor in found.items()}
@@ -139,8 +138,7 @@ def _places(table: Sequence[Row], arrays: Mapping[str, Any]) -> dict[str, _Place
         if match is None or row is None:
             raise ValueError(f"parameter {path!r} of shape {array.shape} has no row in the table")
         for i in range(array.shape[0]) if "{i}" in row.source else (None,):
-            key = row.source.format(**match.groupdict(), i=i)
-            if key in places:
+            if (key := row.source.format(**match.groupdict(), i=i)) in places:
                 raise ValueError(f"parameters {path!r} and {places[key].path!r} are both {key!r}")
             places[key] = _Place(path, i, row.transform)
     return places
