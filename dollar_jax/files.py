@@ -155,6 +155,19 @@ def parse_json(text: str, where: Any) -> Any:
     raise ValueError(f"{where} is nested more than {_DEEPEST} levels deep")
 
 
+def download(name: str, unless: str, **options: Any) -> Path:
+    """A repository of the Hugging Face hub; FileNotFoundError that says `unless` and what to do."""
+    from huggingface_hub import snapshot_download  # slow to import
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, **options))
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        mend = "download it where the hub can be reached, and give the folder"
+        raise FileNotFoundError(f"{unless} ({reason}); {mend}") from error
+
+
 def read_arrays(path: Path) -> dict[str, Any]:
     """The arrays of an .npz file by name; ValueError naming one that is damaged."""
     import numpy as np  # scores of files need none of it

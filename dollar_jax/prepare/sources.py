@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from dollar_jax.files import parse_json
+from dollar_jax.files import download, parse_json
 from dollar_jax.prepare import manifests
 from dollar_jax.prepare.manifests import CAPTION_KEYS, Item, column, first_of, list_manifest, readable
 from dollar_jax.prepare.videos import SUFFIXES, Unusable
@@ -45,7 +45,7 @@ def list_source(source: str) -> Iterator[Item]:
     folder is read by the manifest in it (MANIFESTS), else as its .tar or .parquet files, else as the videos in it, each
     with its caption in a .txt or .json of the same name beside it, and the folders under it. `hf:NAME` is a data set of
     the Hugging Face hub, downloaded as a folder. Raises FileNotFoundError or ValueError when it is none of these."""
-    path = Path(_downloaded(source.removeprefix(HUB)) if source.startswith(HUB) else source)
+    path = _downloaded(source.removeprefix(HUB)) if source.startswith(HUB) else Path(source)
     if not path.exists():
         raise FileNotFoundError(f"--source={source} does not exist")
     if not path.is_dir():
@@ -57,18 +57,10 @@ def list_source(source: str) -> Iterator[Item]:
 
 
 @functools.cache
-def _downloaded(name: str) -> str:
-    from huggingface_hub import snapshot_download  # slow to import
-    from huggingface_hub.errors import HfHubHTTPError
-
+def _downloaded(name: str) -> Path:
     name, _, revision = name.partition("@")
-    try:
-        return snapshot_download(name, repo_type="dataset", revision=revision or None)
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        raise FileNotFoundError(
-            f"the hub did not give the data set {name} ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "download it where the hub can be reached, and give the folder"
-        ) from error
+    unless = f"the hub did not give the data set {name}"
+    return download(name, unless, repo_type="dataset", revision=revision or None)
 
 
 def _manifests(folder: Path) -> list[Path]:

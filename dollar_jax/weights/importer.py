@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dollar_jax.checkpoint import save_stream
-from dollar_jax.files import new_folder, write_checksums, write_json
+from dollar_jax.files import download, new_folder, write_checksums, write_json
 from dollar_jax.weights import pipeline as pipelines
 from dollar_jax.weights import safetensors_io as files
 from dollar_jax.weights.adapter import read_changes
@@ -75,13 +75,4 @@ def fetch(source: str, patterns: list[str]) -> Path:
         raise ValueError(f"{source} is a file; give the pipeline folder, the one with model_index.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise FileNotFoundError(f"{source} is neither a folder nor a name on the hub such as OWNER/NAME")
-    from huggingface_hub import snapshot_download  # slow to import
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        raise FileNotFoundError(
-            f"{source} is no folder here, and the hub did not give it ({type(error).__name__}); "
-            "download it where the hub can be reached, and give the folder"
-        ) from error
+    return download(source, f"{source} is no folder here, and the hub did not give it", allow_patterns=patterns)
