@@ -167,12 +167,10 @@ def sample_programs(config: DistillConfig, generator: Generator) -> list[Program
     prompts, sampling = len(config.visibility.prompts) or DATA_PROMPTS, config.sampling
     total = prompts * config.visibility.videos
     count = generator.samples_at_once(total)
-    return [
-        generator.text_program(prompts, generator.own_mesh),
-        generator.student_sampler(config.student.timesteps).program(count),
-        generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight).program(count),
-        generator.show_program((count, *generator.latent_shape), generator.shrink(2 * total)),
-    ]
+    teacher = generator.teacher_sampler(sampling.num_steps, sampling.guidance_weight).program(count)
+    student = generator.student_sampler(config.student.timesteps).program(count)
+    show = generator.show_program((count, *generator.latent_shape), generator.shrink(2 * total))
+    return [generator.text_program(prompts, generator.own_mesh), student, teacher, show]
 
 
 def latent_reward_network(config: DistillConfig, channels: int, text_dim: int) -> Network:

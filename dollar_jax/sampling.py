@@ -155,9 +155,8 @@ def _student_times(schedule: Schedule, timesteps: Sequence[float]) -> jax.Array:
     top = schedule.num_train_timesteps - (schedule.path == "ddpm")
     descending = all(a > b for a, b in zip(steps, steps[1:], strict=False))
     if not (steps and descending and steps[-1] >= 0 and steps[0] <= top):
-        raise ValueError(
-            f"student timesteps must be strictly descending within 0..{top}, such as (999, 749, 499, 249), not {steps}."
-        )
+        wanted = f"strictly descending within 0..{top}, such as (999, 749, 499, 249)"
+        raise ValueError(f"student timesteps must be {wanted}, not {steps}.")
     return jnp.asarray([*steps, schedules.CLEAN], jnp.float32)
 
 

@@ -139,18 +139,10 @@ def _vbench_videos() -> None:
     else:
         sampler = choose_student(generator, workdir, config, FLAGS.steps, low=low)
     if jax.process_index() == 0:
-        made = {
-            "prompts_file": listed.name,
-            "prompts_sha256": hash_file(listed),
-            "prompts": "raw" if names is None else "rewritten",
-            "names_file": names and names.name,
-            "names_sha256": names and hash_file(names),
-            "seeds": [FLAGS.seed],
-            "num": FLAGS.num,
-            "videos": len(rows),
-            **manifest.describe(config, generator, fps, [sampler]),
-        }
-        manifest.write_manifest(folder, made)
+        made: dict[str, Any] = {"prompts_file": listed.name, "prompts_sha256": hash_file(listed), "num": FLAGS.num}
+        made |= {"prompts": "raw" if names is None else "rewritten", "seeds": [FLAGS.seed], "videos": len(rows)}
+        made |= {"names_file": names and names.name, "names_sha256": names and hash_file(names)}
+        manifest.write_manifest(folder, made | manifest.describe(config, generator, fps, [sampler]))
     keys = functools.partial(video_keys, FLAGS.seed, max(counts.values()))
     drawn = draw_missing(folder, rows, keys, generator, [(sampler.draw, sampler.params)], FLAGS.batch_size, fps)
     print(f"{drawn} videos drawn; {folder} holds all of this process's {len(rows)}")

@@ -14,9 +14,7 @@ _SECONDS = 16  # of a video, from which clips are taken: further on, its caption
 def define_flags(_: list[str]) -> None:
     define("string", "source", None, "Videos with captions: a folder, manifest, .tar, .parquet, hf:NAME or tfds:NAME.")
     define("string", "prompts", None, "Prompts without videos instead: a .txt, one a line, a .csv or a .jsonl.")
-    drawn = (
-        "Configuration, such as wan_1_3b, by whose `sampling` the teacher draws --clips videos of each of --prompts."
-    )
+    drawn = "Configuration such as wan_1_3b by whose `sampling` the teacher draws --clips videos of each of --prompts."
     define("string", "teacher_samples", None, drawn)
     define("string", "out", None, "Folder of the data set.", required=True)
     define("string", "teacher", "moving_shapes", "The pipeline whose VAE and text encoder encode.")

@@ -121,18 +121,17 @@ class Encoder:
         """Raises ValueError for a latent that the teacher's decoder and encoder do not give back, or for none."""
         source, shape = self.settings.source, None if latent is None else latent.shape
         if latent is None or shape != self.latent:
-            raise ValueError(
-                f"{source} must hold latents of shape {self.latent}, as clips of these settings have: "
-                f"{'there is none' if latent is None else f'the first is of shape {shape}'}"
-            )
+            found = "there is none" if latent is None else f"the first is of shape {shape}"
+            wanted = f"{source} must hold latents of shape {self.latent}, as clips of these settings have"
+            raise ValueError(f"{wanted}: {found}")
         frames = self.generator.decode(np.repeat(latent[None], self.batch, 0))
         back = self.generator.encode(np.round(255 * frames).astype(np.uint8))[0]
         change = np.linalg.norm(back - latent) / np.linalg.norm(latent)
         if not change < _MOST_CHANGED:
-            raise ValueError(
-                f"the first latent of {source} differs by {change:.0%} from what this teacher's VAE makes of "
-                "its video: it is of another VAE, or not scaled as the teacher takes it"
+            found = (
+                f"the first latent of {source} differs by {change:.0%} from what this teacher's VAE makes of its video"
             )
+            raise ValueError(f"{found}: it is of another VAE, or not scaled as the teacher takes it")
 
     def drawn(self, clips: list[Clip], texts: np.ndarray, show: bool) -> list[Clip]:
         """The clips with the teacher's samples as latents, each from the noise of its own place in the list, and with

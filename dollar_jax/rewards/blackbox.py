@@ -18,9 +18,8 @@ def onnx_classifier(folder: Path) -> Reward:
     try:
         import onnxruntime  # optional
     except ImportError as error:
-        raise ValueError(
-            "the reward 'onnx' needs the package onnxruntime, which is not installed: pip install 'dollar_jax[rewards]'"
-        ) from error
+        lack = "needs the package onnxruntime, which is not installed"
+        raise ValueError(f"the reward 'onnx' {lack}: pip install 'dollar_jax[rewards]'") from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
     first = given.shape[1] == 3

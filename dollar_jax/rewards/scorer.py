@@ -54,11 +54,9 @@ class Scorer:
         c = self.config = config.reward
         self.seed, self.accumulation = config.seed, config.accumulation
         self.pixels = pixels
-        self.hosts = {
-            columns: HostScorer(c.rewards[columns[0]].label.partition(".")[0], reward, c.timeout, c.retries)
-            for columns, reward in calls(rewards).items()
-            if not isinstance(reward, JaxReward)
-        }
+        on_host = {columns: r for columns, r in calls(rewards).items() if not isinstance(r, JaxReward)}
+        names = {columns: c.rewards[columns[0]].label.partition(".")[0] for columns in on_host}
+        self.hosts = {columns: HostScorer(names[columns], r, c.timeout, c.retries) for columns, r in on_host.items()}
         self.latest: dict[str, float] = {}
         self._failed, self._decoder, self._decode = 0, decoder, decode
         self._decode_programs: dict[Shape, Program] = {}

@@ -187,14 +187,10 @@ def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "float32"
         save_component(folder / name, kind, getattr(pipeline, name), dtype)
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    index = {
-        "_class_name": family.pipeline,
-        "scheduler": ["diffusers", scheduler["_class_name"]],
-        "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
-        **{name: [kind.library, kind.class_name] for name, kind in family.kinds.items()},
-        **family.entries,
-    }
-    write_json(folder / "model_index.json", index)
+    classes = {name: [kind.library, kind.class_name] for name, kind in family.kinds.items()}
+    classes |= {"scheduler": ["diffusers", scheduler["_class_name"]]}
+    classes |= {"tokenizer": ["transformers", type(pipeline.tokenizer).__name__]}
+    write_json(folder / "model_index.json", {"_class_name": family.pipeline, **classes, **family.entries})
 
 
 def save_component(folder: Path, kind: Kind, component: Component, dtype: str, shard_size: int | None = None) -> None:

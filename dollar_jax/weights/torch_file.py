@@ -60,9 +60,8 @@ def read_torch(path: Path | IO[bytes]) -> Iterator[tuple[str, np.ndarray]]:
                 if isinstance(stored, _Stored):
                     yield name, stored.read(archive, pickle.filename.removesuffix("data.pkl"))
     except Exception as error:  # whatever a damaged file leads to
-        raise ValueError(
-            f"{path if isinstance(path, Path) else 'it'} is no whole file of torch.save with tensors alone: {error}"
-        ) from error
+        name = path if isinstance(path, Path) else "it"
+        raise ValueError(f"{name} is no whole file of torch.save with tensors alone: {error}") from error
 
 
 def _root(pickle: bytes) -> Any:

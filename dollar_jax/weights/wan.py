@@ -43,15 +43,14 @@ _ATTENTION |= {"add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "no
 _KINDS = {"attn1": "self_attn", "attn2": "cross_attn"}
 WAN_NATIVE = {
     **{f"blocks.{{i}}.{a}.{p}": f"blocks.{{i}}.{_KINDS[a]}.{_ATTENTION[p]}" for a in _KINDS for p in _ATTENTION},
-    **{
-        f"condition_embedder.{kind}_embedder.linear_{n}": f"{kind}_embedding.{2 * n - 2}"
-        for kind in ("text", "time")
-        for n in (1, 2)
-    },
-    **{
-        f"condition_embedder.image_embedder.{name}": f"img_emb.proj.{n}"
-        for n, name in ((0, "norm1"), (1, "ff.net.0.proj"), (3, "ff.net.2"), (4, "norm2"))
-    },
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
     "blocks.{i}.ffn.net.0.proj": "blocks.{i}.ffn.0",
     "blocks.{i}.ffn.net.2": "blocks.{i}.ffn.2",
     "blocks.{i}.norm2": "blocks.{i}.norm3",
