@@ -100,20 +100,14 @@ def unipc_sample(denoiser: Denoiser, noise: Latent, num_steps: int) -> Latent:
     return lax.scan(step, (start, start, zero, zero), inputs)[0][0]
 
 
-def few_step_sample(
-    denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, key: Keys, ode: bool = False
-) -> Latent:
-    """The student's sample: predict x0, re-noise to the next timestep, repeat; raises as `few_step_predictions`."""
-    return few_step_predictions(denoiser, timesteps, noise, key, ode)[-1]
-
-
 def few_step_predictions(
     denoiser: Denoiser, timesteps: Sequence[float], noise: Latent, key: Keys, ode: bool = False
 ) -> LatentSteps:
-    """The student's clean predictions [n b t h w c] on the way of its sample, which is the last. `timesteps` is static
-    and descending, (999, 749, 499, 249) in the paper; `noise` is taken to be the state at the first. `key` is one for
-    the batch, or [b]: each sample's noise then does not depend on its neighbours. With `ode` the way to the next
-    timestep is a DDIM step, without fresh noise. ValueError for timesteps that do not descend or are out of range."""
+    """The student's clean predictions [n b t h w c] on the way of its sample, which is the last: predict x0, noise it
+    to the next timestep, repeat. `timesteps` is static and descending, (999, 749, 499, 249) in the paper; `noise` is
+    taken to be the state at the first. `key` is one for the batch, or [b]: each sample's noise then does not depend
+    on its neighbours. With `ode` the way to the next timestep is a DDIM step, without fresh noise. ValueError for
+    timesteps that do not descend or are out of range."""
     times = _student_times(denoiser.schedule, timesteps)
     inputs = times[:-1], times[1:], _split(key, len(timesteps))
     return lax.scan(lambda x, now: _student_step(denoiser, x, *now, ode), noise.astype(jnp.float32), inputs)[1]
@@ -124,8 +118,8 @@ def simulate_backward(
 ) -> tuple[Latent, Time, LatentSteps]:
     """The student's own input at its k-th timestep, without gradient (backward simulation, DMD2). `k`, one for the
     batch or [b], counts from 0 (pure noise at timesteps[0]). Gives x_t [b t h w c] at t = timesteps[k], that t [b], and
-    the states [n b t h w c] at every timestep, those of `few_step_sample` with this key and `ode`; a sample's stays at
-    x_t after its k-th, and no network runs past max(k). Raises as `few_step_sample`."""
+    the states [n b t h w c] at every timestep, those of `few_step_predictions` with this key and `ode`; a sample's
+    stays at x_t after its k-th, and no network runs past max(k). Raises as that."""
     times = _student_times(denoiser.schedule, timesteps)
     last = len(timesteps) - 1
     k = jnp.broadcast_to(jnp.clip(jnp.asarray(k), 0, last), noise.shape[:1])

@@ -417,7 +417,7 @@ def test_backward_input_is_the_samplers_own_way(make_config):
     def draw(params, key):
         keys = jax.random.split(key, 3)
         noise = jax.random.normal(keys[1], x0.shape)
-        return noise, sampling.few_step_sample(sampling.Denoiser(mix, params, RF, text), times, noise, keys[2])
+        return noise, sampling.few_step_predictions(sampling.Denoiser(mix, params, RF, text), times, noise, keys[2])[-1]
 
     x_t, t, index, found = generate(args["params"], jax.random.key(0))
     noise, sampled = draw(args["params"], jax.random.key(0))

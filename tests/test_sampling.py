@@ -223,7 +223,7 @@ def test_number_of_steps_does_not_change_the_number_of_traces():
 
     def few(timesteps):
         args = timesteps, noise, jax.random.key(0)
-        return traces(lambda apply: sampling.few_step_sample(Denoiser(apply, LINEAR, schedule, text), *args))
+        return traces(lambda apply: sampling.few_step_predictions(Denoiser(apply, LINEAR, schedule, text), *args)[-1])
 
     assert ode(2) == ode(50) == 1
     assert few(STUDENT[:1]) == few(STUDENT) == 1
@@ -261,7 +261,7 @@ def test_student_renoises_with_fresh_noise_at_each_timestep(schedule):
     np.testing.assert_allclose(np.cov(fresh), np.eye(4), atol=0.11)
     np.testing.assert_allclose(np.mean(fresh, axis=1), 0, atol=0.08)
 
-    end = sampling.few_step_sample(*args, jax.random.key(3))
+    end = sampling.few_step_predictions(*args, jax.random.key(3))[-1]
     np.testing.assert_allclose(end, predictions[3], rtol=1e-5, atol=1e-5)
 
 
@@ -274,7 +274,7 @@ def test_a_key_per_sample_makes_it_independent_of_its_neighbours():
         return Denoiser(linear_apply, LINEAR, schedule, text[rows])
 
     def few(rows):
-        return sampling.few_step_sample(denoiser(rows), STUDENT, noise[rows], keys[rows])
+        return sampling.few_step_predictions(denoiser(rows), STUDENT, noise[rows], keys[rows])[-1]
 
     def ode(rows):
         return sampling.ode_sample(denoiser(rows), noise[rows], 3, eta=1.0, key=keys[rows])
@@ -282,7 +282,7 @@ def test_a_key_per_sample_makes_it_independent_of_its_neighbours():
     with jax.debug_key_reuse(False):
         for run in (few, ode):
             np.testing.assert_allclose(run(slice(1, 3)), run(slice(None))[1:3], rtol=1e-5, atol=1e-6)
-        other = sampling.few_step_sample(denoiser(slice(None)), STUDENT, noise, keys[::-1])
+        other = sampling.few_step_predictions(denoiser(slice(None)), STUDENT, noise, keys[::-1])[-1]
         assert np.abs(other - few(slice(None))).max() > 0.1
 
 
@@ -290,7 +290,7 @@ def test_single_step_student_is_its_prediction():
     schedule = Schedule("rf", "velocity")
     noise, text = normal(10, 2, 1, 2, 1, 1), text_states(2)
     args = Denoiser(linear_apply, LINEAR, schedule, text), (999.0,), noise
-    x = sampling.few_step_sample(*args, jax.random.key(0))
+    x = sampling.few_step_predictions(*args, jax.random.key(0))[-1]
     velocity = linear_apply(LINEAR, noise, jnp.full(2, 999.0), text)
     np.testing.assert_allclose(x, noise - 0.999 * velocity, rtol=1e-5, atol=1e-6)
     x_t, t, states = sampling.simulate_backward(*args, 0, jax.random.key(0))
@@ -303,7 +303,7 @@ def test_single_step_student_is_its_prediction():
 def test_an_ode_student_takes_the_teachers_steps_at_its_own_timesteps(schedule):
     noise, text, key = normal(9, 3, 1, 2, 2, 1), text_states(3), jax.random.key
     denoiser = Denoiser(gaussian_apply(schedule), {}, schedule, text)
-    few = sampling.few_step_sample(denoiser, STUDENT, noise, key(3), ode=True)
+    few = sampling.few_step_predictions(denoiser, STUDENT, noise, key(3), ode=True)[-1]
     times = jnp.broadcast_to(jnp.array([*STUDENT, sch.CLEAN])[:, None], (5, 3))
     np.testing.assert_allclose(few, sampling.ode_solve(denoiser, noise, times), rtol=1e-5, atol=1e-6)
     _, _, states = sampling.simulate_backward(denoiser, STUDENT, noise, 3, key(4), ode=True)
@@ -353,7 +353,7 @@ def test_backward_simulation_carries_no_gradient_and_the_student_does():
 
     def sampled(params):
         args = Denoiser(linear_apply, params, schedule, text), STUDENT, noise, jax.random.key(0)
-        return sampling.few_step_sample(*args).sum()
+        return sampling.few_step_predictions(*args)[-1].sum()
 
     for grad in jax.tree.leaves(jax.grad(simulated, (0, 1, 2))(LINEAR, noise, text)):
         assert not grad.any()
@@ -369,7 +369,7 @@ def test_low_precision_noise_is_sampled_in_fp32():
         return linear_apply(params, x_t, t, text).astype(jnp.bfloat16)
 
     key = jax.random.key(0)
-    few = sampling.few_step_sample(Denoiser(apply, LINEAR, schedule, text), STUDENT, noise, key)
+    few = sampling.few_step_predictions(Denoiser(apply, LINEAR, schedule, text), STUDENT, noise, key)[-1]
     ode = sampling.ode_sample(Denoiser(apply, LINEAR, schedule, text, text, 2.0), noise, 3)
     assert few.dtype == ode.dtype == jnp.float32
 
@@ -380,7 +380,7 @@ def test_bad_calls_say_what_is_wrong():
     plain = Denoiser(linear_apply, LINEAR, schedule, text)
     for timesteps in (STUDENT[::-1], (), (999.0, 999.0), (1000.0,), (999.0, -1.0)):
         with pytest.raises(ValueError, match="descending"):
-            sampling.few_step_sample(plain, timesteps, noise, key)
+            sampling.few_step_predictions(plain, timesteps, noise, key)[-1]
     with pytest.raises(ValueError, match="null_text"):
         sampling.ode_sample(Denoiser(linear_apply, LINEAR, schedule, text, None, 7.5), noise, 2)
     with pytest.raises(ValueError, match="key"):
