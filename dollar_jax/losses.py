@@ -24,8 +24,7 @@ def vsd(
     x = _fp32(x)
     g = vsd_gradient(x, real, fake, normalisation, floor, nan_to_zero)
     # Equal to x - stop_gradient(x - g), without rounding g away where |x| is much larger.
-    difference = (x - jax.lax.stop_gradient(x)) + g
-    return _per_sample(0.5 * jnp.square(difference))
+    return _per_sample(0.5 * jnp.square((x - jax.lax.stop_gradient(x)) + g))
 
 
 def vsd_gradient(

@@ -150,8 +150,7 @@ class SampleLogger:
         # Each prompt's first pair at a few times: a row per prompt.
         times = np.linspace(0, pairs.shape[1] - 1, SHEET_TIMES).round().astype(int)
         tiles = pairs[:: self.config.videos, times]
-        sheet = grid(tiles.reshape(-1, 1, *tiles.shape[2:]), SHEET_TIMES, gap=6)[0]
-        return scalars, sheet, warnings
+        return scalars, grid(tiles.reshape(-1, 1, *tiles.shape[2:]), SHEET_TIMES, gap=6)[0], warnings
 
     def _rewards(self, name: str, shown: Shown) -> dict[str, float]:
         """The mean weighted sum of raw rewards, of those videos that got one; nothing where none did."""

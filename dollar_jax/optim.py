@@ -50,6 +50,4 @@ def select(good: Any, new: Any, old: Any) -> Any:
 
 def _decayed(params: Params) -> Any:
     """By name, for stacked layers give their biases and scales a second axis."""
-    names = {"kernel", "embedding"}
-    last = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path[-1:], simple=True), params)
-    return jax.tree.map(names.__contains__, last)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)

@@ -145,8 +145,7 @@ def vae_loss(network: Network, kl_weight: float, params: Params, video: Any, key
     frames = signed_range(video)
     mean, log_variance = network.apply(params, frames, method="encode")
     latent = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-    decoded = network.apply(params, latent, method="decode", clip=False)
-    mse = jnp.mean((decoded - frames) ** 2)
+    mse = jnp.mean((network.apply(params, latent, method="decode", clip=False) - frames) ** 2)
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
     return mse + kl_weight * kl, {"mse": mse, "kl": kl}
 

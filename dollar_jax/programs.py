@@ -200,8 +200,7 @@ def _networks(config: Any, schedule: Schedule, transformer: Network, adapted: An
         # The same noise for all, so that a latent has one score.
         t, noise = jnp.full(len(latent), c.time), jax.random.normal(jax.random.key(0), latent.shape[1:])
         x_t = add_noise(schedule, latent, jnp.broadcast_to(noise, latent.shape), t)
-        features = transformer.apply(teacher, x_t, t, text, *schedule.given, tap=c.depth, early=True)
-        return head.apply(params, features)
+        return head.apply(params, transformer.apply(teacher, x_t, t, text, *schedule.given, tap=c.depth, early=True))
 
     return Networks(denoiser, latent_reward, pixels, discriminator)
 

@@ -89,8 +89,7 @@ def unipc_sample(denoiser: Denoiser, noise: Latent, num_steps: int) -> Latent:
         prediction = denoiser.prediction(x, time)
         # At the exact noise level: the network's time is rounded.
         m = schedules.to_x0(schedule, prediction, x, jnp.full_like(time, sigma * schedule.num_train_timesteps))
-        corrected = row[0] * y + row[1] * m + row[2] * m1 + row[3] * m2
-        x = jnp.where(first, x, corrected)
+        x = jnp.where(first, x, row[0] * y + row[1] * m + row[2] * m1 + row[3] * m2)
         following = row[4] * x + row[5] * m + row[6] * m1
         return (schedules.keep_given(schedule, start, following), x, m, m1), None
 

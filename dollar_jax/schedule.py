@@ -95,8 +95,7 @@ def coefficients(schedule: Schedule, t: Time) -> tuple[Time, Time]:
     if schedule.path == "rf":
         sigma = jnp.clip(t / schedule.num_train_timesteps, 0.0, 1.0)
         return 1.0 - sigma, sigma
-    last = schedule.num_train_timesteps - 1
-    row = jnp.where(t < 0, 0, jnp.clip(jnp.round(t), 0, last).astype(jnp.int32) + 1)
+    row = jnp.where(t < 0, 0, jnp.clip(jnp.round(t), 0, schedule.num_train_timesteps - 1).astype(jnp.int32) + 1)
     a, b = _ddpm_table(schedule)
     return jnp.asarray(a)[row], jnp.asarray(b)[row]
 
@@ -166,8 +165,7 @@ def posterior(
     # Written without a^2 + b^2 = 1, so that it holds off the variance-preserving path too.
     correlation = (a * b_next) / _away_from_zero(a_next * b)
     sigma = eta * b_next * jnp.sqrt(jnp.clip(1.0 - correlation**2, 0.0, 1.0))
-    direction = jnp.sqrt(jnp.maximum(b_next**2 - sigma**2, 0.0))
-    return a_next * x0_hat + direction * eps, sigma
+    return a_next * x0_hat + jnp.sqrt(jnp.maximum(b_next**2 - sigma**2, 0.0)) * eps, sigma
 
 
 def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
@@ -179,8 +177,7 @@ def timestep_grid(schedule: Schedule, num_steps: int) -> np.ndarray:
         raise ValueError(f"num_steps must be between 1 and {total}, not {num_steps!r}.")
     if schedule.path == "rf":
         return (total * _shift(schedule, np.linspace(1.0, 0.0, num_steps + 1))).astype(np.float32)
-    times = np.round(total - np.arange(num_steps) * (total / num_steps)) - 1
-    return np.append(times, CLEAN).astype(np.float32)
+    return np.append(np.round(total - np.arange(num_steps) * (total / num_steps)) - 1, CLEAN).astype(np.float32)
 
 
 def unipc_grid(schedule: Schedule, num_steps: int) -> tuple[np.ndarray, np.ndarray]:

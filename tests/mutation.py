@@ -186,7 +186,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("t * SCORE_BINS / schedule", "t * (SCORE_BINS - 1) / schedule", [ALGORITHM]),
     ],
     "losses.py": [
-        ("difference = (x - jax.lax.stop_gradient(x)) + g", "difference = jax.lax.stop_gradient(x) - x + g", [LOSSES]),
+        ("jnp.square((x - jax.lax.stop_gradient(x)) + g)", "jnp.square(jax.lax.stop_gradient(x) - x + g)", [LOSSES]),
         (
             "norm = jnp.mean(distance, axis=tuple(range(1, x.ndim)), keepdims=True)",
             "norm = jnp.mean(distance, axis=0, keepdims=True)",
@@ -208,8 +208,8 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
     ],
     "schedule.py": [
         (
-            "row = jnp.where(t < 0, 0, jnp.clip(jnp.round(t), 0, last).astype(jnp.int32) + 1)",
-            "row = jnp.clip(jnp.round(t), 0, last).astype(jnp.int32) + 1",
+            "jnp.where(t < 0, 0, jnp.clip(jnp.round(t), 0, schedule.num_train_timesteps - 1).astype(jnp.int32) + 1)",
+            "jnp.clip(jnp.round(t), 0, schedule.num_train_timesteps - 1).astype(jnp.int32) + 1",
             [SCHEDULE],
         ),
         ("return cond + _like(jnp.asarray(weight", "return uncond + _like(jnp.asarray(weight", [SCHEDULE]),
@@ -218,13 +218,13 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
             "sigma = eta * b_next * jnp.sqrt(jnp.clip(1.0 - correlation",
             [SCHEDULE],
         ),
-        ("direction = jnp.sqrt(jnp.maximum(b_next**2 - sigma**2, 0.0))", "direction = b_next", [SCHEDULE]),
+        ("jnp.sqrt(jnp.maximum(b_next**2 - sigma**2, 0.0)) * eps", "b_next * eps", [SCHEDULE]),
         ('"conjugate_velocity": (one, -one)', '"conjugate_velocity": (-one, one)', [SCHEDULE]),
         ("alphas = np.cumprod(1.0 - betas)", "alphas = np.cumprod(1.0 - betas / 2)", [SCHEDULE]),
         ("jnp.clip(jnp.floor(total * u), 0, total - 1)", "jnp.clip(jnp.floor(total * u), 1, total - 1)", [SCHEDULE]),
         (
-            "    times = np.round(total - np.arange(num_steps) * (total / num_steps)) - 1\n",
-            "    times = np.round(total - np.arange(num_steps) * (total / num_steps))\n",
+            "np.append(np.round(total - np.arange(num_steps) * (total / num_steps)) - 1, CLEAN)",
+            "np.append(np.round(total - np.arange(num_steps) * (total / num_steps)), CLEAN)",
             [SCHEDULE],
         ),
     ],
@@ -302,8 +302,8 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         # Half a reward's schedule.
         ("jnp.clip((since + 1) / max(c.ramp_steps, 1)", "jnp.clip(since / max(c.ramp_steps, 1)", [JAX]),
         (
-            "jnp.where(since >= 0, rise, 0.0)",
-            "jnp.where(since >= 1, rise, 0.0)",
+            "jnp.where(since >= 0, jnp.clip(",
+            "jnp.where(since >= 1, jnp.clip(",
             ["tests/test_objectives_rewards.py::test_reward_weight_follows_its_schedule"],
         ),
         ("weights / statistics.std, 0.0)", "weights, 0.0)", [JAX]),

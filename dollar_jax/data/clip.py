@@ -24,9 +24,7 @@ def clip_size(config: DataConfig) -> tuple[int, int, int]:
 
 def clip_fps(config: DataConfig, teacher: float) -> float:
     """Frames per second of the data's clips; the teacher's own where the data does not say."""
-    if config.name == MOVING_SHAPES:
-        return shapes.FPS
-    return read_about(Path(config.name))["settings"]["fps"] or teacher
+    return shapes.FPS if config.name == MOVING_SHAPES else read_about(Path(config.name))["settings"]["fps"] or teacher
 
 
 def read_about(folder: Path) -> Any:

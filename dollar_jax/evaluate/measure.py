@@ -69,18 +69,18 @@ def measure(
     plan: SamplePlan,
     reward: AnyReward | None,
     features: Features | None = None,
-    reference: np.ndarray | None = None,
+    real: np.ndarray | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
     """Per row: alignment, reward, vendi, flicker, nfe, seconds per video, ...; and its videos, uint8 [n t h w 3]. Every
     row draws from the same noise. Times are medians over at least `TIMED` batches, see `draw_in_turns`. `features` and
-    `reference` are as of `quality`."""
+    `real` are as of `quality`."""
     give_first_frames(generator, [*plan.captions, *plan.diverse], plan.seed)
     batches = -(-len(plan.prompts) // plan.batch)
     drawn, seconds = draw_in_turns(generator, rows, plan.prompts, plan.batch, plan.seed, -(-TIMED // batches))
     metrics = {}
     for name, row in rows.items():
         medians = {f"{stage}_seconds": statistics.median(times) for stage, times in seconds[name].items()}
-        metrics[name] = {**quality(drawn[name], plan, reward, features, reference), "nfe": row.nfe, **medians}
+        metrics[name] = {**quality(drawn[name], plan, reward, features, real), "nfe": row.nfe, **medians}
     return metrics, {name: to_uint8(frames) for name, frames in drawn.items()}
 
 
@@ -117,23 +117,19 @@ def real_features(features: Features, quick: bool = False) -> np.ndarray:
 
 
 def quality(
-    drawn: np.ndarray,
-    plan: SamplePlan,
-    reward: AnyReward | None,
-    features: Features | None = None,
-    reference: np.ndarray | None = None,
+    drawn: np.ndarray, plan: SamplePlan, reward: AnyReward | None, features: Features | None, real: np.ndarray | None
 ) -> dict[str, float]:
-    """The measures of a plan's videos, floats in [0, 1] in the order of its prompts. `reference` are the `features`
-    [n d] of real clips, which the Fréchet distance is to."""
+    """The measures of a plan's videos, floats in [0, 1] in the order of its prompts. `real` are the `features` [n d] of
+    real clips, which the Fréchet distance is to."""
     count = len(plan.captions)
     groups = to_uint8(drawn[count:]).reshape(len(plan.diverse), plan.samples, *drawn.shape[1:])
     vectors = None if features is None else features.vectors(to_uint8(drawn))
     parts = [None] * len(groups) if vectors is None else np.split(vectors[count:], len(groups))
     within = [variety(group, features, part) for group, part in zip(groups, parts, strict=True)]
     scores = {} if reward is None else {"reward": float(reward(drawn, plan.prompts).mean())}
-    if vectors is not None and reference is not None:
-        # One video per caption, as in the reference: those of the few captions drawn often would bias it.
-        scores["frechet"] = frechet_distance(vectors[:count], reference)
+    if vectors is not None and real is not None:
+        # One video per caption, as of the real: those of the few captions drawn often would bias it.
+        scores["frechet"] = frechet_distance(vectors[:count], real)
     scores |= {name: float(np.mean([row[name] for row in within])) for name in within[0]}
     scores["vendi_std"] = float(np.std([row["vendi"] for row in within]))
     scores |= {"flicker": float(temporal_flicker(drawn).mean()), "net_change": float(net_change(drawn).mean())}

@@ -48,8 +48,7 @@ def in_chunks(
         out = run(part, cache)
         return cache.left, out
 
-    parts = rearrange(x[:, head:], "b (n t) h w c -> n b t h w c", t=size)
-    _, rest = jax.lax.scan(body, cache.left, parts)
+    _, rest = jax.lax.scan(body, cache.left, rearrange(x[:, head:], "b (n t) h w c -> n b t h w c", t=size))
     return jnp.concatenate([start, rearrange(rest, "n b t h w c -> b (n t) h w c")], 1)
 
 

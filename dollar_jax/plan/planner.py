@@ -293,8 +293,7 @@ def programs_of(what: str, config: DistillConfig, generator: Generator, pixels: 
         if what == "sample-command":
             return draw_programs(here, config, 4, [len(config.student.timesteps)])
         known = [n for n in (4, 2, 1) if n <= len(config.student.timesteps)]
-        features = here.encode_program((1, *here.clip, 3), here.own_mesh)
-        return [*draw_programs(here, config, 16, known), features]
+        return [*draw_programs(here, config, 16, known), here.encode_program((1, *here.clip, 3), here.own_mesh)]
     sharding.check_batch(mesh, "batch_size", batch)
     if what == "sample":
         return [generator.student_sampler(config.student.timesteps).program(batch)]

@@ -9,7 +9,6 @@ from dollar_jax.config import DistillConfig
 from dollar_jax.data.clip import MOVING_SHAPES, clip_size
 from dollar_jax.generate import Generator, as_configured, teacher_folder, transformer_options
 from dollar_jax.weights.families import PUBLISHED, Architecture
-from dollar_jax.weights.kind import Kind
 from dollar_jax.weights.pipeline import Component, Pipeline, read_architecture
 
 
@@ -37,19 +36,13 @@ def weightless_generator(
     config: DistillConfig, architecture: Architecture, clip: tuple[int, int, int], mesh: Mesh
 ) -> Generator:
     """As `generate.make_generator` makes it, with the parameters' shapes in their place, and no tokenizer."""
-    family = architecture.family
-    held = {"param_dtype": config.compute.teacher_dtype}
-
-    def component(kind: Kind, config: object) -> Component:
-        network = kind.network(config)
-        return Component(config, network, network.shapes)
-
-    transformer = dataclasses.replace(architecture.transformer, **held, **transformer_options(config.compute))
-    vae, text = component(family.vae, architecture.vae), dataclasses.replace(architecture.text_encoder, **held)
-    networks = component(family.transformer, transformer), vae, component(family.text_encoder, text)
-    pipeline = Pipeline(family, *networks, None, architecture.schedule)
-    if (encoder := architecture.image_encoder) is not None and family.image_encoder is not None:
-        pipeline = dataclasses.replace(pipeline, image_encoder=component(family.image_encoder, encoder))
-    pipeline = as_configured(pipeline, config)
+    family, held = architecture.family, {"param_dtype": config.compute.teacher_dtype}
+    options = {"transformer": held | transformer_options(config.compute), "text_encoder": held}
+    networks = {}
+    for name, kind in family.kinds.items():
+        own = dataclasses.replace(getattr(architecture, name), **options.get(name, {}))
+        network = kind.network(own)
+        networks[name] = Component(own, network, network.shapes)
+    pipeline = as_configured(Pipeline(family, **networks, tokenizer=None, schedule=architecture.schedule), config)
     settings = config.data.max_text_length, config.sampling, clip, config.compute.vae_chunk, mesh
     return Generator(pipeline, *settings, student_ode=config.student.sampler == "ode")

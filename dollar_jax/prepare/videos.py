@@ -170,8 +170,7 @@ class View:
         if max(covering) > _MOST_COVERING * max(size):
             raise Unusable(f"is {float(width / height):.3g} times as wide as high: a clip of it is next to nothing")
         spare = [a - b for a, b in zip(covering, size, strict=True)]
-        random = settings.crop == "random"
-        corner = tuple(int(rng.integers(s + 1)) if random else s // 2 for s in spare)
+        corner = tuple(int(rng.integers(s + 1)) if settings.crop == "random" else s // 2 for s in spare)
         transfer, primaries, untagged = frame.color_trc, frame.color_primaries, frame.colorspace in _UNTAGGED
         hdr = transfer in HDR
         if hdr and primaries not in (*TO_BT709, ColorPrimaries.BT709):

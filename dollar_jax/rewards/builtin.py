@@ -27,8 +27,7 @@ def vivid(frames: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         image = Image.fromarray(clip.reshape(-1, clip.shape[2], 3)).convert("HSV")
         _, saturation, value = np.moveaxis(np.asarray(image), -1, 0)
         coloured = saturation > COLOURED
-        count = np.sum(coloured & (saturation > VIVID) & (value > VIVID))
-        rewards.append(count / max(coloured.sum(), 1))
+        rewards.append(np.sum(coloured & (saturation > VIVID) & (value > VIVID)) / max(coloured.sum(), 1))
     return np.array(rewards, np.float32)
 
 
@@ -54,8 +53,7 @@ def vividness(frames: jax.Array) -> Float[Array, " b"]:
     """Mean over a clip of max(rgb) - min(rgb), the chroma, of each frame's most coloured 3%; [b]."""
     x = jnp.asarray(frames, jnp.float32)
     chroma = (x.max(-1) - x.min(-1)).reshape(*x.shape[:2], -1)
-    count = max(1, round(SHARE * chroma.shape[-1]))
-    return jax.lax.top_k(chroma, count)[0].mean((1, 2))
+    return jax.lax.top_k(chroma, max(1, round(SHARE * chroma.shape[-1])))[0].mean((1, 2))
 
 
 def flicker(frames: Float[Array, "*b t h w 3"]) -> Float[Array, "*b"]:

@@ -132,8 +132,7 @@ def reward_schedule(config: DistillConfig, step: Array) -> Float[Array, ""]:
     """β_FT's share of its weight: 0 before `start_step`, a linear rise over `ramp_steps`, then constant or a cosine."""
     c = config.reward
     since = jnp.asarray(step - c.start_step, jnp.float32)
-    rise = jnp.clip((since + 1) / max(c.ramp_steps, 1), 0.0, 1.0)
-    scale = jnp.where(since >= 0, rise, 0.0)
+    scale = jnp.where(since >= 0, jnp.clip((since + 1) / max(c.ramp_steps, 1), 0.0, 1.0), 0.0)
     if c.decay == "cosine":
         length = max(config.steps - c.start_step - c.ramp_steps, 1)
         done = jnp.clip((since - c.ramp_steps) / length, 0.0, 1.0)

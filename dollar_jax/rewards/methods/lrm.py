@@ -60,8 +60,7 @@ class LatentReward(RewardMethod):
 
     def forwards(self) -> float:
         c = self.settings
-        read = 3 + (c.updates * c.batch_size + 2 * c.samples) / self.config.batch_size
-        return (c.head.depth or 0.0) * read
+        return (c.head.depth or 0.0) * (3 + (c.updates * c.batch_size + 2 * c.samples) / self.config.batch_size)
 
     def inputs(self, latent: Shape, text: Shape) -> ScoredLatents:
         c = self.settings
