@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -139,8 +140,7 @@ def first_frames(seed: int, captions: Sequence[Caption]) -> np.ndarray:
     return np.stack([render(caption, np.random.default_rng([seed, i]))[0] for i, caption in enumerate(captions)])
 
 
-@dataclasses.dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """What the verifier reads off one video, each [t]; an index into ATTRIBUTES' values, -1 for none."""
 
     size: np.ndarray

@@ -105,8 +105,7 @@ class SpatialNorm(nnx.Module):
 
     def __init__(self, dim: int, c: CogVideoXVAEConfig, rngs: nnx.Rngs) -> None:
         self.norm_layer = _group_norm(dim, 1e-6, c, rngs)
-        self.conv_y = _pointwise(c.latent_channels, dim, c, rngs)
-        self.conv_b = _pointwise(c.latent_channels, dim, c, rngs)
+        self.conv_y, self.conv_b = (_pointwise(c.latent_channels, dim, c, rngs) for _ in range(2))
 
     def __call__(self, x: Video, latent: Float[Array, "b t2 h2 w2 z"]) -> Video:
         # What is computed per latent pixel is enlarged afterwards; the reference does it the dear way round.

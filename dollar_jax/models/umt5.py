@@ -67,8 +67,7 @@ class UMT5Attention(nnx.Module):
         inner = c.num_heads * c.d_kv
         # The small queries of the initialisation stand in for the missing 1/√d_kv of the scores.
         self.q = _dense(c, rngs, c.d_model, inner, (c.d_model * c.d_kv) ** -0.5)
-        self.k = _dense(c, rngs, c.d_model, inner, c.d_model**-0.5)
-        self.v = _dense(c, rngs, c.d_model, inner, c.d_model**-0.5)
+        self.k, self.v = (_dense(c, rngs, c.d_model, inner, c.d_model**-0.5) for _ in range(2))
         self.o = _dense(c, rngs, inner, c.d_model, inner**-0.5)
         self.relative_attention_bias = None if c.shared_position_bias else PositionBias(c, rngs)
         self.heads = c.num_heads
@@ -85,8 +84,7 @@ class UMT5Block(nnx.Module):
         self.attention_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, param_dtype=c.param_dtype)
         self.attention = UMT5Attention(c, rngs)
         self.ffn_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, param_dtype=c.param_dtype)
-        self.wi_0 = _dense(c, rngs, c.d_model, c.d_ff, c.d_model**-0.5)
-        self.wi_1 = _dense(c, rngs, c.d_model, c.d_ff, c.d_model**-0.5)
+        self.wi_0, self.wi_1 = (_dense(c, rngs, c.d_model, c.d_ff, c.d_model**-0.5) for _ in range(2))
         self.wo = _dense(c, rngs, c.d_ff, c.d_model, c.d_ff**-0.5)
 
     def __call__(self, x: States, mask: Mask, buckets: Buckets, shared_bias: Bias | None) -> States:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -55,8 +55,7 @@ class Pipeline:
         return (high.params, low.params) if low else high.params
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """What a component's config.json says: its network, and the table of its weights."""
 
     kind: Kind
