@@ -128,10 +128,9 @@ class Encoder:
         back = self.generator.encode(np.round(255 * frames).astype(np.uint8))[0]
         change = np.linalg.norm(back - latent) / np.linalg.norm(latent)
         if not change < _MOST_CHANGED:
-            found = (
-                f"the first latent of {source} differs by {change:.0%} from what this teacher's VAE makes of its video"
-            )
-            raise ValueError(f"{found}: it is of another VAE, or not scaled as the teacher takes it")
+            found = f"differs by {change:.0%} from what this teacher's VAE makes of its video"
+            why = "it is of another VAE, or not scaled as the teacher takes it"
+            raise ValueError(f"the first latent of {source} {found}: {why}")
 
     def drawn(self, clips: list[Clip], texts: np.ndarray, show: bool) -> list[Clip]:
         """The clips with the teacher's samples as latents, each from the noise of its own place in the list, and with
