@@ -316,7 +316,7 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = field("bfloat16", "Type of the transformer's matrix products.")
     teacher_dtype: Literal["float32", "bfloat16"] = field("bfloat16", "Of teacher and text encoder.")
-    remat: Literal["none", "full", "dots", "attention"] = field("attention", "Kept for the backward pass.")
+    remat: Literal["none", "full", "dots", "attention", "qkv"] = field("attention", "Kept for the backward pass.")
     scan_layers: bool = field(True, "One compiled block instead of a program as long as the network is deep.")
     vae_chunk: int | None = field(1, "Latent frames the video VAE takes at a time; None is the whole clip.", low=1)
     attention: Literal["auto", "splash", "cudnn", "xla"] = field("auto", "Kernel; see models.attention.")

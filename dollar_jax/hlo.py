@@ -6,27 +6,47 @@ import functools
 import math
 import re
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Matrix products of a splash attention kernel, each of 2 · heads · queries · keys · channels operations.
-KERNELS = {"fwd": 2, "dq": 3, "dkv": 4}
+KERNELS = {"fwd": 2, "dkv": 5}
 # They name or pass on what others have made.
 _FREE = {"parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
-_FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "copy-start", "copy-done"}
+_FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "copy-start", "slice-start"}
+
+
+class Work(NamedTuple):
+    """Of one instruction: matrix operations, and bytes moved to and from memory."""
+
+    flops: float
+    bytes: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one execution on one chip: matrix operations, bytes moved to and from memory, and bytes sent by kind of
-    collective, groups as HLO writes them (see `groups`) and whether other work may go on meanwhile. Every result is
-    taken to be written once and read once; what a loop adds to an array in place, alone."""
+    """Of one execution on one chip: how often it does which `Work`, and bytes sent by kind of collective, groups as HLO
+    writes them (see `groups`) and whether other work may go on meanwhile. Every result is taken to be written once and
+    read once, but for those in vector memory; what a loop adds to an array in place, alone."""
 
-    flops: float
-    memory_bytes: float
+    work: Mapping[Work, float]
     sent: dict[tuple[str, str, bool], float]
+
+    @property
+    def flops(self) -> float:
+        return sum(work.flops * times for work, times in self.work.items())
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(work.bytes * times for work, times in self.work.items())
+
+    def seconds(self, flops: float, bytes: float) -> float:
+        """One instruction after another, at so many of each per second: a kernel or fusion reads and writes while it
+        multiplies, and takes the longer of both."""
+        return sum(times * max(work.flops / flops, work.bytes / bytes) for work, times in self.work.items())
 
     @property
     def collective_bytes(self) -> dict[str, float]:
@@ -39,7 +59,8 @@ def cost(text: str) -> Cost:
     """What the optimised HLO module in `text` does on one chip."""
     module = _Module(text)
     total = module.total(module.entry)
-    return Cost(total["flops"], total["memory"], {k: v for k, v in total.items() if isinstance(k, tuple) and v})
+    work = {k: v for k, v in total.items() if isinstance(k, Work)}
+    return Cost(work, {k: v for k, v in total.items() if k not in work and v})
 
 
 def groups(text: str, count: int) -> np.ndarray:
@@ -95,35 +116,39 @@ class _Module:
             inner: Counter[Any] = Counter()
             if i.opcode == "conditional":
                 branches = _called(i, "branch_computations|true_computation|false_computation")
-                inner.update(max((self.total(b) for b in branches), key=lambda c: c["memory"]))
+                inner.update(max(map(self.total, branches), key=lambda c: sum(k.bytes * v for k, v in _works(c))))
             elif i.opcode in ("while", "fusion", "call", "async-start"):
                 times = self._trips(i) if i.opcode == "while" else 1
                 for part in _called(i, "body|condition|calls|to_apply"):
                     inner.update({k: v * times for k, v in self.total(part).items()})
             if i.opcode == "async-start":
-                inner = Counter({(*k[:2], True) if isinstance(k, tuple) else k: v for k, v in inner.items()})
+                inner = Counter({k if isinstance(k, Work) else (*k[:2], True): v for k, v in inner.items()})
+            flops = self._flops(i)
             if i.opcode == "fusion":
-                del inner["memory"]
+                flops += sum(k.flops * v for k, v in _works(inner))
+                inner = Counter({k: v for k, v in inner.items() if not isinstance(k, Work)})
             total.update(inner)
-            total["flops"] += self._flops(i)
             kind = i.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and not _goes_on(i):
                 found = re.search(r"(?:replica_groups|source_target_pairs)=(.*?)(?=, (?!device_ids)[a-z_]+=|$)", i.rest)
                 where = found[1] if found else ""
-                total[kind, where, i.opcode != kind] += self._sent(i, kind, groups(where, self.count).shape[1])
+                asynchronous = i.opcode != kind or "async_collective_fusion_config" in i.rest
+                total[kind, where, asynchronous] += self._sent(i, kind, groups(where, self.count).shape[1])
             if i.opcode not in _FREE and not i.opcode.endswith("-done"):
-                total["memory"] += 2 * self._written(i)
+                total[Work(flops, 2 * self._written(i))] += 1
         return total
 
     def _written(self, i: _Instruction) -> int:
         """Bytes of a result, of one that is written into a larger array in place those of the slice."""
+        if i.opcode == "parameter" or _goes_on(i):
+            return 0
         if i.opcode == "dynamic-update-slice":
             return sum(_sizes(self.instructions[i.operands[1]].shape))
         if i.opcode == "fusion":
             return self._written(self.computations[_called(i, "calls")[0]][-1])
         if i.opcode in ("bitcast", "tuple"):  # the last of a fusion
             return sum(self._written(self.instructions[o]) for o in i.operands)
-        return sum(_sizes(i.shape))
+        return sum(_sizes(re.sub(r"\w+\[[\d,]*\]\{[^}]*S\(1\)\}", "", i.shape)))
 
     def _trips(self, i: _Instruction) -> int:
         if found := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', i.rest):
@@ -176,6 +201,16 @@ class _Module:
         # The largest part of an asynchronous reduce-scatter is its operand, otherwise the shape is the result's.
         scattered = {"reduce-scatter": group - 1 if i.opcode == kind else share}
         return size * {"all-reduce": 2 * share, "collective-permute": 1.0, **scattered}.get(kind, share)
+
+
+def _works(total: Counter[Any]) -> list[tuple[Work, float]]:
+    return [(k, v) for k, v in total.items() if isinstance(k, Work)]
+
+
+def _goes_on(i: _Instruction) -> bool:
+    """A later part of a collective that fusions share beside their own work; the one that starts it has the flag -1."""
+    found = re.search(r'"flag_start":"(-?\d+)"', i.rest)
+    return "AsyncCollectiveDone" in i.rest or (found is not None and found[1] != "-1")
 
 
 def _window_share(attributes: str) -> float:

@@ -14,6 +14,22 @@ from dollar_jax.flops import HBM_GIB
 BESIDE = 0.85  # share of a device's memory for what decodes beside the state of a run
 # What takes time is in libraries: the demo's step is as fast as at level 3, and compiled in two thirds of the time.
 _ON_CPU = {"xla_backend_optimization_level": 1}
+# Collectives go on beside other work (at the compiler's own effort), and small kernels are gathered, where it would sum
+# copies filled up with zeros; as MaxText asks for.
+_ON_TPU: dict[str, Any] = dict.fromkeys(
+    [
+        "xla_tpu_enable_async_collective_fusion",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps",
+        "xla_tpu_overlap_compute_collective_tc",
+        "xla_tpu_prefer_async_allgather_to_allreduce",
+        "xla_enable_async_all_gather",
+        "xla_enable_async_collective_permute",
+    ],
+    True,
+)
+# No kernel is multiplied piece by piece as it arrives: all of the output would go through memory with each.
+_ON_TPU["xla_jf_spmd_threshold_for_windowed_einsum_mib"] = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,14 +57,14 @@ class Program:
 
         function = self.function if self.mesh is None else sharding.with_mesh(self.mesh, self.function)
         named.__name__ = named.__qualname__ = self.name
-        given = {"in_shardings": self.in_shardings or None, "out_shardings": self.out_shardings}
         device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        options: dict[str, Any] = dict(_ON_TPU) if device.platform == "tpu" else {}
         if device.platform == "cpu" and not jax.config.read("jax_disable_most_optimizations"):
-            given["compiler_options"] = _ON_CPU
+            options |= _ON_CPU
         if self.share < 1 and device.device_kind in HBM_GIB:
-            most = int(1024 * self.share * HBM_GIB[device.device_kind])
-            given["compiler_options"] = {"xla_tpu_max_hbm_size_mib": most}
-        return jax.jit(named, donate_argnums=self.donate, **{k: v for k, v in given.items() if v is not None})
+            options["xla_tpu_max_hbm_size_mib"] = int(1024 * self.share * HBM_GIB[device.device_kind])
+        given = {"in_shardings": self.in_shardings, "out_shardings": self.out_shardings, "compiler_options": options}
+        return jax.jit(named, donate_argnums=self.donate, **{k: v for k, v in given.items() if v})
 
     def __call__(self, *arguments: Any) -> Any:
         return self.jitted(*arguments)

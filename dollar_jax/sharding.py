@@ -68,8 +68,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         inside, across = (sizes[0] // len(slices), *sizes[1:]), (len(slices), 1, 1, 1)
         array = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     else:
-        array = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+        array = _in_blocks(sizes, devices)
     return Mesh(array, AXES, (AxisType.Auto,) * len(AXES))
+
+
+def _in_blocks(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as JAX arranges them, but those of a video (context × tensor), where that is a part of a torus, as
+    near to a square or cube as they lie: along a line every exchange waits for its middle."""
+    array = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    places = np.array([getattr(device, "coords", ()) for device in devices])
+    torus, inner = [int(n) + 1 for n in places.max(0, initial=0)], math.prod(sizes[2:])
+    block = [1] * len(torus)
+    while math.prod(block) < inner:
+        free = [axis for axis, size in enumerate(torus) if size % (2 * block[axis]) == 0]
+        if not free:
+            break
+        block[min(free, key=lambda axis: block[axis])] *= 2
+    if inner == 1 or math.prod(torus) != len(devices) or math.prod(block) != inner:
+        return array
+    whole = np.empty(torus, object)
+    for device in devices:
+        whole[tuple(device.coords)] = device
+    split = whole.reshape([part for size, n in zip(torus, block, strict=True) for part in (size // n, n)])
+    return split.transpose(*range(0, split.ndim, 2), *range(1, split.ndim, 2)).reshape(sizes)
 
 
 def host_mesh(devices: Iterable[Any]) -> Mesh:

@@ -6,16 +6,6 @@ home=$HOME/dollar
 mkdir -p "$home"
 cd "$home"
 
-ASYNCHRONOUS=(
-    --xla_tpu_enable_async_collective_fusion=true
-    --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
-    --xla_tpu_enable_async_collective_fusion_multiple_steps=true
-    --xla_tpu_overlap_compute_collective_tc=true
-    --xla_enable_async_all_gather=true
-    --xla_enable_async_all_reduce=true
-    --xla_enable_async_collective_permute=true
-)
-
 # True while the started command, whose process id is also its group's, lives.
 running() {
     [[ -f pid ]] && kill -0 "$(<pid)" 2>/dev/null
@@ -82,8 +72,6 @@ start) # COMMAND...
         source "$HOME/dollar.env"
         rm -f "$HOME/dollar.env"
     fi
-    # Collectives that run beside the products, as MaxText sets it (benchmarks/xla_flags_library.py); --env has precedence.
-    export LIBTPU_INIT_ARGS="${LIBTPU_INIT_ARGS-${ASYNCHRONOUS[*]}}"
     # In the shell's own session it would die with the connection. The command's exit code outlives it. With the
     # trap the shell, which SIGTERM reaches too, lives until the command has saved its checkpoint.
     # shellcheck disable=SC2016

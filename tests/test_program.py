@@ -1,6 +1,7 @@
 """A declared program: compiled as declared, told apart by its name, and known to have run."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -63,3 +64,21 @@ def test_what_lies_beside_others_keeps_to_its_share_of_a_tpus_memory(program, mo
     monkeypatch.setitem(module.HBM_GIB, jax.devices()[0].device_kind, 2.0)
     _ = program.jitted, dataclasses.replace(program, share=0.75).jitted
     assert [options.get("compiler_options", {}).get("xla_tpu_max_hbm_size_mib") for options in given] == [None, 1536]
+
+
+def test_a_tpu_is_asked_for_collectives_beside_other_work(program, monkeypatch):
+    """And no other platform, which would not know the options."""
+    given = []
+    monkeypatch.setattr(module.jax, "jit", lambda function, **options: given.append(options))
+    for platform in ("tpu", "cpu", "cuda"):
+        monkeypatch.setattr(
+            module.jax, "devices", lambda name=platform: [types.SimpleNamespace(platform=name, device_kind="")]
+        )
+        _ = dataclasses.replace(program, mesh=None, in_shardings=()).jitted
+    asked = [options.get("compiler_options", {}) for options in given]
+    assert [options.get("xla_tpu_enable_async_collective_fusion_fuse_all_gather") for options in asked] == [
+        True,
+        None,
+        None,
+    ]
+    assert not any(name.startswith("xla_tpu") for options in asked[1:] for name in options)

@@ -1,8 +1,11 @@
 import dataclasses
+import itertools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dollar_jax import sharding
@@ -51,6 +54,40 @@ def test_every_kernel_and_its_optimiser_state_is_split_by_fsdp(program):
     assert split > 0.99 * 7 * 1.41e9
     whole = sum(math.prod(leaf.shape) for name, leaf in shapes.items() if name.startswith("student/"))
     assert 1.40e9 < whole < 1.43e9
+
+
+@pytest.mark.parametrize(
+    ("torus", "sizes", "block"),
+    [
+        ((8, 8, 1), (1, 16, 4, 1), (2, 2, 1)),
+        ((8, 8, 1), (1, 8, 4, 2), (4, 2, 1)),
+        ((16, 16, 1), (1, 16, 16, 1), (4, 4, 1)),
+        ((4, 4, 4), (1, 8, 8, 1), (2, 2, 2)),
+        ((2, 4, 1), (2, 1, 4, 1), (2, 2, 1)),
+        # One device to a video, a share that is no block, and a chip's halves at one place: as JAX has them.
+        ((4, 4, 1), (1, 16, 1, 1), None),
+        ((3, 2, 1), (1, 2, 3, 1), None),
+        ((2, 2, 1, 2), (1, 2, 4, 1), None),
+    ],
+)
+def test_the_chips_of_a_video_are_a_block(monkeypatch, torus, sizes, block):
+    places = list(itertools.product(*map(range, torus)))
+    devices = [types.SimpleNamespace(id=i, coords=list(place[:3])) for i, place in enumerate(places)]
+    made = []
+
+    def as_jax(shape, devices, **_):
+        made.append(np.array(devices).reshape(shape))
+        return made[0]
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", as_jax)
+    found = sharding._in_blocks(sizes, devices)
+    assert found.shape == sizes and {device.id for device in found.flat} == set(range(len(places)))
+    if block is None:
+        assert found is made[0]
+        return
+    for group in found.reshape(-1, sizes[2] * sizes[3]):
+        at = np.array([device.coords for device in group])
+        assert tuple(at.max(0) - at.min(0) + 1) == block and not any(at.min(0) % block)
 
 
 T5 = dataclasses.replace(PUBLISHED["cogvideox_2b"].text_encoder, num_layers=2, shared_position_bias=False)

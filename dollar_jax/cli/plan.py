@@ -18,6 +18,8 @@ def define_flags(arguments: list[str]) -> None:
     about += "(sample-command) or evaluate: exit 2 if one fails."
     define("enum", "what", "train", ["train", "sample", "decode", "text", "import", *COMMANDS], about)
     define("bool", "search", False, "Try meshes, keys by gather or Ulysses, micro-batches and remat, and rank them.")
+    about = "Compile as a run does: ten times slower, collectives beside other work."
+    define("bool", "own_effort", False, about)
     define("string", "json", None, "File for the figures as JSON.")
 
 
@@ -39,8 +41,8 @@ def run() -> None:
     whole = FLAGS.what in COMMANDS
     if FLAGS.search and whole:
         raise ValueError(f"--search ranks meshes for one program: leave it out with --what={FLAGS.what}")
-    make = planner.search if FLAGS.search else planner.plans
-    found = list(tqdm(make(config, *rest), "compiling", unit="program"))
+    make, effort = planner.search if FLAGS.search else planner.plans, planner.OWN if FLAGS.own_effort else planner.LOW
+    found = list(tqdm(make(config, *rest, effort), "compiling", unit="program"))
     if not found:
         raise ValueError("no mesh divides this batch over these chips: change config.batch_size")
     if FLAGS.search:

@@ -58,15 +58,24 @@ def row_by_row(function: Callable[[Array], PyTree], x: Array) -> PyTree:
     return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(-1, *y.shape[2:]), y)
 
 
-def padded_length(tokens: int) -> int:
-    """Tokens of a sequence once it is padded to divide over the context axis, in whole blocks when long."""
+def block_size(tokens: int, most: int = 8) -> int:
+    """Of the attention's kernels the block, of at most `most` times 128 tokens, that wastes the least padding."""
+    if tokens <= min(4, most) * BLOCK:
+        return -(-tokens // BLOCK) * BLOCK
+    return min(range(most * BLOCK, (most // 2 - 1) * BLOCK, -BLOCK), key=lambda size: -(-tokens // size) * size)
+
+
+def padded_length(tokens: int, attention: str = "auto") -> int:
+    """Tokens of a sequence once it is padded: to whole blocks where a TPU's kernel of `attention` would do it in every
+    layer; over a context axis to divide by it, in whole blocks when long."""
     if (parts := axis_size(CONTEXT)) == 1:
-        return tokens
+        block = block_size(tokens) if platform() == "tpu" and attention != "xla" else 1
+        return -(-tokens // block) * block
     step = parts * BLOCK if tokens >= 4 * parts * BLOCK else parts
     return -(-tokens // step) * step
 
 
-def pad_tokens(x: Array) -> Array:
+def pad_tokens(x: Array, attention: str) -> Array:
     """`x` [..., n, d] with zeros after the tokens n, up to their `padded_length`."""
-    count = padded_length(x.shape[-2]) - x.shape[-2]
+    count = padded_length(x.shape[-2], attention) - x.shape[-2]
     return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, count), (0, 0)]) if count else x

@@ -19,10 +19,8 @@ from dollar_jax.models.activation_sharding import BLOCK, CONTEXT, TENSOR
 Implementation = Literal["auto", "splash", "cudnn", "xla"]
 Kernel = Literal["splash", "cudnn", "xla"]
 ContextParallel = Literal["gather", "ulysses"]
-# A rematerialisation policy may keep this, the dearest value to recompute.
-NAME = "attention"
-_Q_BLOCKS = ("block_q", "block_q_dkv", "block_q_dq")
-_KV_BLOCKS = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
+# A rematerialisation policy may keep these: attention's output, the dearest value to recompute, and what it is given.
+NAME, GIVEN = "attention", "qkv"
 
 
 def attention(
@@ -105,6 +103,7 @@ def _local(
     q: Array, k: Array, v: Array, *, kind: Kernel, scale: float, length: int, bias: Array | None, mask: Array | None
 ) -> Array:
     """Attention on one device, of all keys to some queries or heads."""
+    q, k, v = (checkpoint_name(x, GIVEN) for x in (q, k, v))
     if kind == "splash":
         return _splash(q, k, v, scale, length)
     end = None if length == k.shape[1] else jnp.full(k.shape[:1], length, jnp.int32)
@@ -119,11 +118,15 @@ def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
     # Wide fp32 heads, as a VAE's, would fill the 16 MiB of vector memory that v5p has for a program.
     width = q.shape[-1] * q.dtype.itemsize
     most = 8 if width <= 512 else 4 if width <= 2048 else 2
-    block_q, block_k = _block(n, most), _block(m, most)
+    block_q, block_k = (activation_sharding.block_size(tokens, most) for tokens in (n, m))
     q, k, v = _padded(q * scale, block_q), _padded(k, block_k), _padded(v, block_k)
     queries, keys = q.shape[2], k.shape[2]
     mask = masks.MultiHeadMask([masks.FullMask((queries, keys))] * q.shape[1])
-    blocks = splash.BlockSizes(**dict.fromkeys(_Q_BLOCKS, block_q), **dict.fromkeys(_KV_BLOCKS, block_k))
+    # One backward kernel makes five products where two make seven, and a part of dq for each of its blocks of keys, as
+    # large as v5p's vector memory has room for.
+    backward = {"block_q_dkv": block_q, "block_kv_dkv_compute": block_k, "use_fused_bwd_kernel": True}
+    backward["block_kv_dkv"] = block_k if keys // block_k % 2 else 2 * block_k
+    blocks = splash.BlockSizes(block_q=block_q, block_kv=block_k, block_kv_compute=block_k, **backward)
     how = {"head_shards": 1, "q_seq_shards": 1, "interpret": activation_sharding.platform() != "tpu"}
     kernel = splash.make_splash_mha(mask, block_sizes=blocks, residual_checkpoint_name=NAME, **how)
     segments = None
@@ -132,13 +135,6 @@ def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
         segments = splash.SegmentIds(q=jnp.zeros(queries, jnp.int32), kv=padding)
     out: Array = jax.vmap(kernel, (0, 0, 0, None))(q, k, v, segments)  # pyright: ignore[reportAssignmentType]
     return out[:, :, :n].swapaxes(1, 2)
-
-
-def _block(tokens: int, most: int = 8) -> int:
-    """The block, of at most `most` times 128 tokens, that wastes the least padding."""
-    if tokens <= min(4, most) * BLOCK:
-        return -(-tokens // BLOCK) * BLOCK
-    return min(range(most * BLOCK, (most // 2 - 1) * BLOCK, -BLOCK), key=lambda size: -(-tokens // size) * size)
 
 
 def _padded(x: Float[Array, "b n heads d"], block: int) -> Float[Array, "b heads p d"]:

@@ -138,7 +138,7 @@ class CogVideoXTransformer(nnx.Module):
             video = (video + sinusoids(grid, c)).astype(c.dtype)
         y = jnp.concatenate([self.text_proj(text), video], axis=1)
         tokens = y.shape[1]
-        y, rotary = jax.tree.map(activation_sharding.pad_tokens, (y, rotary))
+        y, rotary = jax.tree.map(lambda a: activation_sharding.pad_tokens(a, c.attention), (y, rotary))
         is_text = jnp.arange(y.shape[1])[:, None] < length
         y, features = layers.run_tapped(c, self.blocks, y, time, is_text, rotary, tokens, **tap)
         if tap.get("early"):

@@ -15,7 +15,7 @@ from dollar_jax.models import activation_sharding
 from dollar_jax.models.attention import ContextParallel, Implementation, attention
 from dollar_jax.models.embeddings import Rotary, rotate
 
-Remat = Literal["none", "full", "dots", "attention"]
+Remat = Literal["none", "full", "dots", "attention", "qkv"]
 Initializer = Callable[..., Array]
 Block = TypeVar("Block", bound=nnx.Module)
 Tokens = Float[Array, "b n d"]
@@ -59,13 +59,15 @@ class Linear(nnx.Module):
         self.dtype, self.precision, self.out_dtype = dtype, precision, out_dtype or dtype
         self.adapter: Adapter | None = nnx.data(None)
 
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        x = x.astype(self.dtype)
-        kernel = self.kernel[...].astype(self.dtype)
-        out = jnp.matmul(x, kernel, precision=self.precision, preferred_element_type=self.out_dtype)
+    def __call__(self, x: Float[Array, "*b i"], heads: int | None = None) -> Array:
+        """[*b o]; with `heads` [*b, heads, o / heads], so that a TPU writes a head's rows by themselves, as attention
+        reads them, and does not move them afterwards."""
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        kernel = kernel if heads is None else kernel.reshape(len(kernel), heads, -1)
+        out = jnp.tensordot(x, kernel, 1, precision=self.precision, preferred_element_type=self.out_dtype)
         if self.adapter is not None:
-            out += self.adapter(x, self.precision)
-        return out if self.bias is None else out + self.bias[...].astype(self.out_dtype)
+            out += self.adapter(x, self.precision).reshape(out.shape)
+        return out if self.bias is None else out + self.bias[...].astype(self.out_dtype).reshape(kernel.shape[1:])
 
 
 def layer_norm(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
@@ -88,16 +90,17 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / √(mean x² + eps) · scale over the last axis: no mean is subtracted; fp32."""
+    """x / √(mean x² + eps) · scale: no mean is subtracted; fp32. Over the last axis, or the heads and channels [h d]
+    that have a scale each."""
 
     def __init__(self, dim: int, eps: float, *, param_dtype: DTypeLike = "float32") -> None:
         self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        x = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        return x * inverse * self.scale[...]
+        x, axes = x.astype(jnp.float32), (-1,) if x.shape[-1] == self.scale.size else (-2, -1)
+        inverse = jax.lax.rsqrt(jnp.square(x).mean(axes, keepdims=True) + self.eps)
+        return x * inverse * self.scale[...].reshape([x.shape[axis] for axis in axes])
 
 
 Norm = LayerNorm | RMSNorm
@@ -192,18 +195,14 @@ class Attention(nnx.Module):
         from `length` on are padding."""
         c, parallel = self.config, None if context else self.config.context_parallel
 
-        def split(y: Array, norm: Norm | None = None) -> Array:
-            y = y if norm is None else norm(y.reshape(*y.shape[:2], -1, *norm.scale.shape))
-            return y.reshape(*y.shape[:2], c.num_attention_heads, -1)
-
-        keys, *image = context or (x,)
-        q, k, v = split(self.to_q(x), self.norm_q), split(self.to_k(keys), self.norm_k), split(self.to_v(keys))
+        heads, (keys, *image) = c.num_attention_heads, context or (x,)
+        q, k = self.norm_q(self.to_q(x, heads)).astype(c.dtype), self.norm_k(self.to_k(keys, heads)).astype(c.dtype)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        q, k = q.astype(c.dtype), k.astype(c.dtype)
+        v = self.to_v(keys, heads)
         out = attention(q, k, v, length=length, implementation=c.attention, context=parallel)
         for tokens in image:
-            k, v = split(self.add_k_proj(tokens), self.norm_added_k).astype(c.dtype), split(self.add_v_proj(tokens))
+            k, v = self.norm_added_k(self.add_k_proj(tokens, heads)).astype(c.dtype), self.add_v_proj(tokens, heads)
             out += attention(q, k, v, implementation=c.attention)
         return self.to_out(out.reshape(x.shape))
 
@@ -218,7 +217,8 @@ def run_blocks(
 ) -> Array:
     """x ← block(x, *args) for the stacked `blocks` from `first` up to `length` in turn. `scan` compiles one block
     whatever their number; without it the loop is unrolled. `remat` says what the backward pass keeps of a block:
-    everything ("none"), its input only ("full"), or with it the outputs of dense layers ("dots") or "attention"."""
+    everything ("none"), its input only ("full"), or with it the outputs of dense layers ("dots") or "attention", or
+    these and what attention is given ("qkv")."""
     graphdef, params = nnx.split(blocks)
     if first or length < len(jax.tree.leaves(params)[0]):
         params = jax.tree.map(lambda p: p[first:length], params)
@@ -234,6 +234,7 @@ def run_blocks(
     if remat != "none":
         policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
         policies["attention"] = jax.checkpoint_policies.save_only_these_names("attention")
+        policies["qkv"] = jax.checkpoint_policies.save_only_these_names("attention", "qkv")
         # Inside a scan nothing can be merged across the checkpoint, so no barrier is needed.
         body = jax.checkpoint(body, policy=policies[remat], prevent_cse=not scan)
     if scan:

@@ -152,7 +152,7 @@ class WanTransformer(nnx.Module):
             context.append(self.condition_embedder.image_embedder(image.tokens))
         y = patchify(x, c.patch_size)
         tokens = y.shape[1]
-        y, rotary = jax.tree.map(activation_sharding.pad_tokens, (y, rotary))
+        y, rotary = jax.tree.map(lambda a: activation_sharding.pad_tokens(a, c.attention), (y, rotary))
         context = [activation_sharding.constrain(tokens, None, None) for tokens in context]
         y = self.patch_embedding(activation_sharding.constrain(y, activation_sharding.CONTEXT, None))
         y, features = layers.run_tapped(c, self.blocks, y, context, modulation, rotary, tokens, clean, **tap)

@@ -62,16 +62,18 @@ class Links:
 
 
 def bounds(used: Cost, devices: Sequence[Any], chip: Chip, model_tflops: float) -> dict[str, Any]:
-    """Fields of a `planner.Plan`: seconds by part; in all where the slowest hides the rest, where only collectives are
-    hidden that the HLO makes asynchronous, and where nothing is; and the model FLOPs utilisation of each."""
+    """Fields of a `planner.Plan`: seconds by part; in all where the slowest part hides the rest, where one instruction
+    follows another but for collectives that the HLO makes asynchronous, and where these too are waited for; and the
+    model FLOPs utilisation of each."""
     links, sums = Links(devices, chip), {True: 0.0, False: 0.0}
     for (kind, where, asynchronous), sent in used.sent.items():
         sums[asynchronous] += sent / links.rate(kind, where)
-    products, memory = used.flops / chip.tflops / 1e12, used.memory_bytes / chip.memory_gbps / 1e9
+    peaks = chip.tflops * 1e12, chip.memory_gbps * 1e9
+    products, memory, work = used.flops / peaks[0], used.memory_bytes / peaks[1], used.seconds(*peaks)
     slowest = {"matrix products": products, "memory": memory, "collectives": sum(sums.values())}
     bound = max(slowest, key=lambda part: slowest[part])
-    scheduled = max(products, memory, sums[True]) + sums[False]
-    seconds = {"all hidden": slowest[bound], "as scheduled": scheduled, "nothing hidden": sum(slowest.values())}
+    seconds = {"all hidden": slowest[bound], "as scheduled": max(work, sums[True]) + sums[False]}
+    seconds["nothing hidden"] = work + sum(sums.values())
     parts = {"matrix products": products, "memory": memory}
     parts |= {"asynchronous collectives": sums[True], "other collectives": sums[False]}
     mfu = {name: model_tflops / chip.tflops / value if value else 0.0 for name, value in seconds.items()}

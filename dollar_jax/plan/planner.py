@@ -37,7 +37,9 @@ What = Literal["train", "sample", "decode", "text", "import"]
 Whole = Literal["run", "prepare", "teacher-samples", "sample-command", "evaluate"]
 GIB = 2**30
 TIMES = ("all hidden", "as scheduled", "nothing hidden")
-LOW = -1.0  # the compiler's effort of -1 to 1: several times faster than its own, 0, and hardly different in memory
+# The compiler's effort of -1 to 1: the least is several times faster than its own, which a run has, hardly different in
+# memory, and makes no collective asynchronous.
+LOW, OWN = -1.0, 0.0
 Video = tuple[int, int, int]
 
 
@@ -83,23 +85,25 @@ class Plan:
         return {"mesh": mesh, **ways, "remat": self.remat}
 
 
-def plans(config: DistillConfig, topology: str, what: What | Whole, video: Video | None = None) -> Iterator[Plan]:
+def plans(
+    config: DistillConfig, topology: str, what: What | Whole, video: Video | None = None, first: float = LOW
+) -> Iterator[Plan]:
     """Of each program that is executed, as it is compiled for a topology such as "v5p:2x2x2"; `video` is height, width
-    and frames. By a process of its own: where the compiler aborts it is asked again at its own effort, and if it aborts
-    then too, the plan says so. Raises ValueError for what cannot be asked."""
+    and frames, `first` the compiler's effort. By a process of its own: where the compiler aborts it is asked again at
+    its own effort, and if it aborts then too, the plan says so. Raises ValueError for what cannot be asked."""
     aborted: list[Plan] | None = None
-    done, effort = 0, LOW
+    done, effort = 0, first
     while aborted is None or done < len(aborted):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
             aborted = worker.submit(_load, config, topology, what, video).result()
             with contextlib.suppress(BrokenProcessPool):
                 while done < len(aborted):
                     yield worker.submit(_plan, done, effort).result()
-                    done, effort = done + 1, LOW
+                    done, effort = done + 1, first
                 return
         if effort != LOW:
             yield aborted[done]
-        done, effort = (done, 0.0) if effort == LOW else (done + 1, LOW)
+        done, effort = (done, OWN) if effort == LOW else (done + 1, first)
 
 
 _loaded: "list[_Job]" = []  # in a worker
@@ -197,11 +201,13 @@ def _jobs(config: DistillConfig, topology: str, what: What | Whole, video: Video
     return jobs
 
 
-def search(config: DistillConfig, topology: str, what: What = "train", video: Video | None = None) -> Iterator[Plan]:
+def search(
+    config: DistillConfig, topology: str, what: What = "train", video: Video | None = None, first: float = LOW
+) -> Iterator[Plan]:
     """Plans of every mesh and way of keys over its context axis; tensor parallelism would save nothing beside. A step's
     have the fewest micro-batches that fit, or fewer with all computed again. Each is made by a process of its own."""
     count, heads = len(chips(topology)[0]), architecture_of(config).transformer.num_attention_heads
-    pieces, remats = sorted({1, 2, 4, 8, config.accumulation}), ("attention", "full")
+    pieces, remats = sorted({1, 2, 4, 8, config.accumulation}), ("qkv", "attention", "full")
     if what != "train":
         pieces, remats = [config.accumulation], (config.compute.remat,)
     fewest: dict[Any, int] = {}
@@ -209,12 +215,13 @@ def search(config: DistillConfig, topology: str, what: What = "train", video: Vi
         fsdp, left = divmod(count, context)
         divides = not left and config.batch_size % (parts * fsdp) == 0
         divides &= way == "gather" or (context > 1 and heads % context == 0)
+        divides &= remat != "qkv" or context > 1  # it spares sending them again
         if divides and parts < fewest.get((context, way), math.inf):
             mesh = {"data": 1, "fsdp": fsdp, "context": context, "tensor": 1}
             scored = math.gcd(config.batch_size // parts, math.lcm(config.reward.samples, fsdp))
             changes = {"mesh": mesh, "accumulation": parts, "reward.samples": scored}
             changes |= {"compute.remat": remat, "compute.context_parallel": way}
-            (found,) = plans(changed(config, changes), topology, what, video)
+            (found,) = plans(changed(config, changes), topology, what, video, first)
             fewest |= {(context, way): parts} if found.fits else {}
             yield found
 
@@ -329,6 +336,6 @@ def _advice(config: DistillConfig, common: dict[str, Any]) -> str:
     rows = config.batch_size // config.accumulation // (common["mesh"]["data"] * common["mesh"]["fsdp"])
     if rows > 1:
         return "Take fewer videos at a time: a larger --config.accumulation, or a smaller --config.batch_size"
-    if common["program"] == "step" and config.compute.remat in ("dots", "attention"):
+    if common["program"] == "step" and config.compute.remat in ("dots", "qkv", "attention"):
         return "Keep less of each block for the backward pass: --config.compute.remat=full"
     return "Share each video over more chips: a larger context in --mesh"

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 PLACE = ["--name=wan", "--zone=us-east5-a"]
@@ -234,17 +233,6 @@ def test_environment_variables_reach_the_command_and_nothing_else(cloud):
     assert {p.name for p in left} == {"log"}, "the command wrote it there"
     dry = c(*arguments[:-4], "--dry-run", *arguments[-4:])
     assert "xyzzy" not in dry.stdout + dry.stderr and "dollar.env wan:" in dry.stdout
-
-
-def test_the_asynchronous_collectives_are_asked_for_unless_the_flags_are_given(cloud):
-    """The same flags on virtual machines and on GKE."""
-    job = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
-    pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    (flags,) = [e["value"] for e in pod["containers"][0]["env"] if e["name"] == "LIBTPU_INIT_ARGS"]
-    assert "--xla_enable_async_all_gather=true" in flags.split()
-    c, command = cloud(), ["--", "bash", "-c", "echo [$LIBTPU_INIT_ARGS]"]
-    assert f"[{flags}]\n" in c("run", *SLICE, *command).stdout
-    assert "[--mine]\n" in c("run", *SLICE, "--env=LIBTPU_INIT_ARGS=--mine", *command).stdout
 
 
 def test_what_is_not_committed_is_named_and_refused_where_the_command_needs_it(cloud, tmp_path):

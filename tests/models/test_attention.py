@@ -52,8 +52,13 @@ def assert_close(a, b, tolerance):
 
 @pytest.mark.parametrize(
     ("n", "m", "length", "dtype", "tolerance"),
-    [(70, 200, 150, jnp.float32, 2e-6), (130, 128, None, jnp.bfloat16, 2e-2)],
-    ids=["padded", "bf16"],
+    [
+        (70, 200, 150, jnp.float32, 2e-6),
+        (130, 128, None, jnp.bfloat16, 2e-2),
+        (60, 5_120, 5_000, jnp.float32, 4e-6),
+        (60, 5_120, None, jnp.bfloat16, 2e-2),
+    ],
+    ids=["padded", "bf16", "five parts of dq", "five parts of dq in bf16"],
 )
 def test_the_tpu_kernel_gives_the_numbers_of_xla(n, m, length, dtype, tolerance):
     """Interpreted, forward and gradient, where neither queries nor keys are whole blocks."""
@@ -68,11 +73,19 @@ def test_the_tpu_kernel_gives_the_numbers_of_xla(n, m, length, dtype, tolerance)
 
 
 def test_blocks_waste_little():
-    assert module._block(7_680) == 768 and module._block(32_760) in (512, 1024) and module._block(512) == 512
-    assert module._block(70) == 128 and module._block(6_240, 4) == 256
-    assert module._block(512, 2) == 256 and module._block(3_520, 2) == 256 and module._block(200, 2) == 256
+    assert (
+        activation_sharding.block_size(7_680) == 768
+        and activation_sharding.block_size(32_760) in (512, 1024)
+        and activation_sharding.block_size(512) == 512
+    )
+    assert activation_sharding.block_size(70) == 128 and activation_sharding.block_size(6_240, 4) == 256
+    assert (
+        activation_sharding.block_size(512, 2) == 256
+        and activation_sharding.block_size(3_520, 2) == 256
+        and activation_sharding.block_size(200, 2) == 256
+    )
     for tokens in (4_095, 7_680, 17_776, 32_760, 75_600):
-        block = module._block(tokens)
+        block = activation_sharding.block_size(tokens)
         assert block % 128 == 0 and -tokens % block < 0.03 * tokens
 
 
@@ -128,6 +141,11 @@ def test_padding_is_little_and_in_whole_blocks(monkeypatch):
     for parts, tokens, padded in ((1, 32_760, 32_760), (8, 32_760, 32_768), (16, 32_760, 32_768), (8, 12, 16)):
         monkeypatch.setattr(activation_sharding, "axis_size", lambda axis, parts=parts: parts)
         assert activation_sharding.padded_length(tokens) == padded
+    monkeypatch.setattr(activation_sharding, "platform", lambda: "tpu")
+    for parts, tokens, padded in ((1, 32_760, 32_768), (1, 75_600, 75_776), (1, 600, 640), (8, 32_760, 32_768)):
+        monkeypatch.setattr(activation_sharding, "axis_size", lambda axis, parts=parts: parts)
+        assert activation_sharding.padded_length(tokens) == padded
+        assert padded % activation_sharding.block_size(padded) == 0, "a kernel would pad it again"
 
 
 @pytest.mark.parametrize(

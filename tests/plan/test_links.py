@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from dollar_jax.hlo import Cost, cost, groups
+from dollar_jax.hlo import Cost, Work, cost, groups
 from dollar_jax.plan.chips import CHIPS, Chip
 from dollar_jax.plan.links import Links, bounds
 
@@ -119,14 +119,17 @@ def test_three_bounds_of_a_program():
     """A chip of 100 TFLOP/s, 1000 GB/s and links of 10 GB/s, as two lines of four."""
     chip, devices = Chip(1.0, 100.0, 1000.0, 10.0, False), torus(2, 4)
     sent = {("all-gather", "[2,4]<=[8]", False): 30e9, ("all-reduce", "[1,8]<=[8]", True): 40e9}
-    found = bounds(Cost(200e12, 1e12, sent), devices, chip, 150.0)
+    apart = {Work(100e12, 0.0): 2, Work(0.0, 0.25e12): 4}
+    found = bounds(Cost(apart, sent), devices, chip, 150.0)
     parts = {"matrix products": 2.0, "memory": 1.0, "asynchronous collectives": 2.0, "other collectives": 3.0}
     assert found["parts_seconds"] == pytest.approx(parts) and found["bound"] == "collectives"
-    times = {"all hidden": 5.0, "as scheduled": 2.0 + 3.0, "nothing hidden": 8.0}
+    times = {"all hidden": 5.0, "as scheduled": 3.0 + 3.0, "nothing hidden": 8.0}
     assert found["seconds"] == pytest.approx(times)
     assert found["mfu"] == pytest.approx({name: 1.5 / seconds for name, seconds in times.items()})
-    alone = bounds(Cost(200e12, 1e12, {}), devices, chip, 150.0)
-    assert alone["bound"] == "matrix products" and list(alone["seconds"].values()) == [2.0, 2.0, 3.0]
+    alone = bounds(Cost(apart, {}), devices, chip, 150.0)
+    assert alone["bound"] == "matrix products" and list(alone["seconds"].values()) == [2.0, 3.0, 3.0]
+    together = bounds(Cost({Work(100e12, 0.75e12): 2}, {}), devices, chip, 150.0)
+    assert list(together["seconds"].values()) == [2.0, 2.0, 2.0], "one instruction reads while it multiplies"
 
 
 MODULE = """HloModule jit_step, is_scheduled=true, num_partitions=8
@@ -146,6 +149,53 @@ ENTRY %main (p: f32[256]) -> f32[256] {
   ROOT %sum = f32[256]{0} all-reduce(%p), channel_id=1, replica_groups={}, use_global_device_ids=true, to_apply=%add
 }
 """
+
+
+FUSED = """HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%begin (a: f32[256]) -> (f32[256], f32[1024]) {
+  %a = f32[256]{0} parameter(0)
+  %g0 = f32[1024]{0} all-gather(%a), channel_id=7, replica_groups=[1,4]<=[4], backend_config={FIRST}
+  ROOT %s = (f32[256]{0}, f32[1024]{0}) custom-call(%g0), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (b: f32[256], c: f32[1024], x: f32[8,4], y: f32[4,16]) -> (f32[8,16], f32[256], f32[1024]) {
+  %b = f32[256]{0} parameter(0)
+  %c = f32[1024]{0} parameter(1)
+  %x = f32[8,4]{1,0} parameter(2)
+  %y = f32[4,16]{1,0} parameter(3)
+  %z = f32[8,16]{1,0:T(8,128)S(1)} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %g1 = f32[1024]{0} all-gather(%b), channel_id=7, replica_groups=[1,4]<=[4], backend_config={LATER}
+  ROOT %t = (f32[8,16]{1,0:T(8,128)S(1)}, f32[256]{0}, f32[1024]{0}) tuple(%z, %b, %g1)
+}
+
+%end (d: f32[256], e: f32[1024]) -> f32[1024] {
+  %d = f32[256]{0} parameter(0)
+  %e = f32[1024]{0} parameter(1)
+  %g2 = f32[1024]{0} all-gather(%d), channel_id=7, replica_groups=[1,4]<=[4], backend_config={LATER}
+  ROOT %u = f32[1024]{0} custom-call(%d, %e, %g2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p: f32[256], q: f32[8,4], r: f32[4,16]) -> f32[1024] {
+  %p = f32[256]{0} parameter(0)
+  %q = f32[8,4]{1,0} parameter(1)
+  %r = f32[4,16]{1,0} parameter(2)
+  %f0 = (f32[256]{0}, f32[1024]{0}) fusion(%p), kind=kCustom, calls=%begin
+  %f1 = (f32[8,16]{1,0:T(8,128)S(1)}, f32[256]{0}, f32[1024]{0}) fusion(%f0, %f0, %q, %r), kind=kOutput, calls=%beside
+  ROOT %f2 = f32[1024]{0} fusion(%f1, %f1), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_gathering_that_fusions_share_counts_once_and_beside_them():
+    """As libtpu writes it at its own effort: begun by one fusion, carried on by others beside their own work."""
+    text = FUSED
+    for name, start in (("FIRST", -1), ("LATER", 2)):
+        text = text.replace(name, f'"async_collective_fusion_config":{{"flag_start":"{start}","flag_end":"8"}}')
+    found = cost(text)
+    assert found.sent == {("all-gather", "[1,4]<=[4]", True): 1024 * 4 * 3 / 4}
+    # The product stays in vector memory; what is gathered is written, and its own part with it, where it is begun.
+    assert found.work == {Work(0, 2 * 4 * (256 + 1024)): 1, Work(2 * 8 * 16 * 4, 0): 1, Work(0, 0): 1}
 
 
 def test_what_is_asynchronous_is_told_from_what_is_not():

@@ -181,6 +181,11 @@ class Worker(contextlib.AbstractContextManager):
 def test_where_the_compiler_aborts_it_is_asked_again_at_its_own_effort(monkeypatch):
     monkeypatch.setattr(planner, "ProcessPoolExecutor", Worker)
     assert list(planner.plans("config", "v5e:2x2", "run")) == [(0, planner.LOW), (1, 0.0), "failed"]
+    asked = planner.plans("config", "v5e:2x2", "run", first=planner.OWN)
+    assert list(asked) == [(0, 0.0), (1, 0.0), "failed"]
+
+
+SHARED = (2, "gather"), (2, "ulysses")
 
 
 class Made:
@@ -195,17 +200,18 @@ class Made:
     ("least", "expected"),
     [
         # Of 8 videos: as many micro-batches as leave one for each of fsdp.
-        ({"attention": 1, "full": 1}, {(1, "gather"): [1], (2, "gather"): [1], (2, "ulysses"): [1]}),
+        ({"qkv": 1, "attention": 1, "full": 1}, {(1, "gather"): [1], (2, "gather"): [1], (2, "ulysses"): [1]}),
+        ({"qkv": 9, "attention": 1, "full": 1}, {(1, "gather"): [1], **dict.fromkeys(SHARED, [1, 2, 1])}),
         (
-            {"attention": 2, "full": 1},
-            {(1, "gather"): [1, "full", 1], (2, "gather"): [1, 2, "full", 1], (2, "ulysses"): [1, 2, "full", 1]},
+            {"qkv": 9, "attention": 2, "full": 1},
+            {(1, "gather"): [1, "full", 1], **dict.fromkeys(SHARED, [1, 2, 1, 2, "full", 1])},
         ),
         (
-            {"attention": 9, "full": 9},
-            {(1, "gather"): [1, "full", 1], (2, "gather"): [1, 2, "full", 1, 2], (2, "ulysses"): [1, 2, "full", 1, 2]},
+            {"qkv": 9, "attention": 9, "full": 9},
+            {(1, "gather"): [1, "full", 1], **dict.fromkeys(SHARED, [1, 2, 1, 2, "full", 1, 2])},
         ),
     ],
-    ids=["all fit", "two micro-batches", "none"],
+    ids=["all fit", "all but qkv", "two micro-batches", "none"],
 )
 def test_a_search_tries_what_can_win(virtual, make_config, monkeypatch, least, expected):
     monkeypatch.setattr(planner, "plans", lambda config, *_: [Made(config, least)])
