@@ -7,7 +7,8 @@ Each of SETTINGS and each seed trains the student of configs/demo.py without a r
 batches of 8, and draws the demo's 120 videos in 4 steps and in 1; the teacher draws them in 50. A line of --out is what
 came of one; what has its line is not run again. F are forwards of the transformer per video and update, as `dollar
 plan` counts them. The table is printed at the end, mean ± deviation over the seeds; `vivid` is the share of coloured
-pixels that are bright and saturated."""
+pixels that are bright and saturated. Students whose `student.layers` is given are drawn in turns with the teacher:
+`speed` is the ratio of its diffusion to their one step's, with `taskset -c 0` that of one thread."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from dollar_jax.cli.base import prepare_jax
 from dollar_jax.config import DistillConfig, changed
 from dollar_jax.data.latents import load_data
 from dollar_jax.evaluate.features import vae_features
-from dollar_jax.evaluate.measure import default_plan, measure, real_features, samplers
+from dollar_jax.evaluate.measure import default_plan, measure, real_features, samplers, speedups
 from dollar_jax.experiment import load
 from dollar_jax.generate import make_generator
 from dollar_jax.plan.training import forwards
@@ -34,6 +35,7 @@ from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.train import train
 
 DEMO, BACKWARD = {"batch_size": 32}, {"student.input": "backward"}
+OWN = DEMO | {"vsd.guidance_weight": 0.3}
 GROUP, ROLLOUT = {"student.timestep_per": "micro_batch"}, {"fake_score.samples": "rollout"}
 EVERY = {"consistency.every": 2}
 GRID = {"consistency.times": "grid", "consistency.skip": 5, "consistency.boundary": "lcm"}
@@ -63,12 +65,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "every_2": ("vsd+cd", EVERY, "forward, `consistency.every=2`"),
     "batch_32": ("vsd+cd", DEMO, "the first, on the demo's batches of 32"),
     "batch_32_half": ("vsd+cd", DEMO | {"vsd.guidance_weight": 0.5}, "the same, `vsd.guidance_weight=0.5`"),
-    "batch_32_own": (
-        "vsd+cd",
-        DEMO | {"vsd.guidance_weight": 0.3},
-        "the same, `vsd.guidance_weight=0.3`, the demo's own",
-    ),
+    "batch_32_own": ("vsd+cd", OWN, "the same, `vsd.guidance_weight=0.3`, the demo's own"),
     "batch_32_quarter": ("vsd+cd", DEMO | {"vsd.guidance_weight": 0.25}, "the same, `vsd.guidance_weight=0.25`"),
+    "layers_4": ("vsd+cd", OWN | {"student.layers": 4}, "the demo's own, `student.layers=4`"),
+    "layers_3": ("vsd+cd", OWN | {"student.layers": 3}, "the demo's own, `student.layers=3`"),
+    "layers_2": ("vsd+cd", OWN | {"student.layers": 2}, "the demo's own, `student.layers=2`"),
 }
 
 
@@ -91,15 +92,18 @@ class Lab:
 
     def run(self, name: str, config: DistillConfig) -> dict[str, Any]:
         """What the teacher, or a student just trained, draws: per sampler its measures, `reward` the vivid share."""
-        generator = dataclasses.replace(self.generator, student_ode=config.student.sampler == "ode")
+        generator = dataclasses.replace(self.generator, student=config.student)
         begun, student, cost = time.perf_counter(), None, {}
         if name != "teacher":
             with tempfile.TemporaryDirectory() as run:
                 state = train(config, Path(run), generator, load_data(config, generator, self.folder))
-            student, cost = state.ema, {"videos": config.steps * config.batch_size, "forwards": forwards(config)}
+            blocks = generator.pipeline.transformer.config.num_layers
+            cost = {"videos": config.steps * config.batch_size, "forwards": forwards(config, blocks)}
+            student = state.ema
             cost["seconds"] = time.perf_counter() - begun
         rows = samplers(generator, student, config.student.timesteps)
-        wanted = ["teacher_50"] if student is None else ["student_4", "student_1"]
+        wanted = ["teacher_50"] * (student is None or config.student.layers is not None)
+        wanted += [] if student is None else ["student_4", "student_1"]
         rows = {key: rows[key] for key in wanted}
         plan = default_plan(config.seed, self.quick)
         table, _ = measure(generator, rows, plan, self.vivid, self.features, self.reference())
@@ -111,7 +115,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     steps = {"4": ("alignment", "vendi", "frechet", "reward"), "1": ("alignment", "vendi", "frechet")}
     names = {"frechet": "Fréchet", "reward": "vivid", "vendi": "Vendi"}
     heads = [f"{names.get(what, what)}, {n}" for n, measures in steps.items() for what in measures]
-    rows = [f"| setting | F | F, total | {' | '.join(heads)} | seeds |", "|---" * (len(heads) + 4) + "|"]
+    rows = [f"| setting | F | F, total | {' | '.join(heads)} | speed, 1 | seeds |", "|---" * (len(heads) + 5) + "|"]
     for name in ("teacher", *SETTINGS):
         found = [line for line in lines if line["setting"] == name]
         if not found:
@@ -124,6 +128,10 @@ def table(lines: list[dict[str, Any]]) -> str:
                 values = [line[key][what] for line in found if key in line]
                 spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
                 cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
+        speeds = [
+            speedups(line, "teacher_50")["speedup_1"] for line in found if {"teacher_50", "student_1"} <= line.keys()
+        ]
+        cells.append(f"×{np.mean(speeds):.0f}" if speeds else "")
         rows.append(f"| {' | '.join(cells)} | {len(found)} |")
     return "\n".join(rows)
 

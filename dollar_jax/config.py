@@ -100,6 +100,7 @@ class StudentConfig:
     timesteps: tuple[float, ...] = field((1000.0, 750.0, 500.0, 250.0), "Descending teacher times.", above=0, high=1000)
     input: Literal["forward", "backward"] = field("backward", "Real latents noised, or its own way from noise.")
     timestep_per: Literal["sample", "micro_batch"] = field("sample", "What draws one of n: costs in docs/recipe.md.")
+    layers: int | None = field(None, "Blocks, spread over the teacher's, that it starts from; None for all.", low=1)
     sampler: Literal["renoise", "ode"] = field("renoise", "Way to the next timestep: fresh noise, or a DDIM step.")
     ema_decay: float = field(0.99, "Decay of the average that is CD's target and sampled from.", low=0, high=1)
     ema_start: int = field(0, "Steps in which that average is the student itself; FastVideo's are 200.", low=0)
@@ -409,6 +410,8 @@ class DistillConfig:
             raise ValueError("config.expert draws no videos by itself: set config.visibility.samples_every to 0")
         if self.expert == "low" and self.student.input != "forward":
             raise ValueError("config.expert 'low' starts from no noise: config.student.input must be 'forward'")
+        if self.student.layers and self.lora.rank:
+            raise ValueError("config.student.layers leaves blocks out, and config.lora.rank keeps them all: set one")
         rows, rest = divmod(self.batch_size, self.accumulation)
         if rest:
             parts = f"{self.accumulation} micro-batches"

@@ -56,7 +56,7 @@ def export_run(
     pipelines.check_whole(teacher)
     parts = pipelines.read_parts(teacher)
     student = parts["transformer"]
-    found = [(c, *restore_trained(run, student.network, c.lora, ema)) for run, c in runs.items()]
+    found = [(c, *restore_trained(run, student.network, c, ema)) for run, c in runs.items()]
     trained, step = dict(zip(pipelines.EXPERTS.values(), found, strict=False)), found[0][1]
     pipeline = (config.data.given_frames and family.image_pipeline) or family.pipeline
     times, ode = config.student.timesteps, config.student.sampler == "ode"
@@ -72,7 +72,8 @@ def export_run(
                     if c.lora.rank:
                         whole = pipelines.load_component(teacher / name, student).params
                         params = lora.merge(whole, params, c.lora.scale)
-                    component = pipelines.Component(student.config, student.network, params)
+                    own = dataclasses.replace(student.config, num_layers=c.student.layers or student.config.num_layers)
+                    component = pipelines.Component(own, student.network, params)
                     pipelines.save_component(draft / name, part.kind, component, dtype, shard_size)
                 elif (teacher / name / pipelines.IMPORTED).is_dir():
                     component = pipelines.load_component(teacher / name, part)

@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from dollar_jax import sampling, sharding
-from dollar_jax.config import ComputeConfig, DistillConfig, LoraConfig, MeshConfig, SamplingConfig
+from dollar_jax.config import ComputeConfig, DistillConfig, LoraConfig, MeshConfig, SamplingConfig, StudentConfig
 from dollar_jax.data.clip import clip_size
 from dollar_jax.models import lora
 from dollar_jax.models.activation_sharding import row_by_row
+from dollar_jax.models.layers import keep_blocks
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import zero_padding
 from dollar_jax.models.wan_vae import denormalise, normalise
@@ -61,6 +62,12 @@ def student_network(transformer: Network, config: LoraConfig) -> Network:
     return lora.adapt(transformer, config.rank, config.alpha, config.targets) if config.rank else transformer
 
 
+def student_shapes(transformer: Network, layers: int | None) -> Params:
+    """The fp32 parameters of a whole student with so many of the transformer's blocks."""
+    kept = jax.eval_shape(functools.partial(keep_blocks, count=layers), transformer.shapes)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), kept)
+
+
 def merge_program(config: LoraConfig, mesh: Mesh, teacher: Params, adapters: Params) -> Program:
     """(teacher, adapters) → parameters that compute the same without adapters; both are given by their shapes."""
     places = sharding.shard(mesh, teacher), sharding.shard(mesh, adapters)
@@ -82,9 +89,8 @@ class Sampler:
     def program(self, count: int) -> Program:
         """The program for so many videos, on the generator's mesh."""
         g = self.generator
-        shapes = g.pipeline.transformer.network.shapes
-        if not self.guided:  # what is trained is fp32
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
+        network = g.pipeline.transformer.network
+        shapes = network.shapes if self.guided else student_shapes(network, g.student.layers)
         shapes = (shapes,) * 2 if g.pipeline.transformer_2 else shapes
         keys = jax.eval_shape(lambda: video_keys(0, count))
         text = jax.ShapeDtypeStruct((count, *g.text_shape), jnp.float32)
@@ -135,7 +141,7 @@ class Generator:
     mesh: Mesh = dataclasses.field(default_factory=lambda: sampling_mesh(MeshConfig(), jax.local_devices()[:1]))
     host: Mesh | None = None  # for this process alone, where its devices are not to be taken from `mesh`
     given: dict[str, Any] = dataclasses.field(default_factory=dict)
-    student_ode: bool = False  # config.student.sampler
+    student: StudentConfig = StudentConfig()
 
     @functools.cached_property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -341,7 +347,7 @@ class Generator:
 
         def draw(params: Params, keys: jax.Array, text: jax.Array, given: Any) -> jax.Array:
             start = self._denoiser(params, text, given), timesteps, self.noise(keys, given), _step_keys(keys)
-            return sampling.few_step_predictions(*start, self.student_ode)[-1]
+            return sampling.few_step_predictions(*start, self.student.sampler == "ode")[-1]
 
         return Sampler("student_sampler", draw, self, guided=False)
 
@@ -351,8 +357,7 @@ def make_generator(c: DistillConfig, clip: tuple[int, int, int] | None = None, m
     `mesh`, on all devices of this process if none is given; an imported teacher is restored into its shards there."""
     mesh, clip = sampling_mesh(c.mesh) if mesh is None else mesh, clip or clip_size(c.data)
     teacher = as_configured(load_teacher(c.teacher, c, mesh), c)
-    ode = c.student.sampler == "ode"
-    return Generator(teacher, c.data.max_text_length, c.sampling, clip, c.compute.vae_chunk, mesh, student_ode=ode)
+    return Generator(teacher, c.data.max_text_length, c.sampling, clip, c.compute.vae_chunk, mesh, student=c.student)
 
 
 def as_configured(pipeline: Pipeline, c: DistillConfig) -> Pipeline:

@@ -93,7 +93,8 @@ def teacher_programs(
         state_key, head_key = jax.random.split(key)
         start = lora.adapters(adapted.init(jax.random.fold_in(key, 2))) if config.lora.rank else teacher
         new = None if gan_head is None else gan_head.init(jax.random.fold_in(key, 3))
-        return init_state(state_key, start, head.init(head_key), optimisers, len(config.reward.trained), new)
+        rewards, layers = len(config.reward.trained), config.student.layers
+        return init_state(state_key, start, head.init(head_key), optimisers, rewards, new, layers)
 
     state_shapes = jax.eval_shape(init, jax.random.key(0), transformer.shapes)
     state_sharding = sharding.shard(mesh, state_shapes)

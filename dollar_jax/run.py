@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 
 from dollar_jax import sharding
 from dollar_jax.checkpoint import Checkpoints, abstract, on_host
-from dollar_jax.config import DistillConfig, LoraConfig, changed, distill_config, unresumable
+from dollar_jax.config import DistillConfig, changed, distill_config, unresumable
 from dollar_jax.files import parse_json, read_json, read_text, write_file, write_json
-from dollar_jax.generate import BoundSampler, Generator, merge_program, student_network, subset
+from dollar_jax.generate import BoundSampler, Generator, merge_program, student_network, student_shapes, subset
 from dollar_jax.models import lora
 from dollar_jax.models.network import Network
 from dollar_jax.types import Params
@@ -48,8 +48,9 @@ def read_runs(workdir: Path, low: Path | None = None) -> dict[Path, DistillConfi
     runs = {workdir: config, low: read_config(low)}
     for wanted, folder in zip(EXPERTS, (workdir, low), strict=True):
         c = runs[folder]
-        if (c.expert, c.teacher, c.student.sampler) != (wanted, config.teacher, config.student.sampler):
-            found = f"expert {c.expert!r} of {c.teacher}, sampler {c.student.sampler!r}"
+        own, first = c.student, config.student
+        if (c.expert, c.teacher, own.sampler, own.layers) != (wanted, config.teacher, first.sampler, first.layers):
+            found = f"expert {c.expert!r} of {c.teacher}, sampler {own.sampler!r}, layers {own.layers}"
             raise ValueError(f"{folder} has {found}, where {wanted!r} of {config.teacher} belongs")
     return runs
 
@@ -103,16 +104,18 @@ def restore_student(workdir: Path, generator: Generator, ema: bool = True, low: 
     """The newest student's parameters alone, the average unless `ema` is False; both with the `low` run."""
     p, runs = generator.pipeline, read_runs(workdir, low).items()
     pairs = zip(runs, (p.transformer, p.transformer_2), strict=False)
-    params = [_restore_one(folder, c.lora, expert, generator, ema) for (folder, c), expert in pairs if expert]
+    params = [_restore_one(folder, c, expert, generator, ema) for (folder, c), expert in pairs if expert]
     return tuple(params) if low else params[0]
 
 
-def _restore_one(workdir: Path, config: LoraConfig, transformer: Component, generator: Generator, ema: bool) -> Params:
+def _restore_one(
+    workdir: Path, config: DistillConfig, transformer: Component, generator: Generator, ema: bool
+) -> Params:
     _, params = restore_trained(workdir, transformer.network, config, ema, generator.mesh)
-    if not config.rank:
+    if not config.lora.rank:
         return params
     shapes = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p) for p in (transformer.params, params))
-    program = merge_program(config, generator.mesh, *shapes)
+    program = merge_program(config.lora, generator.mesh, *shapes)
     return program(*program.place(transformer.params, params))
 
 
@@ -132,19 +135,18 @@ def choose_student(
     """The newest student of the run in `steps` steps; `low` as in `restore_student`."""
     timesteps, params = subset(config.student.timesteps, steps), restore_student(workdir, generator, ema, low)
     described = {"sampler": "student", "steps": steps, "timesteps": timesteps}
-    described |= {"solver": "ode"} if generator.student_ode else {}
+    described |= {"solver": "ode"} if generator.student.sampler == "ode" else {}
     return BoundSampler(generator.student_sampler(timesteps), params, steps, described)
 
 
 def restore_trained(
-    workdir: Path, transformer: Network, config: LoraConfig, ema: bool, mesh: Mesh | None = None
+    workdir: Path, transformer: Network, config: DistillConfig, ema: bool, mesh: Mesh | None = None
 ) -> tuple[int, Params]:
     """The newest checkpoint's step, and of its student (the average if `ema`) parameters or adapters, on `mesh`."""
-    shapes = student_network(transformer, config).shapes
-    if config.rank:
-        shapes = lora.adapters(shapes)
+    shapes = student_shapes(transformer, config.student.layers)
+    if config.lora.rank:
+        shapes = lora.adapters(student_network(transformer, config.lora).shapes)
     name = "ema" if ema else "student"
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), shapes)
     like = {name: abstract(shapes, on_host(shapes) if mesh is None else sharding.shard(mesh, shapes))}
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         params = checkpoints.restore({name: like})[name][name]

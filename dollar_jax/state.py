@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from dollar_jax.models.layers import keep_blocks
 from dollar_jax.types import Key, Params
 
 
@@ -69,15 +70,23 @@ GAN_HEAD = "gan_head"  # among the fake score's parameters: the discriminator's 
 
 
 def init_state(
-    key: Key, start: Params, latent_reward: Params, optimisers: Optimisers, rewards: int, gan_head: Params | None = None
+    key: Key,
+    start: Params,
+    latent_reward: Params,
+    optimisers: Optimisers,
+    rewards: int,
+    gan_head: Params | None = None,
+    layers: int | None = None,
 ) -> TrainState:
-    """Student, average and fake score start as fp32 copies of `start`, the teacher or new adapters."""
+    """Student, average and fake score start as fp32 copies of `start`, the teacher or new adapters; the former two with
+    so many `layers` of its blocks."""
     master = jax.tree.map(lambda x: x.astype(jnp.float32), start)
     none = jnp.zeros(max(rewards, 1))  # Orbax saves nothing that is empty
-    networks = {"student": master, **{name: jax.tree.map(jnp.copy, master) for name in ("ema", "fake_score")}}
+    own = keep_blocks(master, layers)
+    networks = {"student": own, "ema": jax.tree.map(jnp.copy, own), "fake_score": jax.tree.map(jnp.copy, master)}
     if gan_head is not None:
         networks["fake_score"] = networks["fake_score"] | {GAN_HEAD: gan_head}
-    trained = {"student": master, "fake_score": networks["fake_score"], "latent_reward": latent_reward}
+    trained = {"student": own, "fake_score": networks["fake_score"], "latent_reward": latent_reward}
     states = {f"{name}_optimiser": getattr(optimisers, name).init(params) for name, params in trained.items()}
     begun = {"step": jnp.zeros((), jnp.int32), "reward_statistics": RewardStatistics(none, none, jnp.zeros(()))}
     return TrainState(**begun, **networks, **states, key=key, latent_reward=latent_reward)

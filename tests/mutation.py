@@ -55,6 +55,7 @@ MONITORING = "tests/test_monitoring.py"
 SAMPLES = "tests/prepare/test_job.py::test_samples_of_the_teacher"
 DAMAGE = "tests/test_checkpoint.py::test_what_is_damaged_is_named_kept_and_not_used"
 LOG = f"{MONITORING}::test_a_resumed_log_doubles_nothing_and_loses_nothing"
+DECLARED = "tests/test_train.py::test_what_a_run_executes_is_what_is_declared_for_it"
 RUN = "tests/test_train.py::test_a_run_leaves_its_history_and_items"
 TOGETHER = "tests/test_train.py::test_the_loop_gives_each_part_what_belongs_together"
 RESUMED = "tests/test_train.py::test_a_killed_run_resumes_to_the_bit[6]"
@@ -268,6 +269,12 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("decay * self.count + total", "self.count + total", [LATENT]),
         ("(1 - share) * (self.variance + share * jnp.square(change))", "(1 - share) * self.variance", [LATENT]),
         ("lambda x: x.astype(jnp.float32), start)", "lambda x: x, start)", [PROGRAM]),
+        # The fake score loses blocks too.
+        (
+            '"fake_score": jax.tree.map(jnp.copy, master)}',
+            '"fake_score": jax.tree.map(jnp.copy, own)}',
+            ["tests/test_step.py::test_a_student_of_the_first_block_is_one_whose_second_adds_nothing"],
+        ),
     ],
     "optim.py": [
         ("c.b1, c.b2", "c.b1, c.b1", [PROGRAM]),
@@ -398,12 +405,20 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
     ],
     # The image's mask is elsewhere; the student is not told of its tokens.
     "models/wan.py": [("x.dtype).at[:, 0].set(1)", "x.dtype).at[:, 1].set(1)", [CONDITIONED])],
-    "models/layers.py": [("out += attention(q, k, v, imp", "out -= attention(q, k, v, imp", [CONDITIONED])],
+    "models/layers.py": [
+        ("out += attention(q, k, v, imp", "out -= attention(q, k, v, imp", [CONDITIONED]),
+        # A student of fewer blocks has the first ones.
+        ("np.linspace(0, there - 1, count).round()", "np.arange(count)", ["tests/models/test_layers.py"]),
+    ],
     "models/embeddings.py": [("[[0, 1], [-1, 0]]", "[[0, -1], [1, 0]]", ["tests/models/test_wan_parity.py"])],
     "sharding.py": [("min(free, key=lambda axis: block[axis])", "max(free)", ["tests/test_sharding.py"])],
     "generate.py": [
-        ("signed_range(frames)[:, None], ((0, 0), (0,", "signed_range(frames)[:, None], ((0, 0), (1,", [TOLD])
+        ("signed_range(frames)[:, None], ((0, 0), (0,", "signed_range(frames)[:, None], ((0, 0), (1,", [TOLD]),
+        # The student's program is declared for all blocks.
+        ("student_shapes(network, g.student.layers)", "student_shapes(network, None)", [DECLARED]),
     ],
+    "export.py": [("num_layers=c.student.layers or", "num_layers=", ["tests/test_export.py"])],
+    "plan/training.py": [("(own + 1) * share + ", "(own + 1) + ", ["tests/plan/test_training.py"])],
     "rewards/scorer.py": [
         # The captions of another micro-batch, or of rows beside the scored ones.
         ("[self.accumulation - 1 :: self.accumulation]", "[:: self.accumulation]", [SCORER]),

@@ -21,6 +21,7 @@ TINY = {
     "log_every": 1,
     "data.train_videos": 16,
     "student.timesteps": (1000.0, 700.0, 400.0, 200.0),
+    "student.layers": 1,
     "reward.samples": 2,
     "reward.replay": 16,
     "reward.batch_size": 8,

@@ -121,6 +121,7 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(get_config, path, 
         ({"vsd.score_range": (0.9, 0.1)}, r"config\.vsd\.score_range must ascend, not \(0\.9, 0\.1\)"),
         ({"vsd.score_range": (0.1, 1.1)}, r"config\.vsd\.score_range\[1\] must be from 0 to 1, not 1\.1"),
         ({"consistency": {"times": "grid", "skip": 99}}, r"config\.consistency\.skip must be at most .*num_steps, 50"),
+        ({"student.layers": 2, "lora.rank": 4}, r"config\.student\.layers leaves blocks out, and config\.lora\.rank"),
         ({"pretrain.dtype": "int3"}, r"config\.pretrain\.dtype is 'int3', but must be one of 'float32'"),
     ],
 )

@@ -21,7 +21,7 @@ from dollar_jax import cli, objectives
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.config import ConsistencyConfig, VSDConfig
 from dollar_jax.distillation import Batch, Distillation, Frozen, Networks, References
-from dollar_jax.generate import make_generator, student_network
+from dollar_jax.generate import make_generator, student_network, student_shapes
 from dollar_jax.models import lora
 from dollar_jax.programs import teacher_programs
 from dollar_jax.run import CHECKPOINTS, drawing_config, read_config, record_config, restore_student
@@ -98,10 +98,11 @@ def pair(teacher, make_config, tmp_path_factory):
             workdir = tmp_path_factory.mktemp(name)
             config = make_config({**BOTH, **phase, "teacher": str(teacher), **changes})
             record_config(config, workdir)
-            shapes = student_network(load_pipeline(teacher).transformer.network, config.lora).shapes
-            shapes = lora.adapters(shapes) if config.lora.rank else shapes
+            network = load_pipeline(teacher).transformer.network
+            shapes = student_shapes(network, config.student.layers)
+            shapes = lora.adapters(student_network(network, config.lora).shapes) if config.lora.rank else shapes
             rng = np.random.default_rng(seed)
-            params = jax.tree.map(lambda x, rng=rng: jnp.asarray(0.2 * rng.normal(size=x.shape), "float32"), shapes)
+            params = jax.tree.map(lambda x, rng=rng: jnp.asarray(0.15 * rng.normal(size=x.shape), "float32"), shapes)
             with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
                 checkpoints.save(7 + seed, {"ema": {"ema": params}})
             runs.append(workdir)
@@ -112,7 +113,8 @@ def pair(teacher, make_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(pair):
-    return pair()
+    """Of one of the teacher's two blocks."""
+    return pair(**{"student.layers": 1})
 
 
 def test_the_exported_pair_is_the_student(runs, tmp_path, assert_card_samples, capsys):
@@ -163,7 +165,7 @@ def test_an_exported_pair_of_adapters_is_the_merged_one(folder, pair, tmp_path):
             np.testing.assert_allclose(found, merged, rtol=1e-4, atol=1e-4)
 
 
-def test_sample_draws_with_both(runs, pair, make_config, tmp_path, capsys):
+def test_sample_draws_with_both(runs, teacher, make_config, tmp_path, capsys):
     high, low = runs
     given = [f"--prompt={PROMPTS[0]}", "--num=1", f"--out={tmp_path / 'video.gif'}"]
     sizes = ["--frames=5", "--height=32", "--width=16"]
@@ -172,13 +174,15 @@ def test_sample_draws_with_both(runs, pair, make_config, tmp_path, capsys):
     assert cli.main(["sample", f"--workdir={low}", "--teacher", "--steps=4", *given, *sizes]) == 0
     made = json.loads((tmp_path / "video.gif.manifest.json").read_text())
     assert (made["guidance_weight"], made["low_guidance_weight"]) == (3.0, 1.0)
-    other = tmp_path / "other"
+    other, whole = tmp_path / "other", tmp_path / "whole"
     record_config(make_config({**BOTH, **PHASE["low"], "teacher": "elsewhere"}), other)
+    record_config(make_config({**BOTH, **PHASE["low"], "teacher": str(teacher)}), whole)
     capsys.readouterr()
     for flags, said in (
         ([f"--workdir={high}"], "distilled the high expert"),
         ([f"--workdir={low}", f"--low={high}"], "where 'high' of"),
         ([f"--workdir={high}", f"--low={other}"], "'low' of elsewhere"),
+        ([f"--workdir={high}", f"--low={whole}"], "layers None, where"),
     ):
         assert cli.main(["sample", *flags, *given]) == 2
         assert said in capsys.readouterr().err

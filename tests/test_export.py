@@ -28,6 +28,7 @@ from dollar_jax.data import shapes
 from dollar_jax.experiment import load
 from dollar_jax.generate import SHIPPED_TEACHERS, draw_videos, make_generator, student_network, video_keys
 from dollar_jax.models import lora
+from dollar_jax.models.layers import keep_blocks
 from dollar_jax.run import CHECKPOINTS, read_config, record_config, restore_student
 from dollar_jax.weights.pipeline import load_pipeline
 from dollar_jax.weights.safetensors_io import list_tensors, read_tensors
@@ -272,9 +273,27 @@ def of_ode(run, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def of_fewer(wan_folder, make_config, tmp_path_factory):
+    """A run of a student of one of two blocks."""
+    workdir = tmp_path_factory.mktemp("fewer")
+    record_config(make_config({"teacher": str(wan_folder), "data.train_videos": 8, "student.layers": 1}), workdir)
+    params = keep_blocks(jax.tree.map(jnp.asarray, load_pipeline(wan_folder).transformer.params), 1)
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        checkpoints.save(7, {"ema": {"ema": params}})
+    return workdir
+
+
 @pytest.mark.parametrize(
     ("trained", "flags"),
-    [("run", []), ("adapted", ["--adapter"]), ("of_imported", []), ("of_imported", ["--adapter"]), ("of_ode", [])],
+    [
+        ("run", []),
+        ("adapted", ["--adapter"]),
+        ("of_imported", []),
+        ("of_imported", ["--adapter"]),
+        ("of_ode", []),
+        ("of_fewer", []),
+    ],
 )
 def test_the_card_samples_the_same_video_as_we_do(wan_folder, trained, flags, request, tmp_path, assert_card_samples):
     run = request.getfixturevalue(trained)
@@ -287,6 +306,8 @@ def test_the_card_samples_the_same_video_as_we_do(wan_folder, trained, flags, re
     snippet, undrawn = assert_card_samples(exported, generator, params, times, (0, 4, 1, 2, 3), drawers)
     assert undrawn == (3 if trained == "of_ode" else 1)  # we draw noise for the clean end too
     np.testing.assert_allclose(snippet["pipe"].scheduler.timesteps, times, rtol=1e-6)
+    assert len(snippet["pipe"].transformer.blocks) == (1 if trained == "of_fewer" else 2)
+    assert ("1 of its teacher's blocks" in (exported / "README.md").read_text()) == (trained == "of_fewer")
 
 
 @pytest.mark.slow

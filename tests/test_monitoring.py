@@ -19,7 +19,7 @@ from dollar_jax import monitoring, objectives
 from dollar_jax.config import VisibilityConfig
 from dollar_jax.distillation import Batch, Distillation, Networks
 from dollar_jax.flops import Throughput, count_flops
-from dollar_jax.generate import Generator
+from dollar_jax.generate import Generator, student_shapes
 from dollar_jax.models import activation_sharding
 from dollar_jax.monitoring import Log, Profile, SampleLogger, SampleStats, Shown, collapse, make_throughput, readable
 from dollar_jax.programs import step_flops
@@ -198,11 +198,16 @@ def test_bad_settings_are_named():
     dataclasses.replace(CONFIG, samples_every=0, videos=1)
 
 
-def test_a_steps_operations_are_those_of_its_forwards(make_config, toy_generator):
-    """VSD alone: student 1 and its gradient 2, guided teacher 2, fake score 1; then student 1, fake score 3."""
+@pytest.mark.parametrize("layers", [None, 1])
+def test_a_steps_operations_are_those_of_its_forwards(make_config, toy_generator, make_pipeline, layers):
+    """VSD alone: student 1 and its gradient 2, guided teacher 2, fake score 1; then student 1, fake score 3. A student
+    of one of two blocks costs its own forwards."""
+    pipeline = make_pipeline(layers=2, scale=0.2, tokenizer=toy_generator.pipeline.tokenizer)
+    toy_generator = dataclasses.replace(toy_generator, pipeline=pipeline)
     config = make_config(
         {
             "mesh.data": 8,
+            "student.layers": layers,
             "reward.rewards": (),
             "consistency.weight": 0.0,
             "fake_score.updates": 1,
@@ -214,10 +219,13 @@ def test_a_steps_operations_are_those_of_its_forwards(make_config, toy_generator
     mesh, flops = make_mesh(config.mesh), functools.partial(step_flops, config, toy_generator, None)
     found = make_throughput(config, mesh, flops)
     one = [jax.ShapeDtypeStruct((8, *shape), "float32") for shape in (latent, (), text)]
-    forward = count_flops(jax.make_jaxpr(network.apply)(network.shapes, *one).jaxpr)
-    assert forward > 0 and found.flops is not None
+    student, forward = (
+        count_flops(jax.make_jaxpr(network.apply)(shapes, *one).jaxpr)
+        for shapes in (student_shapes(network, layers), network.shapes)
+    )
+    assert 0 < student < (1.1 if layers is None else 0.9) * forward and found.flops is not None
     # Nothing is differentiated with respect to the latent or the text that goes in.
-    assert 9 * forward < found.flops < 10.01 * forward
+    assert 9 * forward < found.flops + 4 * (forward - student) < 10.01 * forward
     assert found.peak == 2e12 * 8
     unknown = dataclasses.replace(config, visibility=dataclasses.replace(config.visibility, peak_tflops=None))
     assert make_throughput(unknown, mesh, flops).flops is None

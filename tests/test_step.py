@@ -212,6 +212,42 @@ def test_a_latent_reward_on_features_is_its_head_on_the_teachers_of_the_noised_l
     np.testing.assert_allclose(np.ravel(samples.predicted), expected, rtol=1e-3, atol=1e-5)
 
 
+# A student of fewer blocks
+
+
+def test_a_student_of_the_first_block_is_one_whose_second_adds_nothing(runner, base, initial):
+    """The same losses in the first step; then all of it has moved, and all of the fake score."""
+    few = runner(("student.layers", 1))
+    items = host(to_items(few.program.init(jax.random.key(0), few.frozen.teacher)))
+    state, history = few.run(items, 2)
+    silent = host(initial)
+    for name in ("student", "ema"):
+        for part in ("attn1/to_out", "attn2/to_out", "ffn/proj_out"):
+            block, layer = part.split("/")
+            for value in silent[name][name]["blocks"][block][layer].values():
+                value[1] = 0.0
+    expected = base.run(silent, 1)[1][0]
+    assert np.abs(expected["vsd"] - base.run(initial, 1)[1][0]["vsd"]) > 1e-3
+    for name in ("vsd", "consistency", "student_loss", "latent_std"):
+        np.testing.assert_allclose(history[0][name], expected[name], rtol=1e-5, err_msg=name)
+    held = {"student": 1, "ema": 1, "fake_score": 2}
+    for name, blocks in held.items():
+        before, after = (flatten_dict(x[name][name], sep="/") for x in (items, state))
+        for path, value in after.items():
+            if path.startswith("blocks/"):
+                assert len(value) == blocks
+                assert all((new != old).any() for new, old in zip(value, before[path], strict=True)), path
+    mu = state["optimisers"]["student_optimiser"][1][0].mu["blocks"]["attn1"]["to_q"]["kernel"]
+    assert mu.shape == (1, 16, 16)
+
+
+def test_a_student_of_all_blocks_starts_as_the_whole_one(runner, base, initial):
+    every = runner(("student.layers", 2)).program
+    assert every.state_shapes == base.program.state_shapes
+    items = host(to_items(every.init(jax.random.key(0), base.frozen.teacher)))
+    jax.tree.map(np.testing.assert_array_equal, items, initial)
+
+
 # Low-rank adapters
 
 LORA = (("lora.rank", 2), ("lora.targets", ("blocks/attn./to_(q|v|out)", "blocks/ffn/proj_(in|out)")))

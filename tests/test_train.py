@@ -37,8 +37,10 @@ ITEMS = {"student", "ema", "fake_score", "reward_head", "optimisers", "progress"
 
 
 @pytest.fixture(scope="module")
-def generator(toy_generator):
-    return toy_generator
+def generator(toy_generator, make_pipeline, config):
+    """Of a teacher of three blocks, whose first and last are the student's."""
+    pipeline = make_pipeline(layers=3, scale=0.2, tokenizer=toy_generator.pipeline.tokenizer)
+    return dataclasses.replace(toy_generator, pipeline=pipeline, student=config.student)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,7 @@ def config(make_config):
             "mesh.fsdp": 4,
             "checkpoint_every": 3,
             "keep_checkpoints": 9,
+            "student.layers": 2,
             "student.optimiser.warmup_steps": 1,
             "visibility.samples_every": 3,
             "visibility.prompts": ("a bb ccc", "dddd e"),

@@ -120,8 +120,8 @@ class VisionTower(nnx.Module):
         first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype) + place[0], (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([first, x.reshape(len(x), -1, x.shape[-1])], 1)
         x = self.pre_layrnorm(x).astype(c.dtype)
-        length = c.vision.num_hidden_layers - left_out
-        return run_blocks(self.blocks, x, None, length=length, remat=c.remat, scan=not left_out)
+        kept = slice(-left_out or None)
+        return run_blocks(self.blocks, x, None, part=kept, remat=c.remat, scan=not left_out)
 
 
 class TextTower(nnx.Module):
@@ -131,12 +131,12 @@ class TextTower(nnx.Module):
         self.position_embedding = _table(c, rngs, c.max_position_embeddings, dim)
         self.blocks = stack_blocks(lambda r: CLIPBlock(c, tower, r), tower.num_hidden_layers, rngs)
         self.final_layer_norm = LayerNorm(dim, tower.layer_norm_eps, param_dtype=c.param_dtype)
-        self.config, self.length = c, tower.num_hidden_layers
+        self.config = c
 
     def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b d"]:
         x = self.token_embedding[...][ids] + self.position_embedding[...][: ids.shape[1]]
         causal = jnp.tril(jnp.ones((ids.shape[1],) * 2, bool))[None, None]
-        x = run_blocks(self.blocks, x.astype(self.config.dtype), causal, length=self.length)
+        x = run_blocks(self.blocks, x.astype(self.config.dtype), causal)
         # What follows the first end of text is padding, which a causal mask keeps out of it.
         end = jnp.argmax(ids == self.config.eos_token_id, axis=1)
         return self.final_layer_norm(x[jnp.arange(len(ids)), end])

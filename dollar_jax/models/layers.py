@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -22,6 +23,7 @@ Tokens = Float[Array, "b n d"]
 
 xavier = nnx.initializers.xavier_uniform()
 _small = nnx.initializers.normal(0.02)
+_ALL = slice(None)
 
 
 class Adapter(nnx.Module):
@@ -212,16 +214,32 @@ def stack_blocks(build: Callable[[nnx.Rngs], Block], length: int, rngs: nnx.Rngs
     return nnx.vmap(build)(rngs.split(length))
 
 
+def count_blocks(params: Any) -> int:
+    """How many blocks have these stacked parameters, or shapes of them."""
+    return jax.tree.leaves(params)[0].shape[0]
+
+
+def keep_blocks(params: Any, count: int | None) -> Any:
+    """A transformer's parameters with `count` of its stacked blocks, evenly spread from the first to the last (of one,
+    the first); as they are if None. ValueError if it has fewer."""
+    if count is None:
+        return params
+    if count > (there := count_blocks(params["blocks"])):
+        raise ValueError(f"config.student.layers is {count}, but the teacher has only {there} blocks")
+    kept = np.linspace(0, there - 1, count).round().astype(int)
+    return {**params, "blocks": jax.tree.map(lambda p: p[kept], params["blocks"])}
+
+
 def run_blocks(
-    blocks: nnx.Module, x: Array, *args: Any, length: int, remat: Remat = "none", scan: bool = True, first: int = 0
+    blocks: nnx.Module, x: Array, *args: Any, part: slice = _ALL, remat: Remat = "none", scan: bool = True
 ) -> Array:
-    """x ← block(x, *args) for the stacked `blocks` from `first` up to `length` in turn. `scan` compiles one block
+    """x ← block(x, *args) for the stacked `blocks` in turn, or a `part` of them. `scan` compiles one block
     whatever their number; without it the loop is unrolled. `remat` says what the backward pass keeps of a block:
     everything ("none"), its input only ("full"), or with it the outputs of dense layers ("dots") or "attention", or
     these and what attention is given ("qkv")."""
     graphdef, params = nnx.split(blocks)
-    if first or length < len(jax.tree.leaves(params)[0]):
-        params = jax.tree.map(lambda p: p[first:length], params)
+    if part != _ALL:
+        params = jax.tree.map(lambda p: p[part], params)
 
     def body(x: Array, layer: nnx.State) -> tuple[Array, None]:
         return place(nnx.merge(graphdef, layer)(x, *args)), None
@@ -239,7 +257,7 @@ def run_blocks(
         body = jax.checkpoint(body, policy=policies[remat], prevent_cse=not scan)
     if scan:
         return jax.lax.scan(body, x, params)[0]
-    for i in range(length - first):
+    for i in range(count_blocks(params)):
         x, _ = body(x, jax.tree.map(lambda p, i=i: p[i], params))
     return x
 
@@ -249,6 +267,6 @@ def run_tapped(
 ) -> tuple[Array, Array]:
     """`run_blocks`, and x after the share `tap` of the blocks; `early`, no block after those runs."""
     run = functools.partial(run_blocks, blocks, remat=c.remat, scan=c.scan_layers)
-    block = 0 if tap is None else max(1, round(tap * c.num_layers))
-    features = run(x, *args, length=block) if block else x
-    return features if early else run(features, *args, length=c.num_layers, first=block), features
+    block = 0 if tap is None else max(1, round(tap * count_blocks(nnx.state(blocks))))
+    features = run(x, *args, part=slice(block)) if block else x
+    return features if early else run(features, *args, part=slice(block or None, None)), features

@@ -109,7 +109,7 @@ class UMT5Encoder(nnx.Module):
         keys = mask.astype(bool)[:, None, None, :]
         x = self.shared.embedding[...][ids].astype(c.dtype)
         bias = None if self.relative_attention_bias is None else self.relative_attention_bias(buckets)
-        x = run_blocks(self.blocks, x, keys, buckets, bias, length=c.num_layers, scan=c.scan_layers)
+        x = run_blocks(self.blocks, x, keys, buckets, bias, scan=c.scan_layers)
         return self.final_layer_norm(x).astype(c.dtype)
 
 

@@ -45,4 +45,4 @@ def weightless_generator(
         networks[name] = Component(own, network, network.shapes)
     pipeline = as_configured(Pipeline(family, **networks, tokenizer=None, schedule=architecture.schedule), config)
     settings = config.data.max_text_length, config.sampling, clip, config.compute.vae_chunk, mesh
-    return Generator(pipeline, *settings, student_ode=config.student.sampler == "ode")
+    return Generator(pipeline, *settings, student=config.student)

@@ -14,34 +14,39 @@ from dollar_jax.plan.teachers import architecture_of, clip_of, weightless_genera
 from dollar_jax.rewards.methods import method_of
 
 
-def forwards(config: DistillConfig) -> dict[str, float]:
-    """F per video and update of the student by part, on average: a forward is 1, its backward 2. Not in it: what is
-    computed again, VAE, text encoder, rewards and their latent model, optimisers."""
+def forwards(config: DistillConfig, blocks: int | None = None) -> dict[str, float]:
+    """F per video and update of the student by part, on average: a forward of the teacher, of so many `blocks`, is 1,
+    its backward 2, and a forward of a student of fewer its share. Not in it: what is computed again, VAE, text encoder,
+    rewards and their latent model, optimisers."""
+    layers = config.student.layers
+    share = layers / blocks if layers and blocks else 1.0
     n, cd, fake, reward = len(config.student.timesteps), config.consistency, config.fake_score, config.reward
     forward, vsd = config.student.input == "forward", config.vsd
     draws = config.batch_size // config.accumulation if config.student.timestep_per == "sample" else 1
     # The rows of a micro-batch go on to the farthest of independent uniform draws from n timesteps.
     way = 0.0 if forward else sum(1 - (k / n) ** draws for k in range(1, n))
     alone = not (vsd.weight or reward.rewards)
-    parts = {"student": 3.0} if alone else {"student's input": way, "student": 3.0}
+    parts = {"student": 3 * share} if alone else {"student's input": way * share, "student": 3 * share}
     if vsd.weight:
         parts["VSD"] = 2 + bool(vsd.guidance_weight) * (1 + (vsd.guidance_time == "noisier"))
     if cd.weight:
         own = 0 if alone or (forward and cd.times == "student") else 3
-        parts["CD"] = (own + cd.skip * (1 + bool(cd.guidance_weight)) + 1) / cd.every
-    parts["rewards"] = method_of(config).forwards()
+        parts["CD"] = ((own + 1) * share + cd.skip * (1 + bool(cd.guidance_weight))) / cd.every
+    parts["rewards"] = method_of(config).forwards(share)
     if vsd.weight:
         parts["fake score"] = 3.0 * fake.updates
         if config.gan.weight:
             parts["GAN"] = 3 * config.gan.depth * (1 + fake.updates)
-        parts["its samples"] = {"fresh": fake.updates * (1 + way), "rollout": n, "student": 0.0}[fake.samples]
+        samples = {"fresh": fake.updates * (1 + way), "rollout": n, "student": 0.0}
+        parts["its samples"] = share * samples[fake.samples]
     return {name: float(value) for name, value in parts.items() if value}
 
 
 def training_cost(config: DistillConfig, topology: str, video: tuple[int, int, int] | None = None) -> tuple[Any, str]:
     """`forwards`, TFLOP of one, and chip-hours to the last update at 30 and 50 % of the peak; and that in words. Of a
     tpu7x they are those of a device, half a chip. `video` is height, width and frames, unless the data's own."""
-    architecture, parts = architecture_of(config), forwards(config)
+    architecture = architecture_of(config)
+    parts = forwards(config, architecture.transformer.num_layers)
     clip = clip_of(config, video)
     network = architecture.family.transformer.network(dataclasses.replace(architecture.transformer, attention="xla"))
     shapes = architecture.vae.latent_shape(*clip), (), (config.data.max_text_length, architecture.text_encoder.d_model)

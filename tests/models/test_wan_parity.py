@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dollar_jax.models.embeddings import patchify, unpatchify
+from dollar_jax.models.layers import keep_blocks
 from dollar_jax.models.network import make_network
 from dollar_jax.models.wan import WanConfig, WanTransformer
 from dollar_jax.types import ImageCondition
@@ -64,11 +65,17 @@ def relative(ours, theirs):
     return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("layers, cross_attn_norm, given", [(1, True, 0), (3, True, 0), (3, False, 0), (3, True, 1)])
-def test_forward_and_gradient_match(tmp_path, layers, cross_attn_norm, given):
-    """With a given frame diffusers is told the time of every token: 0 for those of the frame."""
+@pytest.mark.parametrize(
+    "layers, cross_attn_norm, given, kept",
+    [(1, True, 0, None), (3, True, 0, None), (3, False, 0, None), (3, True, 1, None), (3, True, 0, [0, 2])],
+)
+def test_forward_and_gradient_match(tmp_path, layers, cross_attn_norm, given, kept):
+    """With a given frame diffusers is told the time of every token: 0 for those of the frame. `kept`: of the blocks."""
     model = reference(tmp_path, num_layers=layers, cross_attn_norm=cross_attn_norm)
     _, network, params = load(tmp_path)
+    if kept:
+        model.blocks = torch.nn.ModuleList(model.blocks[i] for i in kept)
+        params = keep_blocks(params, len(kept))
     for shape, length in [((3, 4, 6), 5), ((5, 8, 4), 7)]:
         x, t, text = inputs(shape, length)
         x_torch = to_torch(x).permute(0, 4, 1, 2, 3).requires_grad_()

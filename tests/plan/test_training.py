@@ -18,6 +18,7 @@ from dollar_jax.schedule import Schedule
 from dollar_jax.state import Optimisers, init_state
 from dollar_jax.step import make_step
 
+BLOCKS = 4  # of the teacher
 CASES = {
     "everything new": {},
     "one rollout": {"student.timestep_per": "micro_batch", "fake_score.samples": "rollout"},
@@ -28,6 +29,7 @@ CASES = {
         "reward.head.depth": 0.25,
         **{f"reward.{name}": value for name, value in (("samples", 2), ("batch_size", 8), ("updates", 3))},
     },
+    "a student of a quarter of the blocks": {"student.layers": 1, "consistency.times": "grid"},
     "decoupled guidance": {"vsd.guidance_time": "noisier"},
     "cd alone, unguided": {"vsd.weight": 0.0, "consistency.guidance_weight": 0.0, "consistency.skip": 2},
 }
@@ -53,7 +55,8 @@ def test_forwards_are_the_rows_that_reach_the_network_and_come_back(case):
     seen.defvjp(lambda x, share: (seen(x, share), None), back)
 
     def apply(params, x_t, t, text, share=1.0):
-        return seen(params["w"] * x_t, share)
+        w = params["blocks"]["w"]
+        return seen(w.mean() * x_t, share * len(w) / BLOCKS)
 
     def discriminator(params, *args, early):
         y = apply(params, *args, share=config.gan.depth if early else 1.0)
@@ -67,8 +70,8 @@ def test_forwards_are_the_rows_that_reach_the_network_and_come_back(case):
     optimisers = Optimisers(optimiser, optimiser, optimiser)
     network = Networks(apply, latent_reward, None, discriminator)
     step = jax.jit(make_step(Distillation(config, network, Schedule("rf", "velocity")), optimisers))
-    params = {"w": jnp.float32(0.5)}
-    state = init_state(jax.random.key(0), params, {"w": jnp.zeros(1)}, optimisers, 0)
+    params, layers = {"blocks": {"w": jnp.full(BLOCKS, 0.5)}}, config.student.layers
+    state = init_state(jax.random.key(0), params, {"w": jnp.zeros(1)}, optimisers, 0, layers=layers)
     scored = ScoredLatents(jnp.ones((3, 8, 1, 2, 2, 1)), jnp.ones((3, 8, 1, 1)), jnp.ones((3, 8, 1)), jnp.ones((3, 8)))
     batch = Batch(jnp.ones((4, 1, 2, 2, 1)), jnp.ones((4, 1, 1)), {}, scored)
     steps = 120
@@ -77,7 +80,7 @@ def test_forwards_are_the_rows_that_reach_the_network_and_come_back(case):
     jax.block_until_ready(state)
     jax.effects_barrier()
     counted = (rows["forward"] + 2 * rows["backward"]) / steps / 4
-    assert sum(forwards(config).values()) == pytest.approx(counted, rel=0.03)
+    assert sum(forwards(config, BLOCKS).values()) == pytest.approx(counted, rel=0.03)
 
 
 def test_the_defaults_of_real_teachers_are_affordable():

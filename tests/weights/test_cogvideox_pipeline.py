@@ -23,6 +23,7 @@ from dollar_jax.data.latents import EncodedVideos
 from dollar_jax.data.prepared import PreparedVideos
 from dollar_jax.data.vocabulary import build_tokenizer
 from dollar_jax.generate import Generator, video_keys
+from dollar_jax.models.layers import keep_blocks
 from dollar_jax.prepare.videos import ClipSettings, read_clips
 from dollar_jax.run import CHECKPOINTS, read_history, record_config, restore_student
 from dollar_jax.schedule import Schedule, coefficients, timestep_grid
@@ -213,12 +214,13 @@ def test_two_steps_of_distillation_then_a_sample(generator, make_config, tmp_pat
 
 
 def test_an_exported_student_samples_in_diffusers_as_here(folder, make_config, tmp_path, assert_card_samples):
-    """By the card's own snippet: the betas, the times and the prediction of x0 are those of the path."""
-    times = (999.0, 749.0, 499.0, 249.0)
-    config = make_config({"teacher": str(folder), "student.timesteps": times})
+    """By the card's own snippet: the betas, the times and the prediction of x0 are those of the path. With rotary
+    embeddings of a student of one block."""
+    times, pipeline = (999.0, 749.0, 499.0, 249.0), load_pipeline(folder)
+    layers = 1 if pipeline.transformer.config.use_rotary_positional_embeddings else None
+    config = make_config({"teacher": str(folder), "student.timesteps": times, "student.layers": layers})
     record_config(config, tmp_path / "run")
-    pipeline = load_pipeline(folder)
-    params = jax.tree.map(lambda x: 0.9 * jnp.asarray(x), pipeline.transformer.params)
+    params = jax.tree.map(lambda x: 0.9 * jnp.asarray(x), keep_blocks(pipeline.transformer.params, layers))
     with Checkpoints(tmp_path / "run" / CHECKPOINTS) as checkpoints:
         checkpoints.save(3, {"ema": {"ema": params}})
     exported = tmp_path / "student"
@@ -229,7 +231,7 @@ def test_an_exported_student_samples_in_diffusers_as_here(folder, make_config, t
     # And it is a teacher to go on from.
     assert cli.main(["import", str(exported), str(tmp_path / "again")]) == 0
     again = load_pipeline(tmp_path / "again")
-    assert again.schedule == pipeline.schedule
+    assert again.schedule == pipeline.schedule and again.transformer.config.num_layers == (layers or 2)
     jax.tree.map(np.testing.assert_array_equal, again.transformer.params, jax.tree.map(np.asarray, params))
 
 

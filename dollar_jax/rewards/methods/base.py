@@ -62,8 +62,9 @@ class RewardMethod:
         if self.settings.guard.min_correlation is not None and not self.predicts:
             raise ValueError("config.reward.guard.min_correlation needs a latent reward model: set it to None")
 
-    def forwards(self) -> float:
-        """Forwards of the transformer per video and step that only the method makes; a backward counts 2."""
+    def forwards(self, student: float) -> float:
+        """Forwards of the teacher per video and step that only the method makes; a backward counts 2, and one of the
+        `student` its share of a forward."""
         return 0.0
 
     def inputs(self, latent: Shape, text: Shape) -> Any:

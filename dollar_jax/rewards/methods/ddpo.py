@@ -73,9 +73,9 @@ class DDPO(RewardMethod):
         if self.config.student.sampler == "ode":
             raise ValueError("config.reward.method 'ddpo' needs noise in each step: config.student.sampler 'renoise'")
 
-    def forwards(self) -> float:
+    def forwards(self, student: float) -> float:
         n = len(self.config.student.timesteps)
-        return self.settings.samples / self.config.batch_size * (3 * (min(n, 3) - 1) + n)
+        return student * self.settings.samples / self.config.batch_size * (3 * (min(n, 3) - 1) + n)
 
     def inputs(self, latent: Shape, text: Shape) -> Rollouts:
         n, states = self.settings.samples, min(3, len(self.config.student.timesteps))

@@ -58,7 +58,7 @@ class LatentReward(RewardMethod):
     predicts = True
     stored_as = "replay"
 
-    def forwards(self) -> float:
+    def forwards(self, student: float) -> float:
         c = self.settings
         return (c.head.depth or 0.0) * (3 + (c.updates * c.batch_size + 2 * c.samples) / self.config.batch_size)
 
