@@ -42,6 +42,8 @@ GRID = {"consistency.times": "grid", "consistency.skip": 5, "consistency.boundar
 FASTGEN = {"fake_score.updates": 4, "student.sampler": "ode", "gan.weight": 0.03}
 FASTVIDEO = BACKWARD | {"fake_score.updates": 5, "student.ema_start": 50}
 RCM = BACKWARD | GRID | {"consistency.skip": 1, "consistency.weight": 1.0, "vsd.weight": 0.01, "fake_score.updates": 4}
+FAST = {"student.optimiser.learning_rate": 1.2e-3, "fake_score.optimiser.learning_rate": 2.4e-3}
+LONG = {"student.layers": 2, "batch_size": 16, "student.optimiser.learning_rate": 2e-3}
 # Name: the losses, what is changed of the demo, and what the table calls it.
 SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "demo": ("vsd+cd", {}, "forward input, all new, as the demo"),
@@ -70,6 +72,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "layers_4": ("vsd+cd", OWN | {"student.layers": 4}, "the demo's own, `student.layers=4`"),
     "layers_3": ("vsd+cd", OWN | {"student.layers": 3}, "the demo's own, `student.layers=3`"),
     "layers_2": ("vsd+cd", OWN | {"student.layers": 2}, "the demo's own, `student.layers=2`"),
+    "layers_2_fast": ("vsd+cd", OWN | {"student.layers": 2} | FAST, "2 layers, four times the learning rates"),
+    "layers_2_cd": ("cd", LONG | {"steps": 600}, "2 layers, CD alone, 600 updates of 16"),
+    "layers_2_long": (
+        "cd",
+        LONG | {"steps": 2000, "consistency.skip": 1},
+        "the same, 2,000 updates, `consistency.skip=1`",
+    ),
 }
 
 
