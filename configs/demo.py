@@ -135,6 +135,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
             "a small blue square moving up quickly",
             "a large yellow triangle moving right quickly",
         ),
+        "decoder.width": 8,
         "pretrain": PRETRAIN,
     }
     return experiment(None, losses, changes)

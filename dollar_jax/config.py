@@ -46,6 +46,16 @@ class TeacherTraining(Fit):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderTraining(Fit):
+    """`dollar pretrain --decoder`: a narrower decoder learns to decode latents of the data as the teacher's does."""
+
+    width: int = field(32, "Its channels, `decoder_base_dim`; those of Wan 2.1's VAE are 96.", low=1)
+    batch_size: int = field(8, "Latents to a step.", low=1)
+    latent_frames: int = field(5, "The first latent frames of each are learnt from, at most.", low=1)
+    latent_size: int = field(32, "Most rows and columns of each: a random part.", low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """`dollar pretrain`."""
 
@@ -304,6 +314,7 @@ class SamplingConfig:
     negative_prompt: str = field("", "The prompt of guidance's other half, in distillation too; empty for no text.")
     low_guidance_weight: float | None = field(None, "w of the low-noise expert of two; None: as of the other.")
     shift: float | None = field(None, "Shift of a flow's grid, in place of the scheduler file's; None: that.", above=0)
+    vae: str | None = field(None, "Folder of a VAE with a smaller decoder; None: the teacher's own VAE.")
 
     def __post_init__(self) -> None:
         if self.solver == "unipc" and self.eta:
@@ -398,6 +409,7 @@ class DistillConfig:
     gan: GANConfig = field(GANConfig(), "The discriminator.")
     reward: RewardConfig = field(RewardConfig(), "The rewards.")
     visibility: VisibilityConfig = field(VisibilityConfig(), "What a run shows of itself.", resumable=True)
+    decoder: DecoderTraining = field(DecoderTraining(), "A smaller decoder.", resumable=True)
     pretrain: PretrainConfig | None = field(None, "How `dollar pretrain` trains a teacher.", resumable=True)
 
     def __post_init__(self) -> None:

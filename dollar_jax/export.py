@@ -37,24 +37,39 @@ _TEMPLATES = jinja2.Environment(loader=_FOLDER, undefined=jinja2.StrictUndefined
 
 
 def export_run(
-    workdir: Path, folder: Path, low: Path | None = None, *, ema: bool, dtype: str, shard_size: int, adapter: bool
+    workdir: Path,
+    folder: Path,
+    low: Path | None = None,
+    vae: str | None = None,
+    *,
+    ema: bool,
+    dtype: str,
+    shard_size: int,
+    adapter: bool,
 ) -> None:
     """Writes `folder`, which the teacher's diffusers pipeline loads and `dollar import` imports. The transformer is the
     newest student of the run, its average with `ema`, in `dtype` and in files of at most `shard_size` bytes, with
     adapters (config.lora) merged; or, with `adapter`, the folder holds those alone, for `load_lora_weights` and PEFT.
-    Of two experts transformer_2 is the student of the `low` one's run. VAE, text encoder and tokenizer are the
-    teacher's. A scheduler of its own refuses every call but the student's, and a manifest says how it is sampled, of
-    what it was made, and what each file's SHA-256 is. The folder appears when it is whole; OSError or ValueError."""
+    Of two experts transformer_2 is the student of the `low` one's run. VAE (but for that in the folder `vae`), text
+    encoder and tokenizer are the teacher's. A scheduler of its own refuses every call but the student's, and a manifest
+    says how it is sampled, of what it was made, and what each file's SHA-256 is. The folder appears when it is whole;
+    OSError or ValueError."""
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; delete it, or export into another folder")
-    runs, config = read_runs(workdir, low), drawing_config(workdir, low)
+    runs, config = read_runs(workdir, low), drawing_config(workdir, low, vae=vae)
     teacher = teacher_folder(config.teacher)
     family = pipelines.read_family(teacher)
     schedule = pipelines.read_schedule(teacher, family)
     if adapter and (whole := [run for run, c in runs.items() if not c.lora.rank]):
         raise ValueError(f"{whole[0]} trained the student whole (config.lora.rank is 0): it has no adapter")
+    if adapter and vae:
+        raise ValueError("--vae goes with a whole pipeline: an adapter's folder holds no VAE")
     pipelines.check_whole(teacher)
     parts = pipelines.read_parts(teacher)
+    sources = {name: teacher / name for name in parts}
+    if config.sampling.vae:
+        sources["vae"] = Path(config.sampling.vae)
+        parts["vae"] = pipelines.read_vae(sources["vae"], family.vae, parts["vae"].config)
     student = parts["transformer"]
     found = [(c, *restore_trained(run, student.network, c, ema)) for run, c in runs.items()]
     trained, step = dict(zip(pipelines.EXPERTS.values(), found, strict=False)), found[0][1]
@@ -75,11 +90,11 @@ def export_run(
                     own = dataclasses.replace(student.config, num_layers=c.student.layers or student.config.num_layers)
                     component = pipelines.Component(own, student.network, params)
                     pipelines.save_component(draft / name, part.kind, component, dtype, shard_size)
-                elif (teacher / name / pipelines.IMPORTED).is_dir():
-                    component = pipelines.load_component(teacher / name, part)
+                elif (sources[name] / pipelines.IMPORTED).is_dir():
+                    component = pipelines.load_component(sources[name], part)
                     pipelines.save_component(draft / name, part.kind, component, "float32", shard_size)
                 else:
-                    shutil.copytree(teacher / name, draft / name)
+                    shutil.copytree(sources[name], draft / name)
             for name in ("tokenizer", *["image_processor"] * ("image_encoder" in parts)):
                 shutil.copytree(teacher / name, draft / name)
             vllm_omni = {"num_inference_steps": len(times), "denoising_timesteps": [round(t) for t in times]}

@@ -30,7 +30,7 @@ from dollar_jax.schedule import keep_given
 from dollar_jax.types import ImageCondition, Params
 from dollar_jax.video import read_image, side_by_side, signed_range, to_uint8
 from dollar_jax.weights.families import clean_prompt
-from dollar_jax.weights.pipeline import Pipeline, load_pipeline, tokenize
+from dollar_jax.weights.pipeline import Pipeline, load_component, load_pipeline, read_vae, tokenize
 
 PIXELS_AT_ONCE = 2**21  # of the videos drawn together
 SHOWN_PIXELS = 2**22  # of a frame with all samples of a step
@@ -361,7 +361,8 @@ def make_generator(c: DistillConfig, clip: tuple[int, int, int] | None = None, m
 
 
 def as_configured(pipeline: Pipeline, c: DistillConfig) -> Pipeline:
-    """The pipeline with config.data.given_frames, expert and sampling.shift, warned of; ValueError if it cannot."""
+    """The pipeline with config.data.given_frames, expert, and sampling.shift, warned of, and .vae; ValueError if it
+    cannot."""
     if c.data.given_frames and pipeline.family.image_pipeline is None:
         raise ValueError(f"the teacher {c.teacher} takes no image as config.data.given_frames asks: only TI2V does")
     schedule, shift = pipeline.schedule, c.sampling.shift or pipeline.schedule.shift
@@ -369,7 +370,10 @@ def as_configured(pipeline: Pipeline, c: DistillConfig) -> Pipeline:
         found = f"config.sampling.shift is {shift:g}, and {schedule.shift:g} in the scheduler's file of {c.teacher}"
         print(f"warning: {found}: the former is used", file=sys.stderr)
     own = dataclasses.replace(schedule, given_frames=c.data.given_frames, shift=shift, expert=c.expert)
-    return dataclasses.replace(pipeline, schedule=own)
+    vae = pipeline.vae
+    if folder := c.sampling.vae and Path(c.sampling.vae):
+        vae = load_component(folder, read_vae(folder, pipeline.family.vae, vae.config))
+    return dataclasses.replace(pipeline, schedule=own, vae=vae)
 
 
 def subset(timesteps: Sequence[float], count: int) -> tuple[float, ...]:

@@ -20,21 +20,30 @@ from tqdm import tqdm
 
 from dollar_jax import losses
 from dollar_jax.checkpoint import Checkpoints
-from dollar_jax.config import Fit, PretrainConfig, SamplingConfig
+from dollar_jax.config import DistillConfig, Fit, PretrainConfig, SamplingConfig, changed
 from dollar_jax.data import shapes
-from dollar_jax.data.latents import give_first_frames
+from dollar_jax.data.clip import clip_fps, clip_size
+from dollar_jax.data.latents import give_first_frames, load_data
 from dollar_jax.data.vocabulary import build_tokenizer
 from dollar_jax.files import new_file, read_arrays, write_json
-from dollar_jax.generate import Generator, draw_videos, load_teacher, video_keys
+from dollar_jax.generate import Generator, draw_videos, load_teacher, teacher_folder, video_keys
 from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import UMT5Config, zero_padding
 from dollar_jax.models.wan import WanConfig
-from dollar_jax.models.wan_vae import WanVAEConfig, normalise
+from dollar_jax.models.wan_vae import WanVAEConfig, denormalise, normalise
 from dollar_jax.program import Program
 from dollar_jax.schedule import Schedule, add_noise, generated, target, time_from_uniform
-from dollar_jax.video import signed_range, unit_range
+from dollar_jax.video import grid, side_by_side, signed_range, to_uint8, unit_range, write_video
 from dollar_jax.weights.families import WAN, WAN_TI2V
-from dollar_jax.weights.pipeline import PROVENANCE, Component, Pipeline, load_pipeline, save_pipeline, tokenize
+from dollar_jax.weights.pipeline import (
+    PROVENANCE,
+    Component,
+    Pipeline,
+    load_pipeline,
+    save_component,
+    save_pipeline,
+    tokenize,
+)
 from dollar_jax.weights.umt5 import UMT5
 from dollar_jax.weights.vae import WAN_VAE
 from dollar_jax.weights.wan import WAN_TRANSFORMER
@@ -75,11 +84,12 @@ def fit(
     params: Params,
     batches: Iterator[Any],
     training: Fit,
-    config: PretrainConfig,
+    config: PretrainConfig | DistillConfig,
     ema_decay: float = 0.0,
+    read: Callable[[Any, int], Any] = lambda batch, step: batch,
 ) -> Params:
     """Muon and Adam with warm-up and cosine; returns the parameters' moving average (themselves for decay 0).
-    Checkpoints into `folder` and goes on from what it finds there."""
+    `read` makes of a batch, and its step, what the loss takes. Checkpoints into `folder` and goes on from there."""
     steps = training.steps
     share = optax.warmup_cosine_decay_schedule(0, 1, min(200, steps // 10), steps, 0.02)
     more: Any = {"adam_learning_rate": lambda count: training.adam_learning_rate * share(count), "adam_b2": 0.99}
@@ -105,9 +115,9 @@ def fit(
         first = checkpoints.restored
         bar = tqdm(range(first, steps), name, initial=first, total=steps, mininterval=5)
         for step in bar:
-            state, metrics = program(state, next(batches), step)
+            state, metrics = program(state, read(next(batches), step), step)
             if step % 50 == 49:
-                bar.set_postfix({k: f"{float(v):.2e}" for k, v in metrics.items()}, refresh=False)
+                bar.set_postfix({k: f"{float(v):.3g}" for k, v in metrics.items()}, refresh=False)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
                 checkpoints.save(step + 1, {"state": state, "data": batches})
     return state["ema"]
@@ -169,6 +179,51 @@ def train_vae(config: PretrainConfig, folder: Path) -> Component:
         batches = endless(videos, phase.batch_size, seeded.seed, cut)
         params = fit(f"VAE, clips of {phase.frames}", folder / f"phase_{number}", loss, params, batches, phase, seeded)
     return Component(vae, network, params)
+
+
+def train_decoder(config: DistillConfig, workdir: Path) -> Path:
+    """Distils the decoder of the teacher's VAE into a narrower one, as in TAEHV: the mean square of what tells their
+    frames apart, on latents of the data. Returns the folder of the VAE with it, `workdir/vae`, which diffusers'
+    `AutoencoderKLWan` reads; beside it a video shows the teacher's frames to the left of its own. Raises ValueError."""
+    c = config.decoder
+    pipeline = load_pipeline(teacher_folder(config.teacher), without_transformer=True)
+    vae, clip = dataclasses.replace(pipeline.vae, params=jax.device_put(pipeline.vae.params)), clip_size(config.data)
+    if not isinstance(vae.config, WanVAEConfig):
+        raise ValueError(f"the VAE of {config.teacher} has one width for both ways: only Wan's have a decoder's own")
+    if c.width >= (most := vae.config.decoder_base_dim or vae.config.base_dim):
+        raise ValueError(f"config.decoder.width is {c.width}, and that of the teacher's decoder {most}: give less")
+    generator = Generator(pipeline, config.data.max_text_length, config.sampling, clip, config.compute.vae_chunk)
+    config = changed(config, {"batch_size": c.batch_size, "accumulation": 1, "reward.samples": 1})
+    batches = load_data(config, generator, workdir).batches(config)
+    small = dataclasses.replace(vae.config, decoder_base_dim=c.width)
+    network = WAN_VAE.network(small)
+
+    def pairs(batch: Any, step: int) -> tuple[jax.Array, jax.Array]:
+        """A part of the batch's latents, and its frames by the teacher."""
+        rng, (_, _, *size, _) = np.random.default_rng([config.seed, step]), batch["latent"].shape
+        y, x = (slice(start := rng.integers(max(0, n - c.latent_size) + 1), start + c.latent_size) for n in size)
+        latent = jnp.asarray(batch["latent"][:, : c.latent_frames, y, x])
+        return latent, generator.decode_program(latent.shape, generator.own_mesh)(vae.params, latent)
+
+    def loss(params: Params, batch: Any, _: jax.Array) -> tuple[jax.Array, Metrics]:
+        latent, frames = batch
+        raw = denormalise(latent, small)
+        decoded = network.apply({**vae.params, "decoder": params}, raw, method="decode", clip=False)
+        mse = jnp.mean(((decoded + 1) / 2 - frames) ** 2)
+        return mse, {"psnr": -10 * jnp.log10(mse)}
+
+    start = Program("init", network.init)(jax.random.key(config.seed))["decoder"]
+    params = fit("decoder", workdir / "training", loss, start, batches, c, config, read=pairs)
+    made = Component(small, network, {**vae.params, "decoder": params})
+    save_component(workdir / "vae", WAN_VAE, made, "float32")
+    latent, frames = pairs(next(batches), c.steps)
+    drawn = dataclasses.replace(generator, pipeline=dataclasses.replace(pipeline, vae=made)).decode(latent)
+    psnr = -10 * np.log10(np.mean((drawn - frames) ** 2))
+    print(f"PSNR to the teacher's decoder on {len(latent)} clips of the data: {psnr:.1f} dB")
+    shown = [side_by_side(pair) for pair in zip(*map(to_uint8, (np.asarray(frames), drawn)), strict=True)]
+    fps, scale = clip_fps(config.data, pipeline.family.fps), max(1, 256 // max(clip[1:]))
+    write_video(workdir / "decoder.mp4", grid(np.stack(shown), 2), fps, scale)
+    return workdir / "vae"
 
 
 def encode_all(vae: Component, videos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

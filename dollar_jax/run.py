@@ -55,9 +55,13 @@ def read_runs(workdir: Path, low: Path | None = None) -> dict[Path, DistillConfi
     return runs
 
 
-def drawing_config(workdir: Path, low: Path | None = None, teacher: bool = False) -> DistillConfig:
-    """The settings by which `read_runs` draw videos: of a pair the timesteps of both; for the `teacher` any one."""
+def drawing_config(
+    workdir: Path, low: Path | None = None, teacher: bool = False, vae: str | None = None
+) -> DistillConfig:
+    """The settings by which `read_runs` draw videos, with the `vae` in that folder if given: of a pair the timesteps of
+    both; for the `teacher` any one."""
     first, *others = [read_config(workdir)] if teacher else read_runs(workdir, low).values()
+    first = changed(first, {"sampling.vae": vae}) if vae else first
     times = tuple(t for run in (first, *others) for t in run.student.timesteps)
     both = {"expert": None, "student.timesteps": times, "vsd.guidance_by_step": ()}
     return changed(first, both) if first.expert else first

@@ -34,8 +34,9 @@ _KEPT = 64  # videos
 class Studio:
     """A run's student, and its teacher, to draw with; `folder` is served as it is."""
 
-    def __init__(self, workdir: Path, folder: Path, most_waiting: int, longest_prompt: int):
-        self.config, self.folder, self.longest_prompt = drawing_config(workdir), folder, longest_prompt
+    def __init__(self, workdir: Path, folder: Path, most_waiting: int, longest_prompt: int, vae: str | None = None):
+        self.config, self.folder = drawing_config(workdir, vae=vae), folder
+        self.longest_prompt = longest_prompt
         given = self.config.data.given_frames or read_family(teacher_folder(self.config.teacher)).conditioned
         self.most_bytes = _MOST_BYTES + _MOST_IMAGE_BYTES * bool(given)
         self.generator = self._sized = make_generator(self.config)

@@ -84,6 +84,10 @@ def define_workdir(default: str | None = None) -> None:
     define("string", "workdir", default, "Folder of the run.", required=default is None)
 
 
+def define_vae() -> None:
+    define("string", "vae", None, "Folder of a VAE with a smaller decoder, by dollar pretrain --decoder, to draw with.")
+
+
 def define_config(arguments: list[str]) -> None:
     """--config=NAME, which is read at once and taken out of the arguments, and a flag for each of its settings."""
     early = flags.FlagValues()

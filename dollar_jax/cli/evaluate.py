@@ -4,12 +4,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from dollar_jax.cli.base import FLAGS, define, prepare_jax
+from dollar_jax.cli.base import FLAGS, define, define_vae, prepare_jax
 from dollar_jax.files import read_json, write_json
 
 
 def define_flags(_: list[str]) -> None:
     define("string", "workdir", None, "Folder of the run whose student is measured.")
+    define_vae()
     define("string", "videos", None, "Measure this folder of {prompt}-{index}.mp4 instead of drawing any.")
     define("string", "reference", None, "With --videos: a folder of real videos.")
     define("string", "reward", None, "One more reward by its name; clip is the fit to the prompts.")
@@ -54,7 +55,7 @@ def run() -> None:
         return
     features = alexnet_features(Path(FLAGS.features)) if FLAGS.features else None
     if FLAGS.workdir:
-        config = drawing_config(Path(FLAGS.workdir))
+        config = drawing_config(Path(FLAGS.workdir), vae=FLAGS.vae)
         generator = make_generator(config)
         shapes = MOVING_SHAPES in (config.teacher, config.data.name)  # a domain with prompts and measures of its own
         features = features or (vae_features(generator) if shapes else None)
@@ -125,7 +126,7 @@ def _vbench_videos() -> None:
         raise ValueError("--vbench needs --workdir and --prompts_file, VBench's own list of prompts")
     workdir, folder, listed = Path(FLAGS.workdir), Path(FLAGS.vbench), Path(FLAGS.prompts_file)
     low, names = (Path(name) if name else None for name in (FLAGS.low, FLAGS.names))
-    config = drawing_config(workdir, low, FLAGS.teacher)
+    config = drawing_config(workdir, low, FLAGS.teacher, FLAGS.vae)
     prompts = None if names is None else pair_names(listed, names)
     counts = read_vbench_prompts(names or listed, FLAGS.num)
     rows = video_rows(counts, prompts)

@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
-from dollar_jax.cli.base import FLAGS, define, define_workdir
+from dollar_jax.cli.base import FLAGS, define, define_vae, define_workdir
 
 
 def define_flags(_: list[str]) -> None:
     define_workdir()
+    define_vae()
     define("string", "low", None, "The low-noise expert's run, where the teacher has two and --workdir is the other's.")
     define("bool", "ema", True, "The student's moving average rather than its raw weights.")
     define("enum", "dtype", "float32", ["float32", "float16", "bfloat16"], "Of the student.")
@@ -32,7 +33,7 @@ def run(*names: str) -> None:
         raise ValueError("--push_to_hub needs a token of yours: hf auth login, or HF_TOKEN in the environment")
     options = {"ema": FLAGS.ema, "dtype": FLAGS.dtype, "shard_size": int(size[1]) * units[size[2]]}
     low = Path(FLAGS.low) if FLAGS.low else None
-    export_run(Path(FLAGS.workdir), Path(names[0]), low, **options, adapter=FLAGS.adapter)
+    export_run(Path(FLAGS.workdir), Path(names[0]), low, FLAGS.vae, **options, adapter=FLAGS.adapter)
     print(f"The student is in {names[0]}; its README.md says how diffusers samples it.")
     if FLAGS.push_to_hub:
         print(f"It is at {push(Path(names[0]), FLAGS.push_to_hub)}.")

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from dollar_jax.cli.base import FLAGS, define, define_workdir, prepare_jax
+from dollar_jax.cli.base import FLAGS, define, define_vae, define_workdir, prepare_jax
 
 # Of a picture of many videos: more pixels, or a longer side, than players take.
 _MOST_PIXELS, _LONGEST_SIDE = 2**24, 8192
@@ -11,6 +11,7 @@ _MOST_PIXELS, _LONGEST_SIDE = 2**24, 8192
 
 def define_flags(_: list[str]) -> None:
     define_workdir()
+    define_vae()
     define("string", "low", None, "The low-noise expert's run, where the teacher has two and --workdir is the other's.")
     define("multi_string", "prompt", [], "What to show; may be given more than once.")
     define("string", "prompts_file", None, "A text file with a prompt per line.")
@@ -54,7 +55,7 @@ def run() -> None:
         raise ValueError("--teacher beside --beside_teacher: leave one of them out")
     check_output(out)
     low = Path(FLAGS.low) if FLAGS.low else None
-    config = drawing_config(workdir, low, FLAGS.teacher)
+    config = drawing_config(workdir, low, FLAGS.teacher, FLAGS.vae)
     image, told = FLAGS.image is not None, read_family(teacher_folder(config.teacher)).conditioned
     if FLAGS.teacher and not told:  # TI2V can do both
         config = changed(config, {"data.given_frames": int(image), "visibility.prompts": ()})

@@ -50,6 +50,7 @@ def describe(config: DistillConfig, generator: Generator, fps: float, samplers: 
     *others, sampler = samplers
     made = {"frames": frames, "height": height, "width": width, "fps": fps, **sampler.description}
     made |= {"beside": [other.description for other in others]} if others else {}
+    made |= {"vae_sha256": hash_params(generator.pipeline.vae.params)} if generator.sampling.vae else {}
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")}
     versions = {"dollar_jax": __version__, **versions, "python": platform.python_version()}
     return {**made, "teacher": config.teacher, "weights_sha256": hash_params(sampler.params), "versions": versions}

@@ -17,6 +17,8 @@ from jaxtyping import Array, Float
 from dollar_jax.models.attention import attention
 from dollar_jax.models.chunks import CausalCache, ChunkedVAE
 
+_SIDE_BY_SIDE = 64  # channels of all of a convolution's taps that are one product: of 24 less than half the time
+
 
 @dataclasses.dataclass(frozen=True)
 class WanVAEConfig:
@@ -121,7 +123,7 @@ def _see_only_now(kernel: Array) -> Array:
 
 class CausalConv3d(_Conv):
     """A 3D convolution that looks back in time: out[t] sees in[t-k+1 .. t], zeros before the clip. One 2D convolution
-    per temporal tap, on XLA's CPU backend 4 to 5 times faster than its 3D one."""
+    per temporal tap, or of all at once if narrow: on XLA's CPU backend 4 to 5 times faster than its 3D one."""
 
     def __init__(
         self, dim_in: int, dim_out: int, kernel: tuple[int, int, int], c: WanVAEConfig, rngs: nnx.Rngs, stride: int = 1
@@ -143,10 +145,10 @@ class CausalConv3d(_Conv):
         x = x.astype(self.dtype)
         taps = min(kernel.shape[0], x.shape[1])
         last = x.shape[1] - taps
-        y = bias
-        for tap, weight in enumerate(kernel[-taps:]):
-            y = y + _conv2d(x[:, tap : last + tap + 1 : self.stride], weight)
-        return y
+        seen, kernel = [x[:, tap : last + tap + 1 : self.stride] for tap in range(taps)], kernel[-taps:]
+        if taps * x.shape[-1] <= _SIDE_BY_SIDE:
+            return bias + _conv2d(jnp.concatenate(seen, -1), jnp.concatenate([*kernel], -2))
+        return bias + sum(map(_conv2d, seen, kernel))
 
 
 class RMSNorm(nnx.Module):

@@ -76,12 +76,23 @@ def read_parts(folder: Path, param_dtype: str = "float32", **transformer_options
     family = read_family(folder)
     held = {"param_dtype": param_dtype}
     configs = _read_configs(folder, family, {"transformer": held | transformer_options, "text_encoder": held})
-    parts = {}
-    for name, config in configs.items():
-        kind = family.kinds[name]
-        network = kind.network(config)
-        parts[name] = Part(kind, config, network, kind.table(config, network.shapes))
+    parts = {name: _part(family.kinds[name], config) for name, config in configs.items()}
     return parts | ({"transformer_2": parts["transformer"]} if read_schedule(folder, family).boundary else {})
+
+
+def _part(kind: Kind, config: Any) -> Part:
+    network = kind.network(config)
+    return Part(kind, config, network, kind.table(config, network.shapes))
+
+
+def read_vae(folder: Path, kind: Kind, own: Any) -> Part:
+    """A VAE in a folder of its own that differs from a pipeline's, `own`, in its decoder's width alone; ValueError."""
+    file = folder / "config.json"
+    config = kind.read(files.read_config(folder), file)
+    found, wanted = (dataclasses.asdict(c) | {"decoder_base_dim": 0} for c in (config, own))
+    if other := [name for name in wanted if found[name] != wanted[name]]:
+        raise ValueError(f"{file} has another {other[0]} than the teacher's VAE: only decoder_base_dim may differ")
+    return _part(kind, config)
 
 
 def load_pipeline(

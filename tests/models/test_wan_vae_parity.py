@@ -1,5 +1,6 @@
 """The video VAE against diffusers' in PyTorch, on random weights that went through a file."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from dollar_jax.models.chunks import CausalCache
 from dollar_jax.models.network import make_network
 from dollar_jax.models.wan_vae import CausalConv3d, RMSNorm, WanVAE, WanVAEConfig, denormalise, normalise
+from dollar_jax.weights.families import PUBLISHED
 from dollar_jax.weights.safetensors_io import read_config, read_tensors, write_component
 from dollar_jax.weights.table import export_stream, import_params
 from dollar_jax.weights.vae import WAN_VAE, vae_table
@@ -277,3 +279,20 @@ def test_bad_shape_names_the_tensor(saved):
     tensors[name] = tensors[name][:1]
     with pytest.raises(ValueError, match=name):
         import_params(table, tensors, vae.network.shapes)
+
+
+@pytest.mark.parametrize("name", ["wan_1_3b", "wan22_5b"])
+def test_a_published_vae_takes_a_narrower_decoder(name):
+    config = dataclasses.replace(PUBLISHED[name].vae, decoder_base_dim=32)
+    network = WAN_VAE.network(config)
+    fields = {key: value for key, value in WAN_VAE.write(config).items() if key != "_class_name"}
+    fields |= {key: list(value) for key, value in fields.items() if isinstance(value, tuple)}  # as of JSON
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderKLWan(**fields).state_dict()
+    assert {row.source for row in vae_table(network.shapes)} == theirs.keys()
+    sizes = sum(x.size for x in jax.tree.leaves(network.shapes))
+    assert sizes == sum(x.numel() for x in theirs.values())
+    latent = jax.ShapeDtypeStruct((1, 3, 4, 4, config.z_dim), jnp.float32)
+    frames = jax.eval_shape(functools.partial(network.apply, method="decode"), network.shapes, latent)
+    side = 4 * config.scale_factor_spatial
+    assert frames.shape == (1, 9, side, side, 3)
