@@ -21,15 +21,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dollar_jax.cli.base import prepare_jax
 from dollar_jax.config import DistillConfig, changed
 from dollar_jax.data.latents import load_data
 from dollar_jax.evaluate.features import vae_features
-from dollar_jax.evaluate.measure import default_plan, measure, real_features, samplers, speedups
+from dollar_jax.evaluate.measure import default_plan, draw_in_turns, measure, real_features, samplers, speedups
 from dollar_jax.experiment import load
-from dollar_jax.generate import make_generator
+from dollar_jax.generate import BoundSampler, Generator, make_generator
+from dollar_jax.models.layers import keep_blocks
 from dollar_jax.plan.training import forwards
 from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.train import train
@@ -119,6 +121,18 @@ class Lab:
         return cost | table
 
 
+def speed(generator: Generator, rounds: int) -> str:
+    """How many times the teacher's diffusion takes one step's of a student of so many of its blocks, drawn in turns."""
+    rows = {"teacher_50": samplers(generator, None, ())["teacher_50"]}
+    for count in (4, 3, 2, 1):
+        params = jax.device_put(keep_blocks(generator.pipeline.params, count))
+        rows[f"student_{count}"] = BoundSampler(generator.student_sampler((1000.0,)), params, 1)
+    _, seconds = draw_in_turns(generator, rows, default_plan(0).prompts[:24], 24, 0, rounds)
+    medians = {name: {"diffusion_seconds": np.median(times["diffusion"])} for name, times in seconds.items()}
+    found = speedups(medians, "teacher_50")
+    return "\n".join(f"{name.removeprefix('speedup_')} blocks, one step: ×{ratio:.0f}" for name, ratio in found.items())
+
+
 def table(lines: list[dict[str, Any]]) -> str:
     """Of the finished runs, as Markdown."""
     steps = {"4": ("alignment", "vendi", "frechet", "reward"), "1": ("alignment", "vendi", "frechet")}
@@ -151,8 +165,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=["teacher", *SETTINGS], default=["teacher", *SETTINGS])
     parser.add_argument("--quick", action="store_true", help="two steps each, to see that it runs")
+    parser.add_argument("--speed", type=int, help="so many rounds of one step's speed by the student's blocks alone")
     args = parser.parse_args()
     prepare_jax()
+    if args.speed:
+        print(speed(make_generator(load("demo")), args.speed))
+        return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     lab = Lab(args.out.parent, args.quick)

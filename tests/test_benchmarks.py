@@ -110,6 +110,15 @@ FRONTIER = SPEED.with_name("frontier.py")
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+def test_fewer_blocks_are_faster_in_one_step(tmp_path):
+    command = [sys.executable, FRONTIER, f"--out={tmp_path / 'lines.jsonl'}", "--speed", "1"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = dict(re.findall(r"(\d) blocks, one step: ×(\d+)", shown))
+    assert list(found) == ["4", "3", "2", "1"] and int(found["1"]) > int(found["4"]) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_the_frontier_runs_what_has_no_line_yet(tmp_path):
     out = tmp_path / "lines.jsonl"
 
