@@ -69,7 +69,12 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "every_2": ("vsd+cd", EVERY, "forward, `consistency.every=2`"),
     "batch_32": ("vsd+cd", DEMO, "the first, on the demo's batches of 32"),
     "batch_32_half": ("vsd+cd", DEMO | {"vsd.guidance_weight": 0.5}, "the same, `vsd.guidance_weight=0.5`"),
-    "batch_32_own": ("vsd+cd", OWN, "the same, `vsd.guidance_weight=0.3`, the demo's own"),
+    "batch_32_own": ("vsd+cd", OWN, "the same, `vsd.guidance_weight=0.3`"),
+    "batch_32_short": (
+        "vsd+cd",
+        OWN | {"steps": 160, "fake_score.samples": "student"},
+        "the same, and 160 updates, `fake_score.samples=student`: the demo's own",
+    ),
     "batch_32_quarter": ("vsd+cd", DEMO | {"vsd.guidance_weight": 0.25}, "the same, `vsd.guidance_weight=0.25`"),
     "layers_4": ("vsd+cd", OWN | {"student.layers": 4}, "the demo's own, `student.layers=4`"),
     "layers_3": ("vsd+cd", OWN | {"student.layers": 3}, "the demo's own, `student.layers=3`"),
@@ -86,7 +91,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 def settings(name: str, seed: int, quick: bool) -> DistillConfig:
     losses, changes, _ = SETTINGS.get(name, ("vsd+cd", {}, ""))
-    common = {"seed": seed, "batch_size": 8, "vsd.guidance_weight": 1.0, "visibility.samples_every": 0}
+    common = {"seed": seed, "steps": 200, "batch_size": 8, "vsd.guidance_weight": 1.0, "fake_score.samples": "fresh"}
+    common["visibility.samples_every"] = 0
     config = changed(load("demo", losses), common | changes)
     return changed(config, {"steps": 2, "batch_size": 8, "data.train_videos": 32}) if quick else config
 

@@ -234,7 +234,7 @@ def cases(name: str, threads: int, wanted: set[str], rivals: set[str]) -> Iterat
     if not wanted & {"teacher", "student", "step"}:
         return
 
-    config = changed(load("demo", "vsd+cd"), {"batch_size": 2 if name == "tiny" else 32})
+    config = changed(load("demo", "vsd+cd"), {"batch_size": 2 if name == "tiny" else 32, "fake_score.samples": "fresh"})
     clip = 1 + 4 * (size.latent[0] - 1), 8 * size.latent[1], 8 * size.latent[2]
     generator = make_generator(config, clip, mesh)
     prompts = [str(caption) for caption in shapes.covering_captions()[: size.rows]]

@@ -23,7 +23,8 @@ What was learnt on the way to these values, on two CPU cores:
   help at the start, and positions as extra input channels would help more (0.596 against 0.650 at 1,500 steps),
   but Wan has none. Fewer and larger tokens, patches of (1, 2, 4) or (1, 4, 4), are worse per step.
 * VSD with the teacher's own guidance, w = 1, makes the colours 1.5 times as vivid as the teacher's (0.55 against
-  0.37, Fréchet distance 2.1 against 0.8) without any reward; with w = 0.3 they are 0.32 (0.8): docs/recipe.md."""
+  0.37, Fréchet distance 2.1 against 0.8) without any reward; with w = 0.3 they are 0.32 (0.8): docs/recipe.md.
+* 160 updates whose fake score learns from the student's own samples are as good as 200 on new ones, by three seeds."""
 
 from ml_collections import ConfigDict
 
@@ -98,7 +99,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
     }
     changes = {
         "teacher": "moving_shapes",
-        "steps": 200,
+        "steps": 160,
         "batch_size": 32,
         "checkpoint_every": 100,
         "keep_checkpoints": 1,
@@ -117,7 +118,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
         # Less than the teacher's guidance: see above.
         "vsd": {"guidance_weight": 0.3, "score_range": (0.02, 0.98), "score_shift": 3.0},
         "consistency": {"times": "student", "skip": 3, "guidance_weight": 1.0, "distance": "mse", "boundary": "none"},
-        "fake_score": {"updates": 2, "optimiser": {**adam, "learning_rate": 6e-4}},
+        "fake_score": {"updates": 2, "samples": "student", "optimiser": {**adam, "learning_rate": 6e-4}},
         "reward": {
             "rewards": ({"name": "vivid"},),
             "weight": 0.03,
