@@ -37,8 +37,8 @@ What = Literal["train", "sample", "decode", "text", "import"]
 Whole = Literal["run", "prepare", "teacher-samples", "sample-command", "evaluate"]
 GIB = 2**30
 TIMES = ("all hidden", "as scheduled", "nothing hidden")
-# The compiler's effort of -1 to 1: the least is several times faster than its own, which a run has, hardly different in
-# memory, and makes no collective asynchronous.
+# The compiler's effort of -1 to 1: the least is several times faster than its own, which a run has, makes no collective
+# asynchronous, and may want less memory for it.
 LOW, OWN = -1.0, 0.0
 Video = tuple[int, int, int]
 
