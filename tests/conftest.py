@@ -57,6 +57,7 @@ TINY = {
     "log_every": 1,
     "mesh.data": 1,
     "vsd.guidance_weight": 1.0,
+    "fake_score.samples": "fresh",
     "consistency.skip": 2,
     "student.timesteps": (1000.0, 700.0, 400.0),
     "reward.rewards": ({"name": "compressibility", "weight": 1.0, "folder": None},),

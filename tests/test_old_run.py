@@ -43,7 +43,8 @@ def dollar(*arguments):
 @pytest.fixture
 def run(tmp_path, wan_folder):
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path / "run", filter="data")
+        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
+        archive.extractall(tmp_path / "run", **safe)
     path = tmp_path / "run" / "config.json"
     path.write_text(path.read_text().replace("TEACHER", str(wan_folder)))
     return tmp_path / "run"

@@ -286,7 +286,6 @@ LINES = [
     ("plan --config=demo --topology=v5e:4x4 --json={bad}", "{bad} is a folder"),
     ("plan --config=demo --topology=v5e:4x4 --video=big", "--video"),
     ("plan --config=demo --topology=v5e:4x4 --what=dance", "--what"),
-    ("plan --config=demo --topology=v5e:4x4 --config.student.layers=5", "teacher has only 4 blocks"),
     ("pretrain --config=wan_1_3b --workdir={new}", "no pretrain settings"),
     ("pretrain --config=demo --workdir={new} --config.pretrain.teacher.steps=0", "config.pretrain.teacher.steps"),
     (PRETRAIN + "vae_phases=()", "config.pretrain.vae_phases is empty"),
