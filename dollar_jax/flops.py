@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dollar_jax.models.embeddings import MOVED
+
 # Dense bf16 TFLOP/s per device, by JAX's name of the device, as its vendor states them; the TPUs' at
 # https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, whose chips are two devices.
 PEAK_TFLOPS = {"TPU v4": 275.0, "TPU v5 lite": 197.0, "TPU v5": 459.0, "TPU v6 lite": 918.0, "TPU7x": 1153.5}
@@ -16,7 +18,6 @@ HBM_GIB = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x":
 
 # The share of a kernel's products that is not made for the second time: k qᵀ is.
 NEW = {"splash_mha_dkv": 4 / 5}
-MOVED = "moved_by_a_product"  # the scope of products that no model asks for
 
 
 class Throughput(NamedTuple):

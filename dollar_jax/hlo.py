@@ -59,7 +59,7 @@ def cost(text: str) -> Cost:
     """What the optimised HLO module in `text` does on one chip."""
     module = _Module(text)
     total = module.total(module.entry)
-    work = {k: v for k, v in total.items() if isinstance(k, Work)}
+    work = dict(_works(total))
     return Cost(work, {k: v for k, v in total.items() if k not in work and v})
 
 

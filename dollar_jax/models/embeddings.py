@@ -9,8 +9,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from dollar_jax.flops import MOVED
-
+MOVED = "moved_by_a_product"  # the scope of products that no model asks for
 Rotary = tuple[Float[Array, "n half"], Float[Array, "n half"]]
 
 

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dollar_jax.models import activation_sharding
-from dollar_jax.models.attention import ContextParallel, Implementation, attention
+from dollar_jax.models.attention import GIVEN, NAME, ContextParallel, Implementation, attention
 from dollar_jax.models.embeddings import Rotary, rotate
 
 Remat = Literal["none", "full", "dots", "attention", "qkv"]
@@ -251,8 +251,8 @@ def run_blocks(
     x = place(x)
     if remat != "none":
         policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-        policies["attention"] = jax.checkpoint_policies.save_only_these_names("attention")
-        policies["qkv"] = jax.checkpoint_policies.save_only_these_names("attention", "qkv")
+        policies["attention"] = jax.checkpoint_policies.save_only_these_names(NAME)
+        policies["qkv"] = jax.checkpoint_policies.save_only_these_names(NAME, GIVEN)
         # Inside a scan nothing can be merged across the checkpoint, so no barrier is needed.
         body = jax.checkpoint(body, policy=policies[remat], prevent_cse=not scan)
     if scan:
