@@ -282,6 +282,16 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def teacher(make_pipeline: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that pipeline, for tests that only read it."""
+    from dollar_jax.weights.pipeline import save_pipeline
+
+    folder = tmp_path_factory.mktemp("teacher")
+    save_pipeline(folder, make_pipeline())
+    return folder
+
+
+@pytest.fixture(scope="session")
 def make_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """What `dollar prepare` leaves of eight clips of moving shapes, 5 × 32 × 32, with that teacher."""
     from dollar_jax import cli

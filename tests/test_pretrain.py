@@ -22,7 +22,7 @@ from dollar_jax.models.cogvideox_vae import CogVideoXVAEConfig
 from dollar_jax.models.wan_vae import denormalise
 from dollar_jax.run import CHECKPOINTS, drawing_config, read_config, record_config
 from dollar_jax.video import read_image, read_video, to_uint8, write_video
-from dollar_jax.weights.pipeline import Component, load_pipeline, save_component, save_pipeline
+from dollar_jax.weights.pipeline import Component, load_pipeline, save_component
 from dollar_jax.weights.safetensors_io import read_tensors
 from dollar_jax.weights.vae import WAN_VAE
 
@@ -103,13 +103,6 @@ def test_the_shipped_teacher_learns_to_continue_an_image_and_is_distilled(tmp_pa
 
 
 DECODER = {"width": 2, "batch_size": 2, "steps": 60, "latent_frames": 2, "latent_size": 3}
-
-
-@pytest.fixture(scope="module")
-def teacher(make_pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    save_pipeline(folder, make_pipeline())
-    return folder
 
 
 @pytest.fixture(scope="module")

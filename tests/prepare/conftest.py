@@ -8,14 +8,7 @@ from dollar_jax.generate import Generator
 from dollar_jax.prepare.job import prepare
 from dollar_jax.prepare.settings import PrepareSettings
 from dollar_jax.video import encode_mp4
-from dollar_jax.weights.pipeline import load_pipeline, save_pipeline
-
-
-@pytest.fixture(scope="session")
-def teacher(make_pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    save_pipeline(folder, make_pipeline())
-    return folder
+from dollar_jax.weights.pipeline import load_pipeline
 
 
 @pytest.fixture(scope="session")
