@@ -50,6 +50,7 @@ def main() -> None:
     for distance, c in TRAINED.items():
         changes = {"consistency.distance": distance, "consistency.huber_c": c, "batch_size": args.batch}
         changes |= {"vsd.guidance_weight": 1.0, "steps": 200, "data.train_videos": 256, "visibility.samples_every": 0}
+        changes["fake_score.samples"] = "fresh"
         config = changed(load("demo", "vsd+cd"), changes)
         generator = make_generator(config)
         programs = teacher_programs(config, generator, None)

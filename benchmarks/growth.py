@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import operator
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,24 @@ from dollar_jax.experiment import load
 from dollar_jax.plan import planner
 
 BASE: dict[str, Any] = {"frames": 81, "height": 480, "width": 832, "videos": 64, "topology": "8x8"}
-AXES: dict[str, list[dict[str, Any]]] = {
-    "frames": [{"frames": n} for n in (33, 57, 81, 121)],
-    "resolution": [{"height": h, "width": w} for h, w in ((352, 608), (480, 832), (608, 1056), (720, 1280))],
-    "videos": [{"videos": n} for n in (64, 128, 256)],
-    "chips": [{"topology": t, "videos": n} for t, n in (("4x4", 16), ("4x8", 32), ("8x8", 64), ("16x16", 256))],
+
+
+def tokens(row: dict[str, Any]) -> float:
+    """Of one video, in thousands."""
+    return ((row["frames"] - 1) // 4 + 1) * (row["height"] // 16) * (row["width"] // 16) / 1000
+
+
+FRAMES, VIDEOS = operator.itemgetter("frames"), operator.itemgetter("videos")
+SIZES, SLICES = (
+    ((352, 608), (480, 832), (608, 1056), (720, 1280)),
+    (("4x4", 16), ("4x8", 32), ("8x8", 64), ("16x16", 256)),
+)
+# What a column of the picture varies: its label, the place of a row on it, and its points.
+AXES: dict[str, tuple[Callable[[dict[str, Any]], float], list[dict[str, Any]]]] = {
+    "frames": (FRAMES, [{"frames": n} for n in (33, 57, 81, 121)]),
+    "thousand tokens of a video": (tokens, [{"height": h, "width": w} for h, w in SIZES]),
+    "videos of a step": (VIDEOS, [{"videos": n} for n in (64, 128, 256)]),
+    "chips, a video each": (VIDEOS, [{"topology": t, "videos": n} for t, n in SLICES]),
 }
 
 
@@ -50,29 +65,20 @@ def plan(config: str, point: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tokens(row: dict[str, Any]) -> float:
-    """Of one video, in thousands."""
-    return ((row["frames"] - 1) // 4 + 1) * (row["height"] // 16) * (row["width"] // 16) / 1000
-
-
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     import matplotlib.pyplot as plt  # of the extra `docs`
 
     figure, plots = plt.subplots(2, len(AXES), figsize=(13, 5.5), sharex="col", sharey="row")
-    for column, (axis, points) in enumerate(AXES.items()):
+    for column, (label, (place, points)) in enumerate(AXES.items()):
         found = [next((r for r in rows if matches(r, BASE | p)), None) for p in points]
         known = [r for r in found if r is not None]
-        labels = {"frames": "frames", "resolution": "thousand tokens of a video", "videos": "videos of a step"}
-        x = [
-            {"frames": r["frames"], "resolution": tokens(r), "videos": r["videos"]}.get(axis, r["videos"])
-            for r in known
-        ]
+        x = [place(r) for r in known]
         for row, name in enumerate(("seconds", "gib")):
             plot = plots[row, column]
             plot.plot(x, [r[name] or float("nan") for r in known], "o-")
             plot.grid(alpha=0.3)
         plots[1, column].axhline(known[0]["of"], color="tab:red", linestyle=":")
-        plots[1, column].set_xlabel(labels.get(axis, "chips, a video each"))
+        plots[1, column].set_xlabel(label)
     plots[0, 0].set_ylabel("seconds of a step,\nnothing hidden")
     plots[1, 0].set_ylabel("GiB of a chip\n(dotted: all it has)")
     for plot in plots.flat:
@@ -93,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    for point in (BASE | point for points in AXES.values() for point in points):
+    for point in (BASE | point for _, points in AXES.values() for point in points):
         if not any(matches(row, point) for row in rows):
             rows.append(plan(args.config, point))
             with args.out.open("a") as file:

@@ -93,7 +93,8 @@ def main() -> None:
 
 def make_config(videos: int, steps: int) -> DistillConfig:
     """The default experiment without a reward."""
-    return changed(load("demo", "vsd+cd"), {"steps": steps, "data.train_videos": videos, "log_every": 1})
+    changes = {"steps": steps, "data.train_videos": videos, "log_every": 1, "fake_score.samples": "fresh"}
+    return changed(load("demo", "vsd+cd"), changes)
 
 
 def with_reward(base: DistillConfig, start: Path, name: str, method: Any, weight: float) -> DistillConfig:
