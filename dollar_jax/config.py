@@ -90,8 +90,9 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW; rates, betas, decay and clipping are unknown in the paper."""
+    """AdamW or Muon; rates, betas, decay and clipping are unknown in the paper."""
 
+    name: Literal["adamw", "muon"] = field("adamw", "Muon is of blocks' kernels, its momentum 0.95, the rest AdamW's.")
     learning_rate: float = field(1e-5, "Highest learning rate; unknown in the paper.", above=0, resumable=True)
     schedule: Literal["constant", "cosine"] = field("constant", "Course of the learning rate after the warm-up.")
     warmup_steps: int = field(100, "Updates over which the learning rate rises from 0.", low=0)

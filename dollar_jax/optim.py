@@ -1,4 +1,4 @@
-"""Optimisers by optax: AdamW with a schedule and clipping, and one update with them."""
+"""Optimisers by optax: AdamW or Muon with a schedule and clipping, and one update with them."""
 
 import functools
 from typing import Any
@@ -14,10 +14,20 @@ Optimiser = optax.GradientTransformation
 
 
 def make_optimiser(config: OptimiserConfig, steps: int) -> Optimiser:
-    """AdamW for a network that is updated `steps` times; weight decay on kernels and embeddings only."""
+    """For a network that is updated `steps` times; weight decay on kernels, and AdamW's on embeddings too."""
     c, rate = config, learning_rate(config, steps)
-    adamw = optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=_decayed)
-    return adamw if c.clip_norm is None else optax.chain(optax.clip_by_global_norm(c.clip_norm), adamw)
+    if c.name == "muon":
+        update = muon(rate, rate, weight_decay=c.weight_decay, adam_b1=c.b1, adam_b2=c.b2, eps=c.eps)
+    else:
+        update = optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=_decayed)
+    return update if c.clip_norm is None else optax.chain(optax.clip_by_global_norm(c.clip_norm), update)
+
+
+def muon(learning_rate: optax.Schedule, adam_learning_rate: optax.Schedule, **more: Any) -> Optimiser:
+    """Muon of convolutions and of the kernels of stacked layers, Adam of all else; the updates as large as Adam's
+    whatever the matrix's shape (arXiv 2502.16982, equation 4)."""
+    more |= {"adam_learning_rate": adam_learning_rate, "consistent_rms": 0.2}
+    return optax.contrib.muon(learning_rate, muon_weight_dimension_numbers=_matrices, **more)
 
 
 def learning_rate(config: OptimiserConfig, steps: int) -> optax.Schedule:
@@ -51,3 +61,15 @@ def select(good: Any, new: Any, old: Any) -> Any:
 def _decayed(params: Params) -> Any:
     """By name, for stacked layers give their biases and scales a second axis."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
+
+def _matrices(params: Params) -> Any:
+    """Which weights Muon takes, and as what matrix."""
+
+    def dimensions(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if path[-1].key != "kernel" or x.ndim < 3:
+            return None
+        inputs = tuple(range(x.ndim - 1)) if x.ndim > 3 else (1,)  # [*kernel, in, out]; [layer, in, out]
+        return optax.contrib.MuonDimensionNumbers(inputs, x.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)

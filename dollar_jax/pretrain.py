@@ -92,12 +92,8 @@ def fit(
     `read` makes of a batch, and its step, what the loss takes. Checkpoints into `folder` and goes on from there."""
     steps = training.steps
     share = optax.warmup_cosine_decay_schedule(0, 1, min(200, steps // 10), steps, 0.02)
-    more: Any = {"adam_learning_rate": lambda count: training.adam_learning_rate * share(count), "adam_b2": 0.99}
-    more |= {"consistent_rms": 0.2}  # updates as large as Adam's, whatever the matrix's shape
-    more |= {"muon_weight_dimension_numbers": _matrices}
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.contrib.muon(lambda count: training.learning_rate * share(count), **more)
-    )
+    rates = [lambda n, peak=peak: peak * share(n) for peak in (training.learning_rate, training.adam_learning_rate)]
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), muon(*rates, adam_b2=0.99))
 
     def update(state: Params, batch: Any, step: jax.Array) -> tuple[Params, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -121,18 +117,6 @@ def fit(
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
                 checkpoints.save(step + 1, {"state": state, "data": batches})
     return state["ema"]
-
-
-def _matrices(params: Params) -> Any:
-    """Which weights Muon takes, and as what matrix: convolutions, and the stacked layers of transformers."""
-
-    def dimensions(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if path[-1].key != "kernel" or x.ndim < 3:
-            return None
-        inputs = tuple(range(x.ndim - 1)) if x.ndim > 3 else (1,)  # [*kernel, in, out]; [layer, in, out]
-        return optax.contrib.MuonDimensionNumbers(inputs, x.ndim - 1)
-
-    return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 def rendered(seed: int, split: str, count: int) -> tuple[np.ndarray, list[shapes.Caption]]:
