@@ -2,8 +2,9 @@
 
     python benchmarks/first_impressions.py [--tries=3] [--run=RUN]
 
-Prints JSON: `--help`, `vbench-score`, the demo's first line, its first step from an empty compilation cache, and with a
-run of `dollar demo` a sample of it from a full one. On a machine that others use too, the processor's seconds say more.
+Prints JSON: `--help`, `vbench-score`, the demo's first line, its first step from an empty compilation cache and from a
+full one, and with a run of `dollar demo` a sample of it, all compiled. On a machine that others use too, the
+processor's seconds say more.
 """
 
 import argparse
@@ -56,6 +57,7 @@ def main() -> None:
             "vbench_score": lambda i: (["vbench-score", str(folder / "scores.json"), "--allow_missing"], folder),
             "demo_first_line": lambda i: (demo(i), folder / f"cache{i}", "\n"),
             "demo_first_step": lambda i: (demo(i), folder / f"cache{i}", "step 1: loss"),
+            "demo_first_step_warm": lambda i: (demo(given.tries + i), folder / "cache0", "step 1: loss"),
         }
         if given.run:
             prompt, out = "--prompt=a large red circle moving left slowly", f"--out={folder / 'sample.mp4'}"

@@ -24,8 +24,8 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> Optimiser:
 
 
 def muon(learning_rate: optax.Schedule, adam_learning_rate: optax.Schedule, **more: Any) -> Optimiser:
-    """Muon of convolutions and of the kernels of stacked layers, Adam of all else; the updates as large as Adam's
-    whatever the matrix's shape (arXiv 2502.16982, equation 4)."""
+    """Muon of convolutions and of the kernels of stacked layers, Adam of all else, both with Nesterov's momentum; the
+    updates are as large as Adam's whatever the matrix's shape (arXiv 2502.16982, equation 4)."""
     more |= {"adam_learning_rate": adam_learning_rate, "consistent_rms": 0.2}
     return optax.contrib.muon(learning_rate, muon_weight_dimension_numbers=_matrices, **more)
 

@@ -46,8 +46,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(.*/)?(proj_out|linear_2)/kernel", P(ALL, None)),
     (r"(.*/)?shared/embedding", P(None, ALL)),
     (r"(.*/)?(bias|scale|scale_shift_table|relative_attention_bias/embedding)", P()),
-    # Counters and keys.
-    (r"(.*/)?(step|key|count)", P()),
+    # Counters, keys, and the coefficients of Muon.
+    (r"(.*/)?(step|key|count|ns_coeffs)", P()),
 )
 
 

@@ -283,9 +283,14 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("weight_decay=c.weight_decay, mask=_decayed", "weight_decay=c.weight_decay", [LATENT]),
         ("config.final_ratio * peak", "config.final_ratio", [PROGRAM]),
         (
-            "optax.chain(optax.clip_by_global_norm(c.clip_norm), adamw)",
-            "optax.chain(adamw, optax.clip_by_global_norm(c.clip_norm))",
+            "optax.chain(optax.clip_by_global_norm(c.clip_norm), update)",
+            "optax.chain(update, optax.clip_by_global_norm(c.clip_norm))",
             [PROGRAM],
+        ),
+        (
+            '"consistent_rms": 0.2',
+            '"consistent_rms": 0.4',
+            ["tests/test_step.py::test_muon_takes_the_stacked_kernels_as_torch_does"],
         ),
     ],
     "programs.py": [

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax.traverse_util import flatten_dict
 from jax.experimental.compilation_cache import compilation_cache
 
 from dollar_jax import step as step_module
+from dollar_jax.checkpoint import Checkpoints, abstract
 from dollar_jax.config import OptimiserConfig
 from dollar_jax.distillation import Batch, Frozen
 from dollar_jax.models.latent_reward import FeatureHead
@@ -24,7 +26,7 @@ from dollar_jax.rewards.methods.ddpo import Rollouts
 from dollar_jax.rewards.methods.lrm import ScoredLatents
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.schedule import Schedule
-from dollar_jax.state import from_items, to_items
+from dollar_jax.state import as_items, from_items, to_items
 from dollar_jax.weights.wan import WAN_TRANSFORMER
 
 LATENT, TEXT, ROWS = (2, 4, 4, 4), (3, 8), 8
@@ -647,3 +649,49 @@ def test_clipping_bounds_the_global_norm():
     updates, _ = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(updates["kernel"] * -1e6, [0.6, 0.0, 0.0], rtol=1e-4)
     np.testing.assert_allclose(updates["bias"] * -1e6, -0.8, rtol=1e-4)
+
+
+def test_muon_takes_the_stacked_kernels_as_torch_does():
+    """PyTorch's orthogonalises in bfloat16; what is not a block's kernel is Adam's, with Nesterov's momentum too."""
+    rng = np.random.default_rng(0)
+    grads = {"kernel": rng.normal(size=(2, 6, 9)).astype(np.float32), "bias": np.float32([[0.2, -3.0]])}
+    tx = optimiser(name="muon", learning_rate=0.1, weight_decay=0.5)
+    params = {"kernel": jnp.ones((2, 6, 9)), "bias": jnp.ones((1, 2))}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    first = 0.1 * (1 + 0.9 / 1.9)  # b1 m / (1 - b1²) + (1 - b1) g / (1 - b1), of m = (1 - b1) g
+    np.testing.assert_allclose(updates["bias"], [[-first, first]], rtol=1e-4)
+    for gradient, update in zip(grads["kernel"], updates["kernel"], strict=True):
+        weight = torch.nn.Parameter(torch.ones(9, 6))
+        weight.grad = torch.tensor(gradient.T.copy())
+        torch.optim.Muon([weight], lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw").step()
+        expected = weight.detach().numpy().T - 1
+        assert np.linalg.norm(update - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_muons_state_is_sharded_and_comes_back_from_a_checkpoint(runner, tmp_path):
+    run = runner(("student.optimiser.name", "muon"), ("mesh.data", 2), ("mesh.fsdp", 2), ("mesh.tensor", 2))
+    state = run.program.init(jax.random.key(0), run.frozen.teacher)
+    items = to_items(state)
+    momentum = items["optimisers"]["student_optimiser"][1].inner_states["muon"].inner_state[0].mu
+    kernel = momentum["blocks"]["attn1"]["to_q"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 8, 8)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, items, wait=True)
+    shapes = abstract(jax.eval_shape(to_items, run.program.state_shapes), as_items(run.program.state_sharding))
+    with Checkpoints(tmp_path) as checkpoints:
+        back = checkpoints.restore(shapes)
+    assert jax.tree.structure(back) == jax.tree.structure(items)
+    jax.tree.map(np.testing.assert_array_equal, host(back), host(items))
+
+
+@pytest.mark.slow
+def test_muon_is_the_same_on_eight_devices(runner):
+    changes = ("student.optimiser.name", "muon"), ("fake_score.optimiser.name", "muon")
+    one = runner(*changes)
+    eight = runner(*changes, ("mesh.data", 2), ("mesh.fsdp", 2), ("mesh.tensor", 2))
+    items = host(to_items(one.program.init(jax.random.key(0), one.frozen.teacher)))
+    (state, _), (state8, _) = one.run(items, 3), eight.run(items, 3)
+    for name in ("student", "fake_score"):
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state[name], items[name])
+        apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), state[name], state8[name])
+        assert max(jax.tree.leaves(apart)) < 1e-3 * max(jax.tree.leaves(moved))
