@@ -110,6 +110,8 @@ def cases(name: str, threads: int, wanted: set[str], rivals: set[str]) -> Iterat
     def component(kind: Any, model: Any, fields: dict[str, Any]) -> tuple[Any, Any]:
         """Ours with a PyTorch model's weights: network and parameters."""
         config = kind.read(fields)
+        if kind is WAN_TRANSFORMER:
+            config = dataclasses.replace(config, remat=load("demo").compute.remat)
         network = kind.network(config)
         tensors = {key: value.detach().numpy() for key, value in model.state_dict().items()}
         return network, jax.device_put(import_params(kind.table(config, network.shapes), tensors, network.shapes))

@@ -105,7 +105,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
         "keep_checkpoints": 1,
         "log_every": 5,
         "mesh": {"data": -1, "fsdp": 1},
-        "compute": {"dtype": "float32", "teacher_dtype": "float32", "remat": "none", "vae_chunk": None},
+        "compute": {"dtype": "float32", "teacher_dtype": "float32", "remat": "dots", "vae_chunk": None},
         "data": {"name": "moving_shapes", "max_text_length": 12},
         "sampling.guidance_weight": 1.0,
         "student": {

@@ -18,6 +18,7 @@ import jax
 from jax._src import distributed  # its store of keys and values has no public name
 from jax.experimental import multihost_utils
 
+from dollar_jax.files import first_line
 from dollar_jax.signals import SignalFlag
 
 # After so long without a sign of life a process counts as dead, and all others end.
@@ -147,7 +148,7 @@ def _start(address: str | None, count: int | None, index: int | None) -> bool:
     try:
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=2 * HEARTBEAT_SECONDS)
     except RuntimeError as error:
-        raise ValueError(f"the processes could not find each other: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the processes could not find each other: {first_line(error)}") from error
     return True
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dollar_jax import __version__
 from dollar_jax.config import DistillConfig
 from dollar_jax.data.clip import clip_size
-from dollar_jax.files import checksums, new_folder, read_json, write_checksums, write_json
+from dollar_jax.files import checksums, first_line, new_folder, read_json, write_checksums, write_json
 from dollar_jax.generate import SHIPPED_TEACHERS, teacher_folder
 from dollar_jax.models import lora
 from dollar_jax.objectives import terms
@@ -138,7 +138,7 @@ def push(folder: Path, name: str) -> str:
         api.create_repo(name, exist_ok=True)
         return api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by dollar export").repo_url
     except Exception as error:  # whatever the hub or the network answers, the folder is written
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise OSError(f"{folder} is written, but not taken: {first}; hf upload {name} '{folder}' retries") from error
 
 

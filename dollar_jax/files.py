@@ -132,6 +132,11 @@ def read_json(path: str | os.PathLike[str], kind: type = dict) -> Any:
     return content
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def parse_json(text: str, where: Any) -> Any:
     """What JSON text says; ValueError naming `where` for what is no JSON, too deep or says a name twice."""
 

@@ -133,3 +133,10 @@ def test_damaged_arrays_name_their_file(tmp_path, damage):
     path.write_bytes({"cut": data[:200], "other": b"hello"}.get(damage, data))
     with pytest.raises(ValueError, match=r"some\.npz is damaged"):
         files.read_arrays(path)
+
+
+@pytest.mark.parametrize(
+    ("said", "line"), [("", "OSError"), (" \n", "OSError"), ("one\ntwo", "one"), ("\none", "one")], ids=repr
+)
+def test_the_first_line_of_an_error(said, line):
+    assert files.first_line(OSError(said)) == line

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from dollar_jax.config import DataConfig, DistillConfig
 from dollar_jax.data.clip import read_about
+from dollar_jax.files import first_line
 from dollar_jax.generate import Generator
 from dollar_jax.program import Program
 from dollar_jax.sharding import make_global_rows
@@ -33,7 +34,7 @@ class Damaged:
 
     def note(self, record: str, error: Exception) -> None:
         """Raises ValueError when there are too many."""
-        reason = f"{record} is damaged ({str(error).splitlines()[0] if str(error) else 'it cannot be read'})"
+        reason = f"{record} is damaged ({first_line(error)})"
         with self._lock:
             if record in self.found:
                 return

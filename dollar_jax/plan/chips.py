@@ -10,6 +10,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from dollar_jax.config import MeshConfig
+from dollar_jax.files import first_line
 from dollar_jax.flops import HBM_GIB, PEAK_TFLOPS
 
 
@@ -49,7 +50,7 @@ def chips(topology: str) -> tuple[Sequence[Any], Chip]:
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:
-        raise ValueError(f"libtpu does not know --topology={topology}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"libtpu does not know --topology={topology}: {first_line(error)}") from error
     return description.devices, CHIPS[kind]
 
 

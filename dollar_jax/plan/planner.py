@@ -176,7 +176,7 @@ class _Job:
         if "RESOURCE_EXHAUSTED" in failure:
             said["advice"] = _advice(self.config, self.common)
         else:
-            said["error"] = failure.splitlines()[0]
+            said["error"] = failure.partition("\n")[0] or "the compiler gave no reason"
         return Plan(**self.common, **said, largest_buffers=buffers[:8])
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from dollar_jax.files import download, parse_json
+from dollar_jax.files import download, first_line, parse_json
 from dollar_jax.prepare import manifests
 from dollar_jax.prepare.manifests import CAPTION_KEYS, Item, column, first_of, list_manifest, readable
 from dollar_jax.prepare.videos import SUFFIXES, Unusable
@@ -303,7 +303,7 @@ class Dataset:
             try:
                 builder = tfds.builder(name, file_format="array_record")
             except ValueError as error:
-                raise ValueError(f"TFDS knows no data set {name!r}: {str(error).splitlines()[0]}") from error
+                raise ValueError(f"TFDS knows no data set {name!r}: {first_line(error)}") from error
             builder.download_and_prepare()
         if split not in builder.info.splits:
             raise ValueError(f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}")
