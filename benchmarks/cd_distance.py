@@ -24,6 +24,7 @@ from dollar_jax.distillation import Batch, Distillation, Frozen, References
 from dollar_jax.experiment import load
 from dollar_jax.generate import make_generator
 from dollar_jax.programs import teacher_programs
+from dollar_jax.reproduce import WITH_ADAM
 
 TRAINED = {"pseudo_huber": 1e-3, "mse": 1.0}
 DISTANCES = {
@@ -49,9 +50,8 @@ def main() -> None:
     args.workdir.mkdir(parents=True, exist_ok=True)
     for distance, c in TRAINED.items():
         changes = {"consistency.distance": distance, "consistency.huber_c": c, "batch_size": args.batch}
-        changes |= {"vsd.guidance_weight": 1.0, "steps": 200, "data.train_videos": 256, "visibility.samples_every": 0}
-        changes["fake_score.samples"] = "fresh"
-        config = changed(load("demo", "vsd+cd"), changes)
+        changes |= {"vsd.guidance_weight": 1.0, "data.train_videos": 256, "visibility.samples_every": 0}
+        config = changed(load("demo", "vsd+cd"), WITH_ADAM | changes)
         generator = make_generator(config)
         programs = teacher_programs(config, generator, None)
         frozen = Frozen(generator.pipeline.transformer.params, jnp.asarray(generator.null_text))

@@ -33,6 +33,7 @@ from dollar_jax.experiment import load
 from dollar_jax.generate import BoundSampler, Generator, make_generator
 from dollar_jax.models.layers import keep_blocks
 from dollar_jax.plan.training import forwards
+from dollar_jax.reproduce import WITH_ADAM
 from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.train import train
 
@@ -45,6 +46,7 @@ FASTGEN = {"fake_score.updates": 4, "student.sampler": "ode", "gan.weight": 0.03
 FASTVIDEO = BACKWARD | {"fake_score.updates": 5, "student.ema_start": 50}
 RCM = BACKWARD | GRID | {"consistency.skip": 1, "consistency.weight": 1.0, "vsd.weight": 0.01, "fake_score.updates": 4}
 FAST = {"student.optimiser.learning_rate": 1.2e-3, "fake_score.optimiser.learning_rate": 2.4e-3}
+MUON = {"student.optimiser.name": "muon"}
 LONG = {"student.layers": 2, "batch_size": 16, "student.optimiser.learning_rate": 2e-3}
 # Name: the losses, what is changed of the demo, and what the table calls it.
 SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -73,7 +75,12 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "batch_32_short": (
         "vsd+cd",
         OWN | {"steps": 160, "fake_score.samples": "student"},
-        "the same, and 160 updates, `fake_score.samples=student`: the demo's own",
+        "the same, and 160 updates, `fake_score.samples=student`",
+    ),
+    "batch_32_muon": (
+        "vsd+cd",
+        OWN | MUON | {"steps": 120, "fake_score.samples": "student", "student.optimiser.learning_rate": 7e-4},
+        "the same, 120 updates by Muon: the demo's own",
     ),
     "batch_32_quarter": ("vsd+cd", DEMO | {"vsd.guidance_weight": 0.25}, "the same, `vsd.guidance_weight=0.25`"),
     "layers_4": ("vsd+cd", OWN | {"student.layers": 4}, "the demo's own, `student.layers=4`"),
@@ -86,13 +93,22 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
         LONG | {"steps": 2000, "consistency.skip": 1},
         "the same, 2,000 updates, `consistency.skip=1`",
     ),
+    "layers_2_muon": (
+        "cd",
+        LONG | MUON | {"steps": 2000, "consistency.skip": 1, "student.optimiser.learning_rate": 3e-3},
+        "the same by Muon, rate 3e-3",
+    ),
+    "layers_2_muon_long": (
+        "cd",
+        LONG | MUON | {"steps": 4000, "consistency.skip": 1, "student.optimiser.learning_rate": 4e-3},
+        "the same, 4,000 updates, rate 4e-3",
+    ),
 }
 
 
 def settings(name: str, seed: int, quick: bool) -> DistillConfig:
     losses, changes, _ = SETTINGS.get(name, ("vsd+cd", {}, ""))
-    common = {"seed": seed, "steps": 200, "batch_size": 8, "vsd.guidance_weight": 1.0, "fake_score.samples": "fresh"}
-    common["visibility.samples_every"] = 0
+    common = WITH_ADAM | {"seed": seed, "batch_size": 8, "vsd.guidance_weight": 1.0, "visibility.samples_every": 0}
     config = changed(load("demo", losses), common | changes)
     return changed(config, {"steps": 2, "batch_size": 8, "data.train_videos": 32}) if quick else config
 

@@ -26,6 +26,7 @@ from dollar_jax.evaluate.measure import BoundSampler, default_plan, measure
 from dollar_jax.experiment import load
 from dollar_jax.generate import make_generator, subset
 from dollar_jax.programs import teacher_programs
+from dollar_jax.reproduce import WITH_ADAM
 from dollar_jax.rewards import load_rewards, weighted_sum
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.run import read_history, restore_student
@@ -93,8 +94,8 @@ def main() -> None:
 
 def make_config(videos: int, steps: int) -> DistillConfig:
     """The default experiment without a reward."""
-    changes = {"steps": steps, "data.train_videos": videos, "log_every": 1, "fake_score.samples": "fresh"}
-    return changed(load("demo", "vsd+cd"), changes)
+    changes = {"steps": steps, "data.train_videos": videos, "log_every": 1}
+    return changed(load("demo", "vsd+cd"), WITH_ADAM | changes)
 
 
 def with_reward(base: DistillConfig, start: Path, name: str, method: Any, weight: float) -> DistillConfig:

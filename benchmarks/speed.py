@@ -96,6 +96,7 @@ def cases(name: str, threads: int, wanted: set[str], rivals: set[str]) -> Iterat
     from dollar_jax.experiment import load
     from dollar_jax.generate import SHIPPED_TEACHERS, make_generator, sampling_mesh, video_keys
     from dollar_jax.program import Program
+    from dollar_jax.reproduce import WITH_ADAM
     from dollar_jax.weights.table import import_params
     from dollar_jax.weights.umt5 import UMT5
     from dollar_jax.weights.vae import WAN_VAE
@@ -236,7 +237,7 @@ def cases(name: str, threads: int, wanted: set[str], rivals: set[str]) -> Iterat
     if not wanted & {"teacher", "student", "step"}:
         return
 
-    config = changed(load("demo", "vsd+cd"), {"batch_size": 2 if name == "tiny" else 32, "fake_score.samples": "fresh"})
+    config = changed(load("demo", "vsd+cd"), WITH_ADAM | {"batch_size": 2 if name == "tiny" else 32})
     clip = 1 + 4 * (size.latent[0] - 1), 8 * size.latent[1], 8 * size.latent[2]
     generator = make_generator(config, clip, mesh)
     prompts = [str(caption) for caption in shapes.covering_captions()[: size.rows]]

@@ -15,11 +15,11 @@ def define_flags(_: list[str]) -> None:
 def run() -> None:
     from dollar_jax.config import DistillConfig, changed
     from dollar_jax.experiment import load
-    from dollar_jax.reproduce import reproduce
+    from dollar_jax.reproduce import WITH_ADAM, reproduce
 
     def experiment(losses: str) -> DistillConfig:
-        """The demo with all samples new, as Algorithm 29 has it, and as docs/reproduction.md tells of."""
-        return changed(load("demo", losses), {"steps": 200, "fake_score.samples": "fresh"})
+        """As docs/reproduction.md tells of."""
+        return changed(load("demo", losses), WITH_ADAM)
 
     prepare_jax()
     page = reproduce(experiment, Path(FLAGS.workdir), FLAGS.quick, FLAGS.seeds, FLAGS.steps)

@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from dollar_jax.evaluate.features import Features
 from dollar_jax.evaluate.folder import variety
 from dollar_jax.evaluate.quality import frechet_distance, net_change, temporal_flicker
 from dollar_jax.generate import BoundSampler, Generator, Sampler, subset, video_keys
+from dollar_jax.program import Program
 from dollar_jax.rewards import AnyReward
 from dollar_jax.types import Params
 from dollar_jax.video import to_uint8
@@ -89,11 +91,14 @@ def draw_in_turns(
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, list[float]]]]:
     """Per row the videos of all prompts, floats [n t h w 3] in [0, 1], and seconds per video of each batch: those of
     the `diffusion`, and with text encoder and decoder in `total`. All prompts are drawn `rounds` times. The rows take
-    turns batch by batch, so that what else the machine does falls on all alike; the first, to compile, is left out."""
+    turns batch by batch, so that what else the machine does falls on all alike; the first, to warm up, is left out."""
     padded = [*prompts, *prompts[: -len(prompts) % batch]]
     parts = [slice(start, start + batch) for start in range(0, len(padded), batch)]
     frames: dict[str, list[np.ndarray]] = {name: [] for name in rows}
     seconds: dict[str, dict[str, list[float]]] = {name: {"diffusion": [], "total": []} for name in rows}
+    programs = {way.draw.program(batch) for way in rows.values()}
+    with ThreadPoolExecutor(2) as pool:
+        list(tqdm(pool.map(Program.compile, programs), "compiling the samplers", len(programs), unit="program"))
     turns = [(i, part, name) for i, part in enumerate([parts[0], *parts * rounds]) for name in rows]
     for i, part, name in tqdm(turns, "sampling in turns", unit="batch"):
         keys = video_keys(seed, len(padded))[part]  # anew: the rows share their noise, which JAX takes for a mistake
