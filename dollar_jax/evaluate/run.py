@@ -55,13 +55,14 @@ class Evaluation:
         teacher, chosen = f"teacher_{config.sampling.num_steps}", plan.spread(SHOWN)
         shown = {name: clips[chosen] for name, clips in videos.items()}
         prompts = [str(plan.captions[i]) for i in chosen]
+        beside = [teacher, *[name for name in rows if name.startswith("student")][:1]]
         for i, prompt in enumerate(prompts):
-            pair = [shown[name][i] for name in (teacher, "student_4") if name in shown]
+            pair = [shown[name][i] for name in beside]
             write_video(folder / f"{prompt.replace(' ', '_')}.mp4", side_by_side(pair), scale=8)
         timings = {**(timings or {}), "sample and measure": time.perf_counter() - begun}
         notes = [] if reward is None else [f"The reward is {rewards}: {reward.meaning}."]
         fps = clip_fps(config.data, self.generator.pipeline.family.fps)
-        described = [rows[name] for name in (teacher, "student_4") if name in rows]
+        described = [rows[name] for name in beside]
         made = made_of(plan.prompts, [plan.seed], plan.samples, {}) | describe(config, self.generator, fps, described)
         write_json(manifest_path(folder), made | {"shown": prompts})
         self._write(config, table, timings, made, prompts=prompts, videos=shown, notes=notes)

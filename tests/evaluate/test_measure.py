@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dollar_jax.evaluate import measure as module
-from dollar_jax.evaluate.measure import BoundSampler, draw_in_turns
+from dollar_jax.evaluate.measure import BoundSampler, draw_in_turns, samplers
+from dollar_jax.program import Program
 
 
 class Machine:
@@ -15,7 +16,7 @@ class Machine:
     pipeline = types.SimpleNamespace(schedule=types.SimpleNamespace(given_frames=0))
 
     def __init__(self, slow=()):
-        self.now, self.turns, self.slow = 0.0, [], slow
+        self.now, self.turns, self.slow, self.compiled = 0.0, [], slow, 0
 
     def condition(self, prompts):
         self.now += 1
@@ -33,7 +34,12 @@ class Machine:
             self.now += cost * (100 if first else busy)
             return (text + params)[:, None, None, None, None].astype(np.float32)
 
+        draw.program = lambda count: Program(f"{name}_{count}", self.compile)
         return BoundSampler(draw, 0.5, 1)
+
+    def compile(self):
+        self.compiled += 1
+        return 0
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def machine(monkeypatch):
 def test_rows_take_turns_and_the_first_turn_is_not_counted(machine):
     rows = {"teacher": machine.row("teacher", 40.0), "student": machine.row("student", 4.0)}
     frames, seconds = draw_in_turns(machine, rows, ["a", "bb", "ccc"], batch=2, seed=0, rounds=2)
-    assert machine.turns == ["teacher", "student"] * 5  # to warm up, then 2 batches twice
+    assert machine.compiled == 2 and machine.turns == ["teacher", "student"] * 5  # to warm up, then 2 batches twice
     assert seconds["student"]["diffusion"] == [2, 20, 2, 2]  # per video; others were busy in the second batch
     assert seconds["teacher"]["diffusion"] == [20, 200, 20, 20]
     assert seconds["student"]["total"] == [3.5, 21.5, 3.5, 3.5]
@@ -61,3 +67,16 @@ def test_the_speedup_is_of_medians_at_least_three(machine, monkeypatch):
     metrics, _ = module.measure(machine, rows, plan, None)
     assert len(machine.turns) == 2 * (1 + module.TIMED)
     assert module.speedups(metrics, "teacher_50") == {"speedup_4": 10}
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "students"),
+    [((1000.0,), [1]), ((1000.0, 700.0, 400.0), [3, 2, 1]), ((1000.0, 900.0, 750.0, 500.0), [4, 2, 1])],
+    ids=len,
+)
+def test_a_student_is_measured_in_all_its_steps_and_in_fewer(toy_generator, timesteps, students):
+    rows = samplers(toy_generator, toy_generator.pipeline.params, timesteps)
+    found = [name for name in rows if not name.startswith("teacher")]
+    undistilled = dict.fromkeys(n for n in (len(timesteps), 4, 1) if n <= len(timesteps))
+    assert found == [f"student_{n}" for n in students] + [f"undistilled_{n}" for n in undistilled]
+    assert [rows[name].nfe for name in found] == [*students, *undistilled]
