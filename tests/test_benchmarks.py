@@ -134,3 +134,8 @@ def test_the_frontier_runs_what_has_no_line_yet(tmp_path):
     both = rows("teacher", "cd")
     assert both[0].startswith("| the teacher") and both[1:] == first
     assert [json.loads(line)["setting"] for line in out.read_text().splitlines()] == ["cd", "teacher"]
+
+
+def test_overhead_reads_records_of_a_real_teachers_size(tmp_path):
+    seconds, size = runpy.run_path(str(SPEED.with_name("overhead.py")))["reading"](4, 1, tmp_path)
+    assert size == pytest.approx(2 * (2 * 21 * 60 * 104 * 16 + 512 * 4096) / 2**20, rel=1e-3) and seconds > 0

@@ -25,6 +25,7 @@ SETTINGS = {
     "visibility.samples_every": 0,
     "reward.samples": 2,
     "reward.replay": 4,
+    "reward.weight": 0.03,
     "reward.batch_size": 8,
     "reward.updates": 1,
     "reward.start_step": 0,

@@ -19,7 +19,7 @@ def run() -> None:
 
     def experiment(losses: str) -> DistillConfig:
         """As docs/reproduction.md tells of."""
-        return changed(load("demo", losses), WITH_ADAM)
+        return changed(load("demo", losses), WITH_ADAM | ({"reward.weight": 0.03} if "lrm" in losses else {}))
 
     prepare_jax()
     page = reproduce(experiment, Path(FLAGS.workdir), FLAGS.quick, FLAGS.seeds, FLAGS.steps)
