@@ -34,7 +34,7 @@ def samplers(generator: Generator, student: Params | None, timesteps: Sequence[f
         rows.append((f"teacher_{steps}", draw, teacher, steps * (2 if weight else 1)))
     for prefix, params, counts in (("student", student, (4, 2, 1)), ("undistilled", teacher, (4, 1))):
         for steps in dict.fromkeys((len(timesteps), *counts)):
-            if params is not None and steps <= len(timesteps):
+            if params is not None and 0 < steps <= len(timesteps):
                 draw = generator.student_sampler(subset(timesteps, steps))
                 rows.append((f"{prefix}_{steps}", draw, params, steps))
     return {name: BoundSampler(draw, params, n, {"sampler": name, "nfe": n}) for name, draw, params, n in rows}

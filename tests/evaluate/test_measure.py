@@ -71,12 +71,12 @@ def test_the_speedup_is_of_medians_at_least_three(machine, monkeypatch):
 
 @pytest.mark.parametrize(
     ("timesteps", "students"),
-    [((1000.0,), [1]), ((1000.0, 700.0, 400.0), [3, 2, 1]), ((1000.0, 900.0, 750.0, 500.0), [4, 2, 1])],
+    [((), []), ((1000.0,), [1]), ((1000.0, 700.0, 400.0), [3, 2, 1]), ((1000.0, 900.0, 750.0, 500.0), [4, 2, 1])],
     ids=len,
 )
 def test_a_student_is_measured_in_all_its_steps_and_in_fewer(toy_generator, timesteps, students):
     rows = samplers(toy_generator, toy_generator.pipeline.params, timesteps)
     found = [name for name in rows if not name.startswith("teacher")]
-    undistilled = dict.fromkeys(n for n in (len(timesteps), 4, 1) if n <= len(timesteps))
+    undistilled = dict.fromkeys(n for n in (len(timesteps), 4, 1) if 0 < n <= len(timesteps))
     assert found == [f"student_{n}" for n in students] + [f"undistilled_{n}" for n in undistilled]
     assert [rows[name].nfe for name in found] == [*students, *undistilled]
