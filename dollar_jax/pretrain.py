@@ -31,6 +31,7 @@ from dollar_jax.models.network import Network
 from dollar_jax.models.umt5 import UMT5Config, zero_padding
 from dollar_jax.models.wan import WanConfig
 from dollar_jax.models.wan_vae import WanVAEConfig, denormalise, normalise
+from dollar_jax.optim import muon
 from dollar_jax.program import Program
 from dollar_jax.schedule import Schedule, add_noise, generated, target, time_from_uniform
 from dollar_jax.video import grid, side_by_side, signed_range, to_uint8, unit_range, write_video
