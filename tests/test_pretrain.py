@@ -7,6 +7,7 @@ import shutil
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 from dollar_jax import pretrain
 from dollar_jax.checkpoint import Checkpoints
 from dollar_jax.cli import main
-from dollar_jax.config import changed
+from dollar_jax.config import Fit, changed
 from dollar_jax.data import shapes
 from dollar_jax.evaluate.manifest import hash_params
 from dollar_jax.generate import make_generator
@@ -44,6 +45,25 @@ SETTINGS = {
     "num_steps": 2,
     "checkpoint_every": 1,
 }
+
+
+def test_a_training_comes_to_its_end_and_goes_on(tmp_path, make_config):
+    """A matrix is fitted by Muon and a bias by Adam; what is done is not done again."""
+    config = make_config().pretrain
+    target = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+
+    def loss(params, batch, key):
+        error = jnp.square(params["kernel"] + params["bias"] - batch[0]).sum()
+        return error, {"error": error}
+
+    def fitted():
+        start = {"kernel": jnp.zeros((2, 3, 4)), "bias": jnp.zeros((2, 1, 4))}
+        training = Fit(batch_size=1, steps=150, learning_rate=0.3, adam_learning_rate=0.1)
+        return pretrain.fit("toy", tmp_path, loss, start, pretrain.endless([target] * 2, 1, 0), training, config)
+
+    whole = fitted()
+    assert np.abs(whole["kernel"] + whole["bias"] - target).max() < 0.05 and np.abs(whole["bias"]).max() > 0.05
+    jax.tree.map(np.testing.assert_array_equal, fitted(), whole)  # from its last checkpoint
 
 
 @pytest.mark.slow
