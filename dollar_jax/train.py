@@ -1,11 +1,12 @@
 """`dollar train`: the host's loop around the one compiled step. While it runs, host rewards score the last step's
 latents; they are taken in before a checkpoint, so that a resumed run repeats an uninterrupted one to the bit."""
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dollar_jax.distributed import gather, preemption
 from dollar_jax.generate import Generator
 from dollar_jax.lock import owned
 from dollar_jax.monitoring import Log, Profile, make_sample_logger, make_throughput
-from dollar_jax.programs import TrainPrograms, shared_rewards, step_flops, teacher_programs
+from dollar_jax.programs import TrainPrograms, sample_programs, shared_rewards, step_flops, teacher_programs
 from dollar_jax.rewards import load_rewards
 from dollar_jax.rewards.methods import method_of
 from dollar_jax.rewards.pixels import pixel_rewards
@@ -62,9 +63,13 @@ def train(
     frozen = sharding.put(frozen, programs.frozen_sharding)
     rows = sharding.local_rows(programs.batch_sharding.latent, config.batch_size)
     guard = config.reward.guard
-    with owned(workdir) as still_owned, Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints:
-        resumed, compiled = bool(checkpoints.latest()), None
-        compile_step = functools.partial(ThreadPoolExecutor(1).submit, programs.step.compile)
+    with (
+        owned(workdir) as still_owned,
+        Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints,
+        _compiler() as compiler,
+    ):
+        resumed, compiled, drawing = bool(checkpoints.latest()), None, []
+        compile_step = functools.partial(compiler.submit, programs.step.compile)
         if replay_batch is None and (checkpoints.latest() or 0) < config.steps:
             compiled = compile_step()  # while the rest is made ready
         state = None if resumed else _begin(config, programs, frozen.teacher)
@@ -82,6 +87,8 @@ def train(
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
         skips = Skips(config, workdir, first)
         logger = make_sample_logger(config, workdir, generator, frozen.teacher, decoder, data.some_captions, rewards)
+        if config.visibility.samples_every and compiled:  # beside the first steps: on a TPU it takes minutes
+            drawing = [compiler.submit(program.compile) for program in sample_programs(config, generator)]
         flops = functools.partial(step_flops, config, generator, pixels, data.has_latents)
         throughput = make_throughput(config, programs.mesh, flops)
         record_config(asked, workdir, resumed)
@@ -128,6 +135,7 @@ def train(
                 if skips.total:
                     host["skipped_steps"] = float(skips.total)
                 if logger.due(step + 1):
+                    wait(drawing)
                     student = state.ema
                     if programs.merge is not None:
                         student = programs.merge(*programs.merge.place(frozen.teacher, student))
@@ -145,6 +153,16 @@ def train(
         if hacked and jax.process_index() == 0:
             tqdm.write(f"stopped at step {int(state.step)}: {hacked}")
     return state
+
+
+@contextlib.contextmanager
+def _compiler() -> Iterator[ThreadPoolExecutor]:
+    """A thread that compiles beside other work, one program after another; what it has not begun at the end is left."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _begin(config: DistillConfig, programs: TrainPrograms, teacher: Params) -> TrainState:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 
 import jax
@@ -26,7 +27,7 @@ from dollar_jax.models import activation_sharding
 from dollar_jax.models import attention as attention_module
 from dollar_jax.monitoring import SampleLogger
 from dollar_jax.program import Program
-from dollar_jax.programs import latent_reward_network, run_programs
+from dollar_jax.programs import latent_reward_network, run_programs, sample_programs
 from dollar_jax.rewards import Reward
 from dollar_jax.rewards.methods.lrm import Replay, ScoredLatents
 from dollar_jax.run import read_history, record_config, restore_student
@@ -104,6 +105,7 @@ def one_program():
     step_traces = collections.Counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "teacher_programs", remembered)
+        patch.setattr(loop, "sample_programs", lambda *_: [])  # are not compiled anew by every resumption
         yield step_traces
 
 
@@ -284,6 +286,31 @@ def test_the_loop_goes_from_first_to_last_step_on_a_tpu(generator, data, config,
     lines = history(tmp_path)
     assert [line["step"] for line in lines] == [1, 2] and all(line["mfu"] > 0 for line in lines)
     assert chosen
+
+
+def test_what_draws_samples_is_compiled_beside_the_steps(train, config, tmp_path, monkeypatch):
+    """In a thread of its own, after the step; and nothing where none are due."""
+    compiled, compile_program = [], Program.compile
+
+    def noted(program):
+        compiled.append((program.name, threading.current_thread() is threading.main_thread()))
+        return compile_program(program)
+
+    monkeypatch.setattr(Program, "compile", noted)
+    monkeypatch.setattr(loop, "sample_programs", sample_programs)
+    train(tmp_path / "some", dataclasses.replace(config, steps=3))
+    names = [name for name, _ in compiled]
+    assert names[0] == "step" and sorted(names[1:]) == [
+        "show_samples",
+        "student_sampler",
+        "teacher_sampler",
+        "text_encoder",
+    ]
+    assert not any(main for _, main in compiled)
+    compiled.clear()
+    visibility = dataclasses.replace(config.visibility, samples_every=0)
+    train(tmp_path / "none", dataclasses.replace(config, steps=1, visibility=visibility))
+    assert [name for name, _ in compiled] == ["step"]
 
 
 @pytest.mark.parametrize("dies_in", [4, 6])
