@@ -12,6 +12,7 @@ saves."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import tempfile
@@ -38,7 +39,13 @@ from dollar_jax.prepare.shards import latents_features
 from dollar_jax.rewards.scorer import Scorer
 
 LATENT, TEXT = (21, 60, 104, 16), (512, 4096)
-TIMED = {"logging": (Log, "_write"), "rewards": (Scorer, "submit"), "a save": (Checkpoints, "save")}
+# What is timed: its owner, the method, and the clock. A thread that logs waits for the devices, which costs them
+# nothing: its own processor time is what counts.
+TIMED = {
+    "logging": (Log, "_write", time.thread_time),
+    "rewards": (Scorer, "submit", time.perf_counter),
+    "a save": (Checkpoints, "save", time.perf_counter),
+}
 
 
 def beside_steps(steps: int, folder: Path) -> dict[str, float]:
@@ -46,33 +53,28 @@ def beside_steps(steps: int, folder: Path) -> dict[str, float]:
     config = changed(load("demo"), {"steps": steps, "checkpoint_every": steps // 4, "visibility.samples_every": 0})
     spent: dict[str, list[float]] = {name: [] for name in TIMED}
 
-    def timed(name: str, call: Any) -> Any:
-        # A thread that logs waits for the devices, which costs them nothing: its own processor time is what counts.
-        clock = time.thread_time if name == "logging" else time.perf_counter
-
+    def timed(call: Any, clock: Any, times: list[float]) -> Any:
         @functools.wraps(call)
         def wrapped(*args: Any, **more: Any) -> Any:
             begun = clock()
             try:
                 return call(*args, **more)
             finally:
-                spent[name].append(clock() - begun)
+                times.append(clock() - begun)
 
         return wrapped
 
     generator = make_generator(config)
     data = functools.partial(load_data, config, generator, folder)
-    patches = [mock.patch.object(owner, name, timed(key, getattr(owner, name))) for key, (owner, name) in TIMED.items()]
-    for patch in patches:
-        patch.start()
-    training.train(config, folder, generator, data)
-    for patch in patches:
-        patch.stop()
+    with contextlib.ExitStack() as patches:
+        for what, (owner, name, clock) in TIMED.items():
+            call = timed(getattr(owner, name), clock, spent[what])
+            patches.enter_context(mock.patch.object(owner, name, call))
+        training.train(config, folder, generator, data)
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()][2:]
     found = {"step": float(np.median([line["seconds_per_step"] for line in history]))}
     found["waiting for data"] = float(np.mean([line["data_wait"] for line in history])) * found["step"]
-    # Medians, for the last save is waited for, and what is logged at a save is not there yet; two of three calls to log
-    # have nothing to write.
+    # Medians, for the last save is waited for; and some calls to log have nothing to write.
     spent["logging"] = [seconds for seconds in spent["logging"] if seconds > 1e-4]
     found |= {name: float(np.median(times)) for name, times in spent.items()}
     return {name: 1e3 * seconds for name, seconds in found.items()}

@@ -94,7 +94,7 @@ def cases(name: str, threads: int, wanted: set[str], rivals: set[str]) -> Iterat
     from dollar_jax.config import changed
     from dollar_jax.data import shapes
     from dollar_jax.experiment import load
-    from dollar_jax.generate import SHIPPED_TEACHERS, make_generator, sampling_mesh, video_keys
+    from dollar_jax.generate import SHIPPED_TEACHERS, make_generator, sampling_mesh, transformer_options, video_keys
     from dollar_jax.program import Program
     from dollar_jax.reproduce import WITH_ADAM
     from dollar_jax.weights.table import import_params
@@ -112,7 +112,7 @@ def cases(name: str, threads: int, wanted: set[str], rivals: set[str]) -> Iterat
         """Ours with a PyTorch model's weights: network and parameters."""
         config = kind.read(fields)
         if kind is WAN_TRANSFORMER:
-            config = dataclasses.replace(config, remat=load("demo").compute.remat)
+            config = dataclasses.replace(config, **transformer_options(load("demo").compute))
         network = kind.network(config)
         tensors = {key: value.detach().numpy() for key, value in model.state_dict().items()}
         return network, jax.device_put(import_params(kind.table(config, network.shapes), tensors, network.shapes))

@@ -25,7 +25,7 @@ from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint.experimental import v1
 
-from dollar_jax.files import XXH128, find_damage, sync, write_checksums
+from dollar_jax.files import XXH128, find_damage, first_line, sync, write_checksums
 
 TRIES = 3  # of a save before the run ends
 _DRAFT = ".orbax-checkpoint-tmp"
@@ -88,7 +88,7 @@ class Checkpoints:
                 return
             except Exception as error:  # of the file system, through Orbax and TensorStore
                 wait, self._failure = True, error
-                told = f"saving step {step} failed, try {attempt + 1} of {TRIES}: {_first_line(error)}"
+                told = f"saving step {step} failed, try {attempt + 1} of {TRIES}: {first_line(error)[:300]}"
                 print(f"\n{told}", file=sys.stderr)
                 time.sleep(1 + attempt)  # TensorStore's threads may still write what is deleted then
         self._give_up(f"step {step}")
@@ -106,7 +106,7 @@ class Checkpoints:
         failure, self._failure, good = self._failure, None, self.latest()
         left = f"the last good checkpoint is {self.folder / str(good)}" if good else "there is no checkpoint yet"
         mend = "make room, or make the folder writable, and run it again"
-        raise SaveFailed(f"{what} could not be saved ({_first_line(failure)}); {left}: {mend}") from failure
+        raise SaveFailed(f"{what} could not be saved ({first_line(failure)[:300]}); {left}: {mend}") from failure
 
     def _commit(self, draft: Path, final: Path) -> None:
         """Ends a save, in process 0: the draft gets its checksums and its name, and what is not kept goes."""
@@ -131,9 +131,10 @@ class Checkpoints:
             try:
                 items = self._read(path, like)
             except Exception as error:
+                said = first_line(error)[:300]
                 if (path / XXH128).exists() or jax.process_count() > 1:
-                    raise ValueError(f"{path} cannot be restored into these networks: {_first_line(error)}") from error
-                faults[step] = f"cannot be read: {_first_line(error)}"
+                    raise ValueError(f"{path} cannot be restored into these networks: {said}") from error
+                faults[step] = f"cannot be read: {said}"
                 continue
             self._report(faults, path)
             self.restored = step
@@ -228,10 +229,6 @@ def _unsummed(path: Path) -> bool:
         return "checksums" not in (metadata.get("custom_metadata") or {})
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
-
-
-def _first_line(error: BaseException | None) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def abstract(shapes: Any, places: Any) -> Any:

@@ -132,7 +132,7 @@ def read_json(path: str | os.PathLike[str], kind: type = dict) -> Any:
     return content
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | None) -> str:
     """The first line of what an error says, or its type's name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -87,7 +87,7 @@ def train(
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
         skips = Skips(config, workdir, first)
         logger = make_sample_logger(config, workdir, generator, frozen.teacher, decoder, data.some_captions, rewards)
-        if config.visibility.samples_every and compiled:  # beside the first steps: on a TPU it takes minutes
+        if compiled and any(map(logger.due, range(first + 1, config.steps + 1))):  # on a TPU it takes minutes
             drawing = [compiler.submit(program.compile) for program in sample_programs(config, generator)]
         flops = functools.partial(step_flops, config, generator, pixels, data.has_latents)
         throughput = make_throughput(config, programs.mesh, flops)
