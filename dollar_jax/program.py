@@ -81,6 +81,10 @@ class Program:
             arguments = jax.tree.map(lambda x, place: x.update(sharding=place), arguments, where)
         return self.jitted.trace(*arguments)
 
-    def compile(self) -> Any:
-        """`jax.stages.Compiled` for the declared arguments."""
+    @functools.cached_property
+    def _compiled(self) -> Any:
         return self.trace().lower().compile()
+
+    def compile(self) -> Any:
+        """`jax.stages.Compiled` for the declared arguments, made once."""
+        return self._compiled
