@@ -118,7 +118,7 @@ class Lab:
 
     def __init__(self, folder: Path, quick: bool):
         demo = load("demo")
-        self.folder, self.quick, self.generator = folder, quick, make_generator(demo)
+        self.folder, self.quick, self.generator = folder, quick, make_generator(demo, hold_vae=True)
         self.vivid = weighted_sum(demo.reward.rewards, load_rewards(demo.reward.rewards))
         self.features = vae_features(self.generator)
         self.reference = functools.cache(functools.partial(real_features, self.features, quick))
@@ -191,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     prepare_jax()
     if args.speed:
-        print(speed(make_generator(load("demo")), args.speed))
+        print(speed(make_generator(load("demo"), hold_vae=True), args.speed))
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []

@@ -7,6 +7,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -251,9 +252,7 @@ class Generator:
 
     def encode_posterior(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the normalised latents' posterior, of uint8 frames [b t h w 3]."""
-        program = self.encode_program(frames.shape, self.own_mesh)
-        mean, std = program(*program.place(self.pipeline.vae.params, frames))
-        return np.asarray(mean), np.asarray(std)
+        return self._run_vae(self.encode_program, frames)
 
     def frames(self, params: Params, latent: jax.Array) -> jax.Array:
         """Frames in [0, 1] of normalised latents, with the VAE's parameters given: pure, to be traced."""
@@ -275,8 +274,7 @@ class Generator:
 
     def decode(self, latent: np.ndarray | jax.Array) -> np.ndarray:
         """Frames in [0, 1] of normalised latents."""
-        program = self.decode_program(latent.shape, self.own_mesh)
-        return np.asarray(program(*program.place(self.pipeline.vae.params, latent)))
+        return self._run_vae(self.decode_program, latent)
 
     @functools.cache  # noqa: B019
     def show_program(self, shape: tuple[int, ...], shrink: int) -> Program:
@@ -304,6 +302,21 @@ class Generator:
         """How many times smaller so many videos are shown, for a frame of all of them to have few pixels."""
         _, h, w = self.clip
         return next(k for k in range(1, h + 1) if videos * (h // k) * (w // k) <= SHOWN_PIXELS)
+
+    def _run_vae(self, program: Callable[..., Program], videos: Any) -> Any:
+        """What the VAE's program makes of videos, in NumPy; in parts beside each other on a CPU of several cores."""
+        parts = math.gcd(sharding.cores(self.own_mesh), len(videos))
+        made = program((len(videos) // parts, *videos.shape[1:]), self.own_mesh)
+        params = sharding.put(self.pipeline.vae.params, made.in_shardings[0])
+
+        def run(part: Any) -> Any:
+            return jax.tree.map(np.asarray, made(*made.place(params, part)))
+
+        if parts == 1:
+            return run(videos)
+        made.compile()
+        with ThreadPoolExecutor(parts) as pool:
+            return jax.tree.map(lambda *x: np.concatenate(x), *pool.map(run, np.split(np.asarray(videos), parts)))
 
     def _vae_program(self, name: str, function: Any, videos: Any, mesh: Mesh, shapes: Any = None) -> Program:
         rows, shapes = sharding.row_sharding(mesh, videos.shape[0]), shapes or self.pipeline.vae.network.shapes
@@ -352,12 +365,20 @@ class Generator:
         return Sampler("student_sampler", draw, self, guided=False)
 
 
-def make_generator(c: DistillConfig, clip: tuple[int, int, int] | None = None, mesh: Mesh | None = None) -> Generator:
+def make_generator(
+    c: DistillConfig, clip: tuple[int, int, int] | None = None, mesh: Mesh | None = None, hold_vae: bool = False
+) -> Generator:
     """The teacher of a configuration, ready to sample clips of the size of its data's, or of another. It samples on
-    `mesh`, on all devices of this process if none is given; an imported teacher is restored into its shards there."""
+    `mesh`, on all devices of this process if none is given; an imported teacher is restored into its shards there. The
+    VAE comes from the host with each call unless the devices are to hold it."""
     mesh, clip = sampling_mesh(c.mesh) if mesh is None else mesh, clip or clip_size(c.data)
     teacher = as_configured(load_teacher(c.teacher, c, mesh), c)
-    return Generator(teacher, c.data.max_text_length, c.sampling, clip, c.compute.vae_chunk, mesh, student=c.student)
+    made = Generator(teacher, c.data.max_text_length, c.sampling, clip, c.compute.vae_chunk, mesh, student=c.student)
+    if not hold_vae:
+        return made
+    params = sharding.put(teacher.vae.params, sharding.replicated(made.own_mesh))
+    held = dataclasses.replace(teacher, vae=dataclasses.replace(teacher.vae, params=params))
+    return dataclasses.replace(made, pipeline=held)
 
 
 def as_configured(pipeline: Pipeline, c: DistillConfig) -> Pipeline:

@@ -69,7 +69,7 @@ def reproduce(experiment: Any, workdir: Path, quick: bool, seeds: int | None = N
     cells = [(key, seed) for seed in range(count) for key in configs]
     for key, seed in cells:  # before hours of work
         _read_cell(workdir, key, seed, configs[key], quick)
-    lab = Lab(workdir, make_generator(base), base, quick)
+    lab = Lab(workdir, make_generator(base, hold_vae=True), base, quick)
     results = []
     for key, seed in tqdm(cells, "ablation", unit="cell"):
         rows = _read_cell(workdir, key, seed, configs[key], quick) or lab.run(key, seed, configs[key])

@@ -39,7 +39,7 @@ class Studio:
         self.longest_prompt = longest_prompt
         given = self.config.data.given_frames or read_family(teacher_folder(self.config.teacher)).conditioned
         self.most_bytes = _MOST_BYTES + _MOST_IMAGE_BYTES * bool(given)
-        self.generator = self._sized = make_generator(self.config)
+        self.generator = self._sized = make_generator(self.config, hold_vae=True)
         self.params = restore_student(workdir, self.generator)
         self._turn, self._places = threading.Lock(), threading.BoundedSemaphore(most_waiting + 1)
         steps = len(self.config.student.timesteps)

@@ -2,6 +2,7 @@
 optimiser state alike. The first row that matches a whole path wins; a path that no row matches is an error."""
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -151,11 +152,19 @@ def local_rows(where: jax.sharding.Sharding, count: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(count)[part] for part in parts]))
 
 
+def cores(mesh: Mesh) -> int:
+    """What can be run beside each other on a device: as much as a lone CPU has cores, of which XLA gives a convolution
+    one; 1 elsewhere."""
+    return (os.cpu_count() or 1) if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" else 1
+
+
 def put(tree: Any, where: Any) -> Any:
     """Host arrays, the same on every process, as global arrays, each device getting its part. `where` may be a prefix
     of the tree. What is on devices already, whole here or shared over all, is moved."""
 
     def place(x: Any, s: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == s:
+            return x
         if isinstance(x, jax.Array) and (s.is_fully_addressable or not x.is_fully_addressable):
             return jax.device_put(x, s)
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

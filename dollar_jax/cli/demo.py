@@ -38,7 +38,7 @@ def run() -> None:
             config = changed(config, {"teacher": str(pretrain(config.pretrain, workdir))})
         timings["teach the teacher images"] = time.perf_counter() - start
         start = time.perf_counter()
-    generator = make_generator(config, mesh=make_mesh(config.mesh))
+    generator = make_generator(config, mesh=make_mesh(config.mesh), hold_vae=True)
     train(config, workdir, generator, lambda: load_data(config, generator, workdir))  # beside the step's compilation
     timings["encode data, distil"] = time.perf_counter() - start
     Evaluation(workdir, generator, workdir / "metrics.json").of_captions(FLAGS.quick, timings)

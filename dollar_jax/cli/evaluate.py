@@ -56,7 +56,7 @@ def run() -> None:
     features = alexnet_features(Path(FLAGS.features)) if FLAGS.features else None
     if FLAGS.workdir:
         config = drawing_config(Path(FLAGS.workdir), vae=FLAGS.vae)
-        generator = make_generator(config)
+        generator = make_generator(config, hold_vae=True)
         shapes = MOVING_SHAPES in (config.teacher, config.data.name)  # a domain with prompts and measures of its own
         features = features or (vae_features(generator) if shapes else None)
         if not FLAGS.videos:
@@ -130,7 +130,7 @@ def _vbench_videos() -> None:
     prompts = None if names is None else pair_names(listed, names)
     counts = read_vbench_prompts(names or listed, FLAGS.num)
     rows = video_rows(counts, prompts)
-    generator = make_generator(config)
+    generator = make_generator(config, hold_vae=True)
     if FLAGS.images:  # whose names do not say what the camera does
         images = {name: Path(FLAGS.images, f"{name.rpartition(', camera ')[0] or name}.jpg") for name in counts}
         generator.continue_from({(prompts or {}).get(name, name): path for name, path in images.items()})

@@ -71,7 +71,7 @@ def run() -> None:
         if high * wide > _MOST_PIXELS or max(high, wide) > _LONGEST_SIDE:
             mend = "give a folder, for a file per video, or lower --num or --scale"
             raise ValueError(f"--out={out} would be a picture of {wide} × {high}, more than players show: {mend}")
-    generator = make_generator(config, clip)
+    generator = make_generator(config, clip, hold_vae=True)
     _ = generator.latent_shape  # a size that does not fit is an error before the student is read
     if FLAGS.image:
         generator.continue_from(dict.fromkeys(prompts, Path(FLAGS.image)))

@@ -94,7 +94,8 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray
     raise ValueError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}")
 
 
-_GRID_Y, _GRID_X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
+_GRID_X = np.arange(SIZE, dtype=np.float32) + 0.5
+_GRID_Y = _GRID_X[:, None]
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
@@ -218,7 +219,8 @@ def _fit(shape: str, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
         ideal = coverage(shape, xs, ys, radii)  # [t, candidates, h, w]
         # min(a, b) = (a + b - |a - b|) / 2, and likewise max: the soft intersection and union.
         total = ideal.sum((2, 3)) + area[:, None]
-        apart = np.abs(ideal - mask[:, None]).sum((2, 3))
+        ideal -= mask[:, None]
+        apart = np.abs(ideal, out=ideal).sum((2, 3))
         overlap = (total - apart) / (total + apart)
         pick = overlap.argmax(1)[:, None]
         x, y, radius, best = (np.take_along_axis(a, pick, 1)[:, 0] for a in (xs, ys, radii, overlap))

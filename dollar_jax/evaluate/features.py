@@ -3,6 +3,7 @@ which is always at hand, and AlexNet with given weights (torchvision's names), o
 
 import functools
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dollar_jax import sharding
 from dollar_jax.generate import Generator
 from dollar_jax.program import Program
 from dollar_jax.video import unit_range
@@ -34,8 +36,9 @@ def vae_features(generator: Generator) -> Features:
         generator.pipeline.vae.config.latent_shape(*videos.shape[1:4])  # raises where they do not fit
         axes = (1, 2, 3)
         # One at a time is one compilation whatever the number of videos.
-        latents = (generator.encode(video[None]) for video in videos)
-        parts = [np.concatenate([x.mean(axes), x.std(axes), _change(x).mean(axes)], -1) for x in latents]
+        with ThreadPoolExecutor(sharding.cores(generator.own_mesh)) as pool:
+            latents = pool.map(generator.encode, videos[:, None])
+            parts = [np.concatenate([x.mean(axes), x.std(axes), _change(x).mean(axes)], -1) for x in latents]
         return np.concatenate(parts)
 
     return Features("the teacher's VAE encoder", vectors)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from dollar_jax import sharding
 from dollar_jax.data import shapes
 from dollar_jax.data.latents import give_first_frames
 from dollar_jax.evaluate.features import Features
@@ -91,7 +92,7 @@ def draw_in_turns(
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, list[float]]]]:
     """Per row the videos of all prompts, floats [n t h w 3] in [0, 1], and seconds per video of each batch: those of
     the `diffusion`, and with text encoder and decoder in `total`. All prompts are drawn `rounds` times. The rows take
-    turns batch by batch, so that what else the machine does falls on all alike; the first, to warm up, is left out."""
+    turns batch by batch, so that what else the machine does falls on all alike. All is compiled before."""
     padded = [*prompts, *prompts[: -len(prompts) % batch]]
     parts = [slice(start, start + batch) for start in range(0, len(padded), batch)]
     frames: dict[str, list[np.ndarray]] = {name: [] for name in rows}
@@ -99,26 +100,31 @@ def draw_in_turns(
     programs = {way.draw.program(batch) for way in rows.values()}
     with ThreadPoolExecutor(2) as pool:
         list(tqdm(pool.map(Program.compile, programs), "compiling the samplers", len(programs), unit="program"))
-    turns = [(i, part, name) for i, part in enumerate([parts[0], *parts * rounds]) for name in rows]
+    generator.condition(padded[parts[0]])
+    generator.decode(np.zeros((batch, *generator.latent_shape), np.float32))
+    params = {
+        id(way.params): sharding.put(way.params, sharding.shard(generator.mesh, way.params)) for way in rows.values()
+    }
+    turns = [(i, part, name) for i, part in enumerate(parts * rounds) for name in rows]
     for i, part, name in tqdm(turns, "sampling in turns", unit="batch"):
         keys = video_keys(seed, len(padded))[part]  # anew: the rows share their noise, which JAX takes for a mistake
         clock: list[float] = []
         condition = _timed(clock, generator.condition, padded[part])
-        latent = _timed(clock, rows[name].draw, rows[name].params, keys, *condition)
+        latent = _timed(clock, rows[name].draw, params[id(rows[name].params)], keys, *condition)
         drawn = _timed(clock, generator.decode, latent)
-        if 0 < i <= len(parts):
+        if i < len(parts):
             frames[name].append(drawn)
-        if i > 0:
-            seconds[name]["diffusion"].append(clock[1] / batch)
-            seconds[name]["total"].append(sum(clock) / batch)
+        seconds[name]["diffusion"].append(clock[1] / batch)
+        seconds[name]["total"].append(sum(clock) / batch)
     return {name: np.concatenate(found)[: len(prompts)] for name, found in frames.items()}, seconds
 
 
 def real_features(features: Features, quick: bool = False) -> np.ndarray:
     """Features [n d] of 256 real clips of the default domain's validation split; of a quarter if quick."""
     clips = [shapes.example(shapes.SEED, "validation", i)[0] for i in range(64 if quick else 256)]
-    bar = tqdm(clips, "features of real clips", unit="video")
-    return np.concatenate([features.vectors(clip[None]) for clip in bar])
+    parts = np.split(np.stack(clips), 16)
+    bar = tqdm(parts, "features of real clips", unit_scale=len(parts[0]), unit="video")
+    return np.concatenate([features.vectors(part) for part in bar])
 
 
 def quality(
