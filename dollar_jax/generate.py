@@ -305,7 +305,7 @@ class Generator:
 
     def _run_vae(self, program: Callable[..., Program], videos: Any) -> Any:
         """What the VAE's program makes of videos, in NumPy; in parts beside each other on a CPU of several cores."""
-        parts = math.gcd(sharding.cores(self.own_mesh), len(videos))
+        parts = math.gcd(sharding.cores(self.own_mesh.devices.flat), len(videos))
         made = program((len(videos) // parts, *videos.shape[1:]), self.own_mesh)
         params = sharding.put(self.pipeline.vae.params, made.in_shardings[0])
 

@@ -152,10 +152,10 @@ def local_rows(where: jax.sharding.Sharding, count: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(count)[part] for part in parts]))
 
 
-def cores(mesh: Mesh) -> int:
-    """What can be run beside each other on a device: as much as a lone CPU has cores, of which XLA gives a convolution
-    one; 1 elsewhere."""
-    return (os.cpu_count() or 1) if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" else 1
+def cores(devices: Iterable[Any]) -> int:
+    """What can be run beside each other on them: as much as a lone CPU has cores, of which XLA gives a convolution one;
+    1 elsewhere."""
+    return (os.cpu_count() or 1) if [device.platform for device in devices] == ["cpu"] else 1
 
 
 def put(tree: Any, where: Any) -> Any:

@@ -87,6 +87,8 @@ def train(
         hacked = None if scorer is None else scorer.monitor.hacked(guard)
         skips = Skips(config, workdir, first)
         logger = make_sample_logger(config, workdir, generator, frozen.teacher, decoder, data.some_captions, rewards)
+        if compiled and scorer is not None and scorer.hosts:
+            compiler.submit(lambda: scorer.program(programs.step.compile().out_info[2].latent).compile())
         if compiled and any(map(logger.due, range(first + 1, config.steps + 1))):  # on a TPU it takes minutes
             drawing = [compiler.submit(program.compile) for program in sample_programs(config, generator)]
         flops = functools.partial(step_flops, config, generator, pixels, data.has_latents)

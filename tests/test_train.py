@@ -27,7 +27,7 @@ from dollar_jax.models import activation_sharding
 from dollar_jax.models import attention as attention_module
 from dollar_jax.monitoring import SampleLogger
 from dollar_jax.program import Program
-from dollar_jax.programs import latent_reward_network, run_programs, sample_programs
+from dollar_jax.programs import latent_reward_network, run_programs
 from dollar_jax.rewards import Reward
 from dollar_jax.rewards.methods.lrm import Replay, ScoredLatents
 from dollar_jax.run import read_history, record_config, restore_student
@@ -105,7 +105,6 @@ def one_program():
     step_traces = collections.Counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "teacher_programs", remembered)
-        patch.setattr(loop, "sample_programs", lambda *_: [])  # are not compiled anew by every resumption
         yield step_traces
 
 
@@ -288,8 +287,8 @@ def test_the_loop_goes_from_first_to_last_step_on_a_tpu(generator, data, config,
     assert chosen
 
 
-def test_what_draws_samples_is_compiled_beside_the_steps(train, config, tmp_path, monkeypatch):
-    """In a thread of its own, after the step; and nothing where none are due."""
+def test_other_programs_are_compiled_beside_the_steps(train, config, tmp_path, monkeypatch):
+    """In a thread of its own, after the step: for the rewards, and for samples where some are due."""
     compiled, compile_program = [], Program.compile
 
     def noted(program):
@@ -297,10 +296,9 @@ def test_what_draws_samples_is_compiled_beside_the_steps(train, config, tmp_path
         return compile_program(program)
 
     monkeypatch.setattr(Program, "compile", noted)
-    monkeypatch.setattr(loop, "sample_programs", sample_programs)
     train(tmp_path / "some", dataclasses.replace(config, steps=3))
-    names = [name for name, _ in compiled]
-    assert names[0] == "step" and sorted(names[1:]) == [
+    names = list(dict.fromkeys(name for name, _ in compiled))
+    assert names[:2] == ["step", "decode_for_rewards"] and sorted(names[2:]) == [
         "show_samples",
         "student_sampler",
         "teacher_sampler",
@@ -310,7 +308,7 @@ def test_what_draws_samples_is_compiled_beside_the_steps(train, config, tmp_path
     compiled.clear()
     visibility = dataclasses.replace(config.visibility, samples_every=0)
     train(tmp_path / "none", dataclasses.replace(config, steps=1, visibility=visibility))
-    assert [name for name, _ in compiled] == ["step"]
+    assert {name for name, _ in compiled} == {"step", "decode_for_rewards"}
 
 
 @pytest.mark.parametrize("dies_in", [4, 6])

@@ -36,7 +36,7 @@ def vae_features(generator: Generator) -> Features:
         generator.pipeline.vae.config.latent_shape(*videos.shape[1:4])  # raises where they do not fit
         axes = (1, 2, 3)
         # One at a time is one compilation whatever the number of videos.
-        with ThreadPoolExecutor(sharding.cores(generator.own_mesh)) as pool:
+        with ThreadPoolExecutor(sharding.cores(generator.own_mesh.devices.flat)) as pool:
             latents = pool.map(generator.encode, videos[:, None])
             parts = [np.concatenate([x.mean(axes), x.std(axes), _change(x).mean(axes)], -1) for x in latents]
         return np.concatenate(parts)

@@ -3,6 +3,7 @@ devices run a step, host rewards score what the previous one generated; they rea
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -27,19 +28,18 @@ Shape = tuple[int, ...]
 
 class _Pending(NamedTuple):
     """A step's samples under way and their text, all of them on every process. `here` are those rows that this process
-    scores, and `finite` whether the latents of these are. `shape` is that of the latents of the step's batch."""
+    scores. `shape` is that of the latents of the step's batch."""
 
     samples: RewardSamples
     text: Any
     here: np.ndarray
-    finite: jax.Array
     shape: Shape
 
 
 class Scorer:
     """Scores this process's share of each step's latents, one step behind the devices. What was scored goes to all
     processes, so that each has the same replay, and stops when the others do. `decode(params, latent)` gives frames in
-    [0, 1]; it is dispatched like a step and not waited for."""
+    [0, 1]; it is dispatched like a step and not waited for, or runs beside the next on a CPU with cores to spare."""
 
     def __init__(
         self,
@@ -59,7 +59,8 @@ class Scorer:
         self.hosts = {columns: HostScorer(names[columns], r, c.timeout, c.retries) for columns, r in on_host.items()}
         self.latest: dict[str, float] = {}
         self._failed, self._decoder, self._decode = 0, decoder, decode
-        self._decode_programs: dict[Shape, Program] = {}
+        self._programs: dict[Shape, Program] = {}
+        self._beside = ThreadPoolExecutor(1)
         self._trained, self._held_out = np.array(c.trained, int), np.array(c.held_out, int)
         self._pending: _Pending | None = None
         # Data with aspect buckets has latents of several shapes: a step learns from those of its batch's.
@@ -89,6 +90,12 @@ class Scorer:
         tokens = {} if self.pixels is None else self.pixels.tokens(captions)
         return tokens, self.memories[shape].take(step) if shape in self.memories else None
 
+    def program(self, latent: Any) -> Program:
+        """What decodes latents of that shape for the rewards on the host, made once."""
+        if latent.shape not in self._programs:
+            self._programs[latent.shape] = decode_program(self._decode, self._decoder, latent)
+        return self._programs[latent.shape]
+
     def submit(self, samples: RewardSamples, batch: Mapping[str, np.ndarray], captions: Sequence[str]) -> None:
         """Has the latents of a step scored, which devices may still be computing. `batch` and `captions` are local."""
         count, kinds = samples.latent.shape[:2]
@@ -96,22 +103,20 @@ class Scorer:
         # What is scored is of the last micro-batch, every accumulation-th row, and evenly from that.
         rows = np.arange(len(captions))[self.accumulation - 1 :: self.accumulation]
         rows = rows.reshape(len(here), -1)[:, 0]
-        finite = jnp.ones((count * kinds,), bool)
         if self.hosts:
-            latent = samples.latent
-            if latent.shape not in self._decode_programs:
-                self._decode_programs[latent.shape] = decode_program(self._decode, self._decoder, latent)
-            frames, finite = self._decode_programs[latent.shape](self._decoder, latent)
+            program, latent = self.program(samples.latent), samples.latent
+            spare = sharding.cores(latent.sharding.device_set) > 1
+            decoded = self._beside.submit(program, self._decoder, latent) if spare else program(self._decoder, latent)
             prompts = [captions[int(i)] for i in rows.repeat(kinds)]
             for host in self.hosts.values():
-                host.submit(LocalRows(frames), prompts)
+                host.submit(LocalRows(decoded), prompts)
         shape = tuple(np.shape(batch["latent"])[1:])
         text = np.asarray(batch["text"])[rows]
         if jax.process_count() > 1:
             # At once: dispatched ahead of the next step, it is done before it, and `collect` need not wait for that.
             text = sharding.make_global_rows(text, here, samples.latent.sharding, count)
             samples, text = sharding.put((samples, text), sharding.replicated(samples.latent.sharding.mesh))
-        self._pending = _Pending(samples, text, here, finite, shape)
+        self._pending = _Pending(samples, text, here, shape)
 
     def collect(self) -> None:
         """Waits for what was submitted, on every process, and takes it in; for no later step."""
@@ -121,14 +126,15 @@ class Scorer:
         pending, self._pending = self._pending, None
         scores = {}
         for columns, host in self.hosts.items():
-            # A reward may give a finite number to anything, so what is not finite never counts.
-            scored = np.where(finite := local_rows(pending.finite), host.collect().T, np.nan)
-            scored = np.broadcast_to(scored, (len(columns), len(finite))).T
+            rows = host.collect().T
+            scored = np.broadcast_to(rows, (len(columns), rows.shape[-1])).T
             scores[columns] = of_all_processes(pending.here, scored.reshape(len(pending.here), -1))
         samples, text = jax.tree.map(np.asarray, (pending.samples, pending.text))
         reward = np.array(samples.reward)
         for columns, scored in scores.items():
             reward[..., columns] = scored.reshape(*reward.shape[:2], -1)
+        # A reward may give a finite number to anything, so what is not finite never counts.
+        reward[~np.isfinite(samples.latent).all((2, 3, 4, 5))] = np.nan
         reward[~np.isfinite(text).all((1, 2))] = np.nan
         samples = dataclasses.replace(samples, reward=reward)
         trained = samples.reward[..., self._trained]
@@ -167,27 +173,28 @@ class Scorer:
 class LocalRows:
     """Frames that become this process's rows as NumPy only when, and where, they are looked at."""
 
-    def __init__(self, frames: jax.Array):
+    def __init__(self, frames: jax.Array | Future):
         self.frames = frames
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(local_rows(self.frames), dtype)
+        frames = self.frames.result() if isinstance(self.frames, Future) else self.frames
+        return np.asarray(local_rows(frames), dtype)
 
 
 def decode_program(decode: Decode, decoder: Params, latent: Any) -> Program:
-    """(decoder, latents [n g t h w c]) → frames as one batch, of zeros where a latent is not finite; whether it is.
-    `decoder` and `latent` are arrays, or their shapes with their shardings."""
+    """(decoder, latents [n g t h w c]) → frames as one batch, of zeros where a latent is not finite. `decoder` and
+    `latent` are arrays, or their shapes with their shardings."""
 
-    def decode_finite(params: Params, latent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def decode_finite(params: Params, latent: jax.Array) -> jax.Array:
         latent = latent.reshape(-1, *latent.shape[2:])
-        finite = jnp.isfinite(latent).all(axis=tuple(range(1, latent.ndim)))
-        return decode(params, jnp.where(finite[:, None, None, None, None], latent, 0.0)), finite
+        finite = jnp.isfinite(latent).all(axis=(1, 2, 3, 4), keepdims=True)
+        return decode(params, jnp.where(finite, latent, 0.0))
 
     rows = latent.sharding
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (decoder, latent))
     mesh: Any = getattr(rows, "mesh", None)
     places = (None, rows) if mesh is None else (sharding.replicated(mesh), rows)
-    return Program("decode_for_rewards", decode_finite, shapes, mesh, places, (rows, rows), share=BESIDE)
+    return Program("decode_for_rewards", decode_finite, shapes, mesh, places, rows, share=BESIDE)
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
