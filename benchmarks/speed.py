@@ -193,12 +193,12 @@ def cases(name: str, threads: int, wanted: set[str], rivals: set[str]) -> Iterat
         generator = make_generator(load("demo"), mesh=mesh)
         factor = vae.config["scale_factor_spatial"]
         clip = 1 + 4 * (size.latent[0] - 1), factor * size.latent[1], factor * size.latent[2]
-        part = dataclasses.replace(generator.pipeline.vae, network=network, config=WAN_VAE.read(dict(vae.config)))
+        config = WAN_VAE.read(dict(vae.config))
+        part = dataclasses.replace(generator.pipeline.vae, network=network, config=config, params=jax.device_put(params))
         pipeline = dataclasses.replace(generator.pipeline, vae=part)
         generator = dataclasses.replace(generator, pipeline=pipeline, clip=clip)
         latent = rng.normal(size=x.shape).astype(np.float32)
         video = rng.integers(0, 256, (size.rows, *clip, 3)).astype(np.uint8)
-        encode = generator.encode_program(video.shape, generator.own_mesh).function
         mean, std = (torch.tensor(vae.config[f"latents_{k}"]).view(1, -1, 1, 1, 1) for k in ("mean", "std"))
 
         def encoder(net: Any) -> Callable[[], Any]:
@@ -211,12 +211,10 @@ def cases(name: str, threads: int, wanted: set[str], rivals: set[str]) -> Iterat
 
         coder = Coder(vae)
         if "encode" in wanted:
-            mine = ours("encode", lambda params, frames: encode(params, frames)[0], params, video)
-            yield rows("VAE encode", mine, encoder, coder)
+            yield rows("VAE encode", lambda: generator.encode(video), encoder, coder)
         if "decode" in wanted:
             # Noise is no latent: diffusers clips what leaves the range of frames.
-            mine = ours("decode", lambda params, latent: generator.frames(params, latent).clip(0, 1), params, latent)
-            yield rows("VAE decode", mine, decoder, coder)
+            yield rows("VAE decode", lambda: generator.decode(latent).clip(0, 1), decoder, coder)
         del network, params, generator, pipeline, part, vae, coder
     if "text" in wanted:
         if size.encoder is None:

@@ -153,9 +153,11 @@ def local_rows(where: jax.sharding.Sharding, count: int) -> np.ndarray:
 
 
 def cores(devices: Iterable[Any]) -> int:
-    """What can be run beside each other on them: as much as a lone CPU has cores, of which XLA gives a convolution one;
-    1 elsewhere."""
-    return (os.cpu_count() or 1) if [device.platform for device in devices] == ["cpu"] else 1
+    """What can be run beside each other on them: as much as this process has cores of a lone CPU, of which XLA gives a
+    convolution one; 1 elsewhere."""
+    if [device.platform for device in devices] != ["cpu"]:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def put(tree: Any, where: Any) -> Any:
