@@ -83,9 +83,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
         "the same, 120 updates by Muon: the demo's own",
     ),
     "batch_32_quarter": ("vsd+cd", DEMO | {"vsd.guidance_weight": 0.25}, "the same, `vsd.guidance_weight=0.25`"),
-    "layers_4": ("vsd+cd", OWN | {"student.layers": 4}, "the demo's own, `student.layers=4`"),
-    "layers_3": ("vsd+cd", OWN | {"student.layers": 3}, "the demo's own, `student.layers=3`"),
-    "layers_2": ("vsd+cd", OWN | {"student.layers": 2}, "the demo's own, `student.layers=2`"),
+    "layers_4": ("vsd+cd", OWN | {"student.layers": 4}, "200 updates of 32 by Adam, `student.layers=4`"),
+    "layers_3": ("vsd+cd", OWN | {"student.layers": 3}, "200 updates of 32 by Adam, `student.layers=3`"),
+    "layers_2": ("vsd+cd", OWN | {"student.layers": 2}, "200 updates of 32 by Adam, `student.layers=2`"),
     "layers_2_fast": ("vsd+cd", OWN | {"student.layers": 2} | FAST, "2 layers, four times the learning rates"),
     "layers_2_cd": ("cd", LONG | {"steps": 600}, "2 layers, CD alone, 600 updates of 16"),
     "layers_2_long": (

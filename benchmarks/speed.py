@@ -194,7 +194,9 @@ def cases(name: str, threads: int, wanted: set[str], rivals: set[str]) -> Iterat
         factor = vae.config["scale_factor_spatial"]
         clip = 1 + 4 * (size.latent[0] - 1), factor * size.latent[1], factor * size.latent[2]
         config = WAN_VAE.read(dict(vae.config))
-        part = dataclasses.replace(generator.pipeline.vae, network=network, config=config, params=jax.device_put(params))
+        part = dataclasses.replace(
+            generator.pipeline.vae, network=network, config=config, params=jax.device_put(params)
+        )
         pipeline = dataclasses.replace(generator.pipeline, vae=part)
         generator = dataclasses.replace(generator, pipeline=pipeline, clip=clip)
         latent = rng.normal(size=x.shape).astype(np.float32)
