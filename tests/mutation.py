@@ -426,6 +426,11 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         # The student's program is declared for all blocks.
         ("student_shapes(network, g.student.layers)", "student_shapes(network, None)", [DECLARED]),
         ("schedule=own, vae=vae)", "schedule=own)", [DECODER]),
+        (
+            "np.split(np.asarray(videos), parts)))",
+            "np.split(np.asarray(videos), parts)[::-1]))",
+            ["tests/test_generate.py"],
+        ),
     ],
     "export.py": [("num_layers=c.student.layers or", "num_layers=", ["tests/test_export.py"])],
     "plan/training.py": [("(own + 1) * share + ", "(own + 1) + ", ["tests/plan/test_training.py"])],
@@ -440,6 +445,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("[:, 0][:, self._held_out])", "[:, 0][:, self._trained])", [SCORER]),
         ("row[:, self._trained] @ weights", "row[:, self._trained].sum(1)", [SCORER]),
         ("        self.latest = {}\n        if self._pending", "        if self._pending", [SCORER]),
+        ("        reward[~np.isfinite(samples.latent).all((2, 3, 4, 5))] = np.nan\n", "", [SCORER]),
         ("np.where(samples.scale.any(1)", "np.where(samples.scale.all(1) | True", [SCORER]),
     ],
     "rewards/monitor.py": [

@@ -1,16 +1,29 @@
 """From prompts to frames: what a video may and may not depend on."""
 
 import dataclasses
+import os
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dollar_jax import sharding
 from dollar_jax.config import MeshConfig, SamplingConfig
 from dollar_jax.data import shapes
 from dollar_jax.data.prepared import fingerprint
-from dollar_jax.generate import Generator, draw_beside, draw_videos, load_teacher, sampling_mesh, subset, video_keys
+from dollar_jax.generate import (
+    Generator,
+    draw_beside,
+    draw_videos,
+    load_teacher,
+    make_generator,
+    sampling_mesh,
+    subset,
+    video_keys,
+)
+from dollar_jax.program import Program
 from dollar_jax.sharding import make_mesh
 from dollar_jax.weights.families import clean_prompt
 
@@ -99,6 +112,39 @@ def test_the_vae_chunk_changes_no_video(pipeline):
     latent = whole.encode(video)
     np.testing.assert_allclose(chunked.encode(video), latent, atol=1e-5)
     np.testing.assert_allclose(chunked.decode(latent), whole.decode(latent), atol=1e-5)
+
+
+@pytest.mark.parametrize(("cores", "parts"), [(1, 1), (2, 2), (4, 2), (5, 1), (12, 6)])
+def test_a_cpu_takes_parts_of_the_videos_side_by_side(toy_generator, monkeypatch, cores, parts):
+    """As many as both cores and videos divide into; the same videos in the same order."""
+    frames = np.random.default_rng(0).integers(0, 256, (6, 5, 32, 32, 3), np.uint8)
+    generator, called = dataclasses.replace(toy_generator), []
+    monkeypatch.setattr(sharding, "cores", lambda devices: 1)
+    latent = generator.encode(frames)
+    whole = generator.decode(latent)
+    run = Program.__call__
+    monkeypatch.setattr(Program, "__call__", lambda p, *x: called.append((p.name, len(x[1]))) or run(p, *x))
+    monkeypatch.setattr(sharding, "cores", lambda devices: cores)
+    mean, std = generator.encode_posterior(frames)
+    np.testing.assert_allclose(mean, latent, atol=1e-6)
+    assert std.shape == mean.shape
+    np.testing.assert_allclose(generator.decode(latent), whole, atol=1e-6)
+    np.testing.assert_allclose(generator.decode(jnp.asarray(latent)), whole, atol=1e-6)
+    assert called == [("vae_encode", 6 // parts)] * parts + [("vae_decode", 6 // parts)] * 2 * parts
+
+
+def test_only_a_lone_cpu_has_cores_to_share(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 6})
+    cpu, tpu = types.SimpleNamespace(platform="cpu"), types.SimpleNamespace(platform="tpu")
+    assert [sharding.cores(devices) for devices in ([cpu], [tpu], [cpu, cpu], [])] == [3, 1, 1, 1]
+
+
+def test_the_devices_hold_the_vae_if_asked(make_config):
+    config = make_config({})
+    there, held = (make_generator(config, hold_vae=hold).pipeline.vae.params for hold in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, held, there)
+    assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves(there))
+    assert all(x.sharding.is_fully_replicated and len(x.sharding.device_set) == 8 for x in jax.tree.leaves(held))
 
 
 @pytest.mark.parametrize("count", [16, 3])

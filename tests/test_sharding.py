@@ -132,6 +132,15 @@ def test_rows_are_split_over_data_and_fsdp_together():
     assert sharding.batch_sharding(m, leading=1).shard_shape((2, 8, 3)) == (2, 1, 3)
 
 
+def test_what_is_there_already_is_not_moved():
+    where = sharding.replicated(mesh(fsdp=8))
+    there = sharding.put({"a": np.ones(3), "key": jax.random.key(0)}, where)
+    again = sharding.put(there, sharding.replicated(mesh(fsdp=8)))
+    assert all(again[name] is there[name] for name in there)
+    elsewhere = sharding.put(there, sharding.replicated(mesh(context=8)))
+    assert elsewhere["a"] is not there["a"]
+
+
 def test_bad_trees_are_refused_by_path():
     m = mesh(fsdp=8)
     with pytest.raises(ValueError, match=r"no sharding rule matches 'student/mystery/weights' .*\(8, 8\)"):

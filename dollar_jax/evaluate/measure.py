@@ -102,9 +102,8 @@ def draw_in_turns(
         list(tqdm(pool.map(Program.compile, programs), "compiling the samplers", len(programs), unit="program"))
     generator.condition(padded[parts[0]])
     generator.decode(np.zeros((batch, *generator.latent_shape), np.float32))
-    params = {
-        id(way.params): sharding.put(way.params, sharding.shard(generator.mesh, way.params)) for way in rows.values()
-    }
+    params = {id(way.params): way.params for way in rows.values()}
+    params = {key: sharding.put(x, sharding.shard(generator.mesh, x)) for key, x in params.items()}
     turns = [(i, part, name) for i, part in enumerate(parts * rounds) for name in rows]
     for i, part, name in tqdm(turns, "sampling in turns", unit="batch"):
         keys = video_keys(seed, len(padded))[part]  # anew: the rows share their noise, which JAX takes for a mistake

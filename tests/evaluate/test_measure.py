@@ -17,7 +17,7 @@ class Machine:
     mesh, latent_shape = None, (1, 1, 1, 1)
 
     def __init__(self, slow=()):
-        self.now, self.turns, self.slow, self.compiled = 0.0, [], slow, 0
+        self.now, self.turns, self.slow, self.compiled, self.placed = 0.0, [], slow, 0, []
 
     def condition(self, prompts):
         self.now += 1
@@ -33,7 +33,8 @@ class Machine:
             self.turns.append(name)
             busy = 10 if len(self.turns) in self.slow else 1
             self.now += cost * (100 if first else busy)
-            return (text + params)[:, None, None, None, None].astype(np.float32)
+            assert isinstance(params, str)
+            return (text + float(params))[:, None, None, None, None].astype(np.float32)
 
         draw.program = lambda count: Program(f"{name}_{count}", self.compile)
         return BoundSampler(draw, 0.5, 1)
@@ -47,7 +48,12 @@ class Machine:
 def machine(monkeypatch):
     machine = Machine(slow=(3, 4))
     monkeypatch.setattr(module.time, "perf_counter", lambda: machine.now)
-    where = types.SimpleNamespace(shard=lambda mesh, params: None, put=lambda params, where: params)
+
+    def put(params, where):
+        machine.placed.append(params)
+        return str(params)
+
+    where = types.SimpleNamespace(shard=lambda mesh, params: None, put=put)
     monkeypatch.setattr(module, "sharding", where)
     return machine
 
@@ -55,6 +61,7 @@ def machine(monkeypatch):
 def test_rows_take_turns(machine):
     rows = {"teacher": machine.row("teacher", 40.0), "student": machine.row("student", 4.0)}
     frames, seconds = draw_in_turns(machine, rows, ["a", "bb", "ccc"], batch=2, seed=0, rounds=2)
+    assert machine.placed == [0.5]  # once, of the rows that share them
     assert machine.compiled == 2 and machine.turns == ["teacher", "student"] * 4  # 2 batches twice
     assert seconds["student"]["diffusion"] == [200, 20, 2, 2]  # per video; others were busy in the second batch
     assert seconds["teacher"]["diffusion"] == [2000, 200, 20, 20]

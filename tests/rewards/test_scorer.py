@@ -1,10 +1,14 @@
 """The host's side of rewards, driven step by step without any training: scorer, replay and monitor together."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
 
+from dollar_jax import sharding
 from dollar_jax.distillation import RewardSamples
+from dollar_jax.program import Program
 from dollar_jax.rewards import JaxReward, Reward
 from dollar_jax.rewards.pixels import pixel_rewards
 from dollar_jax.rewards.scorer import Scorer
@@ -112,11 +116,16 @@ def steps(make_config):
     return make
 
 
-def test_captions_and_text_are_those_of_the_rows_that_were_scored(steps):
-    """The last of two micro-batches takes every second row, of which every second one is scored."""
-    run = steps()
+@pytest.mark.parametrize("cores", [1, 2])
+def test_captions_and_text_are_those_of_the_rows_that_were_scored(steps, monkeypatch, cores):
+    """The last of two micro-batches takes every second row, of which every second one is scored; where cores are spare,
+    they are decoded in another thread, for the next step not to wait."""
+    monkeypatch.setattr(sharding, "cores", lambda devices: cores)
+    run, threads, call = steps(), [], Program.__call__
+    monkeypatch.setattr(Program, "__call__", lambda p, *x: threads.append(threading.current_thread()) or call(p, *x))
     values, expected = run.submit(4)
     run.scorer.collect()
+    assert [thread is threading.main_thread() for thread in threads] == [cores == 1]  # once, for both rewards
     for name in ("host", "kept"):
         ((frames, prompts),) = run.seen[name]
         np.testing.assert_allclose(frames, 0.5 * values.ravel())
@@ -211,6 +220,17 @@ def test_a_latent_with_one_reward_missing_is_not_learned_from(steps):
     run.scorer.collect()
     drawn = {v for s in range(40) for v in inputs(run.scorer, s, run.captions(1))[0]["latent"].ravel()}
     assert drawn == set(values[1:].ravel())
+
+
+def test_a_latent_that_is_not_finite_is_not_learned_from_whatever_a_reward_says_of_it(steps):
+    run = steps()
+    latent = np.ones((SAMPLES, 2, *LATENT))
+    latent[1, 0, 0, 0, 0, 2] = np.inf
+    run.submit(4, latent=latent)
+    run.scorer.collect()
+    assert np.isfinite([frames for frames, _ in run.seen["host"]]).all()  # zeros were decoded in its place
+    rows = run.scorer.state["replay_" + "x".join(map(str, LATENT))]
+    assert rows["added"] == 5 and np.isfinite(rows["latent"]).all()
 
 
 def test_a_rollout_is_reinforced_once(steps):
