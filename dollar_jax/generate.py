@@ -382,8 +382,7 @@ def make_generator(
 
 
 def as_configured(pipeline: Pipeline, c: DistillConfig) -> Pipeline:
-    """The pipeline with config.data.given_frames, expert, and sampling.shift, warned of, and .vae; ValueError if it
-    cannot."""
+    """The pipeline with config.data.given_frames, .expert, sampling.shift, warned of, and .vae; or ValueError."""
     if c.data.given_frames and pipeline.family.image_pipeline is None:
         raise ValueError(f"the teacher {c.teacher} takes no image as config.data.given_frames asks: only TI2V does")
     schedule, shift = pipeline.schedule, c.sampling.shift or pipeline.schedule.shift

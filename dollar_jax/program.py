@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,18 @@ _ON_TPU: dict[str, Any] = dict.fromkeys(
 _ON_TPU["xla_jf_spmd_threshold_for_windowed_einsum_mib"] = 1_000_000
 
 
+class _Once:
+    """What is made once, while who asks for it waits. (Python 3.11's `cached_property` has one lock for all.)"""
+
+    def __init__(self) -> None:
+        self.lock, self.value = threading.Lock(), None
+
+    def get(self, make: Callable[[], Any]) -> Any:
+        with self.lock:
+            self.value = make() if self.value is None else self.value
+            return self.value
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """A pure function, and the shapes (trees of `jax.ShapeDtypeStruct`) and places of its arguments. A call with other
@@ -47,6 +60,8 @@ class Program:
     out_shardings: Any = None
     donate: tuple[int, ...] = ()
     share: float = 1.0
+    _traced: _Once = dataclasses.field(default_factory=_Once, init=False)
+    _compiled: _Once = dataclasses.field(default_factory=_Once, init=False)
 
     @functools.cached_property
     def jitted(self) -> Any:
@@ -67,24 +82,26 @@ class Program:
         return jax.jit(named, donate_argnums=self.donate, **{k: v for k, v in given.items() if v})
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.jitted(*arguments)
+        with self._compiled.lock:  # what another thread compiles is waited for, and not compiled twice
+            jitted = self.jitted
+        return jitted(*arguments)
 
     def place(self, *arguments: Any) -> tuple[Any, ...]:
         """The arguments where they belong; what is there already stays."""
         return sharding.put(arguments, self.in_shardings) if self.in_shardings else arguments
 
     def trace(self) -> Any:
-        """`jax.stages.Traced` for the declared arguments, where they belong: a call takes what is compiled from it."""
-        arguments = self.arguments
-        if self.in_shardings:
-            where = jax.tree.broadcast(self.in_shardings, arguments)
-            arguments = jax.tree.map(lambda x, place: x.update(sharding=place), arguments, where)
-        return self.jitted.trace(*arguments)
+        """`jax.stages.Traced` for the declared arguments in their places, made once; a call takes what it makes."""
 
-    @functools.cached_property
-    def _compiled(self) -> Any:
-        return self.trace().lower().compile()
+        def made() -> Any:
+            arguments = self.arguments
+            if self.in_shardings:
+                where = jax.tree.broadcast(self.in_shardings, arguments)
+                arguments = jax.tree.map(lambda x, place: x.update(sharding=place), arguments, where)
+            return self.jitted.trace(*arguments)
+
+        return self._traced.get(made)
 
     def compile(self) -> Any:
         """`jax.stages.Compiled` for the declared arguments, made once."""
-        return self._compiled
+        return self._compiled.get(lambda: self.trace().lower().compile())

@@ -45,6 +45,11 @@ class TrainPrograms:
     frozen_sharding: Frozen
     batch_sharding: Batch
 
+    def scored(self) -> jax.ShapeDtypeStruct:
+        """The latents that a step gives to be scored, with their place."""
+        latent = self.step.trace().out_info[2].latent
+        return jax.ShapeDtypeStruct(latent.shape, latent.dtype, sharding=self.step.out_shardings[2])
+
 
 def teacher_programs(
     config: DistillConfig, generator: Generator, pixels: PixelRewards | None, devices: Any = None, real: bool = True
@@ -153,10 +158,7 @@ def run_programs(config: DistillConfig, generator: Generator, programs: TrainPro
     """All that `train` executes on the devices from the first step to the last, by shapes."""
     found = [generator.text_program(1, generator.own_mesh), programs.init, programs.step]
     if not all(isinstance(reward, JaxReward) for reward in rewards):
-        decoder = generator.pipeline.vae.network.shapes
-        latent, where = programs.step.trace().out_info[2].latent, programs.step.out_shardings[2]
-        latent = jax.ShapeDtypeStruct(latent.shape, latent.dtype, sharding=where)
-        found.append(decode_program(generator.frames, decoder, latent))
+        found.append(decode_program(generator.frames, generator.pipeline.vae.network.shapes, programs.scored()))
     if config.visibility.samples_every:
         found += [] if programs.merge is None else [programs.merge]
         found += sample_programs(config, generator)

@@ -1,11 +1,10 @@
 """`dollar train`: the host's loop around the one compiled step. While it runs, host rewards score the last step's
 latents; they are taken in before a checkpoint, so that a resumed run repeats an uninterrupted one to the bit."""
 
-import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def train(
     with (
         owned(workdir) as still_owned,
         Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints) as checkpoints,
-        _compiler() as compiler,
+        _Compiler(2) as compiler,
     ):
         resumed, compiled, drawing = bool(checkpoints.latest()), None, []
         compile_step = functools.partial(compiler.submit, programs.step.compile)
@@ -88,7 +87,7 @@ def train(
         skips = Skips(config, workdir, first)
         logger = make_sample_logger(config, workdir, generator, frozen.teacher, decoder, data.some_captions, rewards)
         if compiled and scorer is not None and scorer.hosts:
-            compiler.submit(lambda: scorer.program(programs.step.compile().out_info[2].latent).compile())
+            compiler.submit(lambda: scorer.program(programs.scored()).compile())
         if compiled and any(map(logger.due, range(first + 1, config.steps + 1))):  # on a TPU it takes minutes
             drawing = [compiler.submit(program.compile) for program in sample_programs(config, generator)]
         flops = functools.partial(step_flops, config, generator, pixels, data.has_latents)
@@ -157,14 +156,11 @@ def train(
     return state
 
 
-@contextlib.contextmanager
-def _compiler() -> Iterator[ThreadPoolExecutor]:
-    """A thread that compiles beside other work, one program after another; what it has not begun at the end is left."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+class _Compiler(ThreadPoolExecutor):
+    """Threads that compile beside other work; what they have not begun at the end is left."""
+
+    def __exit__(self, *_: Any) -> None:
+        self.shutdown(wait=False, cancel_futures=True)
 
 
 def _begin(config: DistillConfig, programs: TrainPrograms, teacher: Params) -> TrainState:

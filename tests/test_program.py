@@ -1,7 +1,9 @@
 """A declared program: compiled as declared, told apart by its name, and known to have run."""
 
 import dataclasses
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,23 @@ def test_the_compiled_module_is_what_is_called_and_bears_its_name(program):
     lowered = program.trace().lower()
     assert "module @jit_add" in lowered.as_text()
     assert lowered.compile().input_shardings[0][0].spec == P(("data", "fsdp"))
+
+
+def test_a_program_is_compiled_once_and_two_at_the_same_time(program):
+    """Each waits for the other to be traced, as only two threads can; who asks while it is compiled waits for it."""
+    traced, met = [], threading.Barrier(2, timeout=60)
+
+    def function(x, y):
+        traced.append(x)
+        met.wait()
+        return x + y
+
+    one, other = (dataclasses.replace(program, function=function, out_shardings=None, donate=()) for _ in range(2))
+    with ThreadPoolExecutor(4) as pool:
+        first, again, _, _ = pool.map(Program.compile, [one, one, other, other])
+    assert first is again and len(traced) == 2
+    one(*one.place(np.ones((8, 3), np.float32), np.float32(2)))
+    assert len(traced) == 2
 
 
 @pytest.mark.parametrize("whole", [False, True])

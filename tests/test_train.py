@@ -288,7 +288,7 @@ def test_the_loop_goes_from_first_to_last_step_on_a_tpu(generator, data, config,
 
 
 def test_other_programs_are_compiled_beside_the_steps(train, config, tmp_path, monkeypatch):
-    """In a thread of its own, after the step: for the rewards, and for samples where some are due."""
+    """In threads of their own, the step first: for the rewards, and for samples where some are due."""
     compiled, compile_program = [], Program.compile
 
     def noted(program):

@@ -49,8 +49,7 @@ class EncodedVideos:
     def batches(self, config: DistillConfig, rows: np.ndarray | None = None, sharding: Any = None) -> Any:
         """Shuffled batches without end, of each only `rows` if given; ValueError for fewer videos than a batch. The
         position that is checkpointed counts whole batches, so that a run may go on with other processes. A batch maps
-        to `latent`, `text`, `caption` and `name`, as a message calls a row; with shardings also placed, as "on_device".
-        """
+        to `latent`, `text`, `caption` and `name`, as a message calls a row; with shardings also placed, "on_device"."""
         if len(self) < config.batch_size:
             raise ValueError(f"there are {len(self)} training videos, fewer than config.batch_size {config.batch_size}")
         rows = np.arange(config.batch_size) if rows is None else rows

@@ -34,8 +34,7 @@ SHOWN = 8  # prompts whose videos are on the page
 class Evaluation:
     """Samples and measures the run in `workdir`; writes `out`, and beside it the page and videos of `outputs`. With a
     network's `features` also the diversity and the Fréchet distance they tell of. A run's rewards that are code of its
-    own are left out, and named, unless `allow_code`: a run folder may come from anybody. Raises ValueError when `out`
-    does not end in .json."""
+    own are left out, and named, unless `allow_code`: a run may come from anybody. ValueError for no .json `out`."""
 
     workdir: Path
     generator: Generator

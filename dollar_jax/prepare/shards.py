@@ -53,8 +53,7 @@ def load_generator(settings: PrepareSettings, config: DistillConfig | None = Non
 def prepare_programs(
     generator: Generator, clip: tuple[int, int, int], batch: int, sampling: SamplingConfig | None = None
 ) -> list[Program]:
-    """What a job executes on its host's devices, `batch` clips at a time, encoded or drawn by the teacher; a generator
-    on those devices."""
+    """What a job executes on its host's devices, a generator's, for `batch` clips, encoded or drawn by the teacher."""
     shape, mesh = (batch, *clip, 3), generator.mesh
     found = [generator.text_program(batch, mesh)]
     if sampling:
