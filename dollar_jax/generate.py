@@ -307,6 +307,7 @@ class Generator:
         """What the VAE's program makes of videos, in NumPy; in parts beside each other on a CPU of several cores."""
         parts = math.gcd(sharding.cores(self.own_mesh.devices.flat), len(videos))
         made = program((len(videos) // parts, *videos.shape[1:]), self.own_mesh)
+        made.compile()
         params = sharding.put(self.pipeline.vae.params, made.in_shardings[0])
 
         def run(part: Any) -> Any:
@@ -314,7 +315,6 @@ class Generator:
 
         if parts == 1:
             return run(videos)
-        made.compile()
         with ThreadPoolExecutor(parts) as pool:
             return jax.tree.map(lambda *x: np.concatenate(x), *pool.map(run, np.split(np.asarray(videos), parts)))
 
