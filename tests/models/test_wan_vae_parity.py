@@ -245,6 +245,15 @@ def test_fresh_convolutions_in_time_repeat_the_present():
     assert np.std(out["random"]) > 0.1
 
 
+def test_a_wide_convolution_is_summed_from_its_bias_on():
+    """Tap by tap: with the bias at the end, Wan 2.2's decoder for rewards did not fit beside the state on a v6e."""
+    network = make_network(lambda rngs: CausalConv3d(32, 4, (3, 3, 3), WanVAEConfig(), rngs))
+    x = jax.ShapeDtypeStruct((1, 4, 4, 4, 32), jnp.float32)
+    traced = jax.make_jaxpr(functools.partial(network.apply, method="inside"))(network.shapes, x)
+    added = [[v.aval.size for v in e.invars] for e in traced.jaxpr.eqns if e.primitive.name == "add"]
+    assert added == [[4, 128], [128, 128], [128, 128]]
+
+
 @pytest.mark.parametrize("size", [(4, 16, 24), (16, 16, 24), (17, 12, 24), (17, 16, 25)])
 def test_clips_that_do_not_divide_are_refused(size):
     with pytest.raises(ValueError, match="×".join(map(str, size)) + ".* multiples of 8"):
