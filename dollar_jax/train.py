@@ -89,7 +89,8 @@ def train(
         if compiled and scorer is not None and scorer.hosts:
             compiler.submit(lambda: scorer.program(programs.scored()).compile())
         if compiled and any(map(logger.due, range(first + 1, config.steps + 1))):  # on a TPU it takes minutes
-            drawing = [compiler.submit(program.compile) for program in sample_programs(config, generator)]
+            found = sample_programs(config, generator)  # after the step, for which all wait
+            drawing = [compiler.submit(lambda p=p, step=compiled: wait([step]) and p.compile()) for p in found]
         flops = functools.partial(step_flops, config, generator, pixels, data.has_latents)
         throughput = make_throughput(config, programs.mesh, flops)
         record_config(asked, workdir, resumed)
