@@ -84,7 +84,7 @@ class FakeLab:
 def run(monkeypatch, get_config):
     """`reproduce` with made-up cells, and what it has run."""
     monkeypatch.setattr(module, "Lab", FakeLab)
-    monkeypatch.setattr(module, "make_generator", lambda config: None)
+    monkeypatch.setattr(module, "make_generator", lambda config, **more: None)
     monkeypatch.setattr(FakeLab, "ran", [])
     experiment = functools.partial(experiment_of, get_config)
     return functools.partial(reproduce, experiment), FakeLab.ran
@@ -210,7 +210,7 @@ def test_two_methods_are_trained_and_measured(toy_generator, make_config, monkey
     latent = np.random.default_rng(0).normal(size=(24, *toy_generator.latent_shape)).astype(np.float32)
     data = EncodedVideos(latent, toy_generator.text(captions), captions)
     some = shapes.covering_captions()[:4]
-    monkeypatch.setattr(module, "make_generator", lambda config: toy_generator)
+    monkeypatch.setattr(module, "make_generator", lambda config, **more: toy_generator)
     monkeypatch.setattr(module, "load_data", lambda *_: data)
     monkeypatch.setattr(module, "default_plan", lambda seed, quick: SamplePlan(some, some[:2], 2, 8, seed))
     monkeypatch.setattr(module, "METHODS", METHODS[:1] + METHODS[-1:])
