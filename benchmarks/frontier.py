@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from dollar_jax.cli.base import prepare_jax
@@ -147,7 +146,7 @@ def speed(generator: Generator, rounds: int) -> str:
     """How many times the teacher's diffusion takes one step's of a student of so many of its blocks, drawn in turns."""
     rows = {"teacher_50": samplers(generator, None, ())["teacher_50"]}
     for count in (4, 3, 2, 1):
-        params = jax.device_put(keep_blocks(generator.pipeline.params, count))
+        params = keep_blocks(generator.pipeline.params, count)
         rows[f"student_{count}"] = BoundSampler(generator.student_sampler((1000.0,)), params, 1)
     _, seconds = draw_in_turns(generator, rows, default_plan(0).prompts[:24], 24, 0, rounds)
     medians = {name: {"diffusion_seconds": np.median(times["diffusion"])} for name, times in seconds.items()}

@@ -123,10 +123,7 @@ def main() -> None:
         video, size = reading(args.clips, args.batches, Path(name))
     own, real = beside.pop("step"), 1e3 * args.step
     real_config = load("wan_1_3b")
-    every, often = (
-        real_config.checkpoint_every,
-        {"a save": real_config.checkpoint_every, "logging": real_config.log_every},
-    )
+    often = {"a save": real_config.checkpoint_every, "logging": real_config.log_every}
     print("| | ms | of the demo's step, % | of the planned step, % |\n|---|---:|---:|---:|")
     for what, spent in beside.items():
         shown = "" if what in often else f"{100 * spent / own:.2f}"
@@ -134,11 +131,12 @@ def main() -> None:
         print(f"| {name} | {spent:.2f} | {shown} | {100 * spent / often.get(what, 1) / real:.4f} |")
     host = 1e3 * video * args.videos
     print(f"| {args.videos} videos of {size:.1f} MiB, read ahead | {host:.0f} | | {100 * host / real:.2f} |")
-    least = args.state * args.chips / (0.02 * every * args.step)
+    state, every = args.state * args.chips, often["a save"]
+    least = 1024 * state / (0.02 * every * args.step)
     print(
         f"\nThe demo's step: {own:.0f} ms. Saves every {every} planned steps take 2 % of the time when a host's", end=""
     )
-    print(f" {args.state * args.chips:.1f} GiB leave its chips at {1024 * least:.0f} MiB/s, and less when faster.")
+    print(f" {state:.1f} GiB leave its chips at {least:.0f} MiB/s, and less when faster.")
 
 
 if __name__ == "__main__":
