@@ -101,7 +101,8 @@ _GRID_Y = _GRID_X[:, None]
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Anti-aliased mask [..., SIZE, SIZE] in [0, 1] of the shape centred at pixel (x, y), arrays [...]."""
     x, y, radius = (np.asarray(a, np.float32)[..., None, None] for a in (x, y, radius))
-    return np.clip(0.5 - signed_distance(shape, _GRID_X - x, _GRID_Y - y, radius), 0, 1)
+    inside = 0.5 - signed_distance(shape, _GRID_X - x, _GRID_Y - y, radius)
+    return np.clip(inside, 0, 1, out=inside)
 
 
 def render(caption: Caption, rng: np.random.Generator) -> np.ndarray:
@@ -210,20 +211,21 @@ def _fit(shape: str, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     x = (mask * _GRID_X).sum((1, 2)) / area
     y = (mask * _GRID_Y).sum((1, 2)) / area
     radius = np.maximum(np.sqrt(area / np.pi), 1.0)
-    best = np.zeros(len(mask), np.float32)
     # The moments are off where the object leaves the frame: search around them, ever finer.
     for reach in (1.0, 0.4):
-        offsets = np.array(list(itertools.product((-1, 0, 1), repeat=3)), np.float32) * reach
-        xs, ys = x[:, None] + offsets[:, 0], y[:, None] + offsets[:, 1]
-        radii = np.maximum(radius[:, None] + 0.7 * offsets[:, 2], 0.5)
-        ideal = coverage(shape, xs, ys, radii)  # [t, candidates, h, w]
+        offsets = np.array((-1, 0, 1), np.float32) * reach
+        xs, ys = x[:, None] + offsets, y[:, None] + offsets
+        radii = np.maximum(radius[:, None] + 0.7 * offsets, 0.5)
+        # Distances are of 9 centres, for all radii; [t, x, y, radius, h, w]
+        ideal = coverage(shape, xs[:, :, None, None], ys[:, None, :, None], radii[:, None, None])
         # min(a, b) = (a + b - |a - b|) / 2, and likewise max: the soft intersection and union.
-        total = ideal.sum((2, 3)) + area[:, None]
-        ideal -= mask[:, None]
-        apart = np.abs(ideal, out=ideal).sum((2, 3))
-        overlap = (total - apart) / (total + apart)
-        pick = overlap.argmax(1)[:, None]
-        x, y, radius, best = (np.take_along_axis(a, pick, 1)[:, 0] for a in (xs, ys, radii, overlap))
+        total = ideal.sum((-2, -1)) + area[:, None, None, None]
+        ideal -= mask[:, None, None, None]
+        apart = np.abs(ideal, out=ideal).sum((-2, -1))
+        overlap = ((total - apart) / (total + apart)).reshape(len(mask), -1)
+        best = overlap.max(1)
+        picks = np.unravel_index(overlap.argmax(1), (3, 3, 3))
+        x, y, radius = (a[np.arange(len(a)), pick] for a, pick in zip((xs, ys, radii), picks, strict=True))
     return x, y, radius, best
 
 
