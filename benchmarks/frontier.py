@@ -46,6 +46,7 @@ FASTVIDEO = BACKWARD | {"fake_score.updates": 5, "student.ema_start": 50}
 RCM = BACKWARD | GRID | {"consistency.skip": 1, "consistency.weight": 1.0, "vsd.weight": 0.01, "fake_score.updates": 4}
 FAST = {"student.optimiser.learning_rate": 1.2e-3, "fake_score.optimiser.learning_rate": 2.4e-3}
 MUON = {"student.optimiser.name": "muon"}
+SHORT = {"steps": 120, "fake_score.samples": "student", "student.optimiser.learning_rate": 7e-4}
 LONG = {"student.layers": 2, "batch_size": 16, "student.optimiser.learning_rate": 2e-3}
 # Name: the losses, what is changed of the demo, and what the table calls it.
 SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -78,8 +79,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "batch_32_muon": (
         "vsd+cd",
-        OWN | MUON | {"steps": 120, "fake_score.samples": "student", "student.optimiser.learning_rate": 7e-4},
-        "the same, 120 updates by Muon: the demo's own",
+        OWN | MUON | SHORT,
+        "the same, 120 updates by Muon",
+    ),
+    "batch_32_one": (
+        "vsd+cd",
+        OWN | MUON | SHORT | {"fake_score.updates": 1},
+        "the same, one fake-score update for two: the demo's own",
     ),
     "batch_32_quarter": ("vsd+cd", DEMO | {"vsd.guidance_weight": 0.25}, "the same, `vsd.guidance_weight=0.25`"),
     "layers_4": ("vsd+cd", OWN | {"student.layers": 4}, "200 updates of 32 by Adam, `student.layers=4`"),

@@ -121,7 +121,7 @@ def get_config(losses: str = "vsd+cd+lrm") -> ConfigDict:
         # Less than the teacher's guidance: see above.
         "vsd": {"guidance_weight": 0.3, "score_range": (0.02, 0.98), "score_shift": 3.0},
         "consistency": {"times": "student", "skip": 3, "guidance_weight": 1.0, "distance": "mse", "boundary": "none"},
-        "fake_score": {"updates": 2, "samples": "student", "optimiser": {**adam, "learning_rate": 6e-4}},
+        "fake_score": {"updates": 1, "samples": "student", "optimiser": {**adam, "learning_rate": 6e-4}},
         "reward": {
             "rewards": ({"name": "vivid"},),
             "weight": 0.04,

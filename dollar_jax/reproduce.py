@@ -30,7 +30,7 @@ ROUNDS = 5  # of timing
 SHOWN = 4  # prompts whose videos are on the page
 # The demo's training as most tables of docs/ were measured: by Adam, longer, and all samples new, as in Algorithm 29.
 WITH_ADAM: dict[str, Any] = {"steps": 200, "fake_score.samples": "fresh", "reward.start_step": 40}
-WITH_ADAM |= {"student.optimiser.name": "adamw", "student.optimiser.learning_rate": 3e-4}
+WITH_ADAM |= {"fake_score.updates": 2, "student.optimiser.name": "adamw", "student.optimiser.learning_rate": 3e-4}
 Experiment = Callable[[str], DistillConfig]  # the losses of configs/demo.py → its settings
 
 
