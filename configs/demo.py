@@ -25,9 +25,10 @@ What was learnt on the way to these values, on two CPU cores:
 * VSD with the teacher's own guidance, w = 1, makes the colours 1.5 times as vivid as the teacher's (0.55 against
   0.37, Fréchet distance 2.1 against 0.8) without any reward; with w = 0.3 they are 0.32 (0.8): docs/recipe.md.
 * Of the student 120 updates by Muon, its fake score learning from its own samples, are as good as 160 by Adam, and
-  those as 200 with new samples for the fake score, by three seeds. The latent reward then needs a weight of 0.04 for
-  0.03: 4 steps have a reward of 0.675, 0.536 and 0.564 for Adam's 0.635, 0.528 and 0.557 (0.642, 0.479 and 0.516 at
-  0.03; a sixth more updates do not change that), at the same alignment and variety."""
+  those as 200 with new samples for the fake score, by three seeds; and one update of the fake score does for two.
+  The latent reward then needs a weight of 0.04 for 0.03: 4 steps have a reward of 0.695, 0.533 and 0.548 for Adam's
+  0.635, 0.528 and 0.557 (0.642, 0.479 and 0.516 at 0.03 and two updates of the fake score; a sixth more updates do not
+  change that), at the same alignment and variety."""
 
 from ml_collections import ConfigDict
 
