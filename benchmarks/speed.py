@@ -90,7 +90,7 @@ def cases(name: str, threads: int, wanted: set[str], rivals: set[str]) -> Iterat
     import torch
     import transformers
 
-    from dollar_jax import sampling, schedule
+    from dollar_jax import sampling, schedule, sharding
     from dollar_jax.config import changed
     from dollar_jax.data import shapes
     from dollar_jax.experiment import load
@@ -194,9 +194,8 @@ def cases(name: str, threads: int, wanted: set[str], rivals: set[str]) -> Iterat
         factor = vae.config["scale_factor_spatial"]
         clip = 1 + 4 * (size.latent[0] - 1), factor * size.latent[1], factor * size.latent[2]
         config = WAN_VAE.read(dict(vae.config))
-        part = dataclasses.replace(
-            generator.pipeline.vae, network=network, config=config, params=jax.device_put(params)
-        )
+        placed = sharding.put(params, sharding.replicated(generator.own_mesh))  # once, as of the commands
+        part = dataclasses.replace(generator.pipeline.vae, network=network, config=config, params=placed)
         pipeline = dataclasses.replace(generator.pipeline, vae=part)
         generator = dataclasses.replace(generator, pipeline=pipeline, clip=clip)
         latent = rng.normal(size=x.shape).astype(np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,8 @@ from dollar_jax.weights.pipeline import Pipeline, load_component, load_pipeline,
 PIXELS_AT_ONCE = 2**21  # of the videos drawn together
 SHOWN_PIXELS = 2**22  # of a frame with all samples of a step
 DATA_PROMPTS = 3  # of a run whose configuration names none to sample
+# Kept, for a new thread takes over the heap of one that ended, in which a compiler may have left no room in one piece.
+beside = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="beside")
 SHIPPED_TEACHERS = {"moving_shapes": Path(__file__).parent / "assets" / "moving_shapes"}
 
 
@@ -315,8 +318,7 @@ class Generator:
 
         if parts == 1:
             return run(videos)
-        with ThreadPoolExecutor(parts) as pool:
-            return jax.tree.map(lambda *x: np.concatenate(x), *pool.map(run, np.split(np.asarray(videos), parts)))
+        return jax.tree.map(lambda *x: np.concatenate(x), *beside.map(run, np.split(np.asarray(videos), parts)))
 
     def _vae_program(self, name: str, function: Any, videos: Any, mesh: Mesh, shapes: Any = None) -> Program:
         rows, shapes = sharding.row_sharding(mesh, videos.shape[0]), shapes or self.pipeline.vae.network.shapes

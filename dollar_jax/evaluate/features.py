@@ -3,7 +3,6 @@ which is always at hand, and AlexNet with given weights (torchvision's names), o
 
 import functools
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from dollar_jax import sharding
-from dollar_jax.generate import Generator
+from dollar_jax.generate import Generator, beside
 from dollar_jax.program import Program
 from dollar_jax.video import unit_range
 from dollar_jax.weights.safetensors_io import read_tensors
@@ -36,10 +35,9 @@ def vae_features(generator: Generator) -> Features:
         generator.pipeline.vae.config.latent_shape(*videos.shape[1:4])  # raises where they do not fit
         axes = (1, 2, 3)
         # One at a time is one compilation whatever the number of videos.
-        with ThreadPoolExecutor(sharding.cores(generator.own_mesh.devices.flat)) as pool:
-            latents = pool.map(generator.encode, videos[:, None])
-            parts = [np.concatenate([x.mean(axes), x.std(axes), _change(x).mean(axes)], -1) for x in latents]
-        return np.concatenate(parts)
+        run = map if sharding.cores(generator.own_mesh.devices.flat) == 1 else beside.map
+        latents = run(generator.encode, videos[:, None])
+        return np.concatenate([np.concatenate([x.mean(axes), x.std(axes), _change(x).mean(axes)], -1) for x in latents])
 
     return Features("the teacher's VAE encoder", vectors)
 
