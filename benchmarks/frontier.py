@@ -77,11 +77,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
         OWN | {"steps": 160, "fake_score.samples": "student"},
         "the same, and 160 updates, `fake_score.samples=student`",
     ),
-    "batch_32_muon": (
-        "vsd+cd",
-        OWN | MUON | SHORT,
-        "the same, 120 updates by Muon",
-    ),
+    "batch_32_muon": ("vsd+cd", OWN | MUON | SHORT, "the same, 120 updates by Muon"),
     "batch_32_one": (
         "vsd+cd",
         OWN | MUON | SHORT | {"fake_score.updates": 1},

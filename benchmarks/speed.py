@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -588,7 +589,7 @@ def child(args: argparse.Namespace) -> None:
     from dollar_jax.cli.base import prepare_jax
 
     if not args.default_memory:
-        prepare_jax()  # as the commands have it; PyTorch's buffers are kept too
+        prepare_jax(one_heap=args.sizes not in (["demo"], ["tiny"]))  # as of the commands; PyTorch's are kept too
     clock = time.process_time if args.cpu else time.perf_counter
     failed = False
     for name in args.sizes:
@@ -630,7 +631,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[name for name in SIZES if name != "tiny"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=RIVALS)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="a process with as many cores for each")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="a process of so many cores per size")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of each row, at most")
     parser.add_argument(
         "--seconds", type=float, default=20, help="after which a row ends, though not before two rounds"
@@ -643,14 +644,14 @@ def main() -> None:
     if args.child:
         return child(args)
     begun, rows, failed = time.perf_counter(), [], False
-    lists = {"--sizes": args.sizes, "--cases": args.cases, "--rivals": args.rivals}
+    lists = {"--cases": args.cases, "--rivals": args.rivals}
     how = [word for flag, values in lists.items() for word in (flag, *values)]
     how += ["--repeats", str(args.repeats), "--seconds", str(args.seconds), "--child", *["--cpu"] * args.cpu]
     how += ["--default_memory"] * args.default_memory
-    for threads in args.threads:
+    for threads, size in itertools.product(args.threads, args.sizes):
         with tempfile.TemporaryDirectory() as folder:
             env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_CACHE_DIR": folder}
-            command = [sys.executable, __file__, *how, "--threads", str(threads)]
+            command = [sys.executable, __file__, *how, "--threads", str(threads), "--sizes", size]
             cores = sorted(os.sched_getaffinity(0))[:threads]
             with subprocess.Popen(
                 command,

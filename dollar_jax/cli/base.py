@@ -130,17 +130,17 @@ def given_config() -> DistillConfig:
     return distill_config(FLAGS.config)
 
 
-def prepare_jax() -> None:
-    """The compile cache, so that a second run starts at once. Without an accelerator glibc keeps what is freed, for to
-    have a buffer's pages cleared at each call is a fifth of a gradient's time on a CPU; but not in one heap for all
-    threads: in what compilers leave of it every call looks long for room (a step of the demo 0.5 s for 0.37)."""
+def prepare_jax(one_heap: bool = False) -> None:
+    """The compile cache, so that a second run starts at once. Without an accelerator glibc keeps what is freed, whose
+    pages need not be cleared again; of threads only up to 64 MiB at once, unless they share `one_heap`: a third off
+    networks with larger buffers, but where small ones run every request then looks for room in what compilers left."""
     import jax
 
     from dollar_jax.distributed import share_cpu
 
     if not any(map(glob.glob, ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*"))):
-        with contextlib.suppress(OSError, AttributeError):  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-            for option in ((-4, 0), (-1, 2**31 - 1)):
+        with contextlib.suppress(OSError, AttributeError):  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of malloc.h
+            for option in [(-4, 0), (-1, 2**31 - 1), (-8, 1)][: 2 + one_heap]:
                 ctypes.CDLL("libc.so.6").mallopt(*option)
     devices: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     if devices > 1:

@@ -24,12 +24,12 @@ def run() -> None:
     from dollar_jax.data.clip import MOVING_SHAPES
     from dollar_jax.data.latents import load_data
     from dollar_jax.files import open_regular
-    from dollar_jax.generate import make_generator
+    from dollar_jax.generate import SHIPPED_TEACHERS, make_generator
     from dollar_jax.sharding import make_mesh
     from dollar_jax.train import train
 
-    prepare_jax()
     config, workdir = given_config(), Path(FLAGS.workdir)
+    prepare_jax(one_heap=config.teacher not in SHIPPED_TEACHERS)
     if FLAGS.profile:
         config = changed(config, {"visibility.profile_steps": 3})
     replay = None if FLAGS.replay_batch is None else Path(FLAGS.replay_batch)

@@ -101,8 +101,7 @@ _GRID_Y = _GRID_X[:, None]
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Anti-aliased mask [..., SIZE, SIZE] in [0, 1] of the shape centred at pixel (x, y), arrays [...]."""
     x, y, radius = (np.asarray(a, np.float32)[..., None, None] for a in (x, y, radius))
-    inside = 0.5 - signed_distance(shape, _GRID_X - x, _GRID_Y - y, radius)
-    return np.clip(inside, 0, 1, out=inside)
+    return np.clip(0.5 - signed_distance(shape, _GRID_X - x, _GRID_Y - y, radius), 0, 1)
 
 
 def render(caption: Caption, rng: np.random.Generator) -> np.ndarray:
@@ -216,8 +215,7 @@ def _fit(shape: str, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
         offsets = np.array((-1, 0, 1), np.float32) * reach
         xs, ys = x[:, None] + offsets, y[:, None] + offsets
         radii = np.maximum(radius[:, None] + 0.7 * offsets, 0.5)
-        # Distances are of 9 centres, for all radii; [t, x, y, radius, h, w]
-        ideal = coverage(shape, xs[:, :, None, None], ys[:, None, :, None], radii[:, None, None])
+        ideal = coverage(shape, xs[:, :, None, None], ys[:, None, :, None], radii[:, None, None])  # [t x y r h w]
         # min(a, b) = (a + b - |a - b|) / 2, and likewise max: the soft intersection and union.
         total = ideal.sum((-2, -1)) + area[:, None, None, None]
         ideal -= mask[:, None, None, None]
