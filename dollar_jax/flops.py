@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dollar_jax.models.attention import AGAIN
 from dollar_jax.models.embeddings import MOVED
 
 # Dense bf16 TFLOP/s per device, by JAX's name of the device, as its vendor states them; the TPUs' at
@@ -40,10 +41,10 @@ def count_flops(jaxpr: Any) -> float:
     """Twice the multiplications of a jaxpr's matrix products and convolutions. A scan's body counts by its length, of a
     condition the dearest branch, a while loop's body once, what is mapped over shards on every device, a Pallas kernel
     by its grid; of splash attention's backward kernels, not the products that the forward one has made, and none of
-    those in the scope `MOVED`."""
+    those in the scopes `MOVED` and `AGAIN`."""
     total = 0.0
     for eqn in jaxpr.eqns:
-        if MOVED in str(eqn.source_info.name_stack):
+        if any(scope in str(eqn.source_info.name_stack) for scope in (MOVED, AGAIN)):
             continue
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]

@@ -33,13 +33,14 @@ def test_flops_are_those_of_products_convolutions_and_loops():
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(256, 512), (2048, 1024)])
-def test_the_attention_kernel_counts_by_its_definition(queries, keys, monkeypatch):
-    """Two products forward; four backward, although its kernels make some of them again."""
+@pytest.mark.parametrize("implementation", ["splash", "xla"])
+def test_attention_counts_by_its_definition(queries, keys, implementation, monkeypatch):
+    """Two products forward; four backward, although some of them are made again."""
     monkeypatch.setattr(activation_sharding, "platform", lambda: "tpu")
     q, k = jnp.ones((2, queries, 3, 64)), jnp.ones((2, keys, 3, 64))
 
     def attend(q, k, v):
-        return attention(q, k, v, implementation="splash").sum()
+        return attention(q, k, v, implementation=implementation).sum()
 
     forward = 2 * 3 * 2 * (2 * queries * keys * 64)
     assert count_flops(jax.make_jaxpr(attend)(q, k, k).jaxpr) == forward

@@ -21,6 +21,8 @@ Kernel = Literal["splash", "cudnn", "xla"]
 ContextParallel = Literal["gather", "ulysses"]
 # A rematerialisation policy may keep these: attention's output, the dearest value to recompute, and what it is given.
 NAME, GIVEN = "attention", "qkv"
+# The scope of products that the backward pass makes for the second time, which are none of the model's.
+AGAIN = "made_again"
 
 
 def attention(
@@ -106,9 +108,55 @@ def _local(
     q, k, v = (checkpoint_name(x, GIVEN) for x in (q, k, v))
     if kind == "splash":
         return _splash(q, k, v, scale, length)
+    if kind == "xla" and bias is None and mask is None:
+        return _plain(q, k[:, :length], v[:, :length], scale)
     end = None if length == k.shape[1] else jnp.full(k.shape[:1], length, jnp.int32)
     out = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, key_value_seq_lengths=end, implementation=kind)
     return checkpoint_name(out, NAME)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _plain(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """By matrix products of whole scores. The backward pass has two passes over them, where XLA's own derivative of a
+    softmax has five: weights come back from scores and the logarithm of their sum (FlashAttention, arXiv 2205.14135)."""
+    return _plain_forward(q, k, v, scale)[0]
+
+
+def _plain_forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[Array, ...]]:
+    queries, keys, values = _by_head(q * scale, k, v)
+    scores = _product("bhnd,bhmd->bhnm", queries, keys)
+    most = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - most)
+    total = weights.sum(-1, keepdims=True)
+    out = _product("bhnm,bhmd->bhnd", weights.astype(v.dtype), values) / total
+    out, total = (checkpoint_name(x, NAME) for x in (out.swapaxes(1, 2).astype(v.dtype), most + jnp.log(total)))
+    return out, (q, k, v, out, total)
+
+
+def _plain_backward(scale: float, kept: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+    """Scores are keys by queries here: so two of the three products of them read their rows."""
+    q, k, v, out, total = kept
+    inner = (g.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2)[:, :, None]
+    q, k, v, g = _by_head(q * scale, k, v, g)
+    with jax.named_scope(AGAIN):
+        weights = jnp.exp(_product("bhmd,bhnd->bhmn", k, q) - total.swapaxes(2, 3))
+    scores = (weights * (_product("bhmd,bhnd->bhmn", v, g) - inner)).astype(q.dtype)
+    dq = _product("bhmd,bhmn->bhdn", k, scores).swapaxes(2, 3) * scale
+    dk, dv = (_product("bhmn,bhnd->bhmd", *x) for x in ((scores, q), (weights.astype(v.dtype), g)))
+    dq, dk, dv = (x.astype(q.dtype).swapaxes(1, 2) for x in (dq, dk, dv))
+    return dq, dk, dv
+
+
+def _by_head(*arrays: Array) -> tuple[Array, ...]:
+    """[b h n d] of [b n h d], in memory too: a product that moves its operands on a CPU does it number by number."""
+    return jax.lax.optimization_barrier(tuple(x.swapaxes(1, 2) for x in arrays))
+
+
+def _product(how: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(how, a, b, preferred_element_type=jnp.float32)
+
+
+_plain.defvjp(_plain_forward, _plain_backward)
 
 
 def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:

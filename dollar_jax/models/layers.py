@@ -250,8 +250,9 @@ def run_blocks(
 
     x = place(x)
     if remat != "none":
-        policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-        policies["attention"] = jax.checkpoint_policies.save_only_these_names(NAME)
+        policies = {"full": None, "attention": jax.checkpoint_policies.save_only_these_names(NAME)}
+        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policies["dots"] = jax.checkpoint_policies.save_from_both_policies(dots, policies["attention"])
         policies["qkv"] = jax.checkpoint_policies.save_only_these_names(NAME, GIVEN)
         # Inside a scan nothing can be merged across the checkpoint, so no barrier is needed.
         body = jax.checkpoint(body, policy=policies[remat], prevent_cse=not scan)

@@ -72,6 +72,17 @@ def test_the_tpu_kernel_gives_the_numbers_of_xla(n, m, length, dtype, tolerance)
         assert not np.asarray(ours[1][1])[:, length:].any(), "padding must get no gradient"
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
+def test_the_backward_pass_of_whole_scores_is_jax_nns_derivative(dtype, tolerance, monkeypatch):
+    """The values in fp32, whatever is given; and keys and queries of other numbers."""
+    x = draw(70, 90, dtype=dtype)
+    ours = jax.jit(value_and_gradients(implementation="xla"))(*x)
+    monkeypatch.setattr(module, "_plain", lambda q, k, v, scale: jax.nn.dot_product_attention(q, k, v, scale=scale))
+    theirs = jax.jit(value_and_gradients(implementation="xla"))(*(a.astype(jnp.float32) for a in x))
+    assert_close(ours, theirs, tolerance)
+    assert all(a.dtype == dtype for a in ours[1])
+
+
 def test_blocks_waste_little():
     assert (
         activation_sharding.block_size(7_680) == 768
