@@ -5,7 +5,7 @@ unknown the meaning says so, and the default is what systems that distil Wan use
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from dollar_jax.fields import REQUIRED, field, from_config, merged, plain, settings
 
@@ -439,27 +439,21 @@ class DistillConfig:
             raise ValueError(f"config.reward.samples {self.reward.samples} does not divide a micro-batch of {rows}")
 
 
-class Dropped(NamedTuple):
-    """A setting that is no more: since which version, what to use instead, and the value that all runs have now."""
-
-    version: str
-    instead: str
-    now: Any
-
-
-DROPPED = {"compute.offload": Dropped("0.2.0", "a larger mesh.fsdp, or compute.remat=full", ())}
-"""Settings of earlier versions by group.name."""
+# Settings that are no more, by group.name: since which version, what to use instead, and what all runs have now.
+DROPPED: dict[str, tuple[str, str, Any]] = {
+    "compute.offload": ("0.2.0", "a larger mesh.fsdp, or compute.remat=full", ())
+}
 
 
 def distill_config(fields: Any, past: bool = False) -> DistillConfig:
     """The configuration of a ConfigDict or mapping; ValueError naming what is wrong. In a run's config.json (`past`) of
     an earlier version, a dropped setting is passed over where the run had the value that all runs have now."""
-    for path, gone in DROPPED.items():
+    for path, (version, instead, now) in DROPPED.items():
         group, name = path.split(".")
         if group in fields and hasattr(fields[group], "items") and name in fields[group]:
             rest = dict(fields[group].items())
-            if not past or plain(rest.pop(name)) != plain(gone.now):
-                raise ValueError(f"config.{path} was dropped in version {gone.version}: {gone.instead}")
+            if not past or plain(rest.pop(name)) != plain(now):
+                raise ValueError(f"config.{path} was dropped in version {version}: {instead}")
             fields = {**fields, group: rest}
     return from_config(DistillConfig, fields)
 

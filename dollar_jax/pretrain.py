@@ -35,16 +35,9 @@ from dollar_jax.optim import muon
 from dollar_jax.program import Program
 from dollar_jax.schedule import Schedule, add_noise, generated, target, time_from_uniform
 from dollar_jax.video import grid, side_by_side, signed_range, to_uint8, unit_range, write_video
+from dollar_jax.weights import pipeline as pipelines
 from dollar_jax.weights.families import WAN, WAN_TI2V
-from dollar_jax.weights.pipeline import (
-    PROVENANCE,
-    Component,
-    Pipeline,
-    load_pipeline,
-    save_component,
-    save_pipeline,
-    tokenize,
-)
+from dollar_jax.weights.pipeline import Component, Pipeline
 from dollar_jax.weights.umt5 import UMT5
 from dollar_jax.weights.vae import WAN_VAE
 from dollar_jax.weights.wan import WAN_TRANSFORMER
@@ -66,8 +59,8 @@ def pretrain(config: PretrainConfig, workdir: Path) -> Path:
             raise ValueError(f"config.pretrain.vae_phases has {phase.frames} frames, the videos {shapes.FRAMES}")
     pipeline = train_teacher(config, train_vae(config, workdir / "vae"), workdir / "teacher_training")
     folder = workdir / "teacher"
-    save_pipeline(folder, pipeline, dtype=config.dtype)
-    write_provenance(config, measure(config, load_pipeline(folder)), folder)  # what was written, in its dtype
+    pipelines.save_pipeline(folder, pipeline, dtype=config.dtype)
+    write_provenance(config, measure(config, pipelines.load_pipeline(folder)), folder)  # what was written, in its dtype
     return folder
 
 
@@ -171,7 +164,7 @@ def train_decoder(config: DistillConfig, workdir: Path) -> Path:
     frames apart, on latents of the data. Returns the folder of the VAE with it, `workdir/vae`, which diffusers'
     `AutoencoderKLWan` reads; beside it a video shows the teacher's frames to the left of its own. Raises ValueError."""
     c = config.decoder
-    pipeline = load_pipeline(teacher_folder(config.teacher), without_transformer=True)
+    pipeline = pipelines.load_pipeline(teacher_folder(config.teacher), without_transformer=True)
     vae, clip = dataclasses.replace(pipeline.vae, params=jax.device_put(pipeline.vae.params)), clip_size(config.data)
     if not isinstance(vae.config, WanVAEConfig):
         raise ValueError(f"the VAE of {config.teacher} has one width for both ways: only Wan's have a decoder's own")
@@ -200,7 +193,7 @@ def train_decoder(config: DistillConfig, workdir: Path) -> Path:
     start = Program("init", network.init)(jax.random.key(config.seed))["decoder"]
     params = fit("decoder", workdir / "training", loss, start, batches, c, config, read=pairs)
     made = Component(small, network, {**vae.params, "decoder": params})
-    save_component(workdir / "vae", WAN_VAE, made, "float32")
+    pipelines.save_component(workdir / "vae", WAN_VAE, made, "float32")
     latent, frames = pairs(next(batches), c.steps)
     drawn = dataclasses.replace(generator, pipeline=dataclasses.replace(pipeline, vae=made)).decode(latent)
     psnr = -10 * np.log10(np.mean((drawn - frames) ** 2))
@@ -242,8 +235,8 @@ def train_teacher(config: PretrainConfig, vae: Component, folder: Path) -> Pipel
     moments = {"latents_mean": mean.mean(axes), "latents_std": np.sqrt(mean.var(axes) + (std**2).mean(axes))}
     vae_config = dataclasses.replace(vae_config, **{name: tuple(x.tolist()) for name, x in moments.items()})
     latents = np.asarray(normalise(jnp.asarray(mean), vae_config))
-    ids, mask = tokenize(tokenizer, captions, config.max_text_length)
-    null_ids, null_mask = tokenize(tokenizer, [""], config.max_text_length)
+    ids, mask = pipelines.tokenize(tokenizer, captions, config.max_text_length)
+    null_ids, null_mask = pipelines.tokenize(tokenizer, [""], config.max_text_length)
 
     def loss(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Metrics]:
         keys = jax.random.split(key, 3)
@@ -309,4 +302,4 @@ def write_provenance(config: PretrainConfig, metrics: dict[str, Any], folder: Pa
     words = [re.sub("^--workdir=.*/(?=[^/])", "--workdir=", word) for word in sys.argv[1:]]
     fields = {"command": shlex.join(["dollar", *words]), "commit": commit or "unknown: not a git checkout"}
     fields |= {"config": dataclasses.asdict(config), "metrics": metrics}
-    write_json(folder / PROVENANCE, fields)
+    write_json(folder / pipelines.PROVENANCE, fields)

@@ -17,18 +17,10 @@ BESIDE = 0.85  # share of a device's memory for what decodes beside the state of
 _ON_CPU = {"xla_backend_optimization_level": 1}
 # Collectives go on beside other work (at the compiler's own effort), and small kernels are gathered, where it would sum
 # copies filled up with zeros; as MaxText asks for.
-_ON_TPU: dict[str, Any] = dict.fromkeys(
-    [
-        "xla_tpu_enable_async_collective_fusion",
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-        "xla_tpu_enable_async_collective_fusion_multiple_steps",
-        "xla_tpu_overlap_compute_collective_tc",
-        "xla_tpu_prefer_async_allgather_to_allreduce",
-        "xla_enable_async_all_gather",
-        "xla_enable_async_collective_permute",
-    ],
-    True,
-)
+_FUSION = "xla_tpu_enable_async_collective_fusion"
+_ON_TPU: dict[str, Any] = dict.fromkeys([_FUSION, f"{_FUSION}_fuse_all_gather", f"{_FUSION}_multiple_steps"], True)
+_ON_TPU |= {"xla_tpu_overlap_compute_collective_tc": True, "xla_tpu_prefer_async_allgather_to_allreduce": True}
+_ON_TPU |= {"xla_enable_async_all_gather": True, "xla_enable_async_collective_permute": True}
 # No kernel is multiplied piece by piece as it arrives: all of the output would go through memory with each.
 _ON_TPU["xla_jf_spmd_threshold_for_windowed_einsum_mib"] = 1_000_000
 

@@ -53,8 +53,8 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float = 8
     if scale < 1:
         raise ValueError(f"scale must be a whole number of at least 1, not {scale}")
     frames = _checked(frames).repeat(scale, 1).repeat(scale, 2)
-    encode = encode_mp4 if path.suffix.lower() == ".mp4" else encode_gif
-    write_file(path, encode(frames, fps))
+    mp4 = path.suffix.lower() == ".mp4"
+    write_file(path, encode_mp4(frames, fps) if mp4 else _encode_images(frames, fps, "GIF", optimize=False))
 
 
 def encode_mp4(frames: np.ndarray, fps: float = 8, crf: int = 18) -> bytes:
@@ -98,11 +98,6 @@ def read_image(path: str | os.PathLike[str] | IO[bytes], height: int, width: int
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
         return np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS))
-
-
-def encode_gif(frames: np.ndarray, fps: float = 8) -> bytes:
-    """frames uint8 [t, h, w, 3] as a looping GIF with a palette of 256 colours for each frame."""
-    return _encode_images(frames, fps, "GIF", optimize=False)
 
 
 def encode_webp(frames: np.ndarray, fps: float = 8) -> bytes:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dollar_jax import run
-from dollar_jax.config import DROPPED, Dropped, OptimiserConfig, PretrainConfig, changed, distill_config, unresumable
+from dollar_jax.config import DROPPED, OptimiserConfig, PretrainConfig, changed, distill_config, unresumable
 
 VIVID = {"name": "vivid", "weight": 1.0, "folder": None}
 VARIANTS = {
@@ -161,7 +161,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest(get_config, path, messag
 
 
 def test_a_dropped_setting_names_its_version_and_an_old_run_still_reads(get_config, monkeypatch):
-    monkeypatch.setitem(DROPPED, "vsd.quantile", Dropped("0.9.0", "set vsd.floor", 0.5))
+    monkeypatch.setitem(DROPPED, "vsd.quantile", ("0.9.0", "set vsd.floor", 0.5))
     config = distill_config(get_config())
     for value, past in ((0.5, False), (0.6, False), (0.6, True)):
         old = {**dataclasses.asdict(config), "vsd": {**dataclasses.asdict(config.vsd), "quantile": value}}

@@ -23,6 +23,7 @@ ContextParallel = Literal["gather", "ulysses"]
 NAME, GIVEN = "attention", "qkv"
 # The scope of products that the backward pass makes for the second time, which are none of the model's.
 AGAIN = "made_again"
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def attention(
@@ -115,14 +116,10 @@ def _local(
     return checkpoint_name(out, NAME)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _plain(q: Array, k: Array, v: Array, scale: float) -> Array:
-    """By matrix products of whole scores. The backward pass has two passes over them, where XLA's own derivative of a
-    softmax has five: weights come back from scores and the logarithm of their sum (FlashAttention, arXiv 2205.14135)."""
-    return _plain_forward(q, k, v, scale)[0]
-
-
 def _plain_forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[Array, ...]]:
+    """By matrix products of whole scores; and what the backward pass needs, which makes two passes over them where
+    XLA's derivative of a softmax makes five: weights come back from scores and the logarithm of their sum
+    (FlashAttention, arXiv 2205.14135)."""
     queries, keys, values = _by_head(q * scale, k, v)
     scores = _product("bhnd,bhmd->bhnm", queries, keys)
     most = scores.max(-1, keepdims=True)
@@ -133,7 +130,7 @@ def _plain_forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, t
     return out, (q, k, v, out, total)
 
 
-def _plain_backward(scale: float, kept: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+def _plain_backward(scale: float, kept: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
     """Scores are keys by queries here: so two of the three products of them read their rows."""
     q, k, v, out, total = kept
     inner = (g.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2)[:, :, None]
@@ -143,8 +140,7 @@ def _plain_backward(scale: float, kept: tuple[Array, ...], g: Array) -> tuple[Ar
     scores = (weights * (_product("bhmd,bhnd->bhmn", v, g) - inner)).astype(q.dtype)
     dq = _product("bhmd,bhmn->bhdn", k, scores).swapaxes(2, 3) * scale
     dk, dv = (_product("bhmn,bhnd->bhmd", *x) for x in ((scores, q), (weights.astype(v.dtype), g)))
-    dq, dk, dv = (x.astype(q.dtype).swapaxes(1, 2) for x in (dq, dk, dv))
-    return dq, dk, dv
+    return tuple(x.astype(q.dtype).swapaxes(1, 2) for x in (dq, dk, dv))
 
 
 def _by_head(*arrays: Array) -> tuple[Array, ...]:
@@ -152,10 +148,7 @@ def _by_head(*arrays: Array) -> tuple[Array, ...]:
     return jax.lax.optimization_barrier(tuple(x.swapaxes(1, 2) for x in arrays))
 
 
-def _product(how: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(how, a, b, preferred_element_type=jnp.float32)
-
-
+_plain = jax.custom_vjp(lambda *x: _plain_forward(*x)[0], nondiff_argnums=(3,))
 _plain.defvjp(_plain_forward, _plain_backward)
 
 

@@ -235,8 +235,8 @@ def run_blocks(
 ) -> Array:
     """x ← block(x, *args) for the stacked `blocks` in turn, or a `part` of them. `scan` compiles one block
     whatever their number; without it the loop is unrolled. `remat` says what the backward pass keeps of a block:
-    everything ("none"), its input only ("full"), or with it the outputs of dense layers ("dots") or "attention", or
-    these and what attention is given ("qkv")."""
+    everything ("none"), its input only ("full"), or with it what "attention" puts out, and besides that the outputs of
+    dense layers ("dots") or what attention is given ("qkv")."""
     graphdef, params = nnx.split(blocks)
     if part != _ALL:
         params = jax.tree.map(lambda p: p[part], params)

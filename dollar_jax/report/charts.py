@@ -30,8 +30,10 @@ def line_chart(x: np.ndarray, y: np.ndarray, logarithmic: bool) -> dict[str, Any
         return " ".join(f"{a},{d}" for a, d in zip(across(x).tolist(), down(values).tolist(), strict=True))
 
     lines = [("mean", points(height))] if len(x) > 1 else []
-    if len(x) >= 12:
-        lines = [("raw", points(height)), ("mean", points(_smoothed(height)))]
+    if len(x) >= 12:  # with a centred moving average over a tenth of the points, cut off at the ends
+        window = np.ones(2 * max(1, len(x) // 20) + 1)
+        mean = np.convolve(height, window, "same") / np.convolve(np.ones(len(x)), window, "same")
+        lines = [("raw", points(height)), ("mean", points(mean))]
     ticks = _log_ticks(low, high) if logarithmic else _ticks(low, high)
     rules = [(general(10**tick if logarithmic else tick), float(down(tick))) for tick in ticks]
     steps = [(general(tick), float(across(tick))) for tick in (_ticks(start, end) if end > start else [start])]
@@ -58,12 +60,6 @@ def dot_chart(rows: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
 def _padded(low: float, high: float) -> tuple[float, float]:
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return float(low - pad), float(high + pad)
-
-
-def _smoothed(y: np.ndarray) -> np.ndarray:
-    """Centred moving average over a tenth of the points, cut off at the ends."""
-    window = np.ones(2 * max(1, len(y) // 20) + 1)
-    return np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -83,7 +83,9 @@ def optical_flow(frames: Float[Array, "b t h w 3"]) -> tuple[jax.Array, jax.Arra
     middle = 0.5 * (x[:, 1:] + x[:, :-1])
     down, right = (_central(middle, axis) for axis in (2, 3))
     change = x[:, 1:, 1:-1, 1:-1] - x[:, :-1, 1:-1, 1:-1]
-    yy, yx, xx, yt, xt = map(_window, (down * down, down * right, right * right, down * change, right * change))
+    sums, box = (0.0, jax.lax.add), ((1, 1, WINDOW, WINDOW), (1, 1, 1, 1), "SAME")
+    products = (down * down, down * right, right * right, down * change, right * change)
+    yy, yx, xx, yt, xt = (jax.lax.reduce_window(x, *sums, *box) for x in products)
     determinant, trace = yy * xx - yx * yx, yy + xx
     weaker = 0.5 * (trace - jnp.sqrt(jnp.square(yy - xx) + 4 * jnp.square(yx) + 1e-20))
     scale = -1 / (determinant + 1e-8)  # keeps plain regions still
@@ -102,10 +104,6 @@ def _central(x: Float[Array, "b t h w"], axis: int) -> Float[Array, "b t h2 w2"]
     size = inner.shape[axis]
     ahead, behind = (jax.lax.slice_in_dim(inner, i, size - 2 + i, axis=axis) for i in (2, 0))
     return 0.5 * (ahead - behind)
-
-
-def _window(x: Float[Array, "b t h w"]) -> Float[Array, "b t h2 w2"]:
-    return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 1, WINDOW, WINDOW), (1, 1, 1, 1), "SAME")
 
 
 REWARDS: dict[str, AnyReward] = {

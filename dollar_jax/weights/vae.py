@@ -23,16 +23,13 @@ def vae_table(shapes: Params) -> list[Row]:
         *modules, leaf = path.split("/")
         transform = SAME
         if leaf == "gamma":
-            transform = _gamma(2 if "attentions" in modules else 3)
+            ones = [1] * (2 if "attentions" in modules else 3)
+            transform = Transform(lambda x: x.reshape(-1), lambda x, ones=ones: x.reshape(-1, *ones))
         elif leaf == "kernel":
             transform = CONV if len(array.shape) > 2 else _POINTWISE
         theirs = "weight" if leaf in ("kernel", "scale") else leaf
         rows.append(Row(".".join([*modules, *_INSIDE.get(modules[-1], ()), theirs]), path, transform))
     return rows
-
-
-def _gamma(axes: int) -> Transform:
-    return Transform(lambda x: x.reshape(-1), lambda x: x.reshape(-1, *[1] * axes))
 
 
 def _levels(block: str) -> Callable[[CogVideoXVAEConfig], list[str]]:

@@ -41,16 +41,11 @@ WAN_TRANSFORMER = Kind("diffusers", "WanTransformer3DModel", WanConfig, WanTrans
 _ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
 _ATTENTION |= {"add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}
 _KINDS = {"attn1": "self_attn", "attn2": "cross_attn"}
+_EMBEDDED, _IMAGE = ("text", "time"), {0: "norm1", 1: "ff.net.0.proj", 3: "ff.net.2", 4: "norm2"}
 WAN_NATIVE = {
     **{f"blocks.{{i}}.{a}.{p}": f"blocks.{{i}}.{_KINDS[a]}.{_ATTENTION[p]}" for a in _KINDS for p in _ATTENTION},
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
-    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
-    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
-    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    **{f"condition_embedder.{e}_embedder.linear_{1 + i // 2}": f"{e}_embedding.{i}" for e in _EMBEDDED for i in (0, 2)},
+    **{f"condition_embedder.image_embedder.{layer}": f"img_emb.proj.{i}" for i, layer in _IMAGE.items()},
     "blocks.{i}.ffn.net.0.proj": "blocks.{i}.ffn.0",
     "blocks.{i}.ffn.net.2": "blocks.{i}.ffn.2",
     "blocks.{i}.norm2": "blocks.{i}.norm3",
