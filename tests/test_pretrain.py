@@ -243,6 +243,6 @@ def test_bad_decoders_are_refused(settings, vae, teacher, run, tmp_path, capsys)
 def test_bad_decoder_of_cogvideox_is_refused(settings, make_pipeline, monkeypatch, tmp_path):
     pipeline = make_pipeline()
     vae = dataclasses.replace(pipeline.vae, config=CogVideoXVAEConfig())
-    monkeypatch.setattr(pretrain, "load_pipeline", lambda *_, **__: dataclasses.replace(pipeline, vae=vae))
+    monkeypatch.setattr(pretrain.pipelines, "load_pipeline", lambda *_, **__: dataclasses.replace(pipeline, vae=vae))
     with pytest.raises(ValueError, match="one width for both ways"):
         pretrain.train_decoder(settings, tmp_path)
