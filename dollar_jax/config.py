@@ -440,9 +440,7 @@ class DistillConfig:
 
 
 # Settings that are no more, by group.name: since which version, what to use instead, and what all runs have now.
-DROPPED: dict[str, tuple[str, str, Any]] = {
-    "compute.offload": ("0.2.0", "a larger mesh.fsdp, or compute.remat=full", ())
-}
+DROPPED: dict[str, Any] = {"compute.offload": ("0.2.0", "a larger mesh.fsdp, or compute.remat=full", ())}
 
 
 def distill_config(fields: Any, past: bool = False) -> DistillConfig:

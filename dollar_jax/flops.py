@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dollar_jax.models.attention import AGAIN
-from dollar_jax.models.embeddings import MOVED
+from dollar_jax.models.embeddings import UNASKED
 
 # Dense bf16 TFLOP/s per device, by JAX's name of the device, as its vendor states them; the TPUs' at
 # https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, whose chips are two devices.
@@ -41,10 +40,10 @@ def count_flops(jaxpr: Any) -> float:
     """Twice the multiplications of a jaxpr's matrix products and convolutions. A scan's body counts by its length, of a
     condition the dearest branch, a while loop's body once, what is mapped over shards on every device, a Pallas kernel
     by its grid; of splash attention's backward kernels, not the products that the forward one has made, and none of
-    those in the scopes `MOVED` and `AGAIN`."""
+    those in the scope `UNASKED`."""
     total = 0.0
     for eqn in jaxpr.eqns:
-        if any(scope in str(eqn.source_info.name_stack) for scope in (MOVED, AGAIN)):
+        if UNASKED in str(eqn.source_info.name_stack):
             continue
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]

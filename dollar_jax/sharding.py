@@ -27,15 +27,18 @@ ALL = ("fsdp", "context", "tensor")
 
 RULES: tuple[tuple[str, P], ...] = (
     # The latent reward model, in checkpoints the reward head, and the discriminator's head are small.
-    (r"(.*/)?(latent_reward|reward_head|gan_head|reward_statistics).*", P()),
+    (r"(.*/)?(latent_reward|reward_head|gan_head).*", P()),
+    (r"reward_statistics/.*", P()),
     # Low-rank adapters: [layer, in, rank] and [layer, rank, out].
     (r"(.*/)?blocks/.*/adapter/down", P(None, FSDP, None)),
     (r"(.*/)?blocks/.*/adapter/up", P(None, None, FSDP)),
     (r"(.*/)?adapter/(down|up)", P()),
     # Stacked blocks: [layer, in, out]. Wan's and CogVideoX' names, then UMT5's.
-    (r"(.*/)?blocks/(.*/)?(to_q|to_k|to_v|add_._proj|proj_in|q|k|v|wi_0|wi_1)/kernel", P(None, FSDP, "tensor")),
-    (r"(.*/)?blocks/(.*/)?(to_out|proj_out|o|wo)/kernel", P(None, "tensor", FSDP)),
+    (r"(.*/)?blocks/.*/(to_q|to_k|to_v|add_._proj|proj_in)/kernel", P(None, FSDP, "tensor")),
+    (r"(.*/)?blocks/.*/(to_out|proj_out)/kernel", P(None, "tensor", FSDP)),
     (r"(.*/)?blocks/.*/(to_q|to_k|to_v|add_._proj|proj_in)/bias", P(None, "tensor")),
+    (r"(.*/)?blocks/(.*/)?(q|k|v|wi_0|wi_1)/kernel", P(None, FSDP, "tensor")),
+    (r"(.*/)?blocks/(.*/)?(o|wo)/kernel", P(None, "tensor", FSDP)),
     # A modulation is read whole by every token.
     (r"(.*/)?blocks/.*/linear/kernel", P(None, None, ALL)),
     (r"(.*/)?blocks/.*(bias|scale|scale_shift_table|relative_attention_bias/embedding)", P()),

@@ -15,14 +15,13 @@ from jaxtyping import Array, Bool, Float
 
 from dollar_jax.models import activation_sharding
 from dollar_jax.models.activation_sharding import BLOCK, CONTEXT, TENSOR
+from dollar_jax.models.embeddings import UNASKED
 
 Implementation = Literal["auto", "splash", "cudnn", "xla"]
 Kernel = Literal["splash", "cudnn", "xla"]
 ContextParallel = Literal["gather", "ulysses"]
 # A rematerialisation policy may keep these: attention's output, the dearest value to recompute, and what it is given.
 NAME, GIVEN = "attention", "qkv"
-# The scope of products that the backward pass makes for the second time, which are none of the model's.
-AGAIN = "made_again"
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -135,7 +134,7 @@ def _plain_backward(scale: float, kept: tuple[Array, ...], g: Array) -> tuple[Ar
     q, k, v, out, total = kept
     inner = (g.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2)[:, :, None]
     q, k, v, g = _by_head(q * scale, k, v, g)
-    with jax.named_scope(AGAIN):
+    with jax.named_scope(UNASKED):  # made for the second time
         weights = jnp.exp(_product("bhmd,bhnd->bhmn", k, q) - total.swapaxes(2, 3))
     scores = (weights * (_product("bhmd,bhnd->bhmn", v, g) - inner)).astype(q.dtype)
     dq = _product("bhmd,bhmn->bhdn", k, scores).swapaxes(2, 3) * scale

@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-MOVED = "moved_by_a_product"  # the scope of products that no model asks for
+UNASKED = "unasked_for"  # the scope of products that no model asks for
 Rotary = tuple[Float[Array, "n half"], Float[Array, "n half"]]
 
 
@@ -59,6 +59,6 @@ def rotate(x: Float[Array, "b n heads d"], rotary: Rotary) -> Float[Array, "b n 
     turned by 90° in a product, which is exact, as a TPU would move all of x to reach every second channel."""
     cos, sin = (jnp.repeat(a, 2, -1)[:, None] for a in rotary)
     quarter = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]]).astype(x.dtype)
-    with jax.named_scope(MOVED):
+    with jax.named_scope(UNASKED):
         turned = jnp.matmul(x, quarter, precision="highest", preferred_element_type=jnp.float32)
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)

@@ -83,9 +83,9 @@ def optical_flow(frames: Float[Array, "b t h w 3"]) -> tuple[jax.Array, jax.Arra
     middle = 0.5 * (x[:, 1:] + x[:, :-1])
     down, right = (_central(middle, axis) for axis in (2, 3))
     change = x[:, 1:, 1:-1, 1:-1] - x[:, :-1, 1:-1, 1:-1]
-    sums, box = (0.0, jax.lax.add), ((1, 1, WINDOW, WINDOW), (1, 1, 1, 1), "SAME")
+    box, step = (1, 1, WINDOW, WINDOW), (1, 1, 1, 1)
     products = (down * down, down * right, right * right, down * change, right * change)
-    yy, yx, xx, yt, xt = (jax.lax.reduce_window(x, *sums, *box) for x in products)
+    yy, yx, xx, yt, xt = (jax.lax.reduce_window(x, 0.0, jax.lax.add, box, step, "SAME") for x in products)
     determinant, trace = yy * xx - yx * yx, yy + xx
     weaker = 0.5 * (trace - jnp.sqrt(jnp.square(yy - xx) + 4 * jnp.square(yx) + 1e-20))
     scale = -1 / (determinant + 1e-8)  # keeps plain regions still
