@@ -45,6 +45,14 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _memory_is_as_the_system_has_it() -> Iterator[None]:
+    """A command run here would have all threads of this process share one heap, which compilers leave in pieces."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dollar_jax.cli.base.ctypes", SimpleNamespace())
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _types_are_checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     unchecked = request.node.name.startswith("test_bad_")

@@ -6,8 +6,10 @@ import random
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import xxhash
 
@@ -228,6 +230,17 @@ def test_no_command_takes_what_is_damaged(run, command, tmp_path, capsys):
     assert used(command, config, whole, tmp_path / "none") == (4, None)
     (last,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith(f"dollar {command}: "))
     assert "no checkpoint is whole" in last and f"{whole}/checkpoints/1 has no ema" in last
+
+
+def test_what_all_devices_have_is_cut_among_them_only_where_it_is_large(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    arrays = {"bias": jnp.ones((16, 16)), "kernel": jnp.ones((8, 2**18))}
+    with Checkpoints(tmp_path) as checkpoints:
+        whole = jax.device_put(arrays, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        checkpoints.save(1, {"student": whole})
+    with ocp.StandardCheckpointer() as checkpointer:
+        about = checkpointer.metadata(tmp_path / "1" / "student").item_metadata
+    assert {name: x.storage.chunk_shape for name, x in about.items()} == {"bias": (16, 16), "kernel": (1, 2**18)}
 
 
 def test_when_none_is_whole_all_are_named_and_none_is_moved(folder):

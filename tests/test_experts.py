@@ -190,7 +190,7 @@ def test_sample_draws_with_both(runs, teacher, make_config, tmp_path, capsys):
         drawing_config(low)
 
 
-@pytest.mark.parametrize("name", PHASE)
+@pytest.mark.parametrize("name", [pytest.param("high", marks=pytest.mark.slow), "low"])
 def test_one_expert_is_trained_and_a_resumed_run_is_the_same(name, teacher, own_config, tmp_path):
     own = own_config(
         tmp_path,

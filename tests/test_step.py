@@ -161,10 +161,10 @@ def alone(runner, initial):
     [
         pytest.param((), {"data": 8}, marks=pytest.mark.slow),
         ((), {"data": 2, "fsdp": 4}),
-        ((), {"data": 2, "fsdp": 2, "tensor": 2}),
-        ((), {"data": 1, "fsdp": 2, "context": 4}),
-        (BACKWARD, {"data": 2, "fsdp": 2, "tensor": 2}),
-        pytest.param(BACKWARD, {"data": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param((), {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param((), {"data": 1, "fsdp": 2, "context": 4}, marks=pytest.mark.slow),
+        pytest.param(BACKWARD, {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        (BACKWARD, {"data": 2, "context": 2, "tensor": 2}),
     ],
     ids=["data", "fsdp", "tensor", "context", "backward-accumulated", "backward-context"],
 )
@@ -198,7 +198,7 @@ def test_initial_state_is_the_same_on_eight_devices(runner, base, initial):
 
 
 def test_a_latent_reward_on_features_is_its_head_on_the_teachers_of_the_noised_latent(runner):
-    run = runner(("reward.head.depth", 0.5), ("reward.head.time", 250.0))
+    run = runner(("reward.head.depth", 0.5), ("reward.head.time", 250.0), ("consistency.weight", 0.0))
     state = run.program.init(jax.random.key(0), run.frozen.teacher)
     state, metrics, samples = run.step(state, make_batch(0))
     assert metrics["latent_reward"] == 0 and not np.asarray(samples.predicted).any()  # as it starts
@@ -255,6 +255,7 @@ def test_a_student_of_all_blocks_starts_as_the_whole_one(runner, base, initial):
 LORA = (("lora.rank", 2), ("lora.targets", ("blocks/attn./to_(q|v|out)", "blocks/ffn/proj_(in|out)")))
 
 
+@pytest.mark.slow
 def test_a_discriminator_is_in_the_fake_scores_state_beside_adapters(runner):
     """It is 0 at first, so that both losses are known, and learns."""
     run = runner(*LORA, ("gan.weight", 0.1), ("mesh.data", 2), ("mesh.fsdp", 2))

@@ -62,7 +62,7 @@ def test_fresh_adapters_change_nothing_and_can_learn(adapted, inputs):
     plain = NETWORK.apply(params, *inputs)
     np.testing.assert_array_equal(adapted.apply(lora.combine(params, fresh), *inputs), plain)
 
-    grads = jax.grad(lambda a: jnp.square(adapted.apply(lora.combine(params, a), *inputs)).sum())(fresh)
+    grads = jax.jit(jax.grad(lambda a: jnp.square(adapted.apply(lora.combine(params, a), *inputs)).sum()))(fresh)
     for path, g in flatten_dict(grads, sep="/").items():
         assert np.abs(g).max() > 0 if path.endswith("up") else not np.any(g), path
     down = np.asarray(fresh["blocks"]["attn1"]["to_q"]["adapter"]["down"])
