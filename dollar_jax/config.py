@@ -329,6 +329,7 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = field("bfloat16", "Type of the transformer's matrix products.")
     teacher_dtype: Literal["float32", "bfloat16"] = field("bfloat16", "Of teacher and text encoder.")
+    whole_teacher: bool = field(False, "Every device keeps all of the teacher in a run, which is then not gathered.")
     remat: Literal["none", "full", "dots", "attention", "qkv"] = field("attention", "Kept for the backward pass.")
     scan_layers: bool = field(True, "One compiled block instead of a program as long as the network is deep.")
     vae_chunk: int | None = field(1, "Latent frames the video VAE takes at a time; None is the whole clip.", low=1)

@@ -104,7 +104,8 @@ def teacher_programs(
     state_shapes = jax.eval_shape(init, jax.random.key(0), transformer.shapes)
     state_sharding = sharding.shard(mesh, state_shapes)
     whole = sharding.replicated(mesh)
-    frozen_sharding = Frozen(sharding.shard(mesh, transformer.shapes), whole, whole)
+    teacher_sharding = whole if config.compute.whole_teacher else sharding.shard(mesh, transformer.shapes)
+    frozen_sharding = Frozen(teacher_sharding, whole, whole)
     batch_shapes = _batch_shapes(config, latent_shape, text_shape, pixels, image_shapes(config.batch_size))
     batch_sharding, samples_sharding = _batch_sharding(config, mesh, batch_shapes)
     # One forward is traced: heads that do not divide over the mesh are an error here, before any compilation.
@@ -116,8 +117,7 @@ def teacher_programs(
     distillation = Distillation(config, networks, schedule, real)
 
     def update(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
-        step = make_step(distillation.reading(frozen.teacher), optimisers)
-        return step(state, frozen, batch)
+        return make_step(distillation.reading(frozen.teacher), optimisers)(state, frozen, batch)
 
     reward = () if pixels is None else pixels.params(pipeline.vae.network.shapes)
     reward = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward)

@@ -148,6 +148,7 @@ def initial(base):
 # The same numbers on every mesh
 
 BACKWARD = (("student.input", "backward"), ("accumulation", 2), ("consistency.times", "grid"))
+BACKWARD += (("compute.whole_teacher", True),)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,8 @@ def test_step_is_the_same_on_eight_devices(runner, alone, initial, changes, mesh
     """A sum missing over an axis, a row on the wrong device or a different random draw fails here."""
     spread = runner(*changes, *((f"mesh.{k}", v) for k, v in mesh.items()))
     (state, metrics), (state8, metrics8) = alone(changes), spread.run(initial, 3)
+    kernel = spread.frozen.teacher["blocks"]["attn1"]["to_q"]["kernel"].sharding
+    assert kernel.is_fully_replicated == (changes == BACKWARD or set(mesh) == {"data"})
     for one, eight in zip(metrics, metrics8, strict=True):
         assert one.keys() == eight.keys()
         for name in one:

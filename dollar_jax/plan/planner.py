@@ -328,8 +328,9 @@ def _held(arguments: Any, places: Any) -> float:
 
 def _advice(config: DistillConfig, common: dict[str, Any]) -> str:
     if common["argument_gib"] > common["hbm_gib"] / 2:
-        return "It is the state that fills the chip: a larger fsdp or context in --mesh shares it out further"
-    if "vae" in common["program"] or "decode" in common["program"]:
+        whole = " (and --config.compute.whole_teacher=False)" * config.compute.whole_teacher
+        return f"It is the state that fills the chip: a larger fsdp or context in --mesh{whole} shares it out further"
+    if ("vae" in common["program"] or "decode" in common["program"]) and config.compute.vae_chunk != 1:
         return "Decode fewer frames at a time: --config.compute.vae_chunk=1"
     if common["program"] == "step" and config.compute.remat == "none":
         return "Keep less of each block for the backward pass: --config.compute.remat=attention, or full"

@@ -59,8 +59,7 @@ def list_source(source: str) -> Iterator[Item]:
 @functools.cache
 def _downloaded(name: str) -> Path:
     name, _, revision = name.partition("@")
-    unless = f"the hub did not give the data set {name}"
-    return download(name, unless, repo_type="dataset", revision=revision or None)
+    return download(name, f"the hub did not give the data set {name}", repo_type="dataset", revision=revision or None)
 
 
 def _manifests(folder: Path) -> list[Path]:
