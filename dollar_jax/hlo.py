@@ -133,6 +133,7 @@ class _Module:
                 found = re.search(r"(?:replica_groups|source_target_pairs)=(.*?)(?=, (?!device_ids)[a-z_]+=|$)", i.rest)
                 where = found[1] if found else ""
                 asynchronous = i.opcode != kind or "async_collective_fusion_config" in i.rest
+                kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind  # a kernel of both on a TPU
                 total[kind, where, asynchronous] += self._sent(i, kind, groups(where, self.count).shape[1])
             if i.opcode not in _FREE and not i.opcode.endswith("-done"):
                 total[Work(flops, 2 * self._written(i))] += 1
@@ -198,7 +199,7 @@ class _Module:
         """Bytes that leave a chip in a ring of `group`, or for a permutation at once."""
         size = sum(_sizes(i.shape)) if i.opcode in ("all-reduce", "all-to-all") else max(_sizes(i.shape), default=0)
         share = (group - 1) / group if group else 1.0
-        # The largest part of an asynchronous reduce-scatter is its operand, otherwise the shape is the result's.
+        # A reduce-scatter's shape is its result's, the largest part of one in another form its operand's.
         scattered = {"reduce-scatter": group - 1 if i.opcode == kind else share}
         return size * {"all-reduce": 2 * share, "collective-permute": 1.0, **scattered}.get(kind, share)
 

@@ -91,6 +91,23 @@ ENTRY %main (whole: f32[1024], part: f32[256]) -> f32[256] {{
     assert cost(text).collective_bytes == {kind: sent}
 
 
+def test_a_tpus_kernel_that_sums_and_cuts_is_a_reduce_scatter():
+    text = """
+%all-reduce-scatter.clone.1 (input: f32[1024]) -> f32[256] {
+  %input = f32[1024]{0} parameter(0)
+  %all-reduce.5 = f32[1024]{0} all-reduce(%input), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %at = s32[] constant(0)
+  ROOT %cut = f32[256]{0} dynamic-slice(%all-reduce.5, %at), dynamic_slice_sizes={256}
+}
+
+ENTRY %main (whole: f32[1024]) -> f32[256] {
+  %whole = f32[1024]{0} parameter(0)
+  ROOT %out = f32[256]{0} fusion(%whole), kind=kCustom, calls=%all-reduce-scatter.clone.1
+}
+"""
+    assert cost(text).collective_bytes == {"reduce-scatter": 3072}
+
+
 @pytest.mark.parametrize(
     "window", ["size=12 stride=11 lhs_dilate=12", "size=12 pad=11_11 rhs_reversal=1"], ids=["dilated", "padded"]
 )

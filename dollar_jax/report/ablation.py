@@ -78,8 +78,7 @@ def write_ablation(
     tables = {"claims": _claims_table(claims), "measures": _measures_table(means, labels), "speed": _speed_table(speed)}
     path = workdir / "reproduction.html"
     write_file(path.with_suffix(".csv"), _csv(results))
-    markdown = "\n".join(tables[name].markdown() for name in ("measures", "speed", "claims"))
-    write_file(path.with_suffix(".md"), markdown)
+    write_file(path.with_suffix(".md"), "\n".join(tables[name].markdown() for name in ("measures", "speed", "claims")))
     count = len({result.seed for result in results})
     held = sum(claim.verdict == "yes" for claim in claims)
     tiles = [
