@@ -31,7 +31,7 @@ TRIES = 3  # of a save before the run ends
 _DRAFT = ".orbax-checkpoint-tmp"
 
 # A save that fails is told by SaveFailed; Orbax logs its traceback as well, and that what follows is another handler.
-logging.getLogger("absl").addFilter(lambda record: not record.exc_info and "overriding" not in record.msg)
+logging.getLogger("absl").addFilter(lambda r: not r.exc_info and "Type handler registry" not in r.getMessage())
 # What all devices have is cut among them to be written, a program's call for each cut: not worth it below 1 MiB.
 _HANDLER = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
 ocp.type_handlers.register_type_handler(jax.Array, _HANDLER, override=True)
