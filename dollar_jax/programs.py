@@ -117,7 +117,8 @@ def teacher_programs(
     distillation = Distillation(config, networks, schedule, real)
 
     def update(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
-        return make_step(distillation.reading(frozen.teacher), optimisers)(state, frozen, batch)
+        step = make_step(distillation.reading(frozen.teacher), optimisers)
+        return step(state, frozen, batch)
 
     reward = () if pixels is None else pixels.params(pipeline.vae.network.shapes)
     reward = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward)

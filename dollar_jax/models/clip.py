@@ -120,8 +120,7 @@ class VisionTower(nnx.Module):
         first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype) + place[0], (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([first, x.reshape(len(x), -1, x.shape[-1])], 1)
         x = self.pre_layrnorm(x).astype(c.dtype)
-        kept = slice(-left_out or None)
-        return run_blocks(self.blocks, x, None, part=kept, remat=c.remat, scan=not left_out)
+        return run_blocks(self.blocks, x, None, part=slice(-left_out or None), remat=c.remat, scan=not left_out)
 
 
 class TextTower(nnx.Module):
