@@ -147,8 +147,12 @@ def initial(base):
 
 # The same numbers on every mesh
 
-BACKWARD = (("student.input", "backward"), ("accumulation", 2), ("consistency.times", "grid"))
-BACKWARD += (("compute.whole_teacher", True),)
+BACKWARD = (
+    ("student.input", "backward"),
+    ("accumulation", 2),
+    ("consistency.times", "grid"),
+    ("compute.whole_teacher", True),
+)
 
 
 @pytest.fixture(scope="module")
