@@ -141,7 +141,7 @@ class _Module:
 
     def _written(self, i: _Instruction) -> int:
         """Bytes of a result, of one that is written into a larger array in place those of the slice."""
-        if i.opcode == "parameter" or _goes_on(i):
+        if i.opcode == "parameter" or _goes_on(i) or "AllocateBuffer" in i.rest:
             return 0
         if i.opcode == "dynamic-update-slice":
             return sum(_sizes(self.instructions[i.operands[1]].shape))

@@ -146,6 +146,18 @@ ENTRY %main (p: f32[30,8], q: f32[1,8], k: s32[]) -> f32[30,8] {
     assert cost(text).memory_bytes == 2 * 2 * 8 * 4, "what a fusion passes on it does not write"
 
 
+def test_memory_that_is_only_set_aside_is_not_written():
+    text = """
+ENTRY %main (p: f32[8]) -> (f32[8], f32[30,8]) {
+  %p = f32[8]{0} parameter(0)
+  %room = f32[30,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %own = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"
+  ROOT %both = (f32[8], f32[30,8]) tuple(%own, %room)
+}
+"""
+    assert cost(text).memory_bytes == 2 * 8 * 4
+
+
 def test_a_loop_that_xla_has_unrolled_counts_by_more_than_one():
     """As the product of a sharded kernel with what its neighbours send: two of four turns at a time."""
     text = """
