@@ -1,5 +1,6 @@
 """Where every array of the step lives: a mesh, and one ordered table of (regex, PartitionSpec) for parameters and
-optimiser state alike. The first row that matches a whole path wins; a path that no row matches is an error."""
+optimiser state alike. The first row that matches a whole path wins, and of it the first spec that divides the shape; a
+path that no row matches is an error."""
 
 import math
 import os
@@ -25,7 +26,7 @@ FSDP = ("fsdp", "context")
 # between devices where it moves such a kernel's product inside a scan (test_step finds it).
 ALL = ("fsdp", "context", "tensor")
 
-RULES: tuple[tuple[str, P], ...] = (
+RULES: tuple[tuple[str, *tuple[P, ...]], ...] = (
     # The latent reward model, in checkpoints the reward head, and the discriminator's head are small.
     (r"(.*/)?(latent_reward|reward_head|gan_head).*", P()),
     (r"reward_statistics/.*", P()),
@@ -35,7 +36,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(.*/)?adapter/(down|up)", P()),
     # Stacked blocks: [layer, in, out]. Wan's and CogVideoX' names, then UMT5's.
     (r"(.*/)?blocks/.*/(to_q|to_k|to_v|add_._proj|proj_in)/kernel", P(None, FSDP, "tensor")),
-    (r"(.*/)?blocks/.*/(to_out|proj_out)/kernel", P(None, "tensor", FSDP)),
+    (r"(.*/)?blocks/.*/to_out/kernel", P(None, "tensor", FSDP)),
+    # By rows, which a product takes as they are gathered; columns it would move.
+    (r"(.*/)?blocks/.*/proj_out/kernel", P(None, ("tensor", *FSDP), None), P(None, "tensor", FSDP)),
     (r"(.*/)?blocks/.*/(to_q|to_k|to_v|add_._proj|proj_in)/bias", P(None, "tensor")),
     (r"(.*/)?blocks/(.*/)?(q|k|v|wi_0|wi_1)/kernel", P(None, FSDP, "tensor")),
     (r"(.*/)?blocks/(.*/)?(o|wo)/kernel", P(None, "tensor", FSDP)),
@@ -115,18 +118,19 @@ def shard(mesh: Mesh, tree: Any, strict: bool = True) -> Any:
     rule matches, or whose shape its spec does not divide; unless `strict` the latter is replicated."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if (spec := next((spec for rule, spec in RULES if re.fullmatch(rule, name)), None)) is None:
+        name, undivided = jax.tree_util.keystr(path, simple=True, separator="/"), []
+        if (specs := next((specs for rule, *specs in RULES if re.fullmatch(rule, name)), None)) is None:
             raise ValueError(f"no sharding rule matches {name!r} of shape {leaf.shape}")
-        for size, axes in zip(leaf.shape, spec, strict=False):
-            axes = (axes,) if isinstance(axes, str) else axes or ()
-            shards = math.prod(mesh.shape[axis] for axis in axes)
-            if size % shards and not strict:
-                return replicated(mesh)
-            if size % shards:
-                named = " × ".join(axes)
-                raise ValueError(f"{name!r} of shape {leaf.shape} does not divide by mesh axes {named} = {shards}")
-        return NamedSharding(mesh, spec)
+        for spec in specs:
+            named = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
+            shards = [math.prod(mesh.shape[axis] for axis in axes) for axes in named]
+            parts = zip(leaf.shape, named, shards, strict=False)
+            undivided = [f"{' × '.join(axes)} = {count}" for size, axes, count in parts if size % count]
+            if not undivided:
+                return NamedSharding(mesh, spec)
+        if strict:
+            raise ValueError(f"{name!r} of shape {leaf.shape} does not divide by mesh axes {undivided[0]}")
+        return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, tree)
 

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import math
+import re
 import types
 
 import jax
@@ -20,6 +21,7 @@ from dollar_jax.weights.wan import WAN_TRANSFORMER
 
 WAN_1_3B = PUBLISHED["wan_1_3b"].transformer
 LATENT, TEXT = (21, 60, 104, 16), (512, 4096)
+WIDE_AND_NARROW = {"a": (16, 12), "b": (4, 24)}
 
 
 def mesh(data=1, fsdp=1, context=1, tensor=1):
@@ -130,6 +132,25 @@ def test_rows_are_split_over_data_and_fsdp_together():
     m = mesh(data=2, fsdp=4)
     assert sharding.batch_sharding(m).shard_shape((8, 3)) == (1, 3)
     assert sharding.batch_sharding(m, leading=1).shard_shape((2, 8, 3)) == (2, 1, 3)
+
+
+def test_a_kernel_is_shared_by_rows_or_where_they_do_not_divide_by_columns():
+    kernels = {f"blocks/{name}/proj_out/kernel": jnp.zeros((2, *shape)) for name, shape in WIDE_AND_NARROW.items()}
+    found = sharding.shard(mesh(fsdp=4, tensor=2), kernels)
+    shares = {name: where.shard_shape(kernels[name].shape) for name, where in found.items()}
+    assert list(shares.values()) == [(2, 2, 12), (2, 2, 6)], "and what is tensor's is a half of the rows either way"
+
+
+def test_blocks_do_not_trade_their_modulations():
+    """Without a word XLA shares them over a video's devices, and every block collects them again."""
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 64, "text_dim": 32}
+    network = WAN_TRANSFORMER.network(dataclasses.replace(WAN_1_3B, **sizes, context_parallel="ulysses"))
+    m = mesh(fsdp=2, context=4)
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 3, 8, 16, 16), (2,), (2, 8, 32))]
+    placed = sharding.shard(m, network.shapes), *[sharding.batch_sharding(m)] * 3
+    compiled = jax.jit(sharding.with_mesh(m, network.apply), in_shardings=placed).lower(network.shapes, *args).compile()
+    moved = re.findall(r" (?:all-to-all|all-gather)\(.*op_name=\"([^\"]*)\"", compiled.as_text() or "")
+    assert {name.rpartition("/")[2] for name in moved if "while/body" in name} == {"dot_general", "all_to_all", "mul"}
 
 
 def test_what_is_there_already_is_not_moved():

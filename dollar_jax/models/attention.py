@@ -4,6 +4,7 @@ import functools
 import math
 from typing import Any, Literal
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from dollar_jax.models import activation_sharding
-from dollar_jax.models.activation_sharding import BLOCK, CONTEXT, TENSOR
+from dollar_jax.models.activation_sharding import BLOCK, CONTEXT, TENSOR, axis_size
 from dollar_jax.models.embeddings import UNASKED
 
 Implementation = Literal["auto", "splash", "cudnn", "xla"]
@@ -52,20 +53,21 @@ def attention(
         raise ValueError(f"attention by {kind!r} takes no mask and no bias; 'xla' does")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     length = k.shape[1] if length is None else length
+    q = q * scale if kind == "splash" else q  # whose kernel knows no scale
     local = functools.partial(_local, kind=kind, scale=scale, length=length, mask=mask, bias=bias)
     if masked or activation_sharding.mesh() is None:
         return local(q, k, v)
     if context is not None:
         _check(q, k, context)
-    if kind == "xla" and (context is None or activation_sharding.axis_size(CONTEXT) == 1):
+    if kind == "xla" and (context is None or axis_size(CONTEXT) == 1):
         # XLA shares its own operations out as well as we could, but for convolutions (a VAE's) of 2 rows on 2 devices,
         # which it gets wrong: so few tokens are not shared.
-        few = q.shape[1] < BLOCK * activation_sharding.axis_size(CONTEXT)
+        few = q.shape[1] < BLOCK * axis_size(CONTEXT)
         q = activation_sharding.constrain(q, None if context or few else CONTEXT, TENSOR)
         return local(q, *(activation_sharding.constrain(x, None, TENSOR) for x in (k, v)))
     over = activation_sharding.rows(q.shape[0])
-    heads = TENSOR if q.shape[2] % activation_sharding.axis_size(TENSOR) == 0 else None
-    tokens = P(over, CONTEXT if q.shape[1] % activation_sharding.axis_size(CONTEXT) == 0 else None, heads)
+    heads = TENSOR if q.shape[2] % axis_size(TENSOR) == 0 else None
+    tokens = P(over, CONTEXT if q.shape[1] % axis_size(CONTEXT) == 0 else None, heads)
     keys = P(over, CONTEXT if context else None, heads)
     inner = functools.partial(_shared, local=local, context=context)
     return jax.shard_map(inner, in_specs=(tokens, keys, keys), out_specs=tokens, check_vma=False)(q, k, v)
@@ -79,16 +81,15 @@ def _choose(q: Array, masked: bool) -> Kernel:
 
 
 def _check(q: Array, k: Array, context: ContextParallel) -> None:
-    heads, parts = q.shape[2], activation_sharding.axis_size(TENSOR)
+    heads, parts = q.shape[2], axis_size(TENSOR)
     if heads % parts:
         raise ValueError(f"{heads} heads do not divide over the mesh's tensor axis of {parts}")
-    share = activation_sharding.axis_size(CONTEXT)
+    share = axis_size(CONTEXT)
     if context == "ulysses" and heads // parts % share:
         wrong = f"{heads // parts} heads per device do not divide over the mesh's context axis of {share}"
         raise ValueError(f"{wrong}, as 'ulysses' needs; 'gather' does not")
-    for tokens in (q.shape[1], k.shape[1]):
-        if tokens % share:
-            raise ValueError(f"{tokens} tokens do not divide over the mesh's context axis of {share}")
+    if left := [tokens for tokens in (q.shape[1], k.shape[1]) if tokens % share]:
+        raise ValueError(f"{left[0]} tokens do not divide over the mesh's context axis of {share}")
 
 
 def _shared(q: Array, k: Array, v: Array, *, local: Any, context: ContextParallel | None) -> Array:
@@ -97,17 +98,22 @@ def _shared(q: Array, k: Array, v: Array, *, local: Any, context: ContextParalle
         k, v = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k, v))
     if context != "ulysses":
         return local(q, k, v)
-    q, k, v = (jax.lax.all_to_all(x, CONTEXT, 2, 1, tiled=True) for x in (q, k, v))
-    return jax.lax.all_to_all(local(q, k, v), CONTEXT, 1, 2, tiled=True)
+    # What goes to a device lies together, and gradients are moved before they become fp32.
+    parts = jax.lax.optimization_barrier((q, k, v))
+    parts = [einops.rearrange(x, "b n (to heads) d -> to b heads n d", to=axis_size(CONTEXT)) for x in parts]
+    parts = [jax.lax.all_to_all(x, CONTEXT, 0, 0) for x in parts]
+    parts = [einops.rearrange(x, "source b heads n d -> b (source n) heads d") for x in parts]
+    out = einops.rearrange(local(*parts), "b (to n) heads d -> to b heads n d", to=axis_size(CONTEXT))
+    return einops.rearrange(jax.lax.all_to_all(out, CONTEXT, 0, 0), "source b heads n d -> b n (source heads) d")
 
 
 def _local(
     q: Array, k: Array, v: Array, *, kind: Kernel, scale: float, length: int, bias: Array | None, mask: Array | None
 ) -> Array:
     """Attention on one device, of all keys to some queries or heads."""
-    q, k, v = (checkpoint_name(x, GIVEN) for x in (q, k, v))
+    q, k, v = (checkpoint_name(x.swapaxes(1, 2) if kind == "splash" else x, GIVEN) for x in (q, k, v))
     if kind == "splash":
-        return _splash(q, k, v, scale, length)
+        return _splash(q, k, v, length)
     if kind == "xla" and bias is None and mask is None:
         return _plain(q, k[:, :length], v[:, :length], scale)
     end = None if length == k.shape[1] else jnp.full(k.shape[:1], length, jnp.int32)
@@ -151,15 +157,16 @@ _plain = jax.custom_vjp(lambda *x: _plain_forward(*x)[0], nondiff_argnums=(3,))
 _plain.defvjp(_plain_forward, _plain_backward)
 
 
-def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
+def _splash(q: Array, k: Array, v: Array, length: int) -> Array:
     """Pallas' kernel over sequences padded to whole blocks; interpreted where there is no TPU. It knows neither a batch
-    nor a scale. Padding is a segment of its own, which no real query looks at."""
-    n, m = q.shape[1], k.shape[1]
+    nor a scale, which q comes with. Padding is a segment of its own, which no real query looks at."""
+    n, m = q.shape[2], k.shape[2]
     # Wide fp32 heads, as a VAE's, would fill the 16 MiB of vector memory that v5p has for a program.
     width = q.shape[-1] * q.dtype.itemsize
     most = 8 if width <= 512 else 4 if width <= 2048 else 2
     block_q, block_k = (activation_sharding.block_size(tokens, most) for tokens in (n, m))
-    q, k, v = _padded(q * scale, block_q), _padded(k, block_k), _padded(v, block_k)
+    pairs = (q, block_q), (k, block_k), (v, block_k)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0))) for x, block in pairs)
     queries, keys = q.shape[2], k.shape[2]
     mask = masks.MultiHeadMask([masks.FullMask((queries, keys))] * q.shape[1])
     # One backward kernel makes five products where two make seven, and a part of dq for each of its blocks of keys, as
@@ -175,7 +182,3 @@ def _splash(q: Array, k: Array, v: Array, scale: float, length: int) -> Array:
         segments = splash.SegmentIds(q=jnp.zeros(queries, jnp.int32), kv=padding)
     out: Array = jax.vmap(kernel, (0, 0, 0, None))(q, k, v, segments)  # pyright: ignore[reportAssignmentType]
     return out[:, :, :n].swapaxes(1, 2)
-
-
-def _padded(x: Float[Array, "b n heads d"], block: int) -> Float[Array, "b heads p d"]:
-    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))

@@ -61,15 +61,15 @@ class Linear(nnx.Module):
         self.dtype, self.precision, self.out_dtype = dtype, precision, out_dtype or dtype
         self.adapter: Adapter | None = nnx.data(None)
 
-    def __call__(self, x: Float[Array, "*b i"], heads: int | None = None) -> Array:
-        """[*b o]; with `heads` [*b, heads, o / heads], so that a TPU writes a head's rows by themselves, as attention
-        reads them, and does not move them afterwards."""
+    def __call__(self, x: Float[Array, "*b i"], heads: int | None = None, axes: int = 1) -> Array:
+        """[*b o]; with `heads` [*b, heads, o / heads], and of [*b, heads, i / heads] with 2 `axes`: so a TPU writes and
+        reads a head's rows by themselves, as attention does, and does not move them before or after."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        kernel = kernel if heads is None else kernel.reshape(len(kernel), heads, -1)
-        out = jnp.tensordot(x, kernel, 1, precision=self.precision, preferred_element_type=self.out_dtype)
+        kernel = kernel.reshape(*x.shape[x.ndim - axes :], *([] if heads is None else [heads]), -1)
+        out = jnp.tensordot(x, kernel, axes, precision=self.precision, preferred_element_type=self.out_dtype)
         if self.adapter is not None:
-            out += self.adapter(x, self.precision).reshape(out.shape)
-        return out if self.bias is None else out + self.bias[...].astype(self.out_dtype).reshape(kernel.shape[1:])
+            out += self.adapter(x.reshape(*x.shape[: x.ndim - axes], -1), self.precision).reshape(out.shape)
+        return out if self.bias is None else out + self.bias[...].astype(self.out_dtype).reshape(kernel.shape[axes:])
 
 
 def layer_norm(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
@@ -196,7 +196,6 @@ class Attention(nnx.Module):
         """Attention to the `context`, a text and perhaps an image's tokens; without, self-attention, in which tokens
         from `length` on are padding."""
         c, parallel = self.config, None if context else self.config.context_parallel
-
         heads, (keys, *image) = c.num_attention_heads, context or (x,)
         q, k = self.norm_q(self.to_q(x, heads)).astype(c.dtype), self.norm_k(self.to_k(keys, heads)).astype(c.dtype)
         if rotary is not None:
@@ -206,7 +205,7 @@ class Attention(nnx.Module):
         for tokens in image:
             k, v = self.norm_added_k(self.add_k_proj(tokens, heads)).astype(c.dtype), self.add_v_proj(tokens, heads)
             out += attention(q, k, v, implementation=c.attention)
-        return self.to_out(out.reshape(x.shape))
+        return self.to_out(out, axes=2)
 
 
 def stack_blocks(build: Callable[[nnx.Rngs], Block], length: int, rngs: nnx.Rngs) -> Block:

@@ -75,9 +75,10 @@ class ConditionEmbedder(nnx.Module):
     ) -> tuple[Float[Array, "b s dim"], Float[Array, "b s 6 dim"], Float[Array, "b l dim"]]:
         """The embedded times, the six modulations of each that every block starts from, and the text."""
         time = self.time_embedder(timestep_embedding(t.ravel(), self.freq_dim)).reshape(*t.shape, -1)
-        # Whole rows: to share their channels, XLA would trade the whole of the next kernel for another part.
+        # Whole rows: else XLA trades the whole of the next kernel for another part, and collects them in every block.
         time = activation_sharding.constrain(time, None, None)
-        return time, self.time_proj(jax.nn.silu(time)).reshape(*t.shape, 6, -1), self.text_embedder(text)
+        modulation = activation_sharding.constrain(self.time_proj(jax.nn.silu(time)), None, None)
+        return time, modulation.reshape(*t.shape, 6, -1), self.text_embedder(text)
 
 
 class WanBlock(nnx.Module):

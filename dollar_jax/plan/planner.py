@@ -65,9 +65,7 @@ class Plan:
     fits: bool = False
     model_tflops: float = 0.0
     compiled_tflops: float | None = None
-    collective_gib: float | None = None
     collectives_gib: dict[str, float] | None = None
-    roofline_seconds: float | None = None  # with all hidden
     parts_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # TIMES: see links.bounds
     mfu: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -81,8 +79,8 @@ class Plan:
     def setting(self) -> dict[str, str]:
         """What a search tries."""
         mesh = ",".join(f"{axis}={n}" for axis, n in self.mesh.items() if n > 1) or "1 chip"
-        ways = {"micro-batches": str(self.accumulation), "keys by": self.context_parallel}
-        return {"mesh": mesh, **ways, "remat": self.remat}
+        way = self.context_parallel
+        return {"mesh": mesh, "micro-batches": str(self.accumulation), "keys by": way, "remat": self.remat}
 
 
 def plans(
@@ -156,8 +154,7 @@ class _Job:
                 again = lowered.compile(compiler_options=options).memory_analysis()
                 fits = again.temp_size_in_bytes == memory.temp_size_in_bytes
         found: Any = {f"{name}_gib": size / GIB for name, size in (sizes | {"peak": peak}).items()}
-        collectives = {kind: value / GIB for kind, value in used.collective_bytes.items()}
-        found |= {"collective_gib": sum(collectives.values()), "collectives_gib": collectives}
+        found["collectives_gib"] = {kind: value / GIB for kind, value in used.collective_bytes.items()}
         found |= bounds(used, devices, self.chip, self.common["model_tflops"])
         return Plan(**(self.common | found), fits=fits, compiled_tflops=used.flops / 1e12)
 
@@ -233,10 +230,9 @@ def rank(plans: Sequence[Plan]) -> list[Plan]:
 
 def why(ranked: Sequence[Plan]) -> str:
     """A sentence: what makes the first of ranked plans the first."""
-    told, fitting = [], [p for p in ranked if p.fits][:2]
-    for p in fitting:
-        setting = ", ".join(f"{name} {value}" for name, value in p.setting.items())
-        told.append(f"{setting}: {p.seconds['as scheduled']:.3g} s")
+    fitting = [p for p in ranked if p.fits][:2]
+    settings = [", ".join(f"{name} {value}" for name, value in p.setting.items()) for p in fitting]
+    told = [f"{setting}: {p.seconds['as scheduled']:.3g} s" for setting, p in zip(settings, fitting, strict=True)]
     if len(told) < 2:
         return f"only one fits, {told[0]}" if told else "none fits: take more chips, or fewer videos to a step"
     now, then = (p.parts_seconds for p in fitting)
@@ -246,10 +242,9 @@ def why(ranked: Sequence[Plan]) -> str:
 
 def parse_video(text: str) -> Video:
     """ "480x832x81": height, width, frames."""
-    if not re.fullmatch(r"\d+x\d+x\d+", text):
+    if (found := re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)) is None:
         raise ValueError(f"--video={text} is not HEIGHTxWIDTHxFRAMES")
-    height, width, frames = (int(n) for n in text.split("x"))
-    return height, width, frames
+    return int(found[1]), int(found[2]), int(found[3])
 
 
 def table(plans: Sequence[Plan]) -> str:
@@ -306,8 +301,7 @@ def programs_of(what: str, config: DistillConfig, generator: Generator, pixels: 
         return [generator.student_sampler(config.student.timesteps).program(batch)]
     if what == "decode":
         return [generator.decode_program((batch, *generator.latent_shape), mesh)]
-    assert what == "text"
-    return [generator.text_program(batch, mesh)]
+    return [generator.text_program(batch, mesh)]  # what == "text"
 
 
 def _kept(what: What | Whole, program: Program, programs: Sequence[Program]) -> float:

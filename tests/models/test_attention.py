@@ -107,8 +107,9 @@ def test_blocks_waste_little():
         ({"context": "ulysses", "length": 30}, 32, 32),
         ({"context": None, "implementation": "xla"}, 32, 5),
         ({"context": "gather", "implementation": "splash"}, 32, 32),
+        ({"context": "ulysses", "length": 30, "implementation": "splash"}, 32, 32),
     ],
-    ids=["gather", "ulysses", "cross", "splash"],
+    ids=["gather", "ulysses", "cross", "splash", "ulysses and splash"],
 )
 def test_a_mesh_changes_no_number(options, n, m):
     mesh = jax.make_mesh((1, 2, 2, 2), AXES, (AxisType.Auto,) * 4)
