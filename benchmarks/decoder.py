@@ -5,9 +5,9 @@ alignment of a student's samples decoded by either.
     python benchmarks/decoder.py --run=runs/demo --vae runs/decoder/vae
     taskset -c 0 python benchmarks/decoder.py --run=runs/demo --vae runs/decoder/vae --cpu   # where others are at work
 
-24 clips of 17×32×32 are decoded, and drawn by the teacher and by the student in one step, in turns (A B C A B C ...);
-times are medians. PSNR is on 96 validation clips and on the student's samples of the 72 captions that `dollar evaluate`
-draws, of which alignment tells too."""
+24 clips of 17×32×32 are decoded, as the commands do, and drawn by the teacher and by the student in one step, in turns
+(A B C A B C ...); times are medians. PSNR is on 96 validation clips and the student's samples of the 72 captions that
+`dollar evaluate` draws, of which alignment tells too."""
 
 import argparse
 import dataclasses
@@ -39,11 +39,11 @@ def main() -> None:
     from dollar_jax.run import choose_student, choose_teacher, drawing_config
 
     config = drawing_config(args.run)
-    full = make_generator(config)
+    full = make_generator(config, hold_vae=True)
     generators = {"the teacher's": full}
     for folder in args.vae:
         own = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, vae=str(folder)))
-        generators[str(folder)] = dataclasses.replace(full, pipeline=make_generator(own).pipeline)
+        generators[str(folder)] = dataclasses.replace(full, pipeline=make_generator(own, hold_vae=True).pipeline)
     captions = shapes.covering_captions()
     prompts, count = [str(caption) for caption in captions], len(captions)
     drawn = {}
@@ -63,9 +63,7 @@ def main() -> None:
 
     runs = {}
     for name, generator in generators.items():
-        program = generator.decode_program((BATCH, *generator.latent_shape), generator.own_mesh)
-        placed = program.place(generator.pipeline.vae.params, real[:BATCH])
-        runs[name] = lambda program=program, placed=placed: jax.block_until_ready(program(*placed))
+        runs[name] = lambda generator=generator: generator.decode(real[:BATCH])
     for name, row in ("teacher", choose_teacher(full, config)), ("student", choose_student(full, args.run, config, 1)):
         placed = row.draw.arguments(row.params, video_keys(0, BATCH), *full.condition(prompts[:BATCH]))
         program = row.draw.program(BATCH)
