@@ -36,9 +36,9 @@ RULES: tuple[tuple[str, *tuple[P, ...]], ...] = (
     (r"(.*/)?adapter/(down|up)", P()),
     # Stacked blocks: [layer, in, out]. Wan's and CogVideoX' names, then UMT5's.
     (r"(.*/)?blocks/.*/(to_q|to_k|to_v|add_._proj|proj_in)/kernel", P(None, FSDP, "tensor")),
-    (r"(.*/)?blocks/.*/to_out/kernel", P(None, "tensor", FSDP)),
-    # By rows, which a product takes as they are gathered; columns it would move.
-    (r"(.*/)?blocks/.*/proj_out/kernel", P(None, ("tensor", *FSDP), None), P(None, "tensor", FSDP)),
+    # Wan's by rows: columns are moved after they were gathered. With CogVideoX' so the TPU's compiler fuses less.
+    (r"(.*/)?blocks/ffn/proj_out/kernel", P(None, ("tensor", *FSDP), None), P(None, "tensor", FSDP)),
+    (r"(.*/)?blocks/.*/(to_out|proj_out)/kernel", P(None, "tensor", FSDP)),
     (r"(.*/)?blocks/.*/(to_q|to_k|to_v|add_._proj|proj_in)/bias", P(None, "tensor")),
     (r"(.*/)?blocks/(.*/)?(q|k|v|wi_0|wi_1)/kernel", P(None, FSDP, "tensor")),
     (r"(.*/)?blocks/(.*/)?(o|wo)/kernel", P(None, "tensor", FSDP)),

@@ -135,10 +135,10 @@ def test_rows_are_split_over_data_and_fsdp_together():
 
 
 def test_a_kernel_is_shared_by_rows_or_where_they_do_not_divide_by_columns():
-    kernels = {f"blocks/{name}/proj_out/kernel": jnp.zeros((2, *shape)) for name, shape in WIDE_AND_NARROW.items()}
+    """And what is tensor's is a half of the rows either way."""
+    kernels = {f"{name}/blocks/ffn/proj_out/kernel": jnp.zeros((2, *shape)) for name, shape in WIDE_AND_NARROW.items()}
     found = sharding.shard(mesh(fsdp=4, tensor=2), kernels)
-    shares = {name: where.shard_shape(kernels[name].shape) for name, where in found.items()}
-    assert list(shares.values()) == [(2, 2, 12), (2, 2, 6)], "and what is tensor's is a half of the rows either way"
+    assert [found[name].shard_shape(kernels[name].shape) for name in kernels] == [(2, 2, 12), (2, 2, 6)]
 
 
 def test_blocks_do_not_trade_their_modulations():
