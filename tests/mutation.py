@@ -410,14 +410,24 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("left_out=1)", "left_out=0)", [TOLD]),
     ],
     # The image's mask is elsewhere; the student is not told of its tokens.
-    "models/wan.py": [("x.dtype).at[:, 0].set(1)", "x.dtype).at[:, 1].set(1)", [CONDITIONED])],
+    "models/wan.py": [
+        ("x.dtype).at[:, 0].set(1)", "x.dtype).at[:, 1].set(1)", [CONDITIONED]),
+        # Every block collects its modulations.
+        ("modulation = activation_sharding.constrain(", "modulation = (lambda x, *_: x)(", ["tests/test_sharding.py"]),
+    ],
+    # Heads trade places on their way.
+    "models/attention.py": [("b n (to heads) d -> to", "b n (heads to) d -> to", ["tests/models/test_attention.py"])],
     "models/layers.py": [
         ("out += attention(q, k, v, imp", "out -= attention(q, k, v, imp", [CONDITIONED]),
         # A student of fewer blocks has the first ones.
         ("np.linspace(0, there - 1, count).round()", "np.arange(count)", ["tests/models/test_layers.py"]),
     ],
     "models/embeddings.py": [("[[0, 1], [-1, 0]]", "[[0, -1], [1, 0]]", ["tests/models/test_wan_parity.py"])],
-    "sharding.py": [("min(free, key=lambda axis: block[axis])", "max(free)", ["tests/test_sharding.py"])],
+    # Chips of a video in a line; rows that do not divide whole everywhere.
+    "sharding.py": [
+        ("min(free, key=lambda axis: block[axis])", "max(free)", ["tests/test_sharding.py"]),
+        ("for spec in specs:\n", "for spec in specs[:1]:\n", ["tests/test_sharding.py"]),
+    ],
     # The taps of a narrow convolution in the wrong order.
     "models/wan_vae.py": [("[*kernel], -2)", "[*kernel[::-1]], -2)", ["tests/models/test_wan_vae_parity.py"])],
     # A smaller decoder is not used.
@@ -497,6 +507,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ),
         ('"all-reduce": 2 * share', '"all-reduce": share', ["tests/test_hlo.py"]),
         ("v * times for k, v", "v for k, v", ["tests/test_hlo.py"]),
+        (' or "AllocateBuffer" in i.rest', "", ["tests/test_hlo.py"]),
         ("v in inner.items() if not isinstance(k, Work)})", "v in inner.items()})", ["tests/test_hlo.py"]),
         # An axis' inner part taken for its outer one; what waits taken for what does not.
         ("shape += [before, part, int(size)", "shape += [1, part, before * int(size)", [LINKS]),
