@@ -1,6 +1,5 @@
 """Where every array of the step lives: a mesh, and one ordered table of (regex, PartitionSpec) for parameters and
-optimiser state alike. The first row that matches a whole path wins, and of it the first spec that divides the shape; a
-path that no row matches is an error."""
+optimiser state alike. The first row for a whole path wins, of it the first spec that divides; no row is an error."""
 
 import math
 import os

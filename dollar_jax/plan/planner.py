@@ -79,8 +79,8 @@ class Plan:
     def setting(self) -> dict[str, str]:
         """What a search tries."""
         mesh = ",".join(f"{axis}={n}" for axis, n in self.mesh.items() if n > 1) or "1 chip"
-        way = self.context_parallel
-        return {"mesh": mesh, "micro-batches": str(self.accumulation), "keys by": way, "remat": self.remat}
+        ways = {"micro-batches": str(self.accumulation), "keys by": self.context_parallel}
+        return {"mesh": mesh, **ways, "remat": self.remat}
 
 
 def plans(
@@ -301,7 +301,8 @@ def programs_of(what: str, config: DistillConfig, generator: Generator, pixels: 
         return [generator.student_sampler(config.student.timesteps).program(batch)]
     if what == "decode":
         return [generator.decode_program((batch, *generator.latent_shape), mesh)]
-    return [generator.text_program(batch, mesh)]  # what == "text"
+    assert what == "text"
+    return [generator.text_program(batch, mesh)]
 
 
 def _kept(what: What | Whole, program: Program, programs: Sequence[Program]) -> float:
