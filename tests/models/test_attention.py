@@ -117,6 +117,12 @@ def test_a_mesh_changes_no_number(options, n, m):
     assert_close(spread(mesh, f)(*x), jax.jit(f)(*x), 2e-6)
 
 
+def test_devices_that_trade_tokens_for_two_heads_each_keep_their_order():
+    mesh = jax.make_mesh((1, 2, 2, 1), AXES, (AxisType.Auto,) * 4, devices=jax.devices()[:4])
+    x, f = draw(32, 32, heads=4), value_and_gradients(context="ulysses")
+    assert_close(spread(mesh, f)(*x), jax.jit(f)(*x), 2e-6)
+
+
 def test_a_sequence_that_does_not_divide_is_padded():
     """Twelve tokens over eight devices, through the whole transformer and back."""
     network = WAN_TRANSFORMER.network(
