@@ -151,6 +151,12 @@ class Generator:
     def latent_shape(self) -> tuple[int, int, int, int]:
         return self.pipeline.vae.config.latent_shape(*self.clip)
 
+    def holding(self, places: Mapping[str, Any]) -> Generator:
+        """The same with these networks' parameters on the devices, by their shardings."""
+        found = {name: getattr(self.pipeline, name) for name in places}
+        parts = {n: dataclasses.replace(x, params=sharding.put(x.params, places[n])) for n, x in found.items()}
+        return dataclasses.replace(self, pipeline=dataclasses.replace(self.pipeline, **parts))
+
     @property
     def text_shape(self) -> tuple[int, int]:
         """Tokens and width of a prompt's states."""
@@ -376,11 +382,7 @@ def make_generator(
     mesh, clip = sampling_mesh(c.mesh) if mesh is None else mesh, clip or clip_size(c.data)
     teacher = as_configured(load_teacher(c.teacher, c, mesh), c)
     made = Generator(teacher, c.data.max_text_length, c.sampling, clip, c.compute.vae_chunk, mesh, student=c.student)
-    if not hold_vae:
-        return made
-    params = sharding.put(teacher.vae.params, sharding.replicated(made.own_mesh))
-    held = dataclasses.replace(teacher, vae=dataclasses.replace(teacher.vae, params=params))
-    return dataclasses.replace(made, pipeline=held)
+    return made.holding({"vae": sharding.replicated(made.own_mesh)}) if hold_vae else made
 
 
 def as_configured(pipeline: Pipeline, c: DistillConfig) -> Pipeline:

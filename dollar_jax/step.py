@@ -55,12 +55,9 @@ def make_step(d: Distillation, optimisers: Optimisers) -> Step:
         grads, (metrics, generated) = _accumulated(student_loss, state.student, micro, student_key)
         old = state
         grads, state, aux = method.add_gradient(d, full, state, batch.reward, grads)
-        before, finite, most = (
-            (state.student, state.student_optimiser),
-            _finite(metrics | aux),
-            config.max_gradient_norm,
-        )
-        (student, student_optimiser), norm, good = apply_gradient(optimisers.student, grads, before, finite, most)
+        before, finite = (state.student, state.student_optimiser), _finite(metrics | aux)
+        updated = apply_gradient(optimisers.student, grads, before, finite, config.max_gradient_norm)
+        (student, student_optimiser), norm, good = updated
         share = 1 - config.student.ema_decay
         if config.student.ema_start:
             share = jnp.where(state.step < config.student.ema_start, 1.0, share)

@@ -54,9 +54,8 @@ def train(
     pipeline, rewards = generator.pipeline, load_rewards(config.reward.rewards)
     pixels = pixel_rewards(config.reward, rewards, generator.frames)
     programs = teacher_programs(config, generator, pixels, real=callable(data) or data.has_latents)
-    decoder = None
-    if rewards or config.visibility.samples_every:
-        decoder = sharding.put(pipeline.vae.params, sharding.replicated(programs.mesh))
+    decodes = rewards or config.visibility.samples_every
+    decoder = sharding.put(pipeline.vae.params, sharding.replicated(programs.mesh)) if decodes else None
     reward_params = () if pixels is None else pixels.params(decoder)
     frozen = Frozen(pipeline.transformer.params, generator.null_text, reward_params)
     frozen = sharding.put(frozen, programs.frozen_sharding)

@@ -95,11 +95,9 @@ def define_config(arguments: list[str]) -> None:
     flags.DEFINE_string("config", None, "", flag_values=early)
     rest = early(["", *arguments], known_only=True)[1:]
     if (name := early.config) is None or any(argument in HELP for argument in arguments):
-        about = (
-            "Experiment: a name such as wan_1_3b, or a file such as configs/demo.py, with :vsd, :cd or :vsd+cd for a "
-            "part of its losses, or :vsd+cd+lrm,hpsv2=FOLDER to name its rewards. Settings change with "
-            "--config.student.optimiser.learning_rate=1e-4; dollar config --config=NAME lists them all."
-        )
+        about = "Experiment: a name such as wan_1_3b, or a file such as configs/demo.py, with :vsd, :cd or :vsd+cd for "
+        about += "a part of its losses, or :vsd+cd+lrm,hpsv2=FOLDER to name its rewards. Settings change with "
+        about += "--config.student.optimiser.learning_rate=1e-4; dollar config --config=NAME lists them all."
         arguments[:] = [argument for argument in arguments if not argument.startswith("--config.")]
         define("string", "config", None, about, required=True)
         return

@@ -17,7 +17,7 @@ def define_flags(arguments: list[str]) -> None:
     about = "The program; or all of a run, prepare, prepare --teacher_samples (teacher-samples), sample "
     about += "(sample-command) or evaluate: exit 2 if one fails."
     define("enum", "what", "train", ["train", "sample", "decode", "text", "import", *COMMANDS], about)
-    define("bool", "search", False, "Try meshes, keys by gather or Ulysses, micro-batches and remat, and rank them.")
+    define("bool", "search", False, "Rank meshes, keys by gather or Ulysses, micro-batches, remat, a whole teacher.")
     define("bool", "own_effort", False, "Compile as a run does: ten times slower, collectives beside other work.")
     define("string", "json", None, "File for the figures as JSON.")
 

@@ -56,6 +56,7 @@ class Plan:
     remat: str
     accumulation: int = 1
     context_parallel: str = "gather"
+    whole_teacher: bool = False
     argument_gib: float
     output_gib: float = 0.0
     temp_gib: float | None  # None where the compiler refuses or aborts
@@ -80,7 +81,7 @@ class Plan:
         """What a search tries."""
         mesh = ",".join(f"{axis}={n}" for axis, n in self.mesh.items() if n > 1) or "1 chip"
         ways = {"micro-batches": str(self.accumulation), "keys by": self.context_parallel}
-        return {"mesh": mesh, **ways, "remat": self.remat}
+        return {"mesh": mesh, **ways, "remat": self.remat, "teacher": "whole" if self.whole_teacher else "shared"}
 
 
 def plans(
@@ -188,8 +189,9 @@ def _jobs(config: DistillConfig, topology: str, what: What | Whole, video: Video
     jobs = []
     for program in programs:
         common: dict[str, Any] = {"what": what, "topology": topology, "chips": len(devices), "hbm_gib": chip.hbm_gib}
-        common |= {"program": program.name, "remat": config.compute.remat, "kept_gib": _kept(what, program, programs)}
-        common |= {"accumulation": config.accumulation, "context_parallel": config.compute.context_parallel}
+        common |= {"program": program.name, "accumulation": config.accumulation}
+        common |= {name: getattr(config.compute, name) for name in ("remat", "context_parallel", "whole_teacher")}
+        common["kept_gib"] = _kept(what, program, programs)
         common["videos"] = program.arguments[1].shape[0] if hasattr(program.arguments[1], "shape") else None
         common["mesh"] = dict(generator.mesh.shape if program.mesh is None else program.mesh.shape)
         common["argument_gib"] = _held(program.arguments, program.in_shardings)
@@ -202,12 +204,13 @@ def search(
     config: DistillConfig, topology: str, what: What = "train", video: Video | None = None, first: float = LOW
 ) -> Iterator[Plan]:
     """Plans of every mesh and way of keys over its context axis; tensor parallelism would save nothing beside. A step's
-    have the fewest micro-batches that fit, or fewer with all computed again. Each is made by a process of its own."""
+    have the fewest micro-batches that fit, or fewer with all computed again. Last is the best with a whole teacher,
+    and its state over all chips, a half and a quarter, while it fits. Each is made by a process of its own."""
     count, heads = len(chips(topology)[0]), architecture_of(config).transformer.num_attention_heads
     pieces, remats = sorted({1, 2, 4, 8, config.accumulation}), ("qkv", "attention", "full")
     if what != "train":
         pieces, remats = [config.accumulation], (config.compute.remat,)
-    fewest: dict[Any, int] = {}
+    fewest, fitting = dict[Any, int](), list[tuple[Plan, dict[str, Any]]]()
     for context, way, remat, parts in itertools.product((1, 2, 4, 8, 16), get_args(ContextParallel), remats, pieces):
         fsdp, left = divmod(count, context)
         divides = not left and config.batch_size % (parts * fsdp) == 0
@@ -220,7 +223,16 @@ def search(
             changes |= {"compute.remat": remat, "compute.context_parallel": way}
             (found,) = plans(changed(config, changes), topology, what, video, first)
             fewest |= {(context, way): parts} if found.fits else {}
+            fitting += [(found, changes)] if found.fits else []
             yield found
+    if what == "train" and fitting:
+        found, changes = min(fitting, key=lambda x: x[0].seconds["as scheduled"])
+        for data in (n for n in (1, 2, 4) if changes["mesh"]["fsdp"] % n == 0):
+            if found.fits:
+                mesh = changes["mesh"] | {"data": data, "fsdp": changes["mesh"]["fsdp"] // data}
+                whole = changed(config, changes | {"mesh": mesh, "compute.whole_teacher": True})
+                (found,) = plans(whole, topology, what, video, first)
+                yield found
 
 
 def rank(plans: Sequence[Plan]) -> list[Plan]:

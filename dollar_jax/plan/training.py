@@ -57,10 +57,9 @@ def training_cost(config: DistillConfig, topology: str, video: tuple[int, int, i
     tflops = count_flops(jax.make_jaxpr(network.apply)(network.shapes, *arguments, **told).jaxpr) / 1e12
     peak, total = CHIPS[topology.partition(":")[0]].tflops, sum(parts.values())
     hours = {s: total * config.steps * config.batch_size * tflops / (s * peak * 3600) for s in (0.3, 0.5)}
-    words = (
-        f"forwards of a video and update: {total:.4g} = {' + '.join(f'{f:.3g} {part}' for part, f in parts.items())}"
-        f"\n{config.steps:,} updates of {config.batch_size} videos at {tflops:,.4g} TFLOP a forward: "
-        + ", ".join(f"{value:,.0f} chip-hours at {share:.0%} of the peak" for share, value in hours.items())
-    )
+    sums = " + ".join(f"{value:.3g} {part}" for part, value in parts.items())
+    costs = ", ".join(f"{value:,.0f} chip-hours at {share:.0%} of the peak" for share, value in hours.items())
+    words = f"forwards of a video and update: {total:.4g} = {sums}\n{config.steps:,} updates of {config.batch_size} "
+    words += f"videos at {tflops:,.4g} TFLOP a forward: {costs}"
     chip_hours = {f"{share:.0%}": value for share, value in hours.items()}
     return {"forwards": parts, "forward_tflops": tflops, "chip_hours": chip_hours}, words

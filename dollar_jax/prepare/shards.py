@@ -95,16 +95,12 @@ class Encoder:
         self.batch = settings.batch_size * mesh.size
         pipeline = generator.pipeline
         text, whole = pipeline.text_encoder, sharding.replicated(mesh)
-        places = [("vae", whole), ("text_encoder", sharding.shard(mesh, text.network.shapes, strict=False))]
-        places += [("image_encoder", whole)] * (pipeline.image_encoder is not None)
+        places: dict[str, Any] = {"vae": whole, "image_encoder": whole} if pipeline.image_encoder else {"vae": whole}
+        places["text_encoder"] = sharding.shard(mesh, text.network.shapes, strict=False)
         if settings.sampling:
             experts = [name for name in EXPERTS.values() if getattr(pipeline, name)]
-            places += [(name, sharding.shard(mesh, pipeline.transformer.network.shapes)) for name in experts]
-        placed = {}
-        for name, where in places:
-            part = getattr(pipeline, name)
-            placed[name] = dataclasses.replace(part, params=sharding.put(part.params, where))
-        self.generator = dataclasses.replace(generator, pipeline=dataclasses.replace(pipeline, **placed), mesh=mesh)
+            places |= dict.fromkeys(experts, sharding.shard(mesh, pipeline.transformer.network.shapes))
+        self.generator = dataclasses.replace(generator.holding(places), mesh=mesh)
         vae, patch = pipeline.vae.config, pipeline.transformer.config.patch
         for height, width in settings.buckets:
             latent = vae.latent_shape(settings.frames, height, width)

@@ -81,11 +81,8 @@ def write_ablation(
     write_file(path.with_suffix(".md"), "\n".join(tables[name].markdown() for name in ("measures", "speed", "claims")))
     count = len({result.seed for result in results})
     held = sum(claim.verdict == "yes" for claim in claims)
-    tiles = [
-        (f"{held} of {len(claims)}", "of the paper’s claims hold with every seed"),
-        (f"{count} seed{'s' if count > 1 else ''}", "per method"),
-        (duration(seconds), "for what was not there yet"),
-    ]
+    tiles = [(f"{held} of {len(claims)}", "of the paper’s claims hold with every seed")]
+    tiles += [(f"{count} seed{'s' * (count > 1)}", "per method"), (duration(seconds), "for what was not there yet")]
     plots = {f"Students in {steps(n)}": plots for n in (4, 1) if (plots := _plots(means, labels, n))}
     shown = {"plots": plots, "videos": _videos(prompts, videos, labels), "commands": "\n".join(commands)}
     write_page(path, "ablation.html", tiles=tiles, settings=config_text, **tables, **shown)

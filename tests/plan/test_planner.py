@@ -193,7 +193,10 @@ class Made:
 
     def __init__(self, config, least):
         self.setting = (config.mesh.context, config.compute.context_parallel, config.compute.remat, config.accumulation)
+        self.mesh, self.whole = dataclasses.asdict(config.mesh), config.compute.whole_teacher
         self.fits = config.accumulation >= least[config.compute.remat]
+        self.fits &= not self.whole or config.mesh.data <= least.get("room", 4)
+        self.seconds = {"as scheduled": 1 + abs(config.mesh.context - 4)}  # four chips a video are the fastest
 
 
 @pytest.mark.parametrize(
@@ -225,14 +228,26 @@ def test_a_search_tries_what_can_win(virtual, make_config, monkeypatch, least, e
     assert {key for key in found if key[0] > 2} == {(4, "gather"), (4, "ulysses"), (8, "gather")}
 
 
+@pytest.mark.parametrize(("room", "data"), [(4, [1, 2]), (1, [1, 2]), (0, [1])])
+def test_a_search_ends_with_a_whole_teacher_while_it_fits(virtual, make_config, monkeypatch, room, data):
+    """`room` is over how many `data` parts the state may be shared with the teacher whole."""
+    least = {"qkv": 1, "attention": 1, "full": 1, "room": room}
+    monkeypatch.setattr(planner, "plans", lambda config, *_: [Made(config, least)])
+    found = list(planner.search(make_config({"batch_size": 4, "reward.samples": 2}), "v5e:2x4"))
+    whole = [plan for plan in found if plan.whole]
+    assert [plan.mesh for plan in whole] == [{"data": n, "fsdp": 2 // n, "context": 4, "tensor": 1} for n in data]
+    assert {plan.setting for plan in whole} == {(4, "gather", "qkv", 1)}
+    assert found[-len(whole) :] == whole
+
+
 def test_a_search_says_why_the_best_is_best(make_plan):
     parts = {"matrix products": 2.0, "memory": 1.0, "asynchronous collectives": 0.5, "other collectives": 0.5}
     best = make_plan(fits=True, seconds={"as scheduled": 2.5}, parts_seconds=parts)
     slower = {**parts, "other collectives": 4.0}
     other = dataclasses.replace(best, accumulation=4, seconds={"as scheduled": 6.0}, parts_seconds=slower)
     too_large = dataclasses.replace(best, fits=False)
-    first = "mesh fsdp=8, micro-batches 1, keys by gather, remat attention: 2.5 s"
-    second = "mesh fsdp=8, micro-batches 4, keys by gather, remat attention: 6 s"
+    first = "mesh fsdp=8, micro-batches 1, keys by gather, remat attention, teacher shared: 2.5 s"
+    second = "mesh fsdp=8, micro-batches 4, keys by gather, remat attention, teacher shared: 6 s"
     expected = f"best is {first}; next {second}, its other collectives 4 s in place of 0.5"
     assert planner.why(planner.rank([too_large, other, best])) == expected
     assert planner.why([best, too_large]) == f"only one fits, {first}"
