@@ -37,6 +37,7 @@ LATENT, JAX, DDPO, DIRECT = (
     for case in ("latent-host", "latent-jax", "ddpo-forward", "direct-forward")
 )
 GRADIENTS = "tests/test_gradients.py"
+WHOLE = "tests/plan/test_planner.py::test_a_search_ends_with_a_whole_teacher_while_it_fits"
 SCORER = "tests/rewards/test_scorer.py"
 HTTP, PUBLISHED = "tests/rewards/test_http.py", "tests/rewards/test_clip.py"
 TORCH = "tests/weights/test_torch_file.py"
@@ -443,6 +444,11 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ),
     ],
     "export.py": [("num_layers=c.student.layers or", "num_layers=", ["tests/test_export.py"])],
+    # The best is taken for the slowest; its state is shared further although it did not fit.
+    "plan/planner.py": [
+        ("found, changes = min(fitting", "found, changes = max(fitting", [WHOLE]),
+        ("            if found.fits:\n                mesh", "            if True:\n                mesh", [WHOLE]),
+    ],
     "plan/training.py": [("(own + 1) * share + ", "(own + 1) + ", ["tests/plan/test_training.py"])],
     "rewards/scorer.py": [
         # The captions of another micro-batch, or of rows beside the scored ones.
