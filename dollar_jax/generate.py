@@ -152,8 +152,8 @@ class Generator:
         return self.pipeline.vae.config.latent_shape(*self.clip)
 
     def holding(self, places: Mapping[str, Any]) -> Generator:
-        """The same with these networks' parameters on the devices, by their shardings."""
-        found = {name: getattr(self.pipeline, name) for name in places}
+        """The same with the parameters of these networks, if there are such, on the devices, by their shardings."""
+        found = {name: part for name in places if (part := getattr(self.pipeline, name)) is not None}
         parts = {n: dataclasses.replace(x, params=sharding.put(x.params, places[n])) for n, x in found.items()}
         return dataclasses.replace(self, pipeline=dataclasses.replace(self.pipeline, **parts))
 

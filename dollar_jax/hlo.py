@@ -16,7 +16,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 KERNELS = {"fwd": 2, "dkv": 5}
 # They name or pass on what others have made.
 _FREE = {"parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
-_FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "copy-start", "slice-start"}
+_APART = {"async-start", "call-start"}  # of work that goes on beside other, as on a v7x's SparseCores
+_FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "copy-start", "slice-start", *_APART}
 
 
 class Work(NamedTuple):
@@ -117,11 +118,11 @@ class _Module:
             if i.opcode == "conditional":
                 branches = _called(i, "branch_computations|true_computation|false_computation")
                 inner.update(max(map(self.total, branches), key=lambda c: sum(k.bytes * v for k, v in _works(c))))
-            elif i.opcode in ("while", "fusion", "call", "async-start"):
+            elif i.opcode in {"while", "fusion", "call"} | _APART:
                 times = self._trips(i) if i.opcode == "while" else 1
                 for part in _called(i, "body|condition|calls|to_apply"):
                     inner.update({k: v * times for k, v in self.total(part).items()})
-            if i.opcode == "async-start":
+            if i.opcode in _APART:
                 inner = Counter({k if isinstance(k, Work) else (*k[:2], True): v for k, v in inner.items()})
             flops = self._flops(i)
             if i.opcode == "fusion":

@@ -94,12 +94,10 @@ class Encoder:
         mesh = sharding.make_mesh(MeshConfig(1, -1, 1, 1), jax.local_devices())
         self.batch = settings.batch_size * mesh.size
         pipeline = generator.pipeline
-        text, whole = pipeline.text_encoder, sharding.replicated(mesh)
-        places: dict[str, Any] = {"vae": whole, "image_encoder": whole} if pipeline.image_encoder else {"vae": whole}
-        places["text_encoder"] = sharding.shard(mesh, text.network.shapes, strict=False)
+        places: dict[str, Any] = dict.fromkeys(("vae", "image_encoder"), sharding.replicated(mesh))
+        places["text_encoder"] = sharding.shard(mesh, pipeline.text_encoder.network.shapes, strict=False)
         if settings.sampling:
-            experts = [name for name in EXPERTS.values() if getattr(pipeline, name)]
-            places |= dict.fromkeys(experts, sharding.shard(mesh, pipeline.transformer.network.shapes))
+            places |= dict.fromkeys(EXPERTS.values(), sharding.shard(mesh, pipeline.transformer.network.shapes))
         self.generator = dataclasses.replace(generator.holding(places), mesh=mesh)
         vae, patch = pipeline.vae.config, pipeline.transformer.config.patch
         for height, width in settings.buckets:
