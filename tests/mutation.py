@@ -447,7 +447,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
     # The best is taken for the slowest; its state is shared further although it did not fit.
     "plan/planner.py": [
         ("found, changes = min(fitting", "found, changes = max(fitting", [WHOLE]),
-        ("            if found.fits:\n                mesh", "            if True:\n                mesh", [WHOLE]),
+        ("if not found.fits or mesh", "if mesh", [WHOLE]),
     ],
     "plan/training.py": [("(own + 1) * share + ", "(own + 1) + ", ["tests/plan/test_training.py"])],
     "rewards/scorer.py": [

@@ -227,12 +227,13 @@ def search(
             yield found
     if what == "train" and fitting:
         found, changes = min(fitting, key=lambda x: x[0].seconds["as scheduled"])
-        for data in (n for n in (1, 2, 4) if changes["mesh"]["fsdp"] % n == 0):
-            if found.fits:
-                mesh = changes["mesh"] | {"data": data, "fsdp": changes["mesh"]["fsdp"] // data}
-                whole = changed(config, changes | {"mesh": mesh, "compute.whole_teacher": True})
-                (found,) = plans(whole, topology, what, video, first)
-                yield found
+        mesh = changes["mesh"]
+        for data in (1, 2, 4)[config.compute.whole_teacher :]:  # the first of which would be the best itself again
+            if not found.fits or mesh["fsdp"] % data:
+                break
+            more = {"mesh": mesh | {"data": data, "fsdp": mesh["fsdp"] // data}, "compute.whole_teacher": True}
+            (found,) = plans(changed(config, changes | more), topology, what, video, first)
+            yield found
 
 
 def rank(plans: Sequence[Plan]) -> list[Plan]:
