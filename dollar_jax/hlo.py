@@ -1,5 +1,4 @@
-"""Counting in programs: matrix products of a jaxpr, and what XLA's optimised HLO does to one chip. XLA's own cost
-analysis counts the body of a loop once, however often it runs, and nothing in a Pallas kernel. Here both count."""
+"""What optimised HLO does to one chip: unlike XLA's own cost analysis, all turns of its loops, and Pallas kernels."""
 
 import dataclasses
 import functools
@@ -21,10 +20,11 @@ _FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "copy-start"
 
 
 class Work(NamedTuple):
-    """Of one instruction: matrix operations, and bytes moved to and from memory."""
+    """Of one instruction: matrix operations, bytes moved to and from memory, and the compiler's guess at its cycles."""
 
     flops: float
     bytes: float
+    cycles: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Cost:
     def memory_bytes(self) -> float:
         return sum(work.bytes * times for work, times in self.work.items())
 
-    def seconds(self, flops: float, bytes: float) -> float:
+    def seconds(self, flops: float, bytes: float, cycles: float = math.inf) -> float:
         """One instruction after another, at so many of each per second: a kernel or fusion reads and writes while it
-        multiplies, and takes the longer of both."""
-        return sum(times * max(work.flops / flops, work.bytes / bytes) for work, times in self.work.items())
+        multiplies, and takes the longest of all."""
+        return sum(n * max(w.flops / flops, w.bytes / bytes, w.cycles / cycles) for w, n in self.work.items())
 
     @property
     def collective_bytes(self) -> dict[str, float]:
@@ -58,8 +58,7 @@ class Cost:
 
 def cost(text: str) -> Cost:
     """What the optimised HLO module in `text` does on one chip."""
-    module = _Module(text)
-    total = module.total(module.entry)
+    total = (module := _Module(text)).total(module.entry)
     work = dict(_works(total))
     return Cost(work, {k: v for k, v in total.items() if k not in work and v})
 
@@ -137,7 +136,8 @@ class _Module:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind  # a kernel of both on a TPU
                 total[kind, where, asynchronous] += self._sent(i, kind, groups(where, self.count).shape[1])
             if i.opcode not in _FREE and not i.opcode.endswith("-done"):
-                total[Work(flops, 2 * self._written(i))] += 1
+                cycles = re.search(r'"estimated_cycles":"(\d+)"', i.rest)
+                total[Work(flops, 2 * self._written(i), float(cycles[1]) if cycles else 0.0)] += 1
         return total
 
     def _written(self, i: _Instruction) -> int:

@@ -105,6 +105,18 @@ def test_speed_refuses_to_time_a_step_that_is_another(monkeypatch):
         list(speed.cases("tiny", 1, {"step"}, {"diffusers"}))
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_batch_is_timed_whole_and_in_parts(devices):
+    command = [sys.executable, SPEED.with_name("cores.py"), f"--rows={4 * (os.cpu_count() or 1)}", "--seconds=0"]
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+    for line, name in zip(shown.splitlines(), ("forward", "gradient"), strict=True):
+        assert line.startswith(name) and f"devices: {devices}: all " in line
+        assert ("beside" in line) == (devices == 1 and " 1 cores" not in line)
+
+
 FRONTIER = SPEED.with_name("frontier.py")
 
 

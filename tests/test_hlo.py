@@ -108,6 +108,17 @@ ENTRY %main (whole: f32[1024]) -> f32[256] {
     assert cost(text).collective_bytes == {"reduce-scatter": 3072}
 
 
+def test_the_compilers_guess_at_cycles_counts_where_it_is_longer():
+    """Of each turn of a loop, and of a fusion, not of what is in it."""
+    guess = 'backend_config={{"window_config":{{"estimated_cycles":"{}","is_mask":false}}}}'.format
+    text = MODULE.replace("calls=%fused", f"calls=%fused, {guess(7000)}")
+    text = text.replace("dim_labels=bf_io->bf", f"dim_labels=bf_io->bf, {guess(90000)}")
+    used = cost(text)
+    assert used.seconds(1e12, 1e12) == cost(MODULE).seconds(1e12, 1e12) == used.seconds(1e12, 1e12, 1e15)
+    own = 2 * 8 * 16 * 16 / 1e12  # of the fusion alone: it multiplies longer than it writes and reads
+    assert used.seconds(1e12, 1e12, 1e9) == pytest.approx(used.seconds(1e12, 1e12) + 30 * (7e-6 - own))
+
+
 @pytest.mark.parametrize(
     "window", ["size=12 stride=11 lhs_dilate=12", "size=12 pad=11_11 rhs_reversal=1"], ids=["dilated", "padded"]
 )
