@@ -523,7 +523,7 @@ FAULTS: dict[str, list[tuple[str, str, list[str]]]] = {
         ('i.opcode != kind or "async', 'False or "async', [LINKS]),
         # Each part of a gathering taken for a whole one; a program's parts one after another.
         ("in COLLECTIVES and not _goes_on(i)", "in COLLECTIVES", [LINKS]),
-        ("max(work.flops / flops, work.bytes / bytes)", "(work.flops / flops + work.bytes / bytes)", [LINKS]),
+        ("max(w.flops / flops, w.bytes", "max(w.flops / flops + w.bytes", [LINKS]),
     ],
     "plan/links.py": [
         # Every axis a ring; groups that lie between each other, each with the links for itself; the long way round.
