@@ -58,9 +58,9 @@ class Cost:
 
 def cost(text: str) -> Cost:
     """What the optimised HLO module in `text` does on one chip."""
-    total = (module := _Module(text)).total(module.entry)
-    work = dict(_works(total))
-    return Cost(work, {k: v for k, v in total.items() if k not in work and v})
+    module = _Module(text)
+    total = module.total(module.entry)
+    return Cost(dict(_works(total)), {k: v for k, v in total.items() if not isinstance(k, Work) and v})
 
 
 def groups(text: str, count: int) -> np.ndarray:
